@@ -1,0 +1,14 @@
+"""The one base error: what went wrong and what to do next."""
+
+
+class BloomdeskError(Exception):
+    """A failure that the user can understand and act on.
+
+    `message` is one sentence that says what, where, and expected against found.
+    `hint` is the next command to run or thing to do, or empty where there is none.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint

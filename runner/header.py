@@ -1,0 +1,143 @@
+"""The header of a safetensors file: read strictly, written so that the data starts on a page boundary.
+
+    8 bytes     header length, little endian
+    header      one JSON object: name -> dtype, shape, data_offsets; spaces may pad it
+    buffer      the tensors, without gaps, row-major, little endian
+
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import BloomdeskError
+
+DATA_ALIGNMENT = 4096
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+
+BYTES_PER_ELEMENT = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file; its bytes are `[start, end)` counted from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself; `tensors` is in the order of the data."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a dense tensor."""
+    return BYTES_PER_ELEMENT[dtype] * math.prod(shape)
+
+
+def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """Length and header for `(name, dtype, shape)` triples stored in this order without gaps.
+
+    The result's length is a multiple of `DATA_ALIGNMENT`, and depends on nothing but the triples.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + tensor_nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(path: Path) -> Header:
+    """The header of the safetensors file at `path`, checked against the file's size.
+
+    Reads the header's bytes and nothing more. Raises `BloomdeskError` for anything the format does not allow:
+    a length beyond the file, no JSON, a name given twice, gaps, overlaps, data that ends before or after
+    the file does.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+            text = file.read(length)
+    except OSError as error:
+        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    entries = _parse(path, text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its __metadata__ is not an object")
+    found = [_entry(path, name, value, 8 + length) for name, value in entries.items()]
+    found.sort(key=lambda entry: (entry.start, entry.end))
+    _check_gapless(path, found, 8 + length, size)
+    return Header({entry.name: entry for entry in found}, metadata, 8 + length)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a name stands twice")
+        return result
+
+    try:
+        entries = json.loads(text.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return entries
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        sound = whole and tensor_nbytes(dtype, shape) == end - start
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise _damaged(path, f"the header's entry for {name!r} is not a tensor")
+    return TensorEntry(name, dtype, shape, data_start + start, data_start + end)
+
+
+def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            raise _damaged(path, f"{entry.name!r} starts at byte {entry.start:,}, expected {position:,}")
+        position = entry.end
+    if position != size:
+        raise _damaged(path, f"its header describes {position:,} bytes and the file has {size:,}")
+
+
+def _damaged(path: Path, why: str) -> BloomdeskError:
+    return BloomdeskError(f"{path} is not a sound safetensors file: {why}")

@@ -1,0 +1,315 @@
+"""The prepared directory: the contract between the toolkit that writes it and the runner that reads it.
+
+    bloom/
+      manifest.json                 format version, source, hyperparameters, and per part: size, hashes, tensors, sources
+      embedding.safetensors         word_embeddings.weight, word_embeddings_layernorm.{weight,bias}
+      block_00.safetensors ...      12 tensors each, `h.N.` stripped
+      final_layernorm.safetensors   weight, bias
+      config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json   as the source has them
+
+Tensors lie in each part in the order in which a pass uses them. The manifest is rewritten after each part, so
+"complete" is derived from it. docs/format.md is the long form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from runner.errors import BloomdeskError
+from runner.header import tensor_nbytes
+
+FORMAT = "bloomdesk-prepared"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+DTYPES = ("BF16", "F16", "F32")
+EMBEDDING = "embedding.safetensors"
+FINAL_LAYERNORM = "final_layernorm.safetensors"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The numbers that fix a BLOOM's shapes and arithmetic, normalised from config.json.
+
+    `dtype` is the safetensors name of the one dtype that all tensors have.
+    """
+
+    hidden_size: int
+    n_head: int
+    n_layer: int
+    vocab_size: int
+    dtype: str
+    layer_norm_epsilon: float = 1e-5
+    apply_residual_connection_post_layernorm: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    pad_token_id: int | None = 3
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "n_head", "n_layer", "vocab_size"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 2**31:
+                raise BloomdeskError(f"the model's {name} must be a positive whole number, found {value!r}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
+                raise BloomdeskError(f"the model's {name} must lie in the vocabulary, found {value!r}")
+        if self.hidden_size % self.n_head:
+            raise BloomdeskError(
+                f"the model's hidden_size {self.hidden_size} is no multiple of its {self.n_head} heads"
+            )
+        if self.dtype not in DTYPES:
+            raise BloomdeskError(f"the model's dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        epsilon = self.layer_norm_epsilon
+        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+            raise BloomdeskError(f"the model's layer_norm_epsilon must be between 0 and 1, found {epsilon!r}")
+        if not isinstance(self.apply_residual_connection_post_layernorm, bool):
+            raise BloomdeskError("the model's apply_residual_connection_post_layernorm must be true or false")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.n_head
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """What a part must hold: its file name, and its tensors' shapes in the order of a pass."""
+
+    file: str
+    tensors: dict[str, Shape]
+
+    def nbytes(self, dtype: str) -> int:
+        """Bytes of the tensors alone."""
+        return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+
+def block_file(index: int, n_layer: int) -> str:
+    """`block_07.safetensors`; two digits, more where the model has more than 100 blocks."""
+    return f"block_{index:0{max(2, len(str(n_layer - 1)))}d}.safetensors"
+
+
+def block_tensors(hidden_size: int) -> dict[str, Shape]:
+    """The 12 tensors of a block in the order in which a pass uses them."""
+    E = hidden_size
+    return {
+        "input_layernorm.weight": (E,),
+        "input_layernorm.bias": (E,),
+        "self_attention.query_key_value.weight": (3 * E, E),
+        "self_attention.query_key_value.bias": (3 * E,),
+        "self_attention.dense.weight": (E, E),
+        "self_attention.dense.bias": (E,),
+        "post_attention_layernorm.weight": (E,),
+        "post_attention_layernorm.bias": (E,),
+        "mlp.dense_h_to_4h.weight": (4 * E, E),
+        "mlp.dense_h_to_4h.bias": (4 * E,),
+        "mlp.dense_4h_to_h.weight": (E, 4 * E),
+        "mlp.dense_4h_to_h.bias": (E,),
+    }
+
+
+def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
+    """All parts of a model in the order of a pass: embedding, blocks, final LayerNorm."""
+    E = model.hidden_size
+    embedding = {
+        "word_embeddings.weight": (model.vocab_size, E),
+        "word_embeddings_layernorm.weight": (E,),
+        "word_embeddings_layernorm.bias": (E,),
+    }
+    blocks = [PartSpec(block_file(i, model.n_layer), block_tensors(E)) for i in range(model.n_layer)]
+    final = {"weight": (E,), "bias": (E,)}
+    return (PartSpec(EMBEDDING, embedding), *blocks, PartSpec(FINAL_LAYERNORM, final))
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A tensor of a part as the manifest has it; `xxh3_128` is of the tensor's bytes."""
+
+    name: str
+    dtype: str
+    shape: Shape
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """A file of the source that bytes of a part came from."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A part as written: its size and hash, header included, its tensors, and where they came from."""
+
+    file: str
+    size: int
+    xxh3_128: str
+    tensors: tuple[TensorRecord, ...]
+    sources: tuple[SourceShard, ...]
+
+
+@dataclass(frozen=True)
+class CompanionRecord:
+    """A small file that was carried over unchanged."""
+
+    file: str
+    size: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint came from; both are None for a local directory that no download recorded."""
+
+    repo: str | None = None
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json: what the directory holds so far, by file name."""
+
+    model: Hyperparameters
+    source: Source
+    parts: Mapping[str, PartRecord] = field(default_factory=dict)
+    companions: Mapping[str, CompanionRecord] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Files that a whole prepared directory has and this manifest does not."""
+        wanted = [spec.file for spec in part_specs(self.model)]
+        return (*(file for file in wanted if file not in self.parts), *self._missing_companions)
+
+    @property
+    def _missing_companions(self) -> tuple[str, ...]:
+        return tuple(file for file in ("config.json", "tokenizer.json") if file not in self.companions)
+
+    @property
+    def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
+        """Everything recorded, parts first, each in the order of a pass."""
+        return (*self.parts.values(), *self.companions.values())
+
+    def with_part(self, record: PartRecord) -> Manifest:
+        """This manifest with one more part, kept in the order of a pass."""
+        parts = {**self.parts, record.file: record}
+        order = [spec.file for spec in part_specs(self.model)]
+        return replace(self, parts={file: parts[file] for file in order if file in parts})
+
+    def to_json(self) -> str:
+        """The manifest's text; the same manifest always gives the same text."""
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "source": asdict(self.source),
+            "model": asdict(self.model),
+            "parts": [asdict(record) for record in self.parts.values()],
+            "companions": [asdict(record) for record in self.companions.values()],
+        }
+        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        """The manifest in `text`, read from `where`.
+
+        Raises `BloomdeskError` where it is no manifest, is of another format version, was changed after it
+        was written, or describes files that no BLOOM of these hyperparameters has.
+        """
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _unsound(where, f"it is not valid JSON ({error})") from None
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise _unsound(where, f"its format is not {FORMAT!r}")
+        if body.get("format_version") != FORMAT_VERSION:
+            raise BloomdeskError(
+                f"{where}: format version {body.get('format_version')!r}, this program reads {FORMAT_VERSION}",
+                "prepare the checkpoint again, or use the version of bloomdesk that wrote it",
+            )
+        claimed = body.pop("sha256", None)
+        if claimed != _digest(body):
+            raise _unsound(where, "its own checksum does not match: it was edited or damaged")
+        try:
+            return _decode(body)
+        except (KeyError, TypeError, ValueError, BloomdeskError) as error:
+            raise _unsound(where, f"{type(error).__name__}: {error}") from None
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """The manifest of a prepared directory, complete or not; `BloomdeskError` where there is none to trust."""
+    path = directory / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        what = "has no manifest.json" if directory.is_dir() else "is not a directory"
+        raise BloomdeskError(
+            f"{directory} is not a prepared checkpoint: it {what}",
+            f"make one from a downloaded checkpoint: bloomdesk convert SOURCE {directory}",
+        ) from None
+    except UnicodeDecodeError:
+        raise _unsound(path, "it is not UTF-8 text") from None
+    except OSError as error:
+        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    return Manifest.from_json(text, path)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _unsound(where: Path, why: str) -> BloomdeskError:
+    return BloomdeskError(
+        f"{where} is not a sound manifest: {why}", f"convert again into an empty directory, not {where.parent}"
+    )
+
+
+def _decode(body: dict[str, Any]) -> Manifest:
+    model = Hyperparameters(**body["model"])
+    source = Source(**body["source"])
+    specs = {spec.file: spec for spec in part_specs(model)}
+    parts = [_decode_part(entry, specs) for entry in body["parts"]]
+    companions = [CompanionRecord(**entry) for entry in body["companions"]]
+    for record in (*parts, *companions):
+        _check_record(record)
+    unknown = {record.file for record in companions} - set(COMPANIONS)
+    if unknown:
+        raise ValueError(f"unknown companion files {sorted(unknown)}")
+    for records in (parts, companions):
+        if len({record.file for record in records}) != len(records):
+            raise ValueError("a file is recorded twice")
+    return Manifest(
+        model, source, {record.file: record for record in parts}, {record.file: record for record in companions}
+    )
+
+
+def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec]) -> PartRecord:
+    spec = specs[entry["file"]]
+    tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"])
+    if {tensor.name: tensor.shape for tensor in tensors} != spec.tensors:
+        raise ValueError(f"{spec.file} does not list the tensors that the model needs")
+    sources = tuple(SourceShard(**shard) for shard in entry["sources"])
+    for digest in (*(tensor.xxh3_128 for tensor in tensors), *(shard.sha256 for shard in sources)):
+        _check_hex(digest)
+    if set(entry) != {item.name for item in fields(PartRecord)}:
+        raise ValueError(f"{spec.file} is recorded with unknown fields")
+    return PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources)
+
+
+def _check_record(record: PartRecord | CompanionRecord) -> None:
+    if type(record.size) is not int or record.size < 0:
+        raise ValueError(f"{record.file} has no size")
+    _check_hex(record.xxh3_128)
+
+
+def _check_hex(digest: str) -> None:
+    if not re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", digest):
+        raise ValueError(f"{digest!r} is not a hash")
