@@ -31,6 +31,8 @@ COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special
 DTYPES = ("BF16", "F16", "F32")
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
+# Far above every BLOOM; they keep a damaged or hostile config from asking for absurd amounts of anything.
+LIMITS = {"hidden_size": 2**20, "n_head": 2**16, "n_layer": 10_000, "vocab_size": 2**24}
 
 Shape = tuple[int, ...]
 
@@ -54,10 +56,10 @@ class Hyperparameters:
     pad_token_id: int | None = 3
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "n_head", "n_layer", "vocab_size"):
+        for name, limit in LIMITS.items():
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 2**31:
-                raise BloomdeskError(f"the model's {name} must be a positive whole number, found {value!r}")
+            if type(value) is not int or not 0 < value <= limit:
+                raise BloomdeskError(f"the model's {name} must be from 1 to {limit:,}, found {value!r}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
@@ -276,7 +278,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
     model = Hyperparameters(**body["model"])
     source = Source(**body["source"])
     specs = {spec.file: spec for spec in part_specs(model)}
-    parts = [_decode_part(entry, specs) for entry in body["parts"]]
+    parts = [_decode_part(entry, specs, model.dtype) for entry in body["parts"]]
     companions = [CompanionRecord(**entry) for entry in body["companions"]]
     for record in (*parts, *companions):
         _check_record(record)
@@ -291,10 +293,11 @@ def _decode(body: dict[str, Any]) -> Manifest:
     )
 
 
-def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec]) -> PartRecord:
+def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str) -> PartRecord:
     spec = specs[entry["file"]]
     tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"])
-    if {tensor.name: tensor.shape for tensor in tensors} != spec.tensors:
+    described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+    if described != {name: (dtype, shape) for name, shape in spec.tensors.items()}:
         raise ValueError(f"{spec.file} does not list the tensors that the model needs")
     sources = tuple(SourceShard(**shard) for shard in entry["sources"])
     for digest in (*(tensor.xxh3_128 for tensor in tensors), *(shard.sha256 for shard in sources)):

@@ -1,0 +1,1 @@
+"""Prepares BLOOM checkpoints for the runner: download, convert, verify."""

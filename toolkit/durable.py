@@ -1,0 +1,47 @@
+"""Files that are whole or absent: written beside their place, fsynced, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+TEMPORARY_SUFFIX = ".incomplete"
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path`, on disk for good, when the block ends without an error.
+
+    After an error the temporary file is gone and `path` is as it was; after a kill the temporary file stays
+    under `path` + `.incomplete`, which nothing ever takes for whole, and the next writer replaces it.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename an fsynced file to `path`, and make the rename itself survive a power loss."""
+    temporary.replace(path)
+    if os.name == "posix":  # elsewhere a directory can't be opened to be synced
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, whole or not at all."""
+    with durable_file(path) as file:
+        file.write(data)
