@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
-    from runner.decode import Model
+    from runner.model import Model
 
 __all__ = ["BloomdeskError", "load"]
 
@@ -19,6 +19,6 @@ def load(directory: str | Path) -> Model:
     The model's `generate(prompt_or_ids, max_new_tokens=...)` yields token ids.
     Raises `BloomdeskError` where the directory is no sound prepared checkpoint.
     """
-    from runner.decode import Model
+    from runner.model import Model
 
     return Model.open(Path(directory))

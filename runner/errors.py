@@ -12,3 +12,7 @@ class BloomdeskError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def worded(self) -> str:
+        """The one form in which an error is shown to the user."""
+        return f"error: {self.message}" + (f"\n  next: {self.hint}" if self.hint else "")

@@ -1,7 +1,7 @@
 """The prepared directory: the contract between the toolkit that writes it and the runner that reads it.
 
     bloom/
-      manifest.json                 format version, source, hyperparameters, and per part: size, hashes, tensors, sources
+      manifest.json                 version, source, hyperparameters, and per part: size, hashes, tensors, sources
       embedding.safetensors         word_embeddings.weight, word_embeddings_layernorm.{weight,bias}
       block_00.safetensors ...      12 tensors each, `h.N.` stripped
       final_layernorm.safetensors   weight, bias
@@ -69,7 +69,9 @@ class Hyperparameters:
                 f"the model's hidden_size {self.hidden_size} is no multiple of its {self.n_head} heads"
             )
         if self.dtype not in DTYPES:
-            raise BloomdeskError(f"the model's dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+            raise BloomdeskError(
+                f"the model's dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}"
+            )
         epsilon = self.layer_norm_epsilon
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
             raise BloomdeskError(f"the model's layer_norm_epsilon must be between 0 and 1, found {epsilon!r}")
@@ -270,7 +272,8 @@ def _digest(body: dict[str, Any]) -> str:
 
 def _unsound(where: Path, why: str) -> BloomdeskError:
     return BloomdeskError(
-        f"{where} is not a sound manifest: {why}", f"convert again into an empty directory, not {where.parent}"
+        f"{where} is not a sound manifest: {why}",
+        f"convert again into an empty directory, not {where.parent}",
     )
 
 
@@ -289,13 +292,18 @@ def _decode(body: dict[str, Any]) -> Manifest:
         if len({record.file for record in records}) != len(records):
             raise ValueError("a file is recorded twice")
     return Manifest(
-        model, source, {record.file: record for record in parts}, {record.file: record for record in companions}
+        model,
+        source,
+        {record.file: record for record in parts},
+        {record.file: record for record in companions},
     )
 
 
 def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str) -> PartRecord:
     spec = specs[entry["file"]]
-    tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"])
+    tensors = tuple(
+        TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"]
+    )
     described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
     if described != {name: (dtype, shape) for name, shape in spec.tensors.items()}:
         raise ValueError(f"{spec.file} does not list the tensors that the model needs")

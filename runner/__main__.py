@@ -1,0 +1,7 @@
+"""`python -m runner DIR PROMPT` generates without the toolkit."""
+
+import sys
+
+from runner.cli import main
+
+sys.exit(main())

@@ -1,0 +1,60 @@
+"""tokenizer.json: text to token ids, and token ids to text while it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from runner.errors import BloomdeskError
+
+
+class Tokenizer:
+    """The tokenizer that the checkpoint came with."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `BloomdeskError` where the file is missing or is no tokenizer."""
+        if not path.is_file():
+            raise BloomdeskError(f"{path} is missing", f"see what is damaged: bloomdesk verify {path.parent}")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise BloomdeskError(f"{path} is not a tokenizer: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with nothing added. Raises `BloomdeskError` where it is not valid Unicode."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise BloomdeskError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that come one at a time."""
+        return TextStream(self._tokenizer)
+
+
+class TextStream:
+    """Text from ids that come one at a time; a character whose bytes are spread over tokens is held until whole."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._emitted = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before; often empty inside a character."""
+        self._ids.append(token_id)
+        text = self._stream.step(self._tokenizer, token_id) or ""
+        self._emitted += text
+        return text
+
+    def finish(self) -> str:
+        """What is still held: bytes that never became a character, as replacement characters."""
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(self._emitted) :]

@@ -1,0 +1,177 @@
+"""The `bloomdesk` command; the only file of the toolkit that prints. Heavy imports wait inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from runner.cli import DEFAULT_NEW_TOKENS, guarded
+
+app = typer.Typer(
+    help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Repo = Annotated[
+    str, typer.Argument(metavar="REPO", help="A BLOOM or BLOOMZ on the Hub, as bigscience/bloom.")
+]
+Prepared = Annotated[Path, typer.Argument(metavar="DST", help="A prepared directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    context.obj = debug
+
+
+def finish(context: typer.Context, command: Callable[[], int], failure: int = 1) -> None:
+    """Run a command's body and end with its exit status."""
+    raise typer.Exit(guarded(command, debug=context.obj, failure=failure))
+
+
+@app.command()
+def download(
+    context: typer.Context,
+    repo: Repo,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R", help="Branch, tag or commit; for bigscience/bloom the pinned commit if left out."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
+    ] = False,
+) -> None:
+    """Fetch what is needed of a BLOOM repo; running it again goes on where it stopped."""
+
+    def body() -> int:
+        from toolkit.download import download, plan_download
+        from toolkit.terminal import WorkProgress, gigabytes
+
+        plan = plan_download(repo, directory, revision)
+        if dry_run:
+            return _print_plan(plan)
+        with WorkProgress("downloading", plan.to_fetch, sys.stderr) as progress:
+            done = download(repo, directory, revision, progress)
+        print(
+            f"{done.revision} is in {directory}: {len(done.fetched)} files fetched ({gigabytes(done.received)}), "
+            f"{len(done.kept)} kept, every file checked against its hash"
+        )
+        return 0
+
+    finish(context, body)
+
+
+def _print_plan(plan: Any) -> int:
+    from toolkit.terminal import gigabytes
+
+    for planned in plan.files:
+        print(f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}")
+    print(f"{plan.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}")
+    verdict = (
+        "it fits" if plan.fits else f"it does not fit: {gigabytes(plan.to_fetch - plan.free)} too little"
+    )
+    print(
+        f"still to fetch: {gigabytes(plan.to_fetch)}, free in {plan.directory}: {gigabytes(plan.free)}: {verdict}"
+    )
+    return 0 if plan.fits else 1
+
+
+_STATES = {
+    "sound": "  (there)",
+    "unchecked": "  (there, to be checked)",
+    "partial": "  (begun)",
+    "absent": "",
+}
+
+
+@app.command()
+def convert(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A downloaded checkpoint.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The prepared directory to make.")],
+) -> None:
+    """Re-split a checkpoint into one file for each block; running it again goes on where it stopped."""
+
+    def body() -> int:
+        raise NotImplementedError
+
+    finish(context, body)
+
+
+@app.command()
+def info(context: typer.Context, directory: Prepared, as_json: Json = False) -> None:
+    """Say what a prepared directory holds."""
+
+    def body() -> int:
+        from toolkit.info import inspect
+
+        found = inspect(directory)
+        if as_json:
+            print(json.dumps(found.as_json()))
+            return 0
+        _print_info(found)
+        return 0
+
+    finish(context, body)
+
+
+def _print_info(found: Any) -> None:
+    from toolkit.terminal import gigabytes
+
+    manifest, model = found.manifest, found.manifest.model
+    source = manifest.source
+    state = (
+        "complete"
+        if not manifest.missing
+        else f"not complete: {len(manifest.missing)} files are still to be made"
+    )
+    rows = {
+        "source": f"{source.repo} at {source.commit}" if source.repo else "a local checkpoint",
+        "state": state,
+        "model": f"{found.parameters / 1e9:,.3g} billion parameters, {model.dtype}",
+        "shape": f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads, "
+        f"vocabulary {model.vocab_size:,}",
+        "files": f"{len(manifest.parts)} parts and {len(manifest.companions)} small files, {gigabytes(found.bytes)}",
+        "a pass reads": gigabytes(found.pass_bytes),
+        "KV cache": f"{gigabytes(found.kv_cache_bytes_per_token)} for each token of prompt and output",
+    }
+    for name, value in rows.items():
+        print(f"{name:>12}  {value}")
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    directory: Prepared,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Stop after so many tokens.")
+    ] = DEFAULT_NEW_TOKENS,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with the likeliest tokens, printed as they come."""
+    from runner import cli
+
+    finish(context, lambda: cli.generate(directory, prompt, max_new_tokens, as_json))
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

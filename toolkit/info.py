@@ -1,0 +1,64 @@
+"""What a prepared directory holds, in figures; from its manifest alone, so it takes no time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.header import BYTES_PER_ELEMENT
+from runner.prepared import FORMAT_VERSION, Manifest, load_manifest, part_specs
+
+
+@dataclass(frozen=True)
+class Info:
+    """A prepared directory in figures.
+
+    `bytes` are those of the parts that are there, `pass_bytes` the weights that one pass reads once all are,
+    `kv_cache_bytes_per_token` what each token of prompt and output adds to memory.
+    """
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors of the whole model."""
+        specs = part_specs(self.manifest.model)
+        return sum(math.prod(shape) for spec in specs for shape in spec.tensors.values())
+
+    @property
+    def pass_bytes(self) -> int:
+        return self.parameters * BYTES_PER_ELEMENT[self.manifest.model.dtype]
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int:
+        model = self.manifest.model
+        return 2 * model.n_layer * model.hidden_size * BYTES_PER_ELEMENT[model.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.records)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything for `--json`."""
+        manifest = self.manifest
+        return {
+            "directory": str(self.directory),
+            "format_version": FORMAT_VERSION,
+            "complete": not manifest.missing,
+            "missing": list(manifest.missing),
+            "source": asdict(manifest.source),
+            "model": asdict(manifest.model),
+            "parts": len(manifest.parts),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "pass_bytes": self.pass_bytes,
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+        }
+
+
+def inspect(directory: Path) -> Info:
+    """Raises `BloomdeskError` where there is no manifest to trust."""
+    return Info(directory, load_manifest(directory))
