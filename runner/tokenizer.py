@@ -27,8 +27,8 @@ class Tokenizer:
         """Token ids of `text`, with nothing added. Raises `BloomdeskError` where it is not valid Unicode."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise BloomdeskError(f"the prompt is not valid UTF-8 text: {error.reason}") from error
+        except (UnicodeEncodeError, TypeError) as error:  # what the library raises for a lone surrogate
+            raise BloomdeskError("the prompt is not valid UTF-8 text") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""

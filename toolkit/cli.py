@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from runner.cli import DEFAULT_NEW_TOKENS, guarded
+
+if TYPE_CHECKING:
+    from toolkit.download import Plan
+    from toolkit.info import Info
+    from toolkit.verify import VerifyReport
 
 app = typer.Typer(
     help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
@@ -63,7 +69,7 @@ def download(
         plan = plan_download(repo, directory, revision)
         if dry_run:
             return _print_plan(plan)
-        with WorkProgress("downloading", plan.to_fetch, sys.stderr) as progress:
+        with WorkProgress("downloading", plan.work, sys.stderr) as progress:
             done = download(repo, directory, revision, progress)
         print(
             f"{done.revision} is in {directory}: {len(done.fetched)} files fetched ({gigabytes(done.received)}), "
@@ -74,7 +80,7 @@ def download(
     finish(context, body)
 
 
-def _print_plan(plan: Any) -> int:
+def _print_plan(plan: Plan) -> int:
     from toolkit.terminal import gigabytes
 
     for planned in plan.files:
@@ -106,9 +112,61 @@ def convert(
     """Re-split a checkpoint into one file for each block; running it again goes on where it stopped."""
 
     def body() -> int:
-        raise NotImplementedError
+        from toolkit.convert import carry_out, plan_conversion
+        from toolkit.terminal import WorkProgress, duration, gigabytes
+
+        plan = plan_conversion(source, destination)
+        with WorkProgress("converting", plan.bytes_to_write, sys.stderr) as progress:
+            done = carry_out(plan, progress)
+        print(
+            f"{destination} is complete: {len(done.written)} parts written ({gigabytes(done.bytes_written)} "
+            f"in {duration(done.seconds)}), {len(done.kept)} kept"
+        )
+        return 0
 
     finish(context, body)
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    directory: Prepared,
+    quick: Annotated[bool, typer.Option("--quick", help="Check presence, sizes and headers only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a prepared directory. Exit status: 0 sound, 1 damage found, 2 could not check."""
+
+    def body() -> int:
+        from toolkit.info import inspect
+        from toolkit.terminal import WorkProgress
+        from toolkit.verify import verify
+
+        with WorkProgress("verifying", inspect(directory).bytes, sys.stderr) as progress:
+            report = verify(directory, quick, progress)
+        if as_json:
+            print(json.dumps({**asdict(report), "directory": str(directory), "sound": report.sound}))
+        else:
+            _print_report(report)
+        return 0 if report.sound else 1
+
+    finish(context, body, failure=2)
+
+
+def _print_report(report: VerifyReport) -> None:
+    from toolkit.terminal import gigabytes
+
+    for damage in report.damage:
+        print(f"{damage.file}{f': {damage.tensor}' if damage.tensor else ''}: {damage.what}")
+    for leftover in report.leftovers:
+        print(f"{leftover}: left over from an interrupted conversion; the next one replaces it")
+    how = "sizes and headers" if report.quick else f"all {gigabytes(report.bytes_read)}"
+    checked = f"{report.files_checked} files checked ({how})"
+    if report.sound:
+        print(f"{report.directory} is sound: {checked}")
+    else:
+        files = len({damage.file for damage in report.damage})
+        print(f"{report.directory} is damaged: {files} files, see above; {checked}")
+        print(f"  next: delete these files and run bloomdesk convert SRC {report.directory} again")
 
 
 @app.command()
@@ -128,7 +186,7 @@ def info(context: typer.Context, directory: Prepared, as_json: Json = False) -> 
     finish(context, body)
 
 
-def _print_info(found: Any) -> None:
+def _print_info(found: Info) -> None:
     from toolkit.terminal import gigabytes
 
     manifest, model = found.manifest, found.manifest.model

@@ -1,0 +1,507 @@
+#!/usr/bin/env python3
+"""Write a BLOOM checkpoint as a Hub repo, in the form of bigscience/bloom or of its relatives.
+
+    OUT/
+      pytorch_model_00001-of-00072.bin   word_embeddings.weight, word_embeddings_layernorm.{weight,bias}
+      pytorch_model_00002-of-00072.bin   the 12 tensors of block 0, and so on
+      pytorch_model_00072-of-00072.bin   ln_f.{weight,bias}
+      pytorch_model.bin.index.json       metadata.total_size, weight_map
+      config.json                        n_embed, num_attention_heads, no dtype
+      tokenizer.json, tokenizer_config.json, special_tokens_map.json
+
+    make_checkpoint.py miniature OUT                     the trained miniature that the project ships
+    make_checkpoint.py synthetic OUT --like bloom ...    random weights of any shape, true ones included
+
+Tensors are made and written in pieces, so a true-size checkpoint needs little memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import pickle
+import struct
+import sys
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+# hidden size, heads, blocks; all with BLOOM's vocabulary
+TRUE_SHAPES = {
+    "bloom": (14336, 112, 70),
+    "bloom-560m": (1024, 16, 24),
+    "bloom-1b1": (1536, 16, 24),
+    "bloom-1b7": (2048, 16, 24),
+    "bloom-3b": (2560, 32, 30),
+    "bloom-7b1": (4096, 32, 30),
+}
+TRUE_VOCABULARY = 250_880
+PIECE_ELEMENTS = 2**22 - 3  # odd, so that tiled noise never lines up with the rows of a matrix
+PRE_TOKENIZER_PATTERN = r" ?[^(\s|[.,!?…。，、।۔،])]+"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write: `pieces()` gives its bytes, row-major, little endian, one piece after another."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[memoryview]]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The form that a repo has; the defaults are those of bigscience/bloom."""
+
+    form: str = "bin"  # or "safetensors"
+    single: bool = False  # one file and no index
+    separator: str = "_"  # before the shard's number; most repos have "-"
+    todays_zip: bool = False  # .bin as today's torch.save writes it: more records, another root folder
+    prefix: bool = False  # keys start with `transformer.`
+    lm_head: bool = False  # the embedding stands a second time, as lm_head.weight
+    max_shard_bytes: int | None = None  # fill shards to this size instead of one block in each
+    new_config: bool = False  # config.json as transformers 5 writes it
+
+    def file_name(self, number: int, count: int) -> str:
+        stem, suffix = ("model", "safetensors") if self.form == "safetensors" else ("pytorch_model", "bin")
+        if self.single:
+            return f"{stem}.{suffix}"
+        return f"{stem}{self.separator}{number:05d}-of-{count:05d}.{suffix}"
+
+    @property
+    def index_name(self) -> str:
+        return f"{'model.safetensors' if self.form == 'safetensors' else 'pytorch_model.bin'}.index.json"
+
+
+BLOOM = Layout()
+
+
+def synthetic(
+    out: Path,
+    *,
+    hidden_size: int,
+    heads: int,
+    blocks: int,
+    vocab_size: int,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    layout: Layout = BLOOM,
+) -> None:
+    """Write a BLOOM of any shape with random weights; the same arguments always give the same bytes.
+
+    The weights are scaled so that greedy output wanders instead of repeating one token.
+    """
+    shapes = bloom_shapes(hidden_size, blocks, vocab_size)
+    tensors = [_random_tensor(key, shape, DTYPES[dtype], seed, hidden_size) for key, shape in shapes.items()]
+    config = old_config(hidden_size, heads, blocks, vocab_size)
+    write_repo(out, tensors, config, _tokenizer_for(vocab_size), layout)
+
+
+def miniature(out: Path, *, layout: Layout = BLOOM, source: Path = MINIATURE) -> None:
+    """Write the trained miniature; its weights and texts come from `source`."""
+    from safetensors import safe_open
+
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    tokenizer = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    write_repo(out, from_state(state), config, tokenizer, layout)
+
+
+def from_state(state: Mapping[str, torch.Tensor]) -> list[Tensor]:
+    """Tensors to write from a state dict in memory, in BLOOM's order; keys as bigscience/bloom has them."""
+
+    def tensor(key: str, value: torch.Tensor) -> Tensor:
+        return Tensor(key, value.dtype, tuple(value.shape), lambda: [_bytes_of(value)])
+
+    return [tensor(key, state[key]) for key in sorted(state, key=_place)]
+
+
+def write_repo(
+    out: Path,
+    tensors: Sequence[Tensor],
+    config: Mapping[str, Any],
+    tokenizer: Mapping[str, bytes],
+    layout: Layout = BLOOM,
+) -> None:
+    """Write the repo: shards, index, config and the tokenizer's files; `tensors` in BLOOM's order."""
+    out.mkdir(parents=True, exist_ok=True)
+    if layout.prefix:
+        tensors = [_renamed(tensor, f"transformer.{tensor.key}") for tensor in tensors]
+    if layout.lm_head:
+        tensors = [*tensors, _renamed(tensors[0], "lm_head.weight")]
+    shards = _split(tensors, layout)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = layout.file_name(number, len(shards))
+        _write_shard(out / name, shard, layout)
+        weight_map.update({tensor.key: name for tensor in shard})
+    if not layout.single:
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(out / layout.index_name, index)
+    if layout.new_config:
+        config = _in_new_form(config, tensors[0].dtype)
+    _write_json(out / "config.json", config)
+    for name, data in tokenizer.items():
+        (out / name).write_bytes(data)
+
+
+def bloom_shapes(hidden_size: int, blocks: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Every key of a BLOOM and its shape, in the order of the checkpoint."""
+    E = hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "word_embeddings.weight": (vocab_size, E),
+        "word_embeddings_layernorm.weight": (E,),
+        "word_embeddings_layernorm.bias": (E,),
+    }
+    for index in range(blocks):
+        for name, rows, columns in (
+            ("input_layernorm", E, 0),
+            ("self_attention.query_key_value", 3 * E, E),
+            ("self_attention.dense", E, E),
+            ("post_attention_layernorm", E, 0),
+            ("mlp.dense_h_to_4h", 4 * E, E),
+            ("mlp.dense_4h_to_h", E, 4 * E),
+        ):
+            shapes[f"h.{index}.{name}.weight"] = (rows, columns) if columns else (rows,)
+            shapes[f"h.{index}.{name}.bias"] = (rows,)
+    return {**shapes, "ln_f.weight": (E,), "ln_f.bias": (E,)}
+
+
+def old_config(hidden_size: int, heads: int, blocks: int, vocab_size: int) -> dict[str, Any]:
+    """config.json in the form that bigscience/bloom has."""
+    return {
+        "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0,
+        "architectures": ["BloomModel"],
+        "attention_softmax_in_fp32": True,
+        "pad_token_id": 3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_dropout": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "masked_softmax_fusion": True,
+        "model_type": "bloom",
+        "n_embed": hidden_size,
+        "n_layer": blocks,
+        "num_attention_heads": heads,
+        "pretraining_tp": 4,
+        "slow_but_exact": False,
+        "transformers_version": "4.21.0",
+        "use_cache": True,
+        "vocab_size": vocab_size,
+    }
+
+
+def byte_tokenizer(vocab_size: int) -> dict[str, bytes]:
+    """The files of a tokenizer in BLOOM's layout that knows single bytes; at most `vocab_size` entries."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    specials = ["<unk>", "<s>", "</s>", "<pad>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*specials, *alphabet][:vocab_size]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.add_special_tokens(specials[:vocab_size])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special_map = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    settings = {**special_map, "tokenizer_class": "BloomTokenizerFast", "padding_side": "left"}
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+        "special_tokens_map.json": json.dumps(special_map).encode(),
+    }
+
+
+def _tokenizer_for(vocab_size: int) -> dict[str, bytes]:
+    files = {name: MINIATURE / name for name in TOKENIZER_FILES}
+    if all(path.is_file() for path in files.values()):
+        tokenizer = json.loads(files["tokenizer.json"].read_text(encoding="utf-8"))
+        if len(tokenizer["model"]["vocab"]) <= vocab_size:
+            return {name: path.read_bytes() for name, path in files.items()}
+    return byte_tokenizer(vocab_size)
+
+
+def _in_new_form(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    renamed = {"n_embed": "hidden_size", "num_attention_heads": "n_head"}
+    new = {renamed.get(name, name): value for name, value in config.items()}
+    dtype_name = str(dtype).removeprefix("torch.")
+    extra = {"architectures": ["BloomForCausalLM"], "dtype": dtype_name, "transformers_version": "5.23.0"}
+    return dict(sorted({**new, **extra, "tie_word_embeddings": True}.items()))
+
+
+def _place(key: str) -> tuple[int, int, int]:
+    """Where a key stands in the checkpoint: embedding, blocks by number, final LayerNorm, the rest."""
+    order = {name: place for place, name in enumerate(bloom_shapes(1, 1, 1))}
+    block = int(key.split(".")[1]) if key.startswith("h.") else -1
+    place = order.get(f"h.0.{key.split('.', 2)[2]}" if block >= 0 else key, len(order))
+    return (0 if place < 3 else 2 if block < 0 else 1, block, place)
+
+
+def _random_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, hidden: int) -> Tensor:
+    def pieces() -> Iterator[memoryview]:
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode(), seed & 0xFFFFFFFF))
+        left = math.prod(shape)
+        noise = torch.randn(min(left, PIECE_ELEMENTS), generator=generator)
+        view = _bytes_of(_as_weights(key, noise, hidden).to(dtype))
+        while left:
+            count = min(left, PIECE_ELEMENTS)
+            yield view[: count * dtype.itemsize]
+            left -= count
+
+    return Tensor(key, dtype, shape, pieces)
+
+
+def _as_weights(key: str, noise: torch.Tensor, hidden: int) -> torch.Tensor:
+    """Standard normal noise, shaped so that greedy output wanders.
+
+    With a tied head and plain small noise, each token's own embedding wins the next step and one token comes
+    over and over. Here the embedding's entries are nearly +-0.02 and every other feature changes its sign
+    after the lookup, so that a token's score for itself cancels out; the blocks weigh enough for the context
+    to matter.
+    """
+    if key.endswith("bias"):
+        return noise * 0.02
+    if key == "word_embeddings.weight":
+        return noise.sign() * (0.018 + 0.002 * noise.abs())
+    if "layernorm" in key or key.startswith("ln_f"):
+        weight = 1.0 + 0.05 * noise
+        if key.startswith("word_embeddings"):
+            weight[1::2] *= -1
+        return weight
+    return noise * ((1.0 if "self_attention" in key else 0.5) / math.sqrt(hidden))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _renamed(tensor: Tensor, key: str) -> Tensor:
+    return Tensor(key, tensor.dtype, tensor.shape, tensor.pieces)
+
+
+def _split(tensors: Sequence[Tensor], layout: Layout) -> list[list[Tensor]]:
+    """Tensors by shard: everything, filled to a size, or one block in each."""
+    if layout.single:
+        return [list(tensors)]
+    shards: list[list[Tensor]] = []
+    previous = None
+    for tensor in tensors:
+        key = tensor.key.removeprefix("transformer.")
+        group = _place(key)[:2] if key != "lm_head.weight" else previous
+        if layout.max_shard_bytes is None:
+            new = group != previous
+        else:
+            new = not shards or sum(t.nbytes for t in shards[-1]) + tensor.nbytes > layout.max_shard_bytes
+        if new:
+            shards.append([])
+        shards[-1].append(tensor)
+        previous = group
+    return shards
+
+
+def _write_shard(path: Path, tensors: Sequence[Tensor], layout: Layout) -> None:
+    if layout.form == "safetensors":
+        write_safetensors(path, tensors)
+    elif layout.todays_zip:
+        torch.save(OrderedDict((tensor.key, _loaded(tensor)) for tensor in tensors), path)
+    else:
+        write_bin(path, tensors)
+
+
+def _loaded(tensor: Tensor) -> torch.Tensor:
+    data = bytearray().join(tensor.pieces())
+    return torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
+
+
+def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
+    """A safetensors file as the reference library lays it out: by name, header padded to 8 bytes."""
+    ordered = sorted(tensors, key=lambda tensor: tensor.key)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        offsets = [position, position + tensor.nbytes]
+        header[tensor.key] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        position = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            for piece in tensor.pieces():
+                file.write(piece)
+
+
+def write_bin(path: Path, tensors: Sequence[Tensor]) -> None:
+    """A `.bin` as torch.save wrote it in 2022: root folder `archive`, no byte order or alignment records."""
+    with path.open("wb") as file:
+        container = _Zip(file)
+        data = _pickled(tensors)
+        container.add("archive/data.pkl", len(data), [memoryview(data)])
+        for number in sorted(range(len(tensors)), key=str):  # torch sorted the records by name then
+            container.add(f"archive/data/{number}", tensors[number].nbytes, tensors[number].pieces())
+        container.add("archive/version", 2, [memoryview(b"3\n")])
+        container.finish()
+
+
+class _Reduced:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    """Pickles as a persistent id: the bytes of a tensor lie in a record of their own."""
+
+    persistent_id: tuple[Any, ...]
+
+
+def _pickled(tensors: Sequence[Tensor]) -> bytes:
+    """data.pkl of a state dict, without the tensors at hand."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return obj.persistent_id if isinstance(obj, _Storage) else None
+
+    kinds = {
+        torch.bfloat16: torch.BFloat16Storage,
+        torch.float16: torch.HalfStorage,
+        torch.float32: torch.FloatStorage,
+    }
+    state = OrderedDict()
+    for number, tensor in enumerate(tensors):
+        storage = _Storage(("storage", kinds[tensor.dtype], str(number), "cpu", tensor.numel))
+        strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+        arguments = (storage, 0, tensor.shape, strides, False, OrderedDict())
+        state[tensor.key] = _Reduced(torch._utils._rebuild_tensor_v2, arguments)
+    buffer = io.BytesIO()
+    Pickler(buffer, 2).dump(state)
+    return buffer.getvalue()
+
+
+class _Zip:
+    """A stored zip whose records start at multiples of 64 bytes, with data descriptors; no seeking back.
+
+    Zip64 fields appear where a size or an offset needs them; the end record is always a zip64 one. Layout
+    and padding are those of torch's writer; the fields' meaning: PKWARE's APPNOTE, 4.3 and 4.5.3.
+    """
+
+    WIDE = 0xFFFFFFFF
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.directory = bytearray()
+        self.count = 0
+
+    def add(self, name: str, size: int, pieces: Iterable[memoryview]) -> None:
+        encoded = name.encode()
+        offset = self.file.tell()
+        wide = [size, size] if size >= self.WIDE else []
+        wide += [offset] if offset >= self.WIDE else []
+        zip64 = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        padding = -(offset + 30 + len(encoded) + len(zip64) + 4) % 64
+        extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
+        lengths = len(encoded), len(extra)
+        self.file.write(struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x808, 0, 0, 0, 0, 0, 0, *lengths))
+        self.file.write(encoded + extra)
+        crc = written = 0
+        for piece in pieces:
+            self.file.write(piece)
+            crc = zlib.crc32(piece, crc)
+            written += len(piece)
+        if written != size:
+            raise ValueError(f"{name}: {written} bytes came, expected {size}")
+        self.file.write(struct.pack("<4sI2Q" if wide else "<4sI2I", b"PK\7\x08", crc, size, size))
+        narrow = min(size, self.WIDE), min(offset, self.WIDE)
+        self.directory += struct.pack("<4s6H3I", b"PK\1\2", 0, 0, 0x808, 0, 0, 0, crc, narrow[0], narrow[0])
+        self.directory += struct.pack("<5H2I", len(encoded), len(zip64), 0, 0, 0, 0, narrow[1])
+        self.directory += encoded + zip64
+        self.count += 1
+
+    def finish(self) -> None:
+        start = self.file.tell()
+        count, length = self.count, len(self.directory)
+        end = start + length
+        self.file.write(self.directory)
+        self.file.write(
+            struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0x31E, 45, 0, 0, count, count, length, start)
+            + struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
+            + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, min(start, self.WIDE), 0)
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a BLOOM checkpoint in the Hub's layout.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("miniature", "synthetic"):
+        command = commands.add_parser(name)
+        command.add_argument("out", type=Path, metavar="OUT")
+        command.add_argument("--form", choices=("bin", "safetensors"), default="bin")
+        command.add_argument("--single", action="store_true", help="one file, no index")
+        command.add_argument("--separator", choices=("_", "-"), default="_")
+        command.add_argument("--todays-zip", action="store_true", help="as today's torch.save writes it")
+        command.add_argument("--prefix", action="store_true", help="keys start with transformer.")
+        command.add_argument("--lm-head", action="store_true", help="repeat the embedding as lm_head.weight")
+        command.add_argument("--max-shard-bytes", type=int, metavar="N", help="cut blocks across shards")
+        command.add_argument(
+            "--new-config", action="store_true", help="config.json as transformers 5 writes it"
+        )
+    command.add_argument("--like", choices=TRUE_SHAPES, help="the shape of a real model")
+    for name in ("hidden-size", "heads", "blocks", "vocab-size"):
+        command.add_argument(f"--{name}", type=int, metavar="N")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    command.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args(arguments))
+    layout = Layout(**{name: given[name] for name in Layout.__dataclass_fields__})
+    if given["command"] == "miniature":
+        miniature(given["out"], layout=layout)
+    else:
+        defaults = (*TRUE_SHAPES.get(given["like"], (64, 8, 2)), TRUE_VOCABULARY if given["like"] else 512)
+        names = ("hidden_size", "heads", "blocks", "vocab_size")
+        shape = {name: given[name] or value for name, value in zip(names, defaults, strict=True)}
+        synthetic(given["out"], **shape, dtype=given["dtype"], seed=given["seed"], layout=layout)
+    sys.stdout.write(f"wrote {given['out']}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Checkpoints that several tests share, made once: a source in the Hub's form, and what `convert` makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from toolkit.convert import convert
+
+from scripts import make_checkpoint
+
+PreparedFactory = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedFactory:
+    """`prepared(dtype=..., heads=..., hidden_size=...)` -> (source, prepared directory); do not change them."""
+    made: dict[tuple, tuple[Path, Path]] = {}
+
+    def make(
+        *, dtype: str = "bfloat16", heads: int = 6, hidden_size: int = 96, **shape: int
+    ) -> tuple[Path, Path]:
+        key = (dtype, heads, hidden_size, *sorted(shape.items()))
+        if key not in made:
+            source = tmp_path_factory.mktemp("source")
+            sizes = {"blocks": 3, "vocab_size": 1200, **shape}
+            make_checkpoint.synthetic(source, hidden_size=hidden_size, heads=heads, dtype=dtype, **sizes)
+            directory = tmp_path_factory.mktemp("prepared") / "bloom"
+            convert(source, directory)
+            made[key] = source, directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(source of 72 shards, prepared directory) of the trained miniature."""
+    source = tmp_path_factory.mktemp("miniature") / "source"
+    make_checkpoint.miniature(source)
+    directory = source.parent / "bloom"
+    convert(source, directory)
+    return source, directory

@@ -1,0 +1,112 @@
+"""One pass, and generation: cached against uncached, where it stops, what it counts and refuses."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import runner
+from runner import BloomdeskError
+
+
+@pytest.fixture(scope="module")
+def model(prepared):
+    return runner.load(prepared()[1])
+
+
+def test_cached_passes_give_what_one_pass_gives(model) -> None:
+    ids = torch.randint(4, 1200, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    whole = model.forward(ids, model.cache(40), all_rows=True)
+    cache = model.cache(40)
+    pieces = [model.forward(ids[:16], cache, all_rows=True), model.forward(ids[16:23], cache, all_rows=True)]
+    pieces += [model.forward([token], cache) for token in ids[23:]]
+    # Products over several rows round differently from those over one, so equal only up to bfloat16's steps.
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=0.05, atol=0.05)
+    assert cache.length == 40
+
+
+def test_cached_tokens_are_the_uncached_ones(prepared) -> None:
+    model = runner.load(prepared(dtype="float32")[1])
+    cached = list(model.generate([5, 6, 7], max_new_tokens=24))
+    ids = [5, 6, 7]
+    for token in cached:
+        assert int(model.forward(ids, model.cache(len(ids))).argmax()) == token
+        ids.append(token)
+    assert len(set(cached)) > 4
+
+
+def test_an_interrupted_pass_leaves_the_cache_as_it_was(model) -> None:
+    cache = model.cache(8)
+    model.forward([5, 6, 7], cache)
+    expected = model.forward([8], cache)
+    cache.length = 3
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.forward([9], cache, on_part=interrupt)
+    assert cache.length == 3
+    assert torch.equal(model.forward([8], cache), expected)
+
+
+def test_a_cache_that_is_too_small_is_refused(model) -> None:
+    with pytest.raises(ValueError, match="5 positions do not fit a cache of 4"):
+        model.forward([5, 6, 7, 8, 9], model.cache(4))
+
+
+def test_generation_counts_and_stops_at_the_limit(model) -> None:
+    parts = []
+    generation = model.generate([5, 6, 7], max_new_tokens=4, on_part=lambda *done: parts.append(done))
+    assert generation.stop_reason is None
+    ids = list(generation)
+    assert (generation.stop_reason, generation.passes, generation.ids) == ("length", 4, ids)
+    assert generation.bytes_read == 4 * model.weights.nbytes
+    assert parts == [(done, 4) for done in (1, 2, 3, 4)] * 4  # 3 blocks and the head
+    assert next(generation, None) is None
+
+
+def test_generation_stops_at_the_end_of_text(model) -> None:
+    ids = list(model.generate([5, 6, 7], max_new_tokens=3))
+    hyperparameters = replace(model.weights.model, eos_token_id=ids[2])
+    ending = replace(model, weights=replace(model.weights, model=hyperparameters))
+    generation = ending.generate([5, 6, 7], max_new_tokens=9)
+    assert list(generation) == ids
+    assert (generation.stop_reason, generation.passes) == ("eos", 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "message"),
+    [
+        ("", 4, "the prompt has no tokens"),
+        ([], 4, "the prompt has no tokens"),
+        ([5, 1200], 4, "token id 1200 is outside the vocabulary of 1,200"),
+        ([-1], 4, "token id -1 is outside"),
+        ([5], 0, "must be at least 1, found 0"),
+        ("\udcff", 4, "not valid UTF-8"),
+    ],
+)
+def test_unusable_requests_are_refused(model, prompt, tokens: int, message: str) -> None:
+    with pytest.raises(BloomdeskError, match=message):
+        model.generate(prompt, max_new_tokens=tokens)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="counts anonymous memory as Linux shows it"
+)
+def test_the_embedding_is_never_copied(prepared) -> None:
+    directory = prepared(vocab_size=200_000, blocks=1, hidden_size=192)[1]  # 77 MB
+    model = runner.load(directory)
+    list(model.generate([5, 6], max_new_tokens=1))
+    before = _anonymous_bytes()
+    list(model.generate([7, 8], max_new_tokens=3))
+    assert _anonymous_bytes() - before < 20e6
+
+
+def _anonymous_bytes() -> int:
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
