@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from runner.cli import DEFAULT_NEW_TOKENS, guarded
+from runner.cli import generate as run_generation
 
 if TYPE_CHECKING:
     from toolkit.download import Plan
@@ -221,9 +222,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the likeliest tokens, printed as they come."""
-    from runner import cli
-
-    finish(context, lambda: cli.generate(directory, prompt, max_new_tokens, as_json))
+    finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json))
 
 
 def main() -> None:
