@@ -422,7 +422,8 @@ class _Zip:
     and padding are those of torch's writer; the fields' meaning: PKWARE's APPNOTE, 4.3 and 4.5.3.
     """
 
-    WIDE = 0xFFFFFFFF
+    MARK = 0xFFFFFFFF  # stands in a narrow field for "see the zip64 one"
+    LIMIT = MARK  # from here on a number needs it
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -432,8 +433,8 @@ class _Zip:
     def add(self, name: str, size: int, pieces: Iterable[memoryview]) -> None:
         encoded = name.encode()
         offset = self.file.tell()
-        wide = [size, size] if size >= self.WIDE else []
-        wide += [offset] if offset >= self.WIDE else []
+        wide = [size, size] if size >= self.LIMIT else []
+        wide += [offset] if offset >= self.LIMIT else []
         zip64 = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
         padding = -(offset + 30 + len(encoded) + len(zip64) + 4) % 64
         extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
@@ -448,11 +449,14 @@ class _Zip:
         if written != size:
             raise ValueError(f"{name}: {written} bytes came, expected {size}")
         self.file.write(struct.pack("<4sI2Q" if wide else "<4sI2I", b"PK\7\x08", crc, size, size))
-        narrow = min(size, self.WIDE), min(offset, self.WIDE)
+        narrow = self._narrow(size), self._narrow(offset)
         self.directory += struct.pack("<4s6H3I", b"PK\1\2", 0, 0, 0x808, 0, 0, 0, crc, narrow[0], narrow[0])
         self.directory += struct.pack("<5H2I", len(encoded), len(zip64), 0, 0, 0, 0, narrow[1])
         self.directory += encoded + zip64
         self.count += 1
+
+    def _narrow(self, number: int) -> int:
+        return number if number < self.LIMIT else self.MARK
 
     def finish(self) -> None:
         start = self.file.tell()
@@ -462,7 +466,7 @@ class _Zip:
         self.file.write(
             struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0x31E, 45, 0, 0, count, count, length, start)
             + struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
-            + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, min(start, self.WIDE), 0)
+            + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, self._narrow(start), 0)
         )
 
 

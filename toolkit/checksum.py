@@ -1,4 +1,4 @@
-"""Hashes of files and tensors, computed while their bytes stream by in pieces of a few megabytes."""
+"""Bytes that stream by in pieces of a few megabytes, and the hashes of source shards beside other work."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
-
-import xxhash
 
 from runner.errors import BloomdeskError
 
@@ -21,15 +20,16 @@ class Stopped(Exception):
     """The hash is not wanted any more."""
 
 
-def pieces(file: BinaryIO, offset: int, nbytes: int, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes `[offset, offset + nbytes)` of an unbuffered `file`, read into `buffer` a piece at a time.
+def pieces(file: BinaryIO, offset: int, nbytes: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The bytes `[offset, offset + nbytes)` of an unbuffered `file`, each piece read into the next of `buffers`.
 
-    Each piece is a view of `buffer` and holds until the next is asked for. Raises `EOFError` where the file
-    ends too early. Seeks once, so no other reader may use the same file object meanwhile.
+    A piece holds until its buffer's turn comes again. Raises `EOFError` where the file ends too early. Seeks
+    once, so no other reader may use the same file object meanwhile.
     """
     file.seek(offset)
     left = nbytes
     while left:
+        buffer = next(buffers)
         count = file.readinto(buffer[: min(left, len(buffer))])
         if not count:
             raise EOFError(f"it ends {left:,} bytes too early")
@@ -37,25 +37,15 @@ def pieces(file: BinaryIO, offset: int, nbytes: int, buffer: memoryview) -> Iter
         left -= count
 
 
-def new_buffer() -> memoryview:
-    """A buffer for `pieces`; one for a whole run is enough."""
-    return memoryview(bytearray(PIECE))
-
-
-def xxh3_128(path: Path) -> str:
-    """Hexadecimal xxh3-128 of a file; `OSError` where it can't be read."""
-    digest = xxhash.xxh3_128()
-    buffer = new_buffer()
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+def new_buffers(count: int = 1) -> Iterator[memoryview]:
+    """That many buffers of `PIECE` bytes in endless turns."""
+    return cycle([memoryview(bytearray(PIECE)) for _ in range(count)])
 
 
 def sha256(path: Path, stop: threading.Event | None = None) -> str:
     """Hexadecimal sha256 of a file; `OSError` where it can't be read, `Stopped` soon after `stop` is set."""
     digest = hashlib.sha256()
-    buffer = new_buffer()
+    buffer = next(new_buffers())
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])

@@ -188,7 +188,7 @@ def info(context: typer.Context, directory: Prepared, as_json: Json = False) -> 
 
 
 def _print_info(found: Info) -> None:
-    from toolkit.terminal import gigabytes
+    from toolkit.terminal import gigabytes, parameters
 
     manifest, model = found.manifest, found.manifest.model
     source = manifest.source
@@ -200,7 +200,7 @@ def _print_info(found: Info) -> None:
     rows = {
         "source": f"{source.repo} at {source.commit}" if source.repo else "a local checkpoint",
         "state": state,
-        "model": f"{found.parameters / 1e9:,.3g} billion parameters, {model.dtype}",
+        "model": f"{parameters(found.parameters)}, {model.dtype}",
         "shape": f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}",
         "files": f"{len(manifest.parts)} parts and {len(manifest.companions)} small files, {gigabytes(found.bytes)}",

@@ -14,9 +14,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import BinaryIO
 
 import xxhash
@@ -48,6 +50,7 @@ from toolkit.shards import SourceTensor, common_dtype, read_source
 
 REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
 LARGEST_COMPANION = 2**30
+WRITE_BACK = 64 * 2**20
 SPARE_BYTES = 16 * 2**20  # for the manifest, the small files and what the file system keeps for itself
 
 
@@ -309,24 +312,15 @@ def _check_space(plan: ConversionPlan) -> None:
 
 def _check_lm_head(lm_head: SourceTensor, embedding: SourceTensor) -> None:
     """The runner's head is the embedding, so a head of its own would be lost."""
-    done = 0
-    try:
-        with lm_head.file.open("rb", buffering=0) as left, embedding.file.open("rb", buffering=0) as right:
-            ours = checksum.pieces(left, lm_head.offset, lm_head.nbytes, checksum.new_buffer())
-            for piece in ours:
-                theirs = checksum.pieces(
-                    right, embedding.offset + done, len(piece), memoryview(bytearray(len(piece)))
+    with ExitStack() as open_files:
+        ours = _read(lm_head, _open(lm_head.file, open_files), checksum.new_buffers())
+        theirs = _read(embedding, _open(embedding.file, open_files), checksum.new_buffers())
+        for left, right in zip(ours, theirs, strict=True):
+            if left != right:
+                raise BloomdeskError(
+                    f"{lm_head.file}: {lm_head.key} differs from the embedding, "
+                    "and only models whose head is the embedding can be run"
                 )
-                if b"".join(theirs) != piece:
-                    raise BloomdeskError(
-                        f"{lm_head.file}: {lm_head.key} differs from the embedding, "
-                        "and only models whose head is the embedding can be run"
-                    )
-                done += len(piece)
-    except OSError as error:
-        raise BloomdeskError(f"{lm_head.file}: cannot be read: {error.strerror}") from error
-    except EOFError as error:
-        raise BloomdeskError(f"{lm_head.file}: {error}") from None
 
 
 def _lay_out(plan: ConversionPlan) -> Manifest:
@@ -359,24 +353,63 @@ def _write_part(
     path = plan.destination / part.spec.file
     whole = xxhash.xxh3_128(part.header)
     records = []
-    with _clear_errors(path), durable_file(path) as file, ExitStack() as open_files:
-        file.write(part.header)
-        done = len(part.header)
-        buffer = checksum.new_buffer()
-        readers = {shard: _open(shard, open_files) for shard in part.sources}
-        for (name, shape), tensor in zip(part.spec.tensors.items(), part.tensors, strict=True):
-            own = xxhash.xxh3_128()
-            for piece in _read(tensor, readers[tensor.file], buffer):
-                own.update(piece)
-                whole.update(piece)
-                file.write(piece)
-                done += len(piece)
-                progress(path.name, done, part.size)
-            records.append(TensorRecord(name, tensor.dtype, shape, own.hexdigest()))
+    with _clear_errors(path), durable_file(path) as file:
+        with _WriteBehind(file) as behind, ExitStack() as open_files:
+            behind.write(memoryview(part.header))
+            done = len(part.header)
+            readers = {shard: _open(shard, open_files) for shard in part.sources}
+            for (name, shape), tensor in zip(part.spec.tensors.items(), part.tensors, strict=True):
+                own = xxhash.xxh3_128()
+                for piece in _read(tensor, readers[tensor.file], behind.buffers):
+                    behind.write(piece)
+                    own.update(piece)
+                    whole.update(piece)
+                    done += len(piece)
+                    progress(path.name, done, part.size)
+                records.append(TensorRecord(name, tensor.dtype, shape, own.hexdigest()))
         file.flush()
         os.fsync(file.fileno())  # meanwhile the shards' hashes go on
         sources = tuple(_checked_shard(shard, hashes, plan.sha256) for shard in part.sources)
     return PartRecord(path.name, part.size, whole.hexdigest(), tuple(records), sources)
+
+
+class _WriteBehind:
+    """Writes to `file` in a thread, so that the next piece is read and hashed meanwhile.
+
+    A piece from `buffers` is written before its buffer's turn comes again. Leaving the block waits for all.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.buffers = checksum.new_buffers(3)  # one is read into, one waits, one is written
+        self._file = file
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
+        self._pending: Future[None] | None = None
+        self._unsynced = 0
+
+    def __enter__(self) -> _WriteBehind:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        if kind is None and self._pending is not None:
+            self._pending.result()
+
+    def write(self, piece: memoryview) -> None:
+        """Have `piece` written; raises what went wrong with the one before."""
+        if self._pending is not None:
+            self._pending.result()
+        self._pending = self._thread.submit(self._write, piece)
+
+    def _write(self, piece: memoryview) -> None:
+        self._file.write(piece)
+        self._unsynced += len(piece)
+        if self._unsynced >= WRITE_BACK and hasattr(os, "posix_fadvise"):
+            # The disk starts now on what it has not, and the page cache forgets what it has; without this all
+            # is left to fsync, and the part pushes out the shard that two readers share. It changes no bytes.
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._unsynced = 0
 
 
 def _open(shard: Path, open_files: ExitStack) -> BinaryIO:
@@ -386,9 +419,9 @@ def _open(shard: Path, open_files: ExitStack) -> BinaryIO:
         raise BloomdeskError(f"{shard}: cannot be read: {error.strerror}") from error
 
 
-def _read(tensor: SourceTensor, file: BinaryIO, buffer: memoryview) -> Iterator[memoryview]:
+def _read(tensor: SourceTensor, file: BinaryIO, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
     try:
-        yield from checksum.pieces(file, tensor.offset, tensor.nbytes, buffer)
+        yield from checksum.pieces(file, tensor.offset, tensor.nbytes, buffers)
     except OSError as error:
         raise BloomdeskError(f"{tensor.file}: cannot be read: {error.strerror}") from error
     except EOFError as error:

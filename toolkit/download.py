@@ -16,11 +16,13 @@ from typing import Literal
 
 from runner.errors import BloomdeskError
 from toolkit import hub, wire
+from toolkit.digest import hash_file
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.hub import HubFile, Revision
+from toolkit.lock import sole_writer
 from toolkit.progress import Progress, silent
 from toolkit.record import DownloadRecord, load_record, save_record
-from toolkit.transfer import fetch, hash_file
+from toolkit.transfer import CONNECTIONS, Transfer, fetch
 
 # sound: as it was when it was checked. unchecked: in place with the right size, to be hashed first.
 # partial: some of it has come. absent: nothing of it, or a file of another size in its place.
@@ -95,42 +97,60 @@ def plan_download(repo: str, directory: Path, revision: str | None = None) -> Pl
 
 
 def download(
-    repo: str, directory: Path, revision: str | None = None, progress: Progress = silent
+    repo: str,
+    directory: Path,
+    revision: str | None = None,
+    progress: Progress = silent,
+    connections: int = CONNECTIONS,
 ) -> Download:
-    """Bring what is needed of a BLOOM repository into `directory`; to run it again is to go on.
+    """`plan_download` and `carry_out` in one."""
+    return carry_out(plan_download(repo, directory, revision), progress, connections)
 
-    It returns only when every needed file is in place and its hash was checked. `progress` hears of the files
-    that are hashed because nothing is recorded of them, and of those that come.
+
+def carry_out(plan: Plan, progress: Progress = silent, connections: int = CONNECTIONS) -> Download:
+    """Bring what is needed of a BLOOM repository into the plan's directory; to run it again is to go on.
+
+    It returns only when every needed file is in place and its hash was checked. What is there is looked at
+    anew; the Hub is asked only for files. `progress` hears of the files that are hashed because nothing is
+    recorded of them, and of those that come, each over up to `connections` connections at a time.
 
     Raises `BloomdeskError` where the Hub or the disk fails, where a file is not what was expected, or where
-    the directory is another download's.
+    the directory is another download's or another process is writing there.
     """
-    earlier = load_record(directory)
+    directory = plan.directory
     with _disk_errors(directory):
-        chosen = _choose(repo, directory, revision, earlier)
-        record, refuted = _check_present(chosen, directory, earlier, progress)
-        plan = _plan(chosen, directory, record, refuted)
-        _refuse_impossible(plan)
-        if record != earlier:
-            directory.mkdir(parents=True, exist_ok=True)
-            save_record(directory, record)
-        transfers = []
-        for file in plan.unfinished:
-            transfer = fetch(chosen, file, directory, progress)
-            modified = (directory / file.path).stat().st_mtime_ns
-            record = record.with_file(file.path, transfer.sha256, modified)
-            save_record(directory, record)
-            transfers.append(transfer)
+        _refuse_impossible(_plan(plan.revision, directory, load_record(directory)))
+        directory.mkdir(parents=True, exist_ok=True)
+        with sole_writer(directory):
+            return _bring(plan.revision, directory, progress, connections)
+
+
+def _bring(chosen: Revision, directory: Path, progress: Progress, connections: int) -> Download:
+    earlier = load_record(directory)
+    if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
+        raise _another(directory, earlier, str(chosen))
+    record, refuted = _check_present(chosen, directory, earlier, progress)
+    plan = _plan(chosen, directory, record, refuted)
+    _refuse_impossible(plan)
+    if record != earlier:
+        save_record(directory, record)
+    transfers: dict[str, Transfer] = {}
+    for file in plan.unfinished:
+        transfer = fetch(chosen, file, directory, progress, connections)
+        modified = (directory / file.path).stat().st_mtime_ns
+        record = record.with_file(file.path, transfer.sha256, modified)
+        save_record(directory, record)
+        transfers[file.path] = transfer
     missing = record.missing_in(directory)
     if missing:
         raise BloomdeskError(
             f"{directory}: {missing[0]} changed or vanished while the download ran",
             "leave the directory alone and run the same command again",
         )
-    fetched = tuple(file.path for file in plan.unfinished)
-    kept = tuple(file.path for file in chosen.files if file.path not in fetched)
-    received, resumed = sum(each.received for each in transfers), sum(each.resumed for each in transfers)
-    return Download(chosen, directory, fetched, kept, received, resumed)
+    kept = tuple(file.path for file in chosen.files if file.path not in transfers)
+    received = sum(transfer.received for transfer in transfers.values())
+    resumed = sum(transfer.resumed for transfer in transfers.values())
+    return Download(chosen, directory, tuple(transfers), kept, received, resumed)
 
 
 def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRecord | None) -> Revision:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 # Called with a file's name, its bytes done so far, and its bytes in all.
 Progress = Callable[[str, int, int], None]
 
+SECONDS_BETWEEN_REPORTS = 0.1
+
 
 def silent(file: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+class FileProgress:
+    """One file's progress, told at most ten times a second, and always at the end."""
+
+    def __init__(self, progress: Progress, file: str, total: int) -> None:
+        self._progress, self._file, self._total = progress, file, total
+        self._next = 0.0
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now >= self._next or done == self._total:
+            self._next = now + SECONDS_BETWEEN_REPORTS
+            self._progress(self._file, done, self._total)

@@ -148,8 +148,9 @@ def _by_index(index: Path, suffix: str) -> ShardList:
         raise BloomdeskError(f"{index} is not a sound index: {type(error).__name__}: {error}") from None
     for name in names:
         # Plain names only: an index may come from anywhere and must not point out of its directory.
-        if not re.fullmatch(r"[^/\\:\0]+", name) or name.startswith(".") or not name.endswith(suffix):
-            raise BloomdeskError(f"{index}: {name[:120]!r} is not the name of a shard beside it")
+        plain = isinstance(name, str) and re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name)
+        if not plain or not name.endswith(suffix):
+            raise BloomdeskError(f"{index}: {str(name)[:120]!r} is not the name of a shard beside it")
     return ShardList(tuple(index.parent / name for name in names), index, weight_map)
 
 

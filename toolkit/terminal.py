@@ -103,6 +103,12 @@ def gigabytes(count: int) -> str:
     return f"{count:,} bytes"
 
 
+def parameters(count: int) -> str:
+    """A model's size for people: "176 billion parameters"."""
+    unit, size = ("billion", 1e9) if count >= 1e9 else ("million", 1e6)
+    return f"{count / size:,.3g} {unit} parameters"
+
+
 def duration(seconds: float) -> str:
     """A time for people: "8 s", "5 min", "3 h 20 min"."""
     if seconds < 60:

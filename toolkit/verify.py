@@ -96,7 +96,7 @@ def _full_damage(
 ) -> tuple[list[Damage], int]:
     """Damage found by reading the file once, and how many bytes were read."""
     whole = xxhash.xxh3_128()
-    buffer = checksum.new_buffer()
+    buffers = checksum.new_buffers()
     damage = []
     done = 0
     try:
@@ -105,7 +105,7 @@ def _full_damage(
             for name, expected, nbytes in _regions(record):
                 own = xxhash.xxh3_128()
                 present = min(nbytes, size - done)
-                for piece in checksum.pieces(file, done, present, buffer):
+                for piece in checksum.pieces(file, done, present, buffers):
                     own.update(piece)
                     whole.update(piece)
                     done += len(piece)

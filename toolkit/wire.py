@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,10 @@ class CutShort(Exception):
     """An answer that ended early or is not the one that was asked for; another try may bring the rest."""
 
 
+class Unreachable(CutShort):
+    """A connection that could not be made, broke or fell silent."""
+
+
 def endpoint() -> str:
     """The Hub's address: HF_ENDPOINT as it is now, whenever huggingface_hub was imported."""
     from huggingface_hub import constants
@@ -100,11 +104,12 @@ def fetch_json(path: str, asked: Asked) -> Iterator[Any]:
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     url: str | None = endpoint() + path
+    asked_for = set()
     patience = Patience(asked)
     while url is not None:
         try:
             headers = _headers()
-            response = get_session().get(url, headers=headers, timeout=_timeouts()[0])
+            response = get_session().get(url, headers=headers, timeout=silence(short_answer=True))
             hf_raise_for_status(response)
         except network_errors() as error:
             patience.bear(error)
@@ -118,46 +123,86 @@ def fetch_json(path: str, asked: Asked) -> Iterator[Any]:
             ) from None
         yield page
         patience.calm()
-        following = response.links.get("next", {}).get("url")
-        url = str(response.url.join(following)) if following else None
-        if url is not None and _origin(url) != _origin(str(response.url)):  # the token goes there too
-            raise BloomdeskError(f"{endpoint()} sends the list of {asked}'s files to another host: {url}")
+        asked_for.add(url)
+        url = _following(response, asked)
+        if url in asked_for:
+            raise BloomdeskError(f"{endpoint()} gives the list of {asked}'s files without an end")
+
+
+def _following(response: Any, asked: Asked) -> str | None:
+    """The address of an answer's next page."""
+    import httpx2
+
+    link = None
+    try:
+        link = response.links.get("next", {}).get("url")
+        url = str(response.url.join(link)) if link else None
+        elsewhere = url is not None and _origin(url) != _origin(str(response.url))
+    except (httpx2.InvalidURL, ValueError):
+        raise _no_address(asked, link) from None
+    if elsewhere:  # the token goes there too
+        raise BloomdeskError(f"{endpoint()} sends the list of {asked}'s files to another host: {url}")
+    return url
+
+
+def _no_address(asked: Asked, given: object) -> BloomdeskError:
+    where = f": {given!r}" if given else ""
+    return BloomdeskError(
+        f"{endpoint()} does not answer as a Hub does: it sends {asked} to an address that is none{where}",
+        "check HF_ENDPOINT, the proxy and the network's sign-in page",
+    )
 
 
 def locate(asked: Asked) -> Location:
-    """Ask the Hub for a file's place; raises one of `network_errors`."""
+    """Ask the Hub for a file's place.
+
+    Raises one of `network_errors`, and `BloomdeskError` where the place has no address that makes sense.
+    """
+    import httpx2
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    headers = _headers()
-    url = hf_hub_url(asked.repo, asked.path, revision=asked.revision, endpoint=endpoint())
-    found = get_hf_file_metadata(url, headers=headers, timeout=_timeouts()[0], endpoint=endpoint())
-    # A CDN gets the signed address and never the token.
-    elsewhere = _origin(found.location) != _origin(endpoint())
-    if elsewhere:
+    headers, hub = _headers(), endpoint()
+    url = hf_hub_url(asked.repo, asked.path, revision=asked.revision, endpoint=hub)
+    place = None
+    try:
+        found = get_hf_file_metadata(url, headers=headers, timeout=silence(short_answer=True), endpoint=hub)
+        place = found.location
+        if httpx2.URL(place).scheme not in ("http", "https") or not _origin(place)[1]:
+            raise ValueError(place)
+        elsewhere = _origin(place) != _origin(hub)
+    except ValueError:
+        raise _no_address(asked, place) from None
+    if elsewhere:  # a CDN gets the signed address and never the token
         headers.pop("authorization", None)
-    return Location(found.location, headers, found.commit_hash, found.size, found.etag, elsewhere)
+    return Location(place, headers, found.commit_hash, found.size, found.etag, elsewhere)
 
 
 @contextmanager
 def stream(location: Location, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
     """A file's bytes from `start` on, as they arrive, with the position at which the answer really begins:
     0 where the server ignored the range. Raises one of `network_errors`."""
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import get_session, hf_raise_for_status
+    from huggingface_hub.utils import get_session
 
     headers = {**location.headers, "range": f"bytes={start}-"} if start else location.headers
-    with get_session().stream("GET", location.url, headers=headers, timeout=_timeouts()[1]) as response:
-        try:
-            hf_raise_for_status(response)
-        except HfHubHTTPError as error:
-            if location.elsewhere and response.status_code in (400, 401, 403, 404, 410):
-                # Signed addresses run out; the next try asks the Hub for a new one.
-                raise CutShort(f"the file's store answered {response.status_code}") from error
-            raise
-        yield _beginning(response, start), response.iter_bytes()
+    with get_session().stream("GET", location.url, headers=headers, timeout=silence()) as response:
+        yield beginning(response, location, start), response.iter_bytes()
 
 
-def _beginning(response: Any, start: int) -> int:
+def beginning(response: Any, location: Location, start: int) -> int:
+    """The position at which an answer (an httpx2 response) begins: `start`, or 0 where the range was ignored.
+
+    Raises one of `network_errors` where the answer is a refusal or begins elsewhere.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import hf_raise_for_status
+
+    try:
+        hf_raise_for_status(response)
+    except HfHubHTTPError as error:
+        if location.elsewhere and response.status_code in (400, 401, 403, 404, 410):
+            # Signed addresses run out; the next try asks the Hub for a new one.
+            raise CutShort(f"the file's store answered {response.status_code}") from error
+        raise
     if response.status_code != 206:
         return 0
     match = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
@@ -166,11 +211,11 @@ def _beginning(response: Any, start: int) -> int:
     return start
 
 
-def _timeouts() -> tuple[float, float]:
-    """Seconds of silence that are borne: in a short answer, and within a file's bytes."""
+def silence(*, short_answer: bool = False) -> float:
+    """Seconds of silence that are borne within a file's bytes, or in a short answer."""
     from huggingface_hub import constants
 
-    return constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    return constants.HF_HUB_ETAG_TIMEOUT if short_answer else constants.HF_HUB_DOWNLOAD_TIMEOUT
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -181,8 +226,9 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 class Patience:
     """How many failures in a row are borne, and how long each is waited for."""
 
-    def __init__(self, asked: Asked) -> None:
-        self._asked = asked
+    def __init__(self, asked: Asked, pause: Callable[[float], object] | None = None) -> None:
+        """`pause` waits so many seconds; it may raise to end the wait."""
+        self._asked, self._pause = asked, pause or time.sleep
         self._failures = 0
 
     def calm(self) -> None:
@@ -200,7 +246,7 @@ class Patience:
                 f"wait that long, then {GO_ON}; a token in HF_TOKEN raises the limit",
             ) from error
         self._failures += 1
-        time.sleep(pause)
+        self._pause(pause)
 
 
 def _status(error: Exception) -> int | None:
@@ -241,7 +287,7 @@ def explain(error: Exception, asked: Asked) -> BloomdeskError:
     if _status(error) is not None:
         return _explain_answer(error, asked)
     detail = str(error).strip() or type(error).__name__
-    if isinstance(error, CutShort):
+    if isinstance(error, CutShort) and not isinstance(error, Unreachable):
         return BloomdeskError(f"the Hub at {endpoint()} does not give {asked} whole: {detail}", GO_ON)
     return BloomdeskError(
         f"the Hub at {endpoint()} cannot be reached for {asked}: {detail}",
