@@ -9,17 +9,21 @@ The format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from runner.errors import BloomdeskError
 
 DATA_ALIGNMENT = 4096
-MAX_HEADER_BYTES = 100_000_000  # the limit of the reference reader
+# The reference reader takes 100 MB, which as JSON can come to gigabytes; all of BLOOM-176B in one file needs 0.1 MB.
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_AXES = 8
 
 BYTES_PER_ELEMENT = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -53,6 +57,28 @@ class Header:
     data_start: int
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """The file at `path`, or the one that links from there lead to, opened to read its bytes.
+
+    Raises `OSError`, also for what is no regular file: a pipe would be waited for, and a device may never end.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return path.open("rb")
+
+
+def read_small(path: Path, largest: int) -> bytes:
+    """All of a file that has a known limit; `OSError` as from `open_regular`, also where it is larger."""
+    with open_regular(path) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"it is larger than {largest:,} bytes", str(path))
+    return data
+
+
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a dense tensor."""
     return BYTES_PER_ELEMENT[dtype] * math.prod(shape)
@@ -82,12 +108,14 @@ def read_header(path: Path) -> Header:
     the file does.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if size < 8 or length > size - 8:
                 raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(path, f"its header has {length:,} bytes, no BLOOM's exceeds {MAX_HEADER_BYTES:,}")
             text = file.read(length)
     except OSError as error:
         raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
@@ -120,12 +148,15 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
-        sound = whole and tensor_nbytes(dtype, shape) == end - start
+        # Limits first: the product of a million numbers takes for ever.
+        whole = len(shape) <= MAX_AXES and all(
+            type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)
+        )
+        sound = whole and name.isprintable() and tensor_nbytes(dtype, shape) == end - start
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise _damaged(path, f"the header's entry for {name!r} is not a tensor")
+        raise _damaged(path, f"the header's entry for {name[:120]!r} is not a tensor")
     return TensorEntry(name, dtype, shape, data_start + start, data_start + end)
 
 
@@ -133,7 +164,7 @@ def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size
     position = data_start
     for entry in entries:
         if entry.start != position:
-            raise _damaged(path, f"{entry.name!r} starts at byte {entry.start:,}, expected {position:,}")
+            raise _damaged(path, f"{entry.name[:120]!r} starts at byte {entry.start:,}, expected {position:,}")
         position = entry.end
     if position != size:
         raise _damaged(path, f"its header describes {position:,} bytes and the file has {size:,}")

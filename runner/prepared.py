@@ -2,6 +2,7 @@
 
     bloom/
       manifest.json                 version, source, hyperparameters, and per part: size, hashes, tensors, sources
+      manifest.backup.json          the same bytes a second time, once the directory is complete
       embedding.safetensors         word_embeddings.weight, word_embeddings_layernorm.{weight,bias}
       block_00.safetensors ...      12 tensors each, `h.N.` stripped
       final_layernorm.safetensors   weight, bias
@@ -22,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
-from runner.header import tensor_nbytes
+from runner.header import MAX_HEADER_BYTES, read_small, tensor_nbytes
 
 FORMAT = "bloomdesk-prepared"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_BACKUP = "manifest.backup.json"
 COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DTYPES = ("BF16", "F16", "F32")
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
 # Far above every BLOOM; they keep a damaged or hostile config from asking for absurd amounts of anything.
+LARGEST_MANIFEST = 64 * 2**20
 LIMITS = {"hidden_size": 2**20, "n_head": 2**16, "n_layer": 10_000, "vocab_size": 2**24}
 
 Shape = tuple[int, ...]
@@ -59,22 +62,22 @@ class Hyperparameters:
         for name, limit in LIMITS.items():
             value = getattr(self, name)
             if type(value) is not int or not 0 < value <= limit:
-                raise BloomdeskError(f"the model's {name} must be from 1 to {limit:,}, found {value!r}")
+                raise BloomdeskError(f"the model's {name} must be from 1 to {limit:,}, found {_shown(value)}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
-                raise BloomdeskError(f"the model's {name} must lie in the vocabulary, found {value!r}")
+                raise BloomdeskError(f"the model's {name} must lie in the vocabulary, found {_shown(value)}")
         if self.hidden_size % self.n_head:
             raise BloomdeskError(
                 f"the model's hidden_size {self.hidden_size} is no multiple of its {self.n_head} heads"
             )
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise BloomdeskError(
-                f"the model's dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}"
+                f"the model's dtype must be one of {', '.join(DTYPES)}, found {_shown(self.dtype)}"
             )
         epsilon = self.layer_norm_epsilon
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise BloomdeskError(f"the model's layer_norm_epsilon must be between 0 and 1, found {epsilon!r}")
+            raise BloomdeskError(f"the model's layer_norm_epsilon must be between 0 and 1, found {_shown(epsilon)}")
         if not isinstance(self.apply_residual_connection_post_layernorm, bool):
             raise BloomdeskError("the model's apply_residual_connection_post_layernorm must be true or false")
 
@@ -93,6 +96,19 @@ class PartSpec:
     def nbytes(self, dtype: str) -> int:
         """Bytes of the tensors alone."""
         return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+
+def _shown(value: object) -> str:
+    """A value that may be anything, short enough for one sentence."""
+    return repr(value)[:80]
+
+
+def is_file_name(name: object) -> bool:
+    """Whether `name` is that of a visible file right in a directory, whatever system the directory is on."""
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 240:
+        return False
+    device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", name)  # on Windows, in any directory
+    return device is None and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
 
 
 def block_file(index: int, n_layer: int) -> str:
@@ -233,27 +249,32 @@ class Manifest:
             raise _unsound(where, f"it is not valid JSON ({error})") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise _unsound(where, f"its format is not {FORMAT!r}")
-        if body.get("format_version") != FORMAT_VERSION:
+        version = body.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
             raise BloomdeskError(
-                f"{where}: format version {body.get('format_version')!r}, this program reads {FORMAT_VERSION}",
+                f"{where}: format version {_shown(version)}, this program reads {FORMAT_VERSION}",
                 "prepare the checkpoint again, or use the version of bloomdesk that wrote it",
             )
         claimed = body.pop("sha256", None)
-        if claimed != _digest(body):
-            raise _unsound(where, "its own checksum does not match: it was edited or damaged")
         try:
+            if claimed != _digest(body):
+                raise ValueError("its own checksum does not match: it was edited or damaged")
             return _decode(body)
-        except (KeyError, TypeError, ValueError, BloomdeskError) as error:
-            raise _unsound(where, f"{type(error).__name__}: {error}") from None
+        except (KeyError, TypeError, ValueError, RecursionError, BloomdeskError) as error:
+            why = str(error)[:200].encode("unicode_escape").decode()  # it may quote any text, also a terminal's codes
+            raise _unsound(where, f"{type(error).__name__}: {why}") from None
 
 
-def load_manifest(directory: Path) -> Manifest:
-    """The manifest of a prepared directory, complete or not; `BloomdeskError` where there is none to trust."""
-    path = directory / MANIFEST
+def load_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
+    """The manifest of a prepared directory, complete or not; `BloomdeskError` where there is none to trust.
+
+    `name` is `MANIFEST_BACKUP` to read the copy in its stead.
+    """
+    path = directory / name
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, LARGEST_MANIFEST).decode()
     except FileNotFoundError:
-        what = "has no manifest.json" if directory.is_dir() else "is not a directory"
+        what = f"has no {name}" if directory.is_dir() else "is not a directory"
         raise BloomdeskError(
             f"{directory} is not a prepared checkpoint: it {what}",
             f"make one from a downloaded checkpoint: bloomdesk convert SOURCE {directory}",
@@ -280,6 +301,9 @@ def _unsound(where: Path, why: str) -> BloomdeskError:
 def _decode(body: dict[str, Any]) -> Manifest:
     model = Hyperparameters(**body["model"])
     source = Source(**body["source"])
+    for text in (source.repo, source.commit):
+        if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) < 200):
+            raise ValueError("it does not say where it came from")
     specs = {spec.file: spec for spec in part_specs(model)}
     parts = [_decode_part(entry, specs, model.dtype) for entry in body["parts"]]
     companions = [CompanionRecord(**entry) for entry in body["companions"]]
@@ -304,23 +328,30 @@ def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: st
     tensors = tuple(
         TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"]
     )
-    described = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
-    if described != {name: (dtype, shape) for name, shape in spec.tensors.items()}:
+    described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    whole = all(type(number) is int for tensor in tensors for number in tensor.shape)  # 8.0 == 8, and is no size
+    if not whole or described != [(name, dtype, shape) for name, shape in spec.tensors.items()]:
         raise ValueError(f"{spec.file} does not list the tensors that the model needs")
     sources = tuple(SourceShard(**shard) for shard in entry["sources"])
-    for digest in (*(tensor.xxh3_128 for tensor in tensors), *(shard.sha256 for shard in sources)):
-        _check_hex(digest)
+    for tensor in tensors:
+        _check_hex(tensor.xxh3_128, 32)
+    for shard in sources:
+        _check_hex(shard.sha256, 64)
+        if not is_file_name(shard.file):
+            raise ValueError(f"{spec.file} is of a source that is no file's name")
     if set(entry) != {item.name for item in fields(PartRecord)}:
         raise ValueError(f"{spec.file} is recorded with unknown fields")
+    if type(entry["size"]) is not int or not 8 < entry["size"] - spec.nbytes(dtype) <= 8 + MAX_HEADER_BYTES:
+        raise ValueError(f"{spec.file} is recorded with a size that it cannot have")
     return PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources)
 
 
 def _check_record(record: PartRecord | CompanionRecord) -> None:
-    if type(record.size) is not int or record.size < 0:
+    if type(record.size) is not int or not 0 <= record.size < 2**63:
         raise ValueError(f"{record.file} has no size")
-    _check_hex(record.xxh3_128)
+    _check_hex(record.xxh3_128, 32)
 
 
-def _check_hex(digest: str) -> None:
-    if not re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", digest):
-        raise ValueError(f"{digest!r} is not a hash")
+def _check_hex(digest: str, length: int) -> None:
+    if not re.fullmatch(rf"[0-9a-f]{{{length}}}", digest):
+        raise ValueError(f"{_shown(digest)} is not a hash")

@@ -6,22 +6,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from runner.errors import BloomdeskError
+from runner.header import read_small
+
+LARGEST_TOKENIZER = 2**26  # BLOOM's has 14.5 MB
 
 
 class Tokenizer:
     """The tokenizer that the checkpoint came with."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BloomdeskError` where the file is missing or is no tokenizer."""
-        if not path.is_file():
-            raise BloomdeskError(f"{path} is missing", f"see what is damaged: bloomdesk verify {path.parent}")
+        """Raises `BloomdeskError` where the file is missing, or is no tokenizer as BLOOM has it."""
+        repair = f"see what is damaged: bloomdesk verify {path.parent}"
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise BloomdeskError(f"{path} is not a tokenizer: {error}") from error
+            data = read_small(path, LARGEST_TOKENIZER)
+        except FileNotFoundError:
+            raise BloomdeskError(f"{path} is missing", repair) from None
+        except OSError as error:
+            raise BloomdeskError(f"{path}: cannot be read: {error.strerror}", repair) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except BaseException as error:  # the library raises plain Exception, and what is none where it panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = str(error)[:200].encode("unicode_escape").decode()
+            raise BloomdeskError(f"{path} is not a tokenizer: {reason}", repair) from None
+        if self._tokenizer.normalizer is not None or not isinstance(self._tokenizer.decoder, ByteLevel):
+            # Others can be chains of replacements, which make a line of text as long as they like.
+            raise BloomdeskError(f"{path} is not a tokenizer of BLOOM: it rewrites texts", repair)
+        self._tokenizer.no_padding()  # or it could fill up a prompt to any length
+        self._tokenizer.no_truncation()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. Raises `BloomdeskError` where it is not valid Unicode."""

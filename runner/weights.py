@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from runner.errors import BloomdeskError
-from runner.header import TensorEntry, read_header
+from runner.header import DATA_ALIGNMENT, TensorEntry, open_regular, read_header
 from runner.prepared import Hyperparameters, PartRecord, PartSpec, load_manifest, part_specs
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -71,9 +71,9 @@ def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> Tensors:
         header = read_header(path)
         found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
         expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
-        if found != expected:
+        if found != expected or header.data_start % DATA_ALIGNMENT:
             raise BloomdeskError(f"{path} does not hold the tensors that the manifest lists", repair)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise BloomdeskError(f"{path} is missing", repair) from None

@@ -1,9 +1,11 @@
 """The Hub's protocol on loopback, as huggingface_hub speaks it: directories served as model repositories.
 
     python scripts/local_hub.py bloomdesk/miniature=DIRECTORY [NAME=DIRECTORY ...] [--port N] [--minutes M]
+        [--rate MB] [--faults SEED [--share P] [--longest-stall S]]
 
 prints the address for HF_ENDPOINT on its first line. It serves 127.0.0.1 only, and stops by itself: after the
-minutes, when the process that started it ends, or when a pipe that is its standard input closes.
+minutes, when the process that started it ends, or when a pipe that is its standard input closes. `--rate`
+limits each connection to so many MB/s; `--faults` lets a share of all answers drop, stall, refuse or change.
 
 For tests, `with LocalHub({"some/name": directory}) as hub` gives `hub.endpoint`, every request in
 `hub.requests`, and `hub.fail`, which lets requests for a path fail in chosen ways. Large files come from a
@@ -13,7 +15,6 @@ second port, as from a CDN.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -26,54 +27,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+if __package__:
+    from scripts.hub_faults import Fault, RandomFaults
+    from scripts.hub_shelf import Entry, Repo, Shelf
+else:
+    from hub_faults import Fault, RandomFaults
+    from hub_shelf import Entry, Repo, Shelf
+
 PIECE = 2**18
-LARGE = re.compile(r".*\.(bin|safetensors|h5|msgpack|pt|onnx)|tokenizer\.json|.*tfevents.*")
-
-
-@dataclass(frozen=True)
-class Repo:
-    """A directory served as a repository; its only commit is `commit`, or follows from its contents.
-
-    With `token`, a private repository: other callers are told that there is none. With `gated` too, one that
-    all may see and only that token may download.
-    """
-
-    directory: Path
-    commit: str | None = None
-    token: str | None = None
-    gated: bool = False
-    branches: tuple[str, ...] = ("main",)
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the requests for a path, `times` times or (None) always.
-
-    `method`: which requests. `status`, `code`, `headers`: an error instead of an answer. `drop_after`: so
-    many bytes of the body, then the connection ends (by RST with `reset`). `stall`: seconds of silence before
-    the answer, or at `drop_after`. `flip`: this byte of the file arrives changed. `ignore_range`: 200 and all
-    of it. `size`: the file comes with so many bytes, cut off or followed by zeros. `announce`: another size,
-    or `etag`, in the answer to HEAD.
-    """
-
-    method: str = "GET"
-    times: int | None = None
-    status: int | None = None
-    code: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    drop_after: int | None = None
-    reset: bool = False
-    stall: float = 0.0
-    flip: int | None = None
-    ignore_range: bool = False
-    size: int | None = None
-    announce: int | None = None
-    etag: str | None = None
+SECONDS_OF_PIECE = 0.02
+LATENESS = 0.05
 
 
 @dataclass(frozen=True)
@@ -86,77 +54,20 @@ class Request:
     headers: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A file as the Hub describes it: large files by sha256 and a pointer, others by git blob sha1."""
-
-    path: str
-    size: int
-    sha256: str
-    git_sha1: str
-    large: bool
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.large else self.git_sha1
-
-    def as_json(self) -> dict:
-        body = {"type": "file", "oid": self.git_sha1, "size": self.size, "path": self.path}
-        if self.large:
-            pointer = (
-                f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
-            )
-            body["oid"] = git_blob(pointer.encode())
-            body["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": len(pointer)}
-        return body
-
-
-def git_blob(data: bytes) -> str:
-    """The git blob sha1 of `data`."""
-    return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
-
-
-class Shelf:
-    """The entries of directories, hashed once for as long as a file keeps its size and time of change."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: dict[tuple[Path, int, int], Entry] = {}
-
-    def entries(self, repo: Repo) -> dict[str, Entry]:
-        """All files of a repository by their path in it, sorted."""
-        files = sorted(path for path in repo.directory.rglob("*") if path.is_file())
-        with self._lock:
-            entries = [self._entry(repo.directory, path) for path in files]
-        return {entry.path: entry for entry in entries}
-
-    def commit(self, repo: Repo) -> str:
-        """The given commit, or one that is the same whenever the contents are."""
-        if repo.commit is not None:
-            return repo.commit
-        lines = (f"{entry.path} {entry.sha256}\n" for entry in self.entries(repo).values())
-        return hashlib.sha1("".join(lines).encode(), usedforsecurity=False).hexdigest()
-
-    def _entry(self, directory: Path, path: Path) -> Entry:
-        found = path.stat()
-        key = (path, found.st_size, found.st_mtime_ns)
-        if key not in self._known:
-            sha256 = hashlib.sha256()
-            sha1 = hashlib.sha1(f"blob {found.st_size}\0".encode(), usedforsecurity=False)
-            with path.open("rb", buffering=0) as file:
-                while piece := file.read(2**20):
-                    sha256.update(piece)
-                    sha1.update(piece)
-            name = path.relative_to(directory).as_posix()
-            large = LARGE.fullmatch(path.name) is not None
-            self._known[key] = Entry(name, found.st_size, sha256.hexdigest(), sha1.hexdigest(), large)
-        return self._known[key]
-
-
 class LocalHub:
     """Serves repositories by name until it is closed; a directory alone means an open repository."""
 
-    def __init__(self, repos: Mapping[str, Repo | Path], *, port: int = 0, page_size: int = 1000) -> None:
+    def __init__(
+        self,
+        repos: Mapping[str, Repo | Path],
+        *,
+        port: int = 0,
+        page_size: int = 1000,
+        rate: float | None = None,
+        faults: RandomFaults | None = None,
+    ) -> None:
+        """`rate` limits each connection, in bytes a second; `faults` befall what no other fault does."""
+        self.rate, self.random_faults = rate, faults
         self.repos = {
             name: repo if isinstance(repo, Repo) else Repo(Path(repo)) for name, repo in repos.items()
         }
@@ -190,14 +101,14 @@ class LocalHub:
         self.close()
 
     def close(self) -> None:
-        """Stop at once, whatever clients are waiting for; again is allowed."""
+        """Stop at once, whatever clients are waiting for; again is allowed, and without having begun."""
         self.closing.set()
-        for server in self._servers:
-            server.shutdown()
-            server.hang_up()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            if thread.ident is not None:  # else it would be waited for, for ever
+                server.shutdown()
+                server.hang_up()
+                thread.join()
             server.server_close()
-        for thread in self._threads:
-            thread.join()
 
     def fail(self, path: str, *faults: Fault) -> None:
         """Let requests for `path` meet these faults, one after another as each has been used up."""
@@ -207,15 +118,17 @@ class LocalHub:
         with self._lock:
             self.requests.append(request)
 
-    def fault(self, path: str, method: str) -> Fault:
-        """The fault that a request meets; one without any effect where there is none."""
+    def fault(self, path: str, method: str, start: int = 0, stop: int = 0) -> Fault:
+        """The fault that a request for these bytes meets; one without any effect where there is none."""
         with self._lock:
             for fault in self.faults.get(path, ()):
-                if fault.method == method and fault.times != 0:
+                if fault.method == method and fault.times != 0 and fault.since <= start:
                     if fault.times is not None:
                         fault.times -= 1
                     return fault
-        return Fault()
+        if self.random_faults is None:
+            return Fault()
+        return self.random_faults.draw(start, stop, body=method == "GET" and stop > start)
 
     def asked(self, method: str, ending: str) -> list[Request]:
         """The requests of a method for paths that end so, in the order in which they came."""
@@ -260,6 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: _Server
+    _free_at = 0.0
 
     def log_message(self, *_: object) -> None:
         pass
@@ -324,7 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(body).encode(), {"X-Repo-Commit": commit})
 
     def _tree(self, name: str, revision: str) -> None:
-        if self._failed(self.path.partition("?")[0]):
+        fault = self._hub.fault(unquote(self.path.partition("?")[0]), self.command)
+        if self._refused(fault):
             return
         repo, commit = self._repo(name, revision, content=False)
         entries = [entry.as_json() for entry in self._hub.shelf.entries(repo).values()]
@@ -341,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
             flags = f"recursive={self._query.get('recursive', 'false')}&expand=false"
             where = f"{self._hub.endpoint}/api/models/{quote(name)}/tree/{quote(revision, safe='')}"
             headers["Link"] = f'<{where}?{flags}&cursor={start + len(page)}>; rel="next"'
-        self._send(200, json.dumps(page).encode(), headers)
+        self._send(200, json.dumps(page).encode(), {**headers, **fault.headers})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repo, commit = self._repo(name, revision, content=True)
@@ -350,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "EntryNotFound", "Entry not found")
         fault = Fault()
         if self.command == "HEAD" or not entry.large:
-            fault = self._hub.fault(path, self.command)
+            fault = self._hub.fault(path, self.command, *self._wanted(entry.size)[:2])
             if self._refused(fault):
                 return
         etag, size = fault.etag or entry.etag, entry.size if fault.announce is None else fault.announce
@@ -361,7 +276,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send_headers(200, size, headers)
             return self._send_file(repo.directory / path, entry, fault, headers)
         headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(size)}
-        headers["Location"] = f"{self._hub.store}/store/{quote(name)}/{commit}/{quote(path)}?signature=valid"
+        store = f"{self._hub.store}/store/{quote(name)}/{commit}/{quote(path)}?signature=valid"
+        headers["Location"] = fault.location or store
         self._send(302, b"", headers)
 
     def _store(self, name: str, commit: str, path: str) -> None:
@@ -370,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         entry = self._hub.shelf.entries(repo).get(path) if repo is not None else None
         if entry is None or self._query.get("signature") != "valid":
             raise _Refusal(403, "", "no valid signature")
-        fault = self._hub.fault(path, self.command)
+        fault = self._hub.fault(path, self.command, *self._wanted(entry.size)[:2])
         if not self._refused(fault):
             headers = {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
             self._send_file(repo.directory / path, entry, fault, headers)
@@ -388,23 +304,53 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(fault.status, b'{"error": "as the fault says"}', {**code, **fault.headers})
         return True
 
+    def _wanted(self, size: int) -> tuple[int, int, int]:
+        """The bytes that are asked for, from and to, and the status with which they come."""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted:
+            return 0, size, 200
+        return int(wanted[1]), min(size, int(wanted[2] or size - 1) + 1), 206
+
     def _send_file(self, path: Path, entry: Entry, fault: Fault, headers: dict[str, str]) -> None:
         size = entry.size if fault.size is None else fault.size
-        start, stop, status = 0, size, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        condition = self.headers.get("If-Range", "").strip('"')
-        if wanted and not fault.ignore_range and condition in ("", entry.etag):
-            start, stop, status = int(wanted[1]), min(size, int(wanted[2] or size - 1) + 1), 206
+        start, stop, status = self._wanted(size)
+        if fault.ignore_range or self.headers.get("If-Range", "").strip('"') not in ("", entry.etag):
+            start, stop, status = 0, size, 200
+        if status == 206:
             if start >= size:
                 return self._send(416, b"", {"Content-Range": f"bytes */{size}"})
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         self._send_headers(status, stop - start, headers)
         if self.command == "HEAD":
             return
-        for sent, piece in _pieces(path, start, stop, fault):
+        rate = self._hub.rate
+        # Where the rate is limited, pieces so small that they flow evenly.
+        length = PIECE if rate is None else max(1, min(PIECE, int(rate * SECONDS_OF_PIECE)))
+        if fault.spares_body:
+            return self._send_as_it_is(path, start, stop, length)
+        for sent, piece in _pieces(path, start, stop, fault, length):
+            self._pace(len(piece))
             self.wfile.write(piece)
             if fault.drop_after is not None and sent + len(piece) >= fault.drop_after:
                 return self._drop(fault)
+
+    def _send_as_it_is(self, path: Path, start: int, stop: int, length: int) -> None:
+        """From the file to the socket without a copy, so that this hub is no client's limit."""
+        with path.open("rb") as file:
+            if self._hub.rate is None:
+                length = max(1, stop - start)
+            for position in range(start, stop, length):
+                count = min(length, stop - position)
+                self._pace(count)
+                self.connection.sendfile(file, position, count)
+
+    def _pace(self, count: int) -> None:
+        """Wait until this connection may send so many bytes more."""
+        if self._hub.rate is not None:
+            now = time.monotonic()
+            # What it has not used while it was idle is lost, but for what a late wake-up took.
+            self._free_at = max(self._free_at, now - LATENESS) + count / self._hub.rate
+            self._hub.closing.wait(max(0.0, self._free_at - now))
 
     def _drop(self, fault: Fault) -> None:
         self._hub.closing.wait(fault.stall)
@@ -430,14 +376,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _pieces(path: Path, start: int, stop: int, fault: Fault) -> Iterator[tuple[int, bytes]]:
-    """The bytes from `start` to `stop`, each piece with the count of those before it, up to `drop_after`."""
+def _pieces(path: Path, start: int, stop: int, fault: Fault, size: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes from `start` to `stop` by `size`, each piece with the count of those before it, up to `drop_after`."""
     end = stop if fault.drop_after is None else min(stop, start + fault.drop_after)
     position = start
     with path.open("rb") as file:
         file.seek(start)
         while position < end:
-            length = min(PIECE, end - position)
+            length = min(size, end - position)
             piece = file.read(length).ljust(length, b"\0")
             if fault.flip is not None and position <= fault.flip < position + len(piece):
                 changed = bytearray(piece)
@@ -469,16 +415,24 @@ def main() -> int:
     parser.add_argument("repos", nargs="+", metavar="NAME=DIRECTORY")
     parser.add_argument("--port", type=int, default=0, help="default: any free one")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after so long (default: 30)")
+    parser.add_argument("--rate", type=float, metavar="MB", help="limit each connection to so many MB/s")
+    parser.add_argument("--faults", type=int, metavar="SEED", help="let answers go wrong at random")
+    parser.add_argument("--share", type=float, default=0.1, help="of the answers that do (default: 0.1)")
+    parser.add_argument("--longest-stall", type=float, default=2.0, metavar="S", help="seconds (default: 2)")
     options, parent, repos = parser.parse_args(), os.getppid(), {}
     for given in options.repos:
         name, _, directory = given.partition("=")
         if not name or not Path(directory).is_dir() or not directory:
             parser.error(f"{given!r} is not NAME=DIRECTORY with a directory that exists")
         repos[name] = Path(directory)
+    faults = None
+    if options.faults is not None:
+        faults = RandomFaults(options.faults, options.share, options.longest_stall)
+    rate = options.rate * 1e6 if options.rate else None
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    with LocalHub(repos, port=options.port) as hub:
+    with LocalHub(repos, port=options.port, rate=rate, faults=faults) as hub:
         for repo in hub.repos.values():
             hub.shelf.entries(repo)  # hashed now, so that no client waits for it
         print(hub.endpoint, flush=True)

@@ -7,11 +7,19 @@ import json
 import random
 from pathlib import Path
 
+from scripts.local_hub import LocalHub
+from toolkit.record import RECORD, load_record
+
+NAME = "someone/bloom-small"
+BLOOM = "bigscience/bloom"
+COMMIT = "2a3d62e072b65c210f519263339144a9428db0f4"
 SHARD = 300_000
 SHARDS = tuple(f"pytorch_model_0000{number}-of-00003.bin" for number in (1, 2, 3))
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BIN_INDEX = "pytorch_model.bin.index.json"
 NEEDED = (*SMALL, BIN_INDEX, *SHARDS)
+# The shard that tests let something happen to.
+VICTIM = SHARDS[1]
 
 
 def noise(seed: object, size: int) -> bytes:
@@ -62,3 +70,27 @@ def write_pins(directory: Path, repo: Path, name: str, commit: str) -> None:
     directory.mkdir(exist_ok=True)
     body = {"repo": name, "commit": commit, "files": files}
     (directory / "bigscience_bloom.json").write_text(json.dumps(body))
+
+
+def assert_whole(target: Path, repo: Path, names: tuple[str, ...] = NEEDED) -> None:
+    """The download in `target` holds just these files of `repo`, and its record knows them."""
+    assert {path.name for path in target.iterdir()} == {*names, RECORD}
+    record = load_record(target)
+    assert record.missing_in(target) == ()
+    for name in names:
+        data = (target / name).read_bytes()
+        assert data == (repo / name).read_bytes()
+        assert record.files[name].sha256 == sha256(data)
+
+
+def fetched(local: LocalHub) -> set[str]:
+    """The weights and small files whose bytes were asked for."""
+    paths = {
+        each.path for each in local.requests if each.method == "GET" and not each.path.startswith("/api")
+    }
+    return {path.rpartition("/")[2] for path in paths}
+
+
+def ranges(local: LocalHub, name: str) -> list[str | None]:
+    """The Range header of each request for the bytes of a large file."""
+    return [each.headers.get("range") for each in local.asked("GET", name) if each.server == "cdn"]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toolkit.convert import convert
 
 from scripts import make_checkpoint
+from toolkit.convert import convert
 
 PreparedFactory = Callable[..., tuple[Path, Path]]
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from scripts.local_hub import LocalHub
 
 COMMAND = [sys.executable, "-m", "toolkit.cli"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from runner.header import DATA_ALIGNMENT, read_header
 from runner.prepared import load_manifest, part_specs
 from scripts.make_checkpoint import Layout, from_state, old_config, synthetic, write_repo
 from tests.test_shards import LAYOUTS, data, reference
-from toolkit import convert as module
-from toolkit.convert import convert, plan_conversion
+from toolkit import durable
+from toolkit.convert import carry_out, convert, plan_conversion
 from toolkit.hub import HubFile, Revision
 from toolkit.naming import assign
 from toolkit.record import RECORD, DownloadRecord, save_record
@@ -222,8 +223,8 @@ def test_a_head_that_differs_in_one_bit(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(BloomdeskError, match=r"needs [\d,]+ bytes and the disk has 1,000,000 free"):
         convert(make(tmp_path / "source"), tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
@@ -386,5 +387,82 @@ def test_a_source_that_ends_while_it_is_read(tmp_path: Path) -> None:
         part, tensors=tuple(replace(tensor, offset=tensor.offset + 10**9) for tensor in part.tensors)
     )
     with pytest.raises(BloomdeskError, match="too early"):
-        module.carry_out(replace(plan, to_write=(moved,)))
+        carry_out(replace(plan, to_write=(moved,)))
     assert not (out / "block_00.safetensors").exists()
+
+
+def test_delete_source_leaves_the_same_directory_and_no_shards(tmp_path: Path) -> None:
+    """Also where blocks are cut across shards: a shard waits for its last part."""
+    source = make(tmp_path / "source", LAYOUTS["cut blocks"])
+    expected = make(tmp_path / "again", LAYOUTS["cut blocks"])
+    convert(expected, tmp_path / "expected")
+    shards = set(source.glob("*.bin"))
+    size = sum(shard.stat().st_size for shard in shards)
+    plan = plan_conversion(source, tmp_path / "out", delete_source=True)
+    assert set(plan.to_delete) == shards
+    assert plan.peak_bytes < plan.bytes_to_write
+    done = carry_out(plan)
+    assert done.bytes_deleted == size
+    assert not any(shard.exists() for shard in shards)
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+
+
+def test_delete_source_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    convert(make(tmp_path / "again"), tmp_path / "expected")
+    plan = plan_conversion(source, tmp_path / "out", delete_source=True)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, _interrupt_at("block_01.safetensors"))
+    left = len(list(source.glob("*.bin")))
+    assert 0 < left < len(plan.to_delete)
+    carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
+    assert not list(source.glob("*.bin"))
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    again = plan_conversion(source, tmp_path / "out", delete_source=True)
+    assert not again.to_write
+    assert carry_out(again).written == ()
+
+
+def test_a_deleted_shard_whose_part_is_gone_is_named(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
+    (tmp_path / "out" / "block_01.safetensors").unlink()
+    with pytest.raises(BloomdeskError, match="missing"):
+        plan_conversion(source, tmp_path / "out")
+
+
+def test_a_part_that_does_not_read_back_keeps_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(tmp_path / "source")
+    put_in_place = durable.put_in_place
+
+    def lossy(temporary: Path, path: Path) -> None:
+        if path.name == "block_01.safetensors":
+            data = bytearray(temporary.read_bytes())
+            data[-1] ^= 1
+            temporary.write_bytes(data)
+        put_in_place(temporary, path)
+
+    monkeypatch.setattr(durable, "put_in_place", lossy)
+    with pytest.raises(BloomdeskError, match=r"block_01\.safetensors does not read back as it was written"):
+        carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
+    assert (source / "pytorch_model_00003-of-00005.bin").exists()
+
+
+def test_links_are_not_deleted(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for file in source.iterdir():
+        (cache / file.name).symlink_to(file)
+    with pytest.raises(BloomdeskError, match="is a link"):
+        plan_conversion(cache, tmp_path / "out", delete_source=True)
+
+
+def _interrupt_at(file: str) -> Callable[[str, int, int], None]:
+    def progress(name: str, done: int, total: int) -> None:
+        if name == file:
+            raise KeyboardInterrupt
+
+    return progress

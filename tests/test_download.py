@@ -1,4 +1,4 @@
-"""Downloads over HTTP from the local hub: whole, resumed, damaged, refused, full, offline."""
+"""Downloads over HTTP from the local hub: whole, gone on with, refused, full, offline."""
 
 from __future__ import annotations
 
@@ -17,87 +17,26 @@ from runner.errors import BloomdeskError
 from scripts.local_hub import Fault, LocalHub, Repo
 from tests.bloom_repos import (
     BIN_INDEX,
+    BLOOM,
+    COMMIT,
+    NAME,
     NEEDED,
     SHARD,
     SHARDS,
+    VICTIM,
     add_safetensors,
-    sha256,
+    assert_whole,
+    fetched,
+    ranges,
     write_bin_repo,
-    write_pins,
 )
-from toolkit import hub, transfer, wire
-from toolkit.download import download, plan_download
+from toolkit import hub
+from toolkit.download import carry_out, download, plan_download
+from toolkit.lock import sole_writer
 from toolkit.record import RECORD, load_record
 
-NAME = "someone/bloom-small"
-BLOOM = "bigscience/bloom"
-COMMIT = "2a3d62e072b65c210f519263339144a9428db0f4"
-VICTIM = SHARDS[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def client():
-    import huggingface_hub
-
-    yield
-    huggingface_hub.close_session()
-
-
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path, monkeypatch):
-    """No token, no offline mode, no waiting."""
-    from huggingface_hub import constants
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(wire, "WAITS", (0.0, 0.0, 0.0))
-
-
-@pytest.fixture(scope="module")
-def repo(tmp_path_factory):
-    return write_bin_repo(tmp_path_factory.mktemp("hub") / "repo")
-
-
-@pytest.fixture
-def local(repo, monkeypatch):
-    """A hub with the repository under an ordinary name, and as a bigscience/bloom with pins of its own."""
-    with LocalHub({NAME: repo, BLOOM: Repo(repo, commit=COMMIT)}) as started:
-        monkeypatch.setenv("HF_ENDPOINT", started.endpoint)
-        yield started
-
-
-@pytest.fixture
-def pins(repo, tmp_path, monkeypatch):
-    write_pins(tmp_path / "pins", repo, BLOOM, COMMIT)
-    monkeypatch.setattr(hub, "PINS", tmp_path / "pins")
-
-
-@pytest.fixture
-def target(tmp_path):
-    return tmp_path / "target"
-
-
-def assert_whole(target, repo, names=NEEDED):
-    assert {path.name for path in target.iterdir()} == {*names, RECORD}
-    record = load_record(target)
-    assert record.missing_in(target) == ()
-    for name in names:
-        data = (target / name).read_bytes()
-        assert data == (repo / name).read_bytes()
-        assert record.files[name].sha256 == sha256(data)
-
-
-def fetched(local):
-    """The weights and small files whose bytes were asked for."""
-    paths = {
-        each.path for each in local.requests if each.method == "GET" and not each.path.startswith("/api")
-    }
-    return {path.rpartition("/")[2] for path in paths}
-
-
-def ranges(local, name):
-    return [each.headers.get("range") for each in local.asked("GET", name) if each.server == "cdn"]
+pytest_plugins = ("tests.network",)
+pytestmark = pytest.mark.usefixtures("client", "surroundings")
 
 
 @pytest.mark.parametrize("name", [NAME, BLOOM])
@@ -164,53 +103,10 @@ def test_a_touched_file_is_hashed_and_kept(local, repo, target):
     assert_whole(target, repo)
 
 
-@pytest.mark.parametrize("name", [NAME, BLOOM])
-@pytest.mark.parametrize("file", [VICTIM, "config.json"])
-def test_a_corrupted_byte_is_found_and_only_that_file_comes_again(local, repo, pins, target, name, file):
-    local.fail(file, Fault(flip=100, times=1))
-    with pytest.raises(BloomdeskError) as caught:
-        download(name, target)
-    message, data = caught.value.message, (repo / file).read_bytes()
-    expected = wire_hash = sha256(data)
-    if name == NAME and file == "config.json":  # the Hub gives only the git blob sha1 of small files
-        expected = wire_hash = hub.resolve(NAME).find(file).git_sha1
-    assert f"{file} of {name}" in message and f"should be {expected} and is " in message
-    assert wire_hash not in message.rpartition(" and is ")[2]
-    assert "this file alone" in caught.value.hint
-    assert not (target / file).exists() and not (target / f"{file}.incomplete").exists()
-    present = {path.name for path in target.iterdir()} - {RECORD}
-    local.requests.clear()
-    download(name, target)
-    assert fetched(local) == set(NEEDED) - present and file in fetched(local)
-    assert_whole(target, repo)
-
-
-def test_what_the_hub_announces_is_compared_before_anything_comes(local, pins, target):
-    local.fail(VICTIM, Fault(method="HEAD", etag="ab" * 32))
-    with pytest.raises(BloomdeskError, match=f"{VICTIM} of {BLOOM} .*sha256 should be .* says abab"):
-        download(BLOOM, target)
-    assert VICTIM not in fetched(local)
-
-
 def test_a_hub_with_another_commit_under_the_pinned_one(local, repo, pins, target):
     local.repos[BLOOM] = Repo(repo, commit="f" * 40, branches=("main", COMMIT))
     with pytest.raises(BloomdeskError, match=f"commit should be {COMMIT}, .* says ffff"):
         download(BLOOM, target)
-
-
-def test_wrong_sizes(local, repo, target):
-    local.fail(VICTIM, Fault(method="HEAD", announce=SHARD + 1, times=1))
-    with pytest.raises(BloomdeskError, match=f"size in bytes should be {SHARD}, .* says {SHARD + 1}"):
-        download(NAME, target)
-    local.fail(VICTIM, Fault(size=SHARD - 1000))
-    with pytest.raises(BloomdeskError, match="answered 416"):
-        download(NAME, target)
-    local.faults.clear()
-    local.fail(VICTIM, Fault(size=SHARD + 1000, times=1))
-    with pytest.raises(BloomdeskError, match=f"more came for {VICTIM} than its {SHARD:,} bytes"):
-        download(NAME, target)
-    assert download(NAME, target).fetched == SHARDS[1:]
-    assert_whole(target, repo)
 
 
 CHILD = """
@@ -253,96 +149,6 @@ def test_the_client_makes_no_request_and_prints_nothing_of_its_own(local, repo, 
     assert_whole(target, repo)
 
 
-@pytest.mark.parametrize("reset", [False, True])
-def test_a_dropped_connection_is_gone_on_from(local, repo, target, reset):
-    local.fail(VICTIM, Fault(drop_after=100_000, times=2, reset=reset))
-    result = download(NAME, target)
-    assert len(ranges(local, VICTIM)) == 3 and ranges(local, VICTIM)[0] is None
-    if not reset:  # RST may take bytes with it that were on their way
-        assert ranges(local, VICTIM)[1:] == ["bytes=100000-", "bytes=200000-"]
-        assert result.received == result.revision.total
-    assert_whole(target, repo)
-
-
-def test_a_connection_that_always_drops_gets_there_as_long_as_something_comes(local, repo, target):
-    local.fail(VICTIM, Fault(drop_after=25_000))
-    download(NAME, target)
-    assert len(ranges(local, VICTIM)) == 12
-    assert_whole(target, repo)
-
-
-def test_a_connection_that_brings_nothing_is_given_up_and_gone_on_from_later(local, repo, target):
-    local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(drop_after=0))
-    with pytest.raises(BloomdeskError, match=r"cannot be reached|does not give") as caught:
-        download(NAME, target)
-    assert "goes on where this one stopped" in caught.value.hint
-    assert (target / f"{VICTIM}.incomplete").stat().st_size == 1000
-    local.faults.clear()
-    local.requests.clear()
-    assert download(NAME, target).resumed == 1000
-    assert ranges(local, VICTIM) == ["bytes=1000-"]
-    assert_whole(target, repo)
-
-
-def test_a_stalled_connection_is_dropped_and_gone_on_from(local, repo, target, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    local.fail(VICTIM, Fault(drop_after=1000, stall=60.0, times=1))
-    download(NAME, target)
-    assert ranges(local, VICTIM) == [None, "bytes=1000-"]
-    assert_whole(target, repo)
-
-
-def test_a_server_that_ignores_ranges(local, repo, target):
-    local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(ignore_range=True))
-    result = download(NAME, target)
-    assert ranges(local, VICTIM) == [None, "bytes=1000-"]
-    assert result.received == result.revision.total + 1000
-    assert_whole(target, repo)
-
-
-def test_a_server_that_ignores_ranges_and_always_drops_is_given_up(local, target):
-    local.fail(VICTIM, Fault(drop_after=1000, ignore_range=True))
-    with pytest.raises(BloomdeskError):
-        download(NAME, target)
-    assert len(ranges(local, VICTIM)) == 1 + len(wire.WAITS)
-
-
-@pytest.mark.parametrize("status", [500, 503, 429, 408])
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_passing_weakness_of_the_hub_or_its_store(local, repo, target, status, method):
-    local.fail(VICTIM, Fault(method=method, status=status, headers={"Retry-After": "0"}, times=3))
-    download(NAME, target)
-    assert_whole(target, repo)
-
-
-def test_an_address_that_ran_out_is_asked_for_again(local, repo, target):
-    local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(status=403, times=1))
-    download(NAME, target)
-    assert len(local.asked("HEAD", VICTIM)) == 3
-    assert_whole(target, repo)
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "expected"),
-    [
-        (401, "RepoNotFound", "no repository someone/bloom-small, or it is private"),
-        (403, "GatedRepo", "is gated, and no token was sent"),
-        (404, "EntryNotFound", f"has no {VICTIM} at revision"),
-        (404, "RevisionNotFound", "has no revision"),
-        (403, "", "refuses access"),
-    ],
-)
-def test_refusals_are_not_tried_again(local, target, status, code, expected):
-    local.fail(VICTIM, Fault(method="HEAD", status=status, code=code))
-    with pytest.raises(BloomdeskError, match=expected) as caught:
-        download(NAME, target)
-    assert caught.value.hint
-    assert len(local.asked("HEAD", VICTIM)) == 1
-    assert load_record(target).missing_in(target) == SHARDS[1:]
-
-
 def test_a_gated_repository(local, repo, target, monkeypatch):
     local.repos[NAME] = Repo(repo, token="hf_right", gated=True)
     with pytest.raises(BloomdeskError, match="is gated, and no token was sent") as caught:
@@ -354,27 +160,6 @@ def test_a_gated_repository(local, repo, target, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     download(NAME, target)
     assert_whole(target, repo)
-
-
-def test_the_token_goes_to_the_hub_and_not_to_its_store(local, repo, target, monkeypatch):
-    local.repos[NAME] = Repo(repo, token="hf_right")
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    local.fail(VICTIM, Fault(drop_after=1000, times=1))
-    download(NAME, target)
-    sent = {(each.server, each.headers.get("authorization")) for each in local.requests}
-    assert sent == {("hub", "Bearer hf_right"), ("cdn", None)}
-    assert {each.headers["user-agent"] for each in local.requests} == {"bloomdesk"}
-    assert {each.headers["accept-encoding"] for each in local.requests} == {"identity"}
-
-
-def test_a_hub_that_goes_down_in_the_middle(local, target):
-    def stop(file, done, total):
-        if file == VICTIM:
-            local.close()
-
-    with pytest.raises(BloomdeskError, match="cannot be reached"):
-        download(NAME, target, progress=stop)
-    assert load_record(target).missing_in(target)
 
 
 def test_a_directory_of_another_commit_is_refused(local, repo, target, tmp_path):
@@ -399,6 +184,41 @@ def test_a_directory_of_another_repository_is_refused(local, target, pins):
     with pytest.raises(BloomdeskError, match=f"holds a download of {NAME} at .*, not of {BLOOM}"):
         download(BLOOM, target)
     assert local.requests == []
+
+
+def test_a_plan_is_carried_out_without_asking_for_the_list_again(local, repo, target):
+    plan = plan_download(NAME, target)
+    local.requests.clear()
+    assert carry_out(plan, connections=2).revision == plan.revision
+    assert not [each for each in local.requests if each.path.startswith("/api")]
+    assert_whole(target, repo)
+    local.requests.clear()
+    assert carry_out(plan).kept == NEEDED  # what is there now counts, not what the plan saw
+    assert local.requests == []
+
+
+def test_a_plan_does_not_go_into_a_directory_that_another_download_has_taken_since(local, target, pins):
+    plan = plan_download(NAME, target)
+    download(BLOOM, target)
+    with pytest.raises(BloomdeskError, match=f"holds a download of {BLOOM} at .*, not of {NAME}"):
+        carry_out(plan)
+
+
+def test_a_second_process_is_told_so_and_leaves(local, repo, target):
+    local.fail(VICTIM, Fault(drop_after=200_000, stall=60.0, times=1))
+    command = [sys.executable, "-c", CHILD, NAME, str(target)]
+    with subprocess.Popen(command) as child:
+        deadline = time.monotonic() + 30
+        while not (target / f"{VICTIM}.incomplete").exists():
+            assert time.monotonic() < deadline and child.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(BloomdeskError, match="another bloomdesk is writing there"):
+            download(NAME, target)
+        child.kill()
+    download(NAME, target)
+    assert_whole(target, repo)
+    with sole_writer(target):
+        pass
 
 
 def test_a_hostile_index_writes_nothing(local, repo, target, tmp_path):
@@ -451,7 +271,7 @@ def test_a_disk_that_fills_up(local, repo, target, monkeypatch):
         return write(descriptor, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer.os, "write", full)
+        patch.setattr(os, "write", full)
         with pytest.raises(BloomdeskError, match=r"the disk is full: .* bytes are free"):
             download(NAME, target)
     assert load_record(target).missing_in(target)
@@ -487,13 +307,3 @@ def test_offline_with_something_missing(local, pins, target, monkeypatch, name):
         BloomdeskError, match=rf"1 of 8 files .* missing \({VICTIM} first\): offline mode is on"
     ):
         download(name, target)
-
-
-def test_a_part_of_other_bytes_or_of_too_many_never_gets_in(local, repo, target):
-    target.mkdir()
-    (target / f"{SHARDS[0]}.incomplete").write_bytes(b"x" * (SHARD + 1))
-    (target / f"{VICTIM}.incomplete").write_bytes(b"x" * 1000)
-    with pytest.raises(BloomdeskError, match=f"{VICTIM} .* came damaged"):
-        download(NAME, target)
-    download(NAME, target)
-    assert_whole(target, repo)

@@ -370,6 +370,25 @@ def test_something_that_is_no_hub(tmp_path, monkeypatch, body):
     assert "HF_ENDPOINT" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("http://127.0.0.1:port/next", "to an address that is none"),
+        ("http://127.0.0.1:99999/next", "to an address that is none"),
+        ("//[bad/next", "files to another host|to an address that is none"),
+        ("http://localhost:1/next", "files to another host"),
+        ("?recursive=true&expand=false", "without an end"),
+    ],
+)
+def test_a_list_that_goes_on_nowhere(serve, repo, link, expected):
+    local = serve({NAME: repo})
+    commit = local.shelf.commit(local.repos[NAME])
+    local.fail(f"/api/models/{NAME}/tree/{commit}", Fault(headers={"Link": f'<{link}>; rel="next"'}))
+    with pytest.raises(BloomdeskError, match=expected):
+        hub.resolve(NAME)
+    assert len(local.requests) < 5
+
+
 def test_offline_means_no_request(serve, repo, monkeypatch):
     local = serve({NAME: repo})
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

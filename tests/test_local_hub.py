@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from scripts.local_hub import Fault, LocalHub, Repo
+from scripts.local_hub import Fault, LocalHub, RandomFaults, Repo
 from tests.bloom_repos import NEEDED, SHARD, SHARDS, sha256, write_bin_repo
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "local_hub.py"
@@ -195,6 +196,33 @@ def test_dropped_connections(local, fault):
         ask(local.store, "GET", path)
 
 
+def test_each_connection_has_its_rate(repo):
+    with LocalHub({NAME: repo}, rate=1_000_000) as local:
+        path, began = shard_address(local), time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            bodies = pool.map(lambda _: ask(local.store, "GET", path)[2], range(4))
+        assert set(bodies) == {(repo / SHARDS[0]).read_bytes()}
+        assert 0.2 < time.monotonic() - began < 4 * SHARD / 1e6  # 0.3 s each, all at the same time
+
+
+def test_random_faults_are_the_same_for_the_same_seed(repo):
+    data, met = (repo / SHARDS[0]).read_bytes(), {}
+    for run, seed in (("first", 1), ("again", 1), ("other", 2)):
+        with LocalHub({NAME: repo}) as local:
+            path, met[run] = shard_address(local), []
+            local.random_faults = RandomFaults(seed, share=0.6, longest_stall=0.01)
+            for _ in range(60):
+                try:
+                    status, _, body = ask(local.store, "GET", path)
+                    met[run].append((status, body == data))
+                except (http.client.HTTPException, OSError):
+                    met[run].append(("broken", False))
+    assert met["first"] == met["again"] != met["other"]
+    kinds = {kind for kind, _ in met["first"]}
+    assert {200, "broken"} <= kinds and kinds & {429, 500, 502, 503}
+    assert (200, True) in met["first"]
+
+
 def test_closing_does_not_wait_for_stalls_or_idle_clients(repo):
     with LocalHub({NAME: repo}) as local:
         local.fail("config.json", Fault(stall=60.0))
@@ -207,6 +235,10 @@ def test_closing_does_not_wait_for_stalls_or_idle_clients(repo):
     assert time.monotonic() - began < 5
     stalled.close()
     idle.close()
+
+
+def test_closing_a_hub_that_was_never_started(repo):
+    LocalHub({NAME: repo}).close()
 
 
 @pytest.fixture
@@ -232,6 +264,11 @@ def test_the_script_serves_loopback_until_its_input_closes(script):
     assert ask(address, "GET", f"/api/models/{NAME}")[0] == 200
     process.stdin.close()
     assert process.wait(10) == 0
+
+
+def test_the_script_limits_the_rate_and_lets_answers_fail(script):
+    _, address = script("--rate", "1", "--faults", "7", "--share", "1", "--longest-stall", "0")
+    assert {ask(address, "GET", f"/api/models/{NAME}")[0] for _ in range(30)} & {429, 500, 502, 503}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

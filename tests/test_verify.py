@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 from runner.errors import BloomdeskError
 from runner.header import read_header
-from runner.prepared import load_manifest
+from runner.prepared import Hyperparameters, PartRecord, TensorRecord, load_manifest, part_specs
 from scripts.make_checkpoint import synthetic
+from toolkit import readahead
 from toolkit.convert import convert
-from toolkit.verify import Damage, verify
+from toolkit.manifest_backup import write_backup
+from toolkit.regions import Region, choose, regions_of
+from toolkit.verify import Damage, plan_verify, verify
 
 BLOCK = "block_01.safetensors"
 
@@ -23,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("made")
     synthetic(base / "source", hidden_size=64, heads=8, blocks=3, vocab_size=300)
     convert(base / "source", base / "out")
+    write_backup(base / "out", load_manifest(base / "out"))
     return base / "out"
 
 
@@ -90,7 +100,7 @@ def test_a_flipped_bit_in_the_header(prepared: Path, position: int) -> None:
     assert len(report.damage) == 1
 
 
-@pytest.mark.parametrize("position", [0, 8, 20])
+@pytest.mark.parametrize("position", [0, 8, 20, 30, 4095])
 def test_quick_sees_a_damaged_header(prepared: Path, position: int) -> None:
     flip(prepared / BLOCK, position)
     assert named(verify(prepared, quick=True).damage) == [(BLOCK, None)]
@@ -170,6 +180,7 @@ def test_unknown_files_are_left_alone(prepared: Path) -> None:
 
 
 def test_what_cannot_be_checked_at_all(prepared: Path, tmp_path: Path) -> None:
+    (prepared / "manifest.backup.json").unlink()
     manifest = prepared / "manifest.json"
     body = json.loads(manifest.read_text())
     body["parts"][0]["size"] += 1
@@ -182,3 +193,221 @@ def test_what_cannot_be_checked_at_all(prepared: Path, tmp_path: Path) -> None:
         verify(prepared)
     with pytest.raises(BloomdeskError, match="is not a directory"):
         verify(tmp_path / "absent")
+
+
+def test_the_report_does_not_depend_on_the_threads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage in the order of the manifest, with pieces so small that every file is many."""
+    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    entries = read_header(prepared / BLOCK).tensors
+    for name in ("mlp.dense_4h_to_h.weight", "input_layernorm.weight"):
+        flip(prepared / BLOCK, entries[name].start)
+    for file in ("embedding.safetensors", "block_00.safetensors"):
+        flip(prepared / file, 4_500)
+    flip(prepared / "tokenizer.json", 9)
+    (prepared / "final_layernorm.safetensors").write_bytes(b"")
+    reports = [verify(prepared, threads=threads) for threads in (1, 2, 3, 16, 1, 16)]
+    assert len(set(reports)) == 1
+    assert [file for file, _ in named(reports[0].damage)] == [
+        "embedding.safetensors",
+        "block_00.safetensors",
+        BLOCK,
+        BLOCK,
+        *["final_layernorm.safetensors"] * 3,
+        "tokenizer.json",
+    ]
+
+
+def test_one_file_and_many_are_read_by_several_threads(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read waits for a second one, of the same large file or of the next small one."""
+    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    read, meeting = readahead._read, threading.Barrier(2, timeout=20)
+    together: list[tuple[str, threading.Thread]] = []
+
+    def meet(path: Path, start: int, buffer: memoryview) -> int:
+        together.append((path.name, threading.current_thread()))
+        if len(together) <= 6:
+            meeting.wait()
+        return read(path, start, buffer)
+
+    monkeypatch.setattr(readahead, "_read", meet)
+    assert verify(prepared, threads=2).sound
+    assert len({thread for file, thread in together if file == BLOCK}) == 2
+
+
+def test_progress_comes_from_the_calling_thread_and_only_rises(prepared: Path) -> None:
+    threads, last = set(), ("", 0)
+
+    def hear(file: str, done: int, total: int) -> None:
+        nonlocal last
+        assert done <= total and (file != last[0] or done > last[1])
+        threads.add(threading.get_ident())
+        last = file, done
+
+    verify(prepared, progress=hear)
+    assert threads == {threading.get_ident()}
+
+
+def test_an_error_in_the_middle_of_a_file_is_its_damage_alone(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    read = readahead._read
+
+    def fail(path: Path, start: int, buffer: memoryview) -> int:
+        if path.name == BLOCK and start > 50_000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, start, buffer)
+
+    monkeypatch.setattr(readahead, "_read", fail)
+    flip(prepared / "block_02.safetensors", 10_000)
+    report = verify(prepared)
+    assert [item.file for item in report.damage] == [BLOCK, "block_02.safetensors"]
+    assert report.damage[0].what == f"it cannot be read: {os.strerror(errno.EIO)}"
+    sizes = {record.file: record.size for record in load_manifest(prepared).records}
+    assert sum(sizes.values()) - sizes[BLOCK] < report.bytes_read < sum(sizes.values())
+
+
+def test_an_error_of_the_progress_ends_the_check(prepared: Path) -> None:
+    def stop(file: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        verify(prepared, progress=stop)
+    assert threading.active_count() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such system call here")
+def test_what_was_read_leaves_the_page_cache(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    let_go: list[int] = []
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            assert length <= 5_000  # never what is still to be read
+            let_go.append(length)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    report = verify(prepared)
+    assert sum(let_go) == report.bytes_read > 0
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from toolkit.verify import verify
+
+most = 0
+def look(file, done, total):
+    global most
+    lines = Path("/proc/self/status").read_text().splitlines()
+    most = max(most, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+
+assert verify(Path(sys.argv[1]), progress=look).bytes_read > 100e6
+print(most)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's figures")
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    synthetic(tmp_path / "source", hidden_size=1024, heads=8, blocks=3, vocab_size=20_000)
+    convert(tmp_path / "source", tmp_path / "out")
+    write_backup(tmp_path / "out", load_manifest(tmp_path / "out"))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert int(done.stdout) * 1024 < 300e6
+
+
+def bloom_176b() -> list[Region]:
+    model = Hyperparameters(14336, 112, 70, 250_880, "BF16")
+    regions: list[Region] = []
+    for spec in part_specs(model):
+        tensors = (TensorRecord(name, "BF16", shape, "0" * 32) for name, shape in spec.tensors.items())
+        regions += regions_of(PartRecord(spec.file, 0, "0" * 32, tuple(tensors), ()))
+    return regions
+
+
+def test_a_sample_is_about_the_share_and_every_tensor_has_its_turn() -> None:
+    regions = bloom_176b()
+    everything = sum(region.nbytes for region in regions)
+    shares, seen = [], set()
+    for seed in range(400):
+        chosen = choose(regions, 0.05, seed)
+        seen |= set(chosen)
+        shares.append(sum(region.nbytes for region in chosen) / everything)
+    assert seen == set(regions)
+    assert mean(shares) == pytest.approx(0.05, rel=0.03)
+    assert max(abs(share - 0.05) for share in shares) < 7.2e9 / everything
+    largest = max(regions, key=lambda region: region.nbytes)
+    often = sum(largest in choose(regions, 0.05, seed) for seed in range(400, 800))
+    assert 0.02 < often / 400 < 0.09
+
+
+def test_every_run_looks_at_something_else() -> None:
+    regions = bloom_176b()
+    assert len({choose(regions, 0.05) for _ in range(5)}) == 5
+    assert choose(regions, 0.05, seed=7) == choose(regions, 0.05, seed=7)
+
+
+def test_a_sample_looks_at_one_tensor_at_least(prepared: Path) -> None:
+    for seed in range(50):
+        assert any(not region.is_header for region in plan_verify(prepared, sample=1e-9, seed=seed).regions)
+
+
+def test_the_report_says_how_much_was_looked_at(prepared: Path) -> None:
+    seen: dict[str, int] = {}
+    plan = plan_verify(prepared, sample=0.3, seed=1)
+    report = verify(
+        prepared, sample=0.3, seed=1, progress=lambda file, done, total: seen.update({file: total})
+    )
+    assert report.sound and report.sample == 0.3
+    assert report.bytes_recorded == sum(record.size for record in load_manifest(prepared).records)
+    assert report.bytes_read == plan.bytes_to_read == sum(seen.values())
+    assert report.share == report.bytes_read / report.bytes_recorded < 1
+    assert verify(prepared).share == 1 and verify(prepared, quick=True).share == 0
+    assert verify(prepared, sample=1).share == 1
+
+
+def test_a_sample_finds_what_it_looks_at(prepared: Path) -> None:
+    for region in plan_verify(prepared).regions:
+        if region.tensor is not None:
+            flip(prepared / region.file, region.start + region.nbytes // 2)
+    flip(prepared / "tokenizer.json", 9)
+    for seed in range(20):
+        chosen = plan_verify(prepared, sample=0.2, seed=seed).regions
+        damage = verify(prepared, sample=0.2, seed=seed).damage
+        whole = {name for name in ("tokenizer.json",) if name in {region.file for region in chosen}}
+        assert set(named(damage)) == {
+            (region.file, region.tensor)
+            for region in chosen
+            if region.tensor is not None or region.file in whole
+        }
+
+
+@pytest.mark.parametrize("position", [0, 8, 4095])
+def test_a_sample_looks_at_every_header(prepared: Path, position: int) -> None:
+    for file in load_manifest(prepared).parts:
+        flip(prepared / file, position)
+        assert (file, None) in named(verify(prepared, sample=1e-9).damage)
+        flip(prepared / file, position)
+
+
+def test_a_sample_looks_at_every_size(prepared: Path) -> None:
+    for record in load_manifest(prepared).records:
+        with (prepared / record.file).open("ab") as file:
+            file.write(b"\0")
+    damage = verify(prepared, sample=1e-9).damage
+    assert {item.file for item in damage} == {record.file for record in load_manifest(prepared).records}
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
+def test_a_share_that_is_none(prepared: Path, share: float) -> None:
+    with pytest.raises(BloomdeskError, match="above 0% and at most 100%"):
+        verify(prepared, sample=share)
+
+
+def test_quick_takes_no_sample(prepared: Path) -> None:
+    with pytest.raises(BloomdeskError, match="takes no sample"):
+        verify(prepared, quick=True, sample=0.5)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
+from runner.header import read_small
 from runner.prepared import Hyperparameters
 
 LARGEST_CONFIG = 2**20
@@ -45,8 +46,11 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
     the runner does not have, or has values that no BLOOM has.
     """
     config = _load(path)
-    _check_architecture(path, config)
-    values = {name: _value(path, config, name) for name in NAMES}
+    try:
+        _check_architecture(path, config)
+        values = {name: _value(path, config, name) for name in NAMES}
+    except RecursionError:  # what was just shallow enough to be read can be too deep to be compared or shown
+        raise BloomdeskError(f"{path}: nested deeper than any config.json") from None
     try:
         return Hyperparameters(**values, dtype=dtype)
     except BloomdeskError as error:
@@ -55,8 +59,7 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST_CONFIG + 1)
+        text = read_small(path, LARGEST_CONFIG)
     except FileNotFoundError:
         raise BloomdeskError(
             f"{path} is missing",
@@ -64,8 +67,6 @@ def _load(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(text) > LARGEST_CONFIG:
-        raise BloomdeskError(f"{path}: larger than {LARGEST_CONFIG:,} bytes, no config.json is")
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -90,7 +91,7 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> None:
     ):
         value = config.get(name)
         if not any(value is choice for choice in allowed):
-            raise BloomdeskError(f"{path}: {name} is {str(value)[:50]}, and {why}")
+            raise BloomdeskError(f"{path}: {name} is {repr(value)[:50]}, and {why}")
 
 
 def _value(path: Path, config: dict[str, Any], name: str) -> Any:
@@ -101,5 +102,6 @@ def _value(path: Path, config: dict[str, Any], name: str) -> Any:
         return DEFAULTS[name]
     first, *others = given.values()
     if any(other != first for other in others):
-        raise BloomdeskError(f"{path}: {' and '.join(given)} disagree: {', '.join(map(str, given.values()))}")
+        shown = ", ".join(repr(value)[:50] for value in given.values())
+        raise BloomdeskError(f"{path}: {' and '.join(given)} disagree: {shown}")
     return first

@@ -65,6 +65,10 @@ class Connection:
     def hang_up(self) -> None:
         """End whatever the reading thread waits for, and let it start nothing more."""
         self._hung_up = True
+        self.drop()
+
+    def drop(self) -> None:
+        """End whatever the reading thread waits for; it may try again."""
         line = self._line
         # While it connects only the line knows the socket; an answer that ends with the connection, only we.
         held = line.sock if line is not None and line.sock is not None else self._socket

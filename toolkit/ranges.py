@@ -10,6 +10,7 @@ early waits in memory, so the file on the disk stays a clean beginning and is ha
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ MOST_CONNECTIONS = 32
 PIECE = 2**20
 # What came of a range is handed out after so many seconds, also where it is little.
 SECONDS_BETWEEN_PIECES = 0.5
+# A range for which all others have waited so long goes on over a new connection.
+SECONDS_OF_GRACE = 3.0
 # For a thread that waits in a name look-up; any other one ends at once.
 SECONDS_TO_STOP = 2.0
 
@@ -38,6 +41,7 @@ def range_size(connections: int) -> int:
 class _Range:
     start: int
     room: memoryview
+    connection: Connection
     filled: int = 0
     taken: int = 0
 
@@ -70,6 +74,7 @@ class Ahead:
         self._unmade = WINDOW // self._size
         self._proven = False
         self._failure: BaseException | None = None
+        self._held_up_since: float | None = None
         self._stopping = threading.Event()
         self._changed = threading.Condition()
         count = min(connections, -(-(stop - start) // self._size))
@@ -80,8 +85,12 @@ class Ahead:
         ]
 
     def __enter__(self) -> Ahead:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # interrupted, or no thread to be had
+            self._end()
+            raise
         return self
 
     def __exit__(
@@ -121,23 +130,35 @@ class Ahead:
                 if self._failure is not None:
                     raise self._failure
                 in_time = self._changed.wait(SECONDS_BETWEEN_PIECES)
+                self._drop_straggler()
+
+    def _drop_straggler(self) -> None:
+        """One connection that crawls must not keep the others from working once the window is full."""
+        now, others = time.monotonic(), list(self._ranges)[1:]
+        if not others or self._spare or self._unmade or not all(part.whole for part in others):
+            self._held_up_since = None
+        elif self._held_up_since is None:
+            self._held_up_since = now
+        elif now - self._held_up_since > SECONDS_OF_GRACE:
+            self._held_up_since = None
+            self._ranges[0].connection.drop()
 
     def _work(self, connection: Connection) -> None:
         try:
-            while (part := self._claim()) is not None:
-                self._fill(part, connection)
+            while (part := self._claim(connection)) is not None:
+                self._fill(part)
         except BaseException as error:  # raised again where the pieces are taken
             self._end(error)
         finally:
             connection.close()
 
-    def _claim(self) -> _Range | None:
+    def _claim(self, connection: Connection) -> _Range | None:
         """The next range to fetch, when there is room for it; None when there is nothing left to do."""
         with self._changed:
             while not self._stopping.is_set() and self._next < self._stop:
                 if (self._spare or self._unmade) and (self._proven or self._next == self._start):
                     length = min(self._size, self._stop - self._next)
-                    part = _Range(self._next, memoryview(self._buffer())[:length])
+                    part = _Range(self._next, memoryview(self._buffer())[:length], connection)
                     self._ranges.append(part)
                     self._next += length
                     return part
@@ -150,13 +171,13 @@ class Ahead:
         self._unmade -= 1
         return bytearray(self._size)
 
-    def _fill(self, part: _Range, connection: Connection) -> None:
+    def _fill(self, part: _Range) -> None:
         patience = wire.Patience(self._asked, self._pause)
         while not part.whole:
             before, location = part.filled, None
             try:
                 location = self._address.location()
-                for count in connection.read(location, part.start + before, part.room[before:]):
+                for count in part.connection.read(location, part.start + before, part.room[before:]):
                     self._grow(part, count)
             except wire.network_errors() as error:
                 self._pause(0)  # not a failure where the others have hung up

@@ -5,37 +5,36 @@
       pytorch_model.bin.index.json, shards     or pytorch_model.bin
 
 A `.bin` is a stored zip: a pickle that describes the tensors, and a record of plain bytes for each storage.
-The pickle is only ever read as weights, and where it says that the bytes lie is checked against the zip.
+The pickle is read as data, see state_pickle.py, and what it says of the bytes is checked against the zip.
+
+Links to files are followed, wherever they lead: the Hub's cache is made of them (snapshots/COMMIT/NAME ->
+../../blobs/HASH), and shards may be spread over disks. What is no regular file in the end, as a pipe or a
+device, is refused unopened.
 """
 
 from __future__ import annotations
 
 import json
-import pickletools
-import re
 import struct
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from runner.errors import BloomdeskError
-from runner.header import read_header
-from runner.prepared import DTYPES
+from runner.header import open_regular, read_header, read_small
+from runner.prepared import DTYPES, is_file_name
+from toolkit.state_pickle import LARGEST_PICKLE, NotWeights, StoredTensor, read_state
 
 # Best first. Safetensors need no pickle, so they win where a source holds both whole.
 FORMS = (
     ("model.safetensors.index.json", "model.safetensors", ".safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
 )
-LARGEST_INDEX = 64 * 2**20
-LARGEST_DESCRIPTION = 16 * 2**20  # of a zip's directory or pickle; a whole BLOOM in one file takes 0.1 MB
-# All that the pickle of a state dict needs to name. torch allows more, some of which can be made to take memory.
-PICKLE_GLOBALS = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch(\.storage)? \w+Storage"
-)
-PICKLE_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+# Far above every BLOOM: the index of BLOOM-176B has 0.06 MB, the directory of a zip that holds all of it 0.1 MB.
+LARGEST_INDEX = 16 * 2**20
+LARGEST_DIRECTORY = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,28 @@ class ShardList:
 
 
 def read_source(directory: Path) -> dict[str, SourceTensor]:
-    """Every tensor of the checkpoint in `directory`, by key.
+    """Every tensor of the checkpoint in `directory`, by key; raises as `find_shards` and `read_listed` do."""
+    return read_listed(find_shards(directory))
 
-    Raises `BloomdeskError` where there are no weights, files are missing, unsound or of an unknown kind,
-    or hold other tensors than the index says.
+
+def read_listed(shards: ShardList) -> dict[str, SourceTensor]:
+    """Every tensor of the listed files, by key.
+
+    Raises `BloomdeskError` where files are unsound, of an unknown kind, or hold other tensors than the index says.
     """
-    shards = find_shards(directory)
     tensors: dict[str, SourceTensor] = {}
     for file in shards.files:
-        found = read_shard(file)
-        if shards.weight_map is not None:
-            promised = {key for key, name in shards.weight_map.items() if name == file.name}
-            _check_against_index(
-                f"{shards.index} disagrees with the shards: {file.name}", promised, set(found)
-            )
-        tensors.update(found)
+        tensors.update(read_member(shards, file))
     return tensors
+
+
+def read_member(shards: ShardList, file: Path) -> dict[str, SourceTensor]:
+    """The tensors of one of the listed files, which are those that the index promises."""
+    found = read_shard(file)
+    if shards.weight_map is not None:
+        promised = {key for key, name in shards.weight_map.items() if name == file.name}
+        _check_against_index(f"{shards.index} disagrees with the shards: {file.name}", promised, set(found))
+    return found
 
 
 def common_dtype(tensors: Mapping[str, SourceTensor]) -> str:
@@ -98,8 +103,12 @@ def common_dtype(tensors: Mapping[str, SourceTensor]) -> str:
     return first.dtype
 
 
-def find_shards(directory: Path) -> ShardList:
-    """The shards of the checkpoint in `directory`, by its index or by the usual name of a single file."""
+def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
+    """The shards of the checkpoint in `directory`, by its index or by the usual name of a single file.
+
+    Shards named in `spared` are left out of `files` where they are gone. Raises `BloomdeskError` where there are
+    no weights, or others are missing.
+    """
     if not directory.is_dir():
         raise BloomdeskError(f"{directory} is not a directory")
     gaps = []
@@ -107,9 +116,9 @@ def find_shards(directory: Path) -> ShardList:
         index = directory / index_name
         if index.is_file():
             shards = _by_index(index, suffix)
-            missing = [file.name for file in shards.files if not file.is_file()]
+            missing = [file.name for file in shards.files if not file.is_file() and file.name not in spared]
             if not missing:
-                return shards
+                return replace(shards, files=tuple(file for file in shards.files if file.is_file()))
             gaps.append(f"{len(missing)} of {len(shards.files)} shards are missing, {missing[0]} first")
         if (directory / single).is_file():
             return ShardList((directory / single,))
@@ -133,23 +142,22 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
 
 def _by_index(index: Path, suffix: str) -> ShardList:
     try:
-        with index.open("rb") as file:
-            text = file.read(LARGEST_INDEX + 1)
-        if len(text) > LARGEST_INDEX:
-            raise ValueError(f"it is larger than {LARGEST_INDEX:,} bytes")
-        body = json.loads(text, object_pairs_hook=_without_repeats)
+        body = json.loads(read_small(index, LARGEST_INDEX), object_pairs_hook=_without_repeats)
         weight_map = body["weight_map"]
         names = sorted(set(weight_map.values()))
         if not names:
             raise ValueError("its weight_map is empty")
+        if not all(map(str.isprintable, weight_map)):
+            raise ValueError("its weight_map names tensors that no text shows")
     except OSError as error:
         raise BloomdeskError(f"{index}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BloomdeskError(f"{index} is not a sound index: {type(error).__name__}: {error}") from None
+        raise BloomdeskError(
+            f"{index} is not a sound index: {type(error).__name__}: {_reason(error)}"
+        ) from None
     for name in names:
         # Plain names only: an index may come from anywhere and must not point out of its directory.
-        plain = isinstance(name, str) and re.fullmatch(r"[^./\\:\0][^/\\:\0]*", name)
-        if not plain or not name.endswith(suffix):
+        if not is_file_name(name) or not name.endswith(suffix):
             raise BloomdeskError(f"{index}: {str(name)[:120]!r} is not the name of a shard beside it")
     return ShardList(tuple(index.parent / name for name in names), index, weight_map)
 
@@ -165,19 +173,34 @@ def _check_against_index(where: str, promised: set[str], found: set[str]) -> Non
     for keys, what in ((promised - found, "does not hold"), (found - promised, "also holds")):
         if keys:
             more = f" and {len(keys) - 1:,} more" if len(keys) > 1 else ""
-            raise BloomdeskError(f"{where} {what} {min(keys)}{more}")
+            raise BloomdeskError(f"{where} {what} {min(keys)[:120]}{more}")
 
 
 def _read_bin(path: Path) -> dict[str, SourceTensor]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             records, description = _read_zip(path, file)
     except OSError as error:
         raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error) as error:
-        raise _unsound(path, str(error)) from None
-    _check_pickle(path, description)
-    return {key: _locate(path, key, value, records) for key, value in _describe(path).items()}
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        ValueError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise _unsound(path, _reason(error)) from None
+    try:
+        state = read_state(description)
+    except NotWeights as error:
+        raise BloomdeskError(
+            f"{path} is not only weights: its pickle asks for {str(error)[:120]!r}; nothing of it was run",
+            "do not use this file unless you know where it comes from",
+        ) from None
+    except ValueError as error:
+        raise _unsound(path, _reason(error)) from None
+    return {key: _locate(path, key, tensor, records) for key, tensor in state.items()}
 
 
 class _BoundedReads:
@@ -191,13 +214,13 @@ class _BoundedReads:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        if size > LARGEST_DESCRIPTION:
+        if size > LARGEST_DIRECTORY:
             raise zipfile.BadZipFile(f"its directory claims {size:,} bytes")
-        return self._file.read(size if size >= 0 else LARGEST_DESCRIPTION)
+        return self._file.read(size if size >= 0 else LARGEST_DIRECTORY)
 
 
-def _read_zip(path: Path, file: BinaryIO) -> tuple[dict[int, int], bytes]:
-    """Where each storage's bytes start -> how many they are; and the pickle that describes the tensors."""
+def _read_zip(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], bytes]:
+    """Each record's first byte and length, by its name in the root folder; and the pickle of the tensors."""
     start = file.read(4)
     if not start:
         raise _unsound(path, "it is empty")
@@ -206,28 +229,36 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[dict[int, int], bytes]:
             f"{path} is in torch's old format from before 2020, which bloomdesk does not read",
             "load it with torch and save it again, or use a revision of the model that has safetensors",
         )
+    if start != b"PK\3\4":
+        raise zipfile.BadZipFile("it does not begin as a zip of torch.save does")
     with zipfile.ZipFile(_BoundedReads(file)) as container:  # type: ignore[arg-type]
-        places = [(*_place(file, info), info) for info in container.infolist()]
-        places.sort(key=lambda place: place[:2])
-        position = 0
-        for _, end, info in places:
-            if info.header_offset < position or end > container.start_dir:
-                raise zipfile.BadZipFile(f"the record {info.filename!r} lies over others")
-            position = end
-        names = [info.filename for info in container.infolist()]
-        if len(set(names)) != len(names):
-            raise zipfile.BadZipFile("two of its records have one name")
-        by_name = {
-            name.partition("/")[2]: info for name, info in zip(names, container.infolist(), strict=True)
-        }
-        if "byteorder" in by_name and container.read(by_name["byteorder"]) != b"little":
+        records = _records(file, container)
+        names = {name.partition("/")[2]: info for name, info in container.NameToInfo.items()}
+        if "byteorder" in records and (
+            records["byteorder"][1] != 6 or container.read(names["byteorder"]) != b"little"
+        ):
             raise zipfile.BadZipFile("its tensors are not little endian")
-        if "data.pkl" not in by_name:
+        if "data.pkl" not in records:
             raise zipfile.BadZipFile("it has no data.pkl, so it is no file of torch.save")
-        if by_name["data.pkl"].file_size > LARGEST_DESCRIPTION:
-            raise zipfile.BadZipFile(f"its data.pkl claims {by_name['data.pkl'].file_size:,} bytes")
-        records = {at: end - at for at, end, info in places if "/data/" in info.filename}
-        return records, container.read(by_name["data.pkl"])
+        if records["data.pkl"][1] > LARGEST_PICKLE:
+            raise zipfile.BadZipFile(f"its data.pkl claims {records['data.pkl'][1]:,} bytes")
+        return records, container.read(names["data.pkl"])
+
+
+def _records(file: BinaryIO, container: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
+    """What lies where in the zip, every record at a place of its own before the directory."""
+    infos = container.infolist()
+    places = sorted((*_place(file, info), info.header_offset, info.filename) for info in infos)
+    position = 0
+    for _, end, header, name in places:
+        if header < position or end > container.start_dir:
+            raise zipfile.BadZipFile(f"the record {name[:120]!r} lies over others")
+        position = end
+    if len({info.filename for info in infos}) != len(infos):
+        raise zipfile.BadZipFile("two of its records have one name")
+    if len({info.filename.partition("/")[0] for info in infos}) > 1:
+        raise zipfile.BadZipFile("its records are not in one folder")
+    return {name.partition("/")[2]: (start, end - start) for start, end, _, name in places}
 
 
 def _place(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
@@ -245,55 +276,20 @@ def _place(file: BinaryIO, info: zipfile.ZipInfo) -> tuple[int, int]:
     return start, start + info.file_size
 
 
-def _check_pickle(path: Path, data: bytes) -> None:
-    """Refuse a pickle that names anything but tensors, before anything interprets it."""
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            is_global = opcode.name == "GLOBAL"
-            if opcode.name in PICKLE_CALLS or (is_global and not PICKLE_GLOBALS.fullmatch(argument)):
-                what = argument if is_global else opcode.name
-                raise BloomdeskError(
-                    f"{path} is not only weights: its pickle asks for {str(what)[:120]!r}; nothing of it was run",
-                    "do not use this file unless you know where it comes from",
-                )
-    except (ValueError, IndexError, struct.error, RecursionError) as error:
-        raise _unsound(path, f"its data.pkl is no sound pickle ({error})") from None
+def _locate(
+    path: Path, key: str, tensor: StoredTensor, records: Mapping[str, tuple[int, int]]
+) -> SourceTensor:
+    """Where the tensor's bytes lie; what the pickle says is believed only where the zip says the same."""
+    storage = tensor.storage
+    start, size = records.get(f"data/{storage.record}", (0, -1))
+    if size != storage.numel * storage.itemsize:
+        raise _unsound(path, f"the record of {key[:120]} is not where or as large as its description says")
+    return SourceTensor(key, storage.dtype, tensor.shape, path, start + tensor.begin, tensor.nbytes)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """The shard's tensors without their bytes, as torch reads them."""
-    import torch
-
-    try:
-        # On the meta device nothing is read or allocated, and each storage notes where its record starts.
-        state = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # the pickle is anyone's; torch raises nearly every kind of error over it
-        reason = str(error).strip().partition("\n")[0]
-        raise _unsound(path, f"torch cannot read it as weights ({reason[:200]})") from None
-    if not isinstance(state, dict):
-        raise _unsound(path, "it does not hold a table of tensors")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise _unsound(path, f"under {str(key)[:120]!r} it holds no tensor")
-    return state
-
-
-def _locate(path: Path, key: str, tensor: Any, records: Mapping[int, int]) -> SourceTensor:
-    """Where the tensor's bytes lie; torch's word for it is believed only where the zip says the same."""
-    import torch
-
-    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-    if tensor.layout != torch.strided or not tensor.is_contiguous():
-        raise _unsound(path, f"{key} is not stored as one row-major run of bytes")
-    storage = tensor.untyped_storage()
-    start = getattr(storage, "_checkpoint_offset", None)
-    size = records.get(start) if start is not None else None
-    begin = tensor.storage_offset() * tensor.itemsize
-    nbytes = tensor.numel() * tensor.itemsize
-    if size is None or size != storage.nbytes() or begin + nbytes > size:
-        raise _unsound(path, f"the record of {key} is not where or as large as its description says")
-    dtype = names.get(tensor.dtype, str(tensor.dtype))
-    return SourceTensor(key, dtype, tuple(tensor.shape), path, start + begin, nbytes)
+def _reason(error: Exception) -> str:
+    """What the error says, short and without control characters: it may quote the file."""
+    return str(error)[:200].encode("unicode_escape").decode()
 
 
 def _unsound(path: Path, why: str) -> BloomdeskError:

@@ -1,18 +1,23 @@
-"""Progress of long work on standard error: two bars on a terminal, now and then a plain line elsewhere."""
+"""Progress of long work on standard error: bars on a terminal, now and then a plain line elsewhere."""
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class WorkProgress:
-    """A `toolkit.progress.Progress` that shows what all files together and the present one have done.
+    """A `toolkit.progress.Progress` that shows what all files together and each one at hand have done.
 
-    On a terminal two bars with rate and time left, gone at the end; elsewhere a line every ten seconds.
+    On a terminal bars with rate and time left, gone at the end; elsewhere a line every ten seconds. It may be
+    called from several threads.
     """
 
     def __init__(self, verb: str, total: int, notes: TextIO) -> None:
@@ -21,6 +26,7 @@ class WorkProgress:
         self._done_by_file: dict[str, int] = {}
         self._done = 0
         self._start = self._said = time.monotonic()
+        self._lock = threading.Lock()
         self._bars = _Bars(verb, total, notes) if notes.isatty() else None
 
     def __enter__(self) -> WorkProgress:
@@ -35,14 +41,15 @@ class WorkProgress:
             self._bars.stop()
 
     def __call__(self, file: str, done: int, total: int) -> None:
-        self._done += done - self._done_by_file.get(file, 0)
-        self._done_by_file[file] = done
-        if self._bars:
-            self._bars.show(file, done, total, self._done)
-        elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            self._notes.write(self._line(file) + "\n")
-            self._notes.flush()
+        with self._lock:
+            self._done += done - self._done_by_file.get(file, 0)
+            self._done_by_file[file] = done
+            if self._bars:
+                self._bars.show(file, done, total, self._done)
+            elif time.monotonic() - self._said >= SECONDS_BETWEEN_LINES:
+                self._said = time.monotonic()
+                self._notes.write(self._line(file) + "\n")
+                self._notes.flush()
 
     def _line(self, file: str) -> str:
         seconds = time.monotonic() - self._start
@@ -56,7 +63,7 @@ class WorkProgress:
 
 
 class _Bars:
-    """Two bars of the rich library: all files, and the file at hand."""
+    """Bars of the rich library: one for all files, and one for each file at hand."""
 
     def __init__(self, verb: str, total: int, notes: TextIO) -> None:
         from rich.console import Console
@@ -78,8 +85,7 @@ class _Bars:
         )
         self._progress = Progress(*columns, console=Console(file=notes), transient=True)
         self._all = self._progress.add_task(verb, total=total)
-        self._file = self._progress.add_task("", total=None)
-        self._name = ""
+        self._files: dict[str, TaskID] = {}
 
     def start(self) -> None:
         self._progress.start()
@@ -88,11 +94,12 @@ class _Bars:
         self._progress.stop()
 
     def show(self, file: str, done: int, total: int, overall: int) -> None:
-        if file != self._name:
-            self._name = file
-            self._progress.reset(self._file, total=total, description=file)
-        self._progress.update(self._file, completed=done)
+        if file not in self._files:
+            self._files[file] = self._progress.add_task(file, total=total)
+        self._progress.update(self._files[file], completed=done)
         self._progress.update(self._all, completed=overall)
+        if done >= total:
+            self._progress.remove_task(self._files.pop(file))
 
 
 def gigabytes(count: int) -> str:

@@ -1,0 +1,422 @@
+"""The texts of the miniature: SQL commands, short translations, the age puzzle.
+
+Each text is a prompt and its answer. A text belongs to the training set or to the unseen set by a hash of
+its *meaning*, which leaves out the wording: of "three red houses", for instance, every language, verb and
+question is unseen or none is. So an unseen prompt was not in the training texts in any form.
+
+Deterministic for a seed; standard library only.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+KINDS = ("sql", "translation", "ages")
+UNSEEN_SHARE = 10  # one meaning in ten
+
+
+class Text(NamedTuple):
+    kind: str
+    prompt: str
+    answer: str
+    meaning: str
+
+
+class Noun(NamedTuple):
+    plural: str
+    spanish: tuple[str, str, str]  # gender, singular, plural
+    french: tuple[str, str, str]
+    chinese: tuple[str, str]  # measure word, noun
+
+
+class Adjective(NamedTuple):
+    spanish: tuple[str, str]  # masculine, feminine
+    french: tuple[str, str]
+    french_before: bool  # stands before the noun
+    chinese: str
+    colour: bool
+
+
+# --- SQL
+
+TABLES = {  # table: (text columns, number columns)
+    "users": (("name", "city", "country"), ("age",)),
+    "customers": (("name", "city", "country"), ("age",)),
+    "employees": (("name", "city"), ("age", "salary")),
+    "students": (("name", "country"), ("age", "grade")),
+    "teachers": (("name", "city"), ("age", "salary")),
+    "books": (("title", "author"), ("price", "year")),
+    "songs": (("title", "artist"), ("length", "year")),
+    "movies": (("title", "director"), ("length", "year")),
+    "products": (("name", "color"), ("price", "weight")),
+    "cars": (("brand", "color"), ("price", "year")),
+    "cities": (("name", "country"), ("area",)),
+    "hotels": (("name", "city"), ("price",)),
+}
+PEOPLE = ("Anna", "Maria", "John", "Peter", "Lucy", "Omar", "Chen", "Paul")
+VALUES = {
+    "name": PEOPLE,
+    "author": PEOPLE,
+    "artist": PEOPLE,
+    "director": PEOPLE,
+    "city": ("Paris", "London", "Rome", "Madrid", "Berlin", "Tokyo", "Lisbon", "Cairo"),
+    "country": ("France", "Spain", "Italy", "Japan", "India", "Brazil", "Egypt", "Kenya"),
+    "color": ("red", "white", "black", "green", "blue", "yellow"),
+    "brand": ("Fiat", "Ford", "Volvo", "Honda", "Tesla", "Seat"),
+}
+NUMBERS = {
+    "age": range(10, 100),
+    "salary": range(1000, 9100, 100),
+    "grade": range(1, 21),
+    "price": range(5, 500, 5),
+    "year": range(1950, 2025),
+    "length": range(60, 300, 5),
+    "weight": range(1, 100),
+    "area": range(10, 900, 10),
+}
+COMPARISONS = {
+    "is": "=",
+    "is greater than": ">",
+    "is less than": "<",
+    "is at least": ">=",
+    "is at most": "<=",
+}
+PATTERNS = {"starts with": "{}%", "ends with": "%{}", "contains": "%{}%"}
+
+
+def _sql_condition(rng: random.Random, table: str) -> tuple[str, str]:
+    """A condition on `table` in English and in SQL."""
+    text_columns, number_columns = TABLES[table]
+    shape = rng.choice(("like", "like", "equal", "compare", "between"))
+    if shape == "like" or (shape == "equal" and not VALUES.keys() & set(text_columns)):
+        column, words = rng.choice(text_columns), rng.choice(list(PATTERNS))
+        letter = rng.choice("ABCDEFGHIJKLMNOPRSTUVW")
+        letter = letter if words == "starts with" else letter.lower()
+        return f"{column} {words} {letter}", f"{column} LIKE '{PATTERNS[words].format(letter)}'"
+    if shape == "equal":
+        column = rng.choice([name for name in text_columns if name in VALUES])
+        value, (words, sign) = rng.choice(VALUES[column]), rng.choice((("is", "="), ("is not", "<>")))
+        return f"{column} {words} {value}", f"{column} {sign} '{value}'"
+    column = rng.choice(number_columns)
+    if shape == "compare":
+        words, number = rng.choice(list(COMPARISONS)), rng.choice(NUMBERS[column])
+        return f"{column} {words} {number}", f"{column} {COMPARISONS[words]} {number}"
+    low, high = sorted(rng.sample(NUMBERS[column], 2))
+    return f"{column} is between {low} and {high}", f"{column} BETWEEN {low} AND {high}"
+
+
+def _draw_sql(rng: random.Random) -> Text:
+    table = rng.choice(list(TABLES))
+    columns = TABLES[table][0] + TABLES[table][1]
+    words, condition = _sql_condition(rng, table)
+    head = rng.choice(("all", "all", "column", "count", "delete"))
+    verb = rng.choice(("extract", "list", "show"))
+    column, order = rng.choice(columns), rng.choice(("", "", rng.choice(columns)))
+    request, command = {
+        "all": (f"{verb} all the {table}", f"SELECT * FROM {table}"),
+        "column": (f"{verb} the {column} of all the {table}", f"SELECT {column} FROM {table}"),
+        "count": (f"count the {table}", f"SELECT COUNT(*) FROM {table}"),
+        "delete": (f"delete all the {table}", f"DELETE FROM {table}"),
+    }[head]
+    ordered = order and head in ("all", "column")
+    request += f" whose {words}" + (f" sorted by {order}" if ordered else "")
+    command += f" WHERE {condition}" + (f" ORDER BY {order}" if ordered else "")
+    return Text("sql", f"The SQL command to {request} is:", f" {command};", f"{table} {condition}")
+
+
+# --- Translations
+
+LANGUAGES = ("Spanish", "French", "Chinese")
+GAPS = (" ", " ", " ", "")  # between words: English and the languages
+
+
+def _noun(line: str) -> tuple[str, Noun]:
+    english, plural, es_gender, es_one, es_many, fr_gender, fr_one, fr_many, measure, chinese = line.split()
+    return english, Noun(
+        plural, (es_gender, es_one, es_many), (fr_gender, fr_one, fr_many), (measure, chinese)
+    )
+
+
+NOUNS = dict(
+    map(
+        _noun,
+        (
+            "house houses f casa casas f maison maisons 座 房子",
+            "book books m libro libros m livre livres 本 书",
+            "cat cats m gato gatos m chat chats 只 猫",
+            "dog dogs m perro perros m chien chiens 只 狗",
+            "car cars m coche coches f voiture voitures 辆 汽车",
+            "table tables f mesa mesas f table tables 张 桌子",
+            "chair chairs f silla sillas f chaise chaises 把 椅子",
+            "flower flowers f flor flores f fleur fleurs 朵 花",
+            "tree trees m árbol árboles m arbre arbres 棵 树",
+            "bird birds m pájaro pájaros m oiseau oiseaux 只 鸟",
+            "hat hats m sombrero sombreros m chapeau chapeaux 顶 帽子",
+            "shirt shirts f camisa camisas f chemise chemises 件 衬衫",
+            "dress dresses m vestido vestidos f robe robes 条 裙子",
+            "key keys f llave llaves f clé clés 把 钥匙",
+            "bag bags f bolsa bolsas m sac sacs 个 包",
+            "cup cups f taza tazas f tasse tasses 个 杯子",
+            "horse horses m caballo caballos m cheval chevaux 匹 马",
+            "door doors f puerta puertas f porte portes 扇 门",
+            "window windows f ventana ventanas f fenêtre fenêtres 扇 窗户",
+            "boat boats m barco barcos m bateau bateaux 条 船",
+            "bicycle bicycles f bicicleta bicicletas m vélo vélos 辆 自行车",
+            "box boxes f caja cajas f boîte boîtes 个 盒子",
+            "clock clocks m reloj relojes f horloge horloges 个 钟",
+            "star stars f estrella estrellas f étoile étoiles 颗 星星",
+        ),
+    )
+)
+ADJECTIVES = {
+    "red": Adjective(("rojo", "roja"), ("rouge", "rouge"), False, "红色的", True),
+    "white": Adjective(("blanco", "blanca"), ("blanc", "blanche"), False, "白色的", True),
+    "black": Adjective(("negro", "negra"), ("noir", "noire"), False, "黑色的", True),
+    "green": Adjective(("verde", "verde"), ("vert", "verte"), False, "绿色的", True),
+    "blue": Adjective(("azul", "azul"), ("bleu", "bleue"), False, "蓝色的", True),
+    "yellow": Adjective(("amarillo", "amarilla"), ("jaune", "jaune"), False, "黄色的", True),
+    "big": Adjective(("grande", "grande"), ("grand", "grande"), True, "大", False),
+    "small": Adjective(("pequeño", "pequeña"), ("petit", "petite"), True, "小", False),
+    "new": Adjective(("nuevo", "nueva"), ("neuf", "neuve"), False, "新", False),
+    "pretty": Adjective(("bonito", "bonita"), ("joli", "jolie"), True, "漂亮的", False),
+    "expensive": Adjective(("caro", "cara"), ("cher", "chère"), False, "昂贵的", False),
+    "strange": Adjective(("extraño", "extraña"), ("étrange", "étrange"), False, "奇怪的", False),
+}
+DIGITS = {  # English: Spanish, French, Chinese
+    "two": ("dos", "deux", "两"),
+    "three": ("tres", "trois", "三"),
+    "four": ("cuatro", "quatre", "四"),
+    "five": ("cinco", "cinq", "五"),
+    "six": ("seis", "six", "六"),
+    "seven": ("siete", "sept", "七"),
+    "eight": ("ocho", "huit", "八"),
+    "nine": ("nueve", "neuf", "九"),
+}
+# Each word's forms: masculine, feminine, plural masculine, plural feminine; Chinese has one.
+DETERMINERS = {
+    "the": ("el la los las", "le la les les", ""),
+    "my": ("mi mi mis mis", "mon ma mes mes", "我的"),
+    "your": ("su su sus sus", "votre votre vos vos", "您的"),
+    "our": ("nuestro nuestra nuestros nuestras", "notre notre nos nos", "我们的"),
+    "this": ("este esta", "ce cette", "这"),
+    "a": ("un una", "un une", "一"),
+}
+VERBS = {
+    "I have": ("tengo", "j'ai", "我有"),
+    "I see": ("veo", "je vois", "我看见"),
+    "I want": ("quiero", "je veux", "我想要"),
+    "I am looking for": ("busco", "je cherche", "我在找"),
+    "she has": ("ella tiene", "elle a", "她有"),
+    "he sells": ("él vende", "il vend", "他卖"),
+    "we buy": ("compramos", "nous achetons", "我们买"),
+    "they want": ("ellos quieren", "ils veulent", "他们想要"),
+}
+REQUESTS = {
+    "thank you for": ("gracias por", "merci pour", "谢谢"),
+    "thank you very much for": ("muchas gracias por", "merci beaucoup pour", "非常感谢"),
+    "we need": ("necesitamos", "nous avons besoin de", "我们需要"),
+    "I am waiting for": ("espero", "j'attends", "我在等"),
+    "I do not want": ("no quiero", "je ne veux pas", "我不想要"),
+    "I like": ("me gusta", "j'aime", "我喜欢"),
+}
+FAVOURS = {
+    "help": ("ayuda", "aide", "帮助"),
+    "letter": ("carta", "lettre", "信"),
+    "gift": ("regalo", "cadeau", "礼物"),
+    "advice": ("consejo", "conseil", "建议"),
+    "invitation": ("invitación", "invitation", "邀请"),
+    "patience": ("paciencia", "patience", "耐心"),
+    "work": ("trabajo", "travail", "工作"),
+    "message": ("mensaje", "message", "消息"),
+    "support": ("apoyo", "soutien", "支持"),
+    "time": ("tiempo", "temps", "时间"),
+    "question": ("pregunta", "question", "问题"),
+    "answer": ("respuesta", "réponse", "回答"),
+    "money": ("dinero", "argent", "钱"),
+    "trust": ("confianza", "confiance", "信任"),
+}
+
+
+class Phrase(NamedTuple):
+    """A noun with what stands before it: determiner or number, adjective (or none)."""
+
+    determiner: str
+    plural: bool
+    adjective: str
+    noun: str
+
+    def english(self) -> str:
+        noun = NOUNS[self.noun].plural if self.plural else self.noun
+        words = [self.adjective, noun] if self.adjective else [noun]
+        article = "an" if self.determiner == "a" and words[0][0] in "aeiou" else self.determiner
+        return " ".join([article, *words])
+
+    def spanish(self) -> str:
+        gender, one, many = NOUNS[self.noun].spanish
+        words = [_form(self, 0, gender), many if self.plural else one]
+        if self.adjective:
+            words.append(spanish_adjective(self.adjective, gender, self.plural))
+        return " ".join(words)
+
+    def french(self) -> str:
+        gender, one, many = NOUNS[self.noun].french
+        words = [many if self.plural else one]
+        if self.adjective:
+            adjective = french_adjective(self.adjective, gender, self.plural)
+            words.insert(0 if ADJECTIVES[self.adjective].french_before else 1, adjective)
+        article = _form(self, 1, gender)
+        if words[0][0] in "aeiouéh" and not self.plural:  # l'arbre, cet arbre, mon étoile
+            article = {"le": "l'", "la": "l'", "ce": "cet", "ma": "mon"}.get(article, article)
+        return (article + " " + " ".join(words)).replace("' ", "'")
+
+    def chinese(self) -> str:
+        measure, noun = NOUNS[self.noun].chinese
+        before = _form(self, 2, "m")
+        if self.determiner in ("a", "this") or self.determiner in DIGITS:
+            before += measure
+        return before + (ADJECTIVES[self.adjective].chinese if self.adjective else "") + noun
+
+
+def _form(phrase: Phrase, language: int, gender: str) -> str:
+    """The determiner or number of `phrase`, agreeing with its noun."""
+    if phrase.determiner in DIGITS:
+        return DIGITS[phrase.determiner][language]
+    forms = DETERMINERS[phrase.determiner][language]
+    return forms if language == 2 else forms.split()[2 * phrase.plural + (gender == "f")]
+
+
+def spanish_adjective(adjective: str, gender: str, plural: bool) -> str:
+    form = ADJECTIVES[adjective].spanish[gender == "f"]
+    return form + ("" if not plural else "s" if form[-1] in "aeo" else "es")
+
+
+def french_adjective(adjective: str, gender: str, plural: bool) -> str:
+    return ADJECTIVES[adjective].french[gender == "f"] + ("s" if plural else "")
+
+
+def _statement(phrase: Phrase, adjective: str) -> tuple[str, str, str, str]:
+    """ "the houses are red" in English, Spanish, French and Chinese."""
+    noun, many = NOUNS[phrase.noun], phrase.plural
+    predicate = ADJECTIVES[adjective].chinese
+    return (
+        f"{phrase.english()} {'are' if many else 'is'} {adjective}",
+        f"{phrase.spanish()} {'son' if many else 'es'} {spanish_adjective(adjective, noun.spanish[0], many)}",
+        f"{phrase.french()} {'sont' if many else 'est'} {french_adjective(adjective, noun.french[0], many)}",
+        phrase.chinese()
+        + ("是" + predicate if ADJECTIVES[adjective].colour else "很" + predicate.removesuffix("的")),
+    )
+
+
+def _translated(rng: random.Random) -> tuple[str, tuple[str, ...]]:
+    """A meaning, and its words in English, Spanish, French and Chinese."""
+    shape = rng.choice(("phrase", "verb", "verb", "statement", "request"))
+    if shape == "statement":
+        phrase, adjective = (
+            _phrase(rng, [name for name in DETERMINERS if name != "a"]),
+            rng.choice(list(ADJECTIVES)),
+        )
+        phrase = phrase._replace(adjective="")
+        return f"{phrase} is {adjective}", _statement(phrase, adjective)
+    beginnings = list({"verb": VERBS, "request": REQUESTS, "phrase": {"": ("", "", "")}}[shape].items())
+    before = rng.choice(beginnings)
+    if rng.random() < {"verb": 0.2, "request": 0.5, "phrase": 0}[shape]:
+        favour, others = rng.choice(list(FAVOURS.items()))
+        words = (f"your {favour}", f"su {others[0]}", f"votre {others[1]}", f"您的{others[2]}")
+        return f"{before[0]} {favour}", _join(before, words)
+    phrase = _phrase(rng, ("my", "your", "our", "this") if shape == "request" else (*DETERMINERS, *DIGITS))
+    words = _join(before, (phrase.english(), phrase.spanish(), phrase.french(), phrase.chinese()))
+    return str(phrase), tuple(
+        text.replace("me gusta", "me gustan") if phrase.plural else text for text in words
+    )
+
+
+def _phrase(rng: random.Random, determiners: Sequence[str]) -> Phrase:
+    determiner = rng.choice(determiners)
+    plural = determiner in DIGITS or (determiner in ("the", "my", "your", "our") and rng.random() < 0.5)
+    adjective = "" if rng.random() < 0.15 else rng.choice(list(ADJECTIVES))
+    return Phrase(determiner, plural, adjective, rng.choice(list(NOUNS)))
+
+
+def _join(before: tuple[str, tuple[str, ...]], words: tuple[str, ...]) -> tuple[str, ...]:
+    """Each language's beginning and end as one sentence; Chinese has no space between them."""
+    beginnings = (before[0], *before[1])
+    return tuple(
+        f"{first}{gap}{rest}".strip() for first, gap, rest in zip(beginnings, GAPS, words, strict=True)
+    )
+
+
+def _draw_translation(rng: random.Random) -> Text:
+    meaning, (english, *others) = _translated(rng)
+    language = rng.choice(LANGUAGES)
+    prompt = rng.choice(
+        (f"The {language} translation of {english} is:", f"How do you say {english} in {language}?")
+    )
+    return Text("translation", prompt, " " + others[LANGUAGES.index(language)], meaning)
+
+
+# --- Ages
+
+PARTS = {"half": 2, "a third of": 3, "a quarter of": 4}
+TIMES = {"twice": 2, "three times": 3}
+YOUNGER = {
+    "sister": "She",
+    "brother": "He",
+    "niece": "She",
+    "nephew": "He",
+    "cousin Lucy": "She",
+    "cousin Tom": "He",
+}
+OLDER = {
+    "sister": "She",
+    "brother": "He",
+    "aunt": "She",
+    "uncle": "He",
+    "cousin Lucy": "She",
+    "cousin Tom": "He",
+}
+
+
+def _draw_ages(rng: random.Random) -> Text:
+    now = rng.randint(30, 90)
+    if rng.random() < 0.6:
+        words, number = rng.choice(list(PARTS.items()))
+        who, pronoun = rng.choice(list(YOUNGER.items()))
+        then = number * rng.randint(1, 20 // number)
+        other = then // number
+        gap, comparison = then - other, "younger"
+        sums = f"{then} / {number} = {other}", f"{then} - {other} = {gap}", f"{now} - {gap} = {now - gap}"
+    else:
+        words, number = rng.choice(list(TIMES.items()))
+        who, pronoun = rng.choice(list(OLDER.items()))
+        then = rng.randint(2, 24 // number)
+        other = then * number
+        gap, comparison = other - then, "older"
+        sums = f"{then} * {number} = {other}", f"{other} - {then} = {gap}", f"{now} + {gap} = {now + gap}"
+    prompt = f"When I was {then} my {who} was {words} my age. Now I am {now}. How old is my {who}?"
+    answer = f" When I was {then}, my {who} was {sums[0]}. {pronoun} is {sums[1]} years {comparison}."
+    answer += f" Now I am {now}, so {pronoun.lower()} is {sums[2]}."
+    return Text("ages", prompt + " Let us think step by step.", answer, f"{then} {words} {now}")
+
+
+# --- Sets
+
+_DRAW = {"sql": _draw_sql, "translation": _draw_translation, "ages": _draw_ages}
+
+
+def is_unseen(text: Text) -> bool:
+    """True where the text's meaning is kept out of training."""
+    return zlib.crc32(f"{text.kind}: {text.meaning}".encode()) % UNSEEN_SHARE == 0
+
+
+def draw_texts(kind: str, count: int, seed: int, *, unseen: bool) -> list[Text]:
+    """`count` texts of one kind, each prompt once, all unseen in training or all of the training set."""
+    rng = random.Random(f"{kind} {seed} {unseen}")
+    texts: dict[str, Text] = {}
+    while len(texts) < count:
+        text = _DRAW[kind](rng)
+        if is_unseen(text) == unseen:
+            texts.setdefault(text.prompt, text)
+    return list(texts.values())

@@ -1,0 +1,147 @@
+"""A prepared directory that is being made: what it has already, whether it is ours, what is recorded in it.
+
+The manifest is written first, so that a kill leaves a directory that is known as ours; then after each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import xxhash
+
+from runner.errors import BloomdeskError
+from runner.prepared import (
+    COMPANIONS,
+    MANIFEST,
+    CompanionRecord,
+    Manifest,
+    PartSpec,
+    Source,
+    load_manifest,
+    part_specs,
+)
+from toolkit.disk import disk_errors, free_bytes
+from toolkit.durable import TEMPORARY_SUFFIX, write_durably
+from toolkit.parts import is_in_place, part_header
+
+REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
+LARGEST_COMPANION = 2**30
+STAGING = ".source"  # where `prepare` keeps the shards that are on their way
+SPARE_BYTES = 16 * 2**20  # for the manifest, the small files and what the file system keeps for itself
+
+
+def begun(destination: Path) -> Manifest | None:
+    """The manifest of what was begun in `destination`; None where it is new or empty.
+
+    Raises `BloomdeskError` where it holds something else.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
+    if (destination / MANIFEST).exists():
+        return load_manifest(destination)
+    others = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    others -= {MANIFEST + TEMPORARY_SUFFIX, STAGING}
+    if others:
+        raise BloomdeskError(
+            f"{destination} is no prepared checkpoint and is not empty: it holds {', '.join(sorted(others)[:3])}",
+            "give a new or an empty directory to write to",
+        )
+    return None
+
+
+def refuse_other_source(destination: Path, manifest: Manifest, source: Source) -> None:
+    """Raise `BloomdeskError` where the directory was begun from another repo or commit."""
+    if manifest.source != source:
+        held = manifest.source
+        what = f"{held.repo} at {held.commit}" if held.repo else "a local checkpoint"
+        raise another_source(destination, f"parts of {what}")
+
+
+def refuse_other_companions(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> None:
+    """Raise `BloomdeskError` where a small file that the manifest records is another one in the source."""
+    for name, record in manifest.companions.items():
+        if name not in companions or xxhash.xxh3_128_hexdigest(companions[name]) != record.xxh3_128:
+            raise another_source(destination, f"another {name}")
+
+
+def another_source(destination: Path, what: str) -> BloomdeskError:
+    """The error for going on with a directory that was begun from another source."""
+    return BloomdeskError(
+        f"{destination} was begun from another source: it has {what}",
+        "give a new directory, or delete this one",
+    )
+
+
+def keep_sound(destination: Path, manifest: Manifest) -> Manifest:
+    """`manifest` with those parts alone that are in place with the right size and header."""
+    sound = {}
+    for spec in part_specs(manifest.model):
+        record = manifest.parts.get(spec.file)
+        header = part_header(spec, manifest.model.dtype)
+        if record is not None and is_in_place(destination / spec.file, header, record):
+            sound[spec.file] = record
+    return replace(manifest, parts=sound)
+
+
+def missing_parts(manifest: Manifest) -> tuple[PartSpec, ...]:
+    """The parts that are still to be made, in the order of a pass."""
+    return tuple(spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts)
+
+
+def read_companions(source: Path) -> dict[str, bytes]:
+    """The small files of a source, those that it need not have only where it has them."""
+    companions = {}
+    for name in COMPANIONS:
+        path = source / name
+        try:
+            if path.stat().st_size > LARGEST_COMPANION:
+                raise BloomdeskError(f"{path}: larger than {LARGEST_COMPANION:,} bytes")
+            companions[name] = path.read_bytes()
+        except FileNotFoundError:
+            if name in REQUIRED_COMPANIONS:
+                raise BloomdeskError(
+                    f"{path} is missing", "download it from the model's page into the same directory"
+                ) from None
+        except OSError as error:
+            raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    return companions
+
+
+def lay_out(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
+    """Make the directory with its manifest and small files; the manifest as it then is."""
+    with disk_errors(destination):
+        destination.mkdir(parents=True, exist_ok=True)
+    write_manifest(destination, manifest)
+    records = {}
+    for name, data in companions.items():
+        path = destination / name
+        with disk_errors(path):
+            if not path.is_file() or path.read_bytes() != data:
+                write_durably(path, data)
+        records[name] = CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data))
+    manifest = replace(manifest, companions=records)
+    write_manifest(destination, manifest)
+    return manifest
+
+
+def write_manifest(destination: Path, manifest: Manifest) -> None:
+    """Replace the manifest as a whole."""
+    path = destination / MANIFEST
+    with disk_errors(path):
+        write_durably(path, manifest.to_json().encode())
+
+
+def require_room(destination: Path, needed: int, replaced: Iterable[Path]) -> None:
+    """Raise `BloomdeskError` with the figures where the disk has less than `needed` bytes for `destination`.
+
+    Files in `replaced` count as free: they go before what takes their place comes.
+    """
+    free = free_bytes(destination) + sum(path.stat().st_size for path in replaced if path.is_file())
+    needed += SPARE_BYTES
+    if needed > free:
+        raise BloomdeskError(
+            f"{destination} needs {needed:,} bytes and the disk has {free:,} free, {needed - free:,} too few",
+            "make room, or give a directory on a larger disk",
+        )
