@@ -77,7 +77,9 @@ class Hyperparameters:
             )
         epsilon = self.layer_norm_epsilon
         if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise BloomdeskError(f"the model's layer_norm_epsilon must be between 0 and 1, found {_shown(epsilon)}")
+            raise BloomdeskError(
+                f"the model's layer_norm_epsilon must be between 0 and 1, found {_shown(epsilon)}"
+            )
         if not isinstance(self.apply_residual_connection_post_layernorm, bool):
             raise BloomdeskError("the model's apply_residual_connection_post_layernorm must be true or false")
 
@@ -108,7 +110,7 @@ def is_file_name(name: object) -> bool:
     if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 240:
         return False
     device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", name)  # on Windows, in any directory
-    return device is None and re.fullmatch(r"[^./\\:][^/\\:]*", name) is not None
+    return device is None and re.fullmatch(r"(?!\.)[^/\\:*?\"<>|]+", name) is not None
 
 
 def block_file(index: int, n_layer: int) -> str:
@@ -261,7 +263,9 @@ class Manifest:
                 raise ValueError("its own checksum does not match: it was edited or damaged")
             return _decode(body)
         except (KeyError, TypeError, ValueError, RecursionError, BloomdeskError) as error:
-            why = str(error)[:200].encode("unicode_escape").decode()  # it may quote any text, also a terminal's codes
+            why = (
+                str(error)[:200].encode("unicode_escape").decode()
+            )  # it may quote any text, also a terminal's codes
             raise _unsound(where, f"{type(error).__name__}: {why}") from None
 
 
@@ -329,7 +333,9 @@ def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: st
         TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"]
     )
     described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    whole = all(type(number) is int for tensor in tensors for number in tensor.shape)  # 8.0 == 8, and is no size
+    whole = all(
+        type(number) is int for tensor in tensors for number in tensor.shape
+    )  # 8.0 == 8, and is no size
     if not whole or described != [(name, dtype, shape) for name, shape in spec.tensors.items()]:
         raise ValueError(f"{spec.file} does not list the tensors that the model needs")
     sources = tuple(SourceShard(**shard) for shard in entry["sources"])

@@ -112,7 +112,7 @@ JSONS: dict[str, tuple[str, str, bytes]] = {
         f"{reader}: another kind": b'{"format":"\\u001b[2J","model_type":"\\ud800\\n","weight_map":["x"]}',
     }.items()
 } | {
-    "index: the largest": ("index", "pytorch_model.bin.index.json", b'{"a":[' + b"{}," * (5 * 2**20) + b"0]}"),
+    "index: the largest": ("index", "pytorch_model.bin.index.json", b'{"a":[' + b"{}," * (4 * 2**20) + b"0]}"),
     "index: larger": ("index", "pytorch_model.bin.index.json", b" " * (17 * 2**20)),
     "index: a name for the terminal": ("index", "pytorch_model.bin.index.json", (INDEX % r',"\u001b[2J":"a.bin"').encode()),  # noqa: E501
     "config: larger": ("config", "config.json", b" " * 2**21),
@@ -136,7 +136,8 @@ def test_json_that_is_not_what_it_should_be(
     "name",
     [
         *("../x.bin", "/etc/x.bin", "a/../../x.bin", "..\\x.bin", "C:\\x.bin", "c:x.bin", "x\0.bin", "x\n.bin"),
-        *("NUL.bin", "com1.x.bin", "con .bin", ".x.bin", "..bin", "\ud800.bin", "é" * 200 + ".bin", "x.bin/", "x.bin "),
+        *("NUL.bin", "com1.x.bin", "con .bin", ".x.bin", "..bin", "", "x*.bin"),
+        *("\ud800.bin", "é" * 200 + ".bin", "x.bin/", "x.bin "),
     ],
 )  # fmt: skip
 def test_an_index_that_names_anything_but_a_file_beside_it(

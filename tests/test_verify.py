@@ -225,11 +225,11 @@ def test_one_file_and_many_are_read_by_several_threads(
     read, meeting = readahead._read, threading.Barrier(2, timeout=20)
     together: list[tuple[str, threading.Thread]] = []
 
-    def meet(path: Path, start: int, buffer: memoryview) -> int:
-        together.append((path.name, threading.current_thread()))
+    def meet(file: readahead._File, start: int, buffer: memoryview) -> int:
+        together.append((file.path.name, threading.current_thread()))
         if len(together) <= 6:
             meeting.wait()
-        return read(path, start, buffer)
+        return read(file, start, buffer)
 
     monkeypatch.setattr(readahead, "_read", meet)
     assert verify(prepared, threads=2).sound
@@ -255,10 +255,10 @@ def test_an_error_in_the_middle_of_a_file_is_its_damage_alone(
     monkeypatch.setattr(readahead, "PIECE", 5_000)
     read = readahead._read
 
-    def fail(path: Path, start: int, buffer: memoryview) -> int:
-        if path.name == BLOCK and start > 50_000:
+    def fail(file: readahead._File, start: int, buffer: memoryview) -> int:
+        if file.path.name == BLOCK and start > 50_000:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(path, start, buffer)
+        return read(file, start, buffer)
 
     monkeypatch.setattr(readahead, "_read", fail)
     flip(prepared / "block_02.safetensors", 10_000)
@@ -411,3 +411,23 @@ def test_a_share_that_is_none(prepared: Path, share: float) -> None:
 def test_quick_takes_no_sample(prepared: Path) -> None:
     with pytest.raises(BloomdeskError, match="takes no sample"):
         verify(prepared, quick=True, sample=0.5)
+
+
+def test_systems_without_positioned_reads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.delattr(os, "preadv", raising=False)
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    assert verify(prepared, threads=4).sound
+    flip(prepared / BLOCK, 50_000)
+    assert {item.file for item in verify(prepared, threads=4).damage} == {BLOCK}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's figures")
+def test_few_files_are_open_at_a_time_and_none_afterwards(prepared: Path) -> None:
+    def count() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    before, most = count(), []
+    verify(prepared, progress=lambda file, done, total: most.append(count()), threads=2)
+    assert max(most) - before <= 5  # a piece of its own for each buffer, and the file at hand
+    assert count() == before

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,11 +15,13 @@ import typer
 
 from runner.cli import DEFAULT_NEW_TOKENS, guarded
 from runner.cli import generate as run_generation
+from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
     from toolkit.download import Plan
     from toolkit.info import Info
     from toolkit.prepare import PreparationPlan
+    from toolkit.terminal import WorkProgress
     from toolkit.verify import VerifyReport
 
 app = typer.Typer(
@@ -73,13 +76,12 @@ def download(
 
     def body() -> int:
         from toolkit.download import carry_out, plan_download
-        from toolkit.terminal import WorkProgress
 
         plan = plan_download(repo, directory, revision)
         if dry_run:
             return _print_plan(plan)
         start = time.monotonic()
-        with WorkProgress("downloading", plan.work, sys.stderr) as progress:
+        with _bars("downloading", plan.work) as progress:
             done = carry_out(plan, progress, connections)
         print(
             f"{done.revision} is in {directory}: {len(done.fetched)} files fetched, {len(done.kept)} kept, every one "
@@ -111,11 +113,11 @@ def prepare(
 
     def body() -> int:
         from toolkit.prepare import carry_out, plan_preparation
-        from toolkit.terminal import WorkProgress, gigabytes
+        from toolkit.terminal import gigabytes
 
         plan = plan_preparation(repo, destination, revision)
         print(f"{plan.revision} into {destination}: {_intention(plan)}", file=sys.stderr)
-        with WorkProgress("preparing", plan.bytes_to_fetch + plan.bytes_to_write, sys.stderr) as progress:
+        with _bars("preparing", plan.bytes_to_fetch + plan.bytes_to_write) as progress:
             done = carry_out(plan, progress, connections)
         print(
             f"{destination} is complete: {len(done.written)} parts written ({gigabytes(done.bytes_written)}), "
@@ -177,10 +179,10 @@ def convert(
 
     def body() -> int:
         from toolkit.convert import carry_out, plan_conversion
-        from toolkit.terminal import WorkProgress, duration, gigabytes
+        from toolkit.terminal import duration, gigabytes
 
         plan = plan_conversion(source, destination, delete_source=delete_source)
-        with WorkProgress("converting", plan.bytes_to_write, sys.stderr) as progress:
+        with _bars("converting", plan.bytes_to_write) as progress:
             done = carry_out(plan, progress)
         print(
             f"{destination} is complete: {len(done.written)} parts written ({gigabytes(done.bytes_written)} "
@@ -197,19 +199,23 @@ def verify(
     context: typer.Context,
     directory: Prepared,
     quick: Annotated[bool, typer.Option("--quick", help="Check presence, sizes and headers only.")] = False,
+    sample: Annotated[
+        str | None, typer.Option(metavar="5%", help="Compare that share of the bytes, chosen at random.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a prepared directory. Exit status: 0 sound, 1 damage found, 2 could not check."""
 
     def body() -> int:
-        from toolkit.info import inspect
-        from toolkit.terminal import WorkProgress
-        from toolkit.verify import verify
-
-        with WorkProgress("verifying", inspect(directory).bytes, sys.stderr) as progress:
-            report = verify(directory, quick, progress)
+        report = _check(directory, quick, _share(sample))
         if as_json:
-            print(json.dumps({**asdict(report), "directory": str(directory), "sound": report.sound}))
+            shown = {
+                **asdict(report),
+                "directory": str(directory),
+                "sound": report.sound,
+                "share": report.share,
+            }
+            print(json.dumps(shown))
         else:
             _print_report(report)
         return 0 if report.sound else 1
@@ -217,21 +223,122 @@ def verify(
     finish(context, body, failure=2)
 
 
+def _share(text: str | None) -> float | None:
+    """ "5%" is 0.05; `BloomdeskError` for anything but a number of percent."""
+    if text is None:
+        return None
+    try:
+        return float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise BloomdeskError(
+            f"a sample is a share of the bytes, found {text!r}", "give it as --sample 5%"
+        ) from None
+
+
+def _check(directory: Path, quick: bool = False, sample: float | None = None) -> VerifyReport:
+    from toolkit.verify import carry_out, plan_verify
+
+    plan = plan_verify(directory, quick, sample=sample)
+    with _bars("verifying", plan.bytes_to_read) as progress:
+        return carry_out(plan, progress)
+
+
+def _damage_lines(report: VerifyReport) -> list[str]:
+    return [
+        f"{damage.file}{f': {damage.tensor}' if damage.tensor else ''}: {damage.what}"
+        for damage in report.damage
+    ]
+
+
 def _print_report(report: VerifyReport) -> None:
     from toolkit.terminal import gigabytes
 
-    for damage in report.damage:
-        print(f"{damage.file}{f': {damage.tensor}' if damage.tensor else ''}: {damage.what}")
+    for line in _damage_lines(report):
+        print(line)
     for leftover in report.leftovers:
         print(f"{leftover}: left over from an interrupted conversion; the next one replaces it")
-    how = "sizes and headers" if report.quick else f"all {gigabytes(report.bytes_read)}"
+    how = f"all {gigabytes(report.bytes_read)}"
+    if report.sample is not None:
+        how = f"every header, and {gigabytes(report.bytes_read)}, {report.share:.1%} of the bytes, chosen at random"
+    if report.quick:
+        how = "sizes and headers"
     checked = f"{report.files_checked} files checked ({how})"
     if report.sound:
         print(f"{report.directory} is sound: {checked}")
     else:
         files = len({damage.file for damage in report.damage})
         print(f"{report.directory} is damaged: {files} files, see above; {checked}")
-        print(f"  next: delete these files and run bloomdesk convert SRC {report.directory} again")
+        print(f"  next: bloomdesk repair {report.directory}")
+
+
+@app.command()
+def repair(
+    context: typer.Context,
+    directory: Prepared,
+    source: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made from; the Hub if left out.")
+    ] = None,
+    connections: Connections = DEFAULT_CONNECTIONS,
+) -> None:
+    """Find what is damaged or missing and make just that again, from the Hub or from --source."""
+
+    def body() -> int:
+        from toolkit import convert, prepare
+        from toolkit.repair import forget, plan_from_hub, plan_from_source
+
+        report = _check(directory)
+        if report.sound:
+            _print_report(report)
+            return 0
+        for line in _damage_lines(report):
+            print(line)
+        known = forget(directory, report.damage, source)
+        with ExitStack() as stack:
+            if source is not None:
+                conversion = plan_from_source(directory, source, known)
+                progress = stack.enter_context(_bars("repairing", conversion.bytes_to_write))
+                written = convert.carry_out(conversion, progress).written
+            else:
+                preparation = plan_from_hub(directory, known)
+                progress = stack.enter_context(
+                    _bars("repairing", preparation.bytes_to_fetch + preparation.bytes_to_write)
+                )
+                written = prepare.carry_out(preparation, progress, connections).written
+        others = {damage.file for damage in report.damage} - set(written)
+        print(f"{directory} is whole again: {len(written)} parts and {len(others)} small files made anew")
+        return 0
+
+    finish(context, body)
+
+
+def _bars(verb: str, total: int) -> WorkProgress:
+    from toolkit.terminal import WorkProgress
+
+    return WorkProgress(verb, total, sys.stderr)
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    directory: Prepared,
+    destination: Annotated[Path, typer.Argument(metavar="HUB_DIR", help="Where the checkpoint goes.")],
+) -> None:
+    """Write the standard sharded safetensors checkpoint back, as transformers loads it."""
+
+    def body() -> int:
+        from toolkit.export import carry_out, plan_export
+        from toolkit.terminal import duration, gigabytes
+
+        plan = plan_export(directory, destination)
+        with _bars("exporting", plan.bytes_to_write) as progress:
+            done = carry_out(plan, progress)
+        print(
+            f"{destination} holds the checkpoint: {len(done.written)} shards written "
+            f"({gigabytes(done.bytes_written)} in {duration(done.seconds)}), {len(done.kept)} kept"
+        )
+        return 0
+
+    finish(context, body)
 
 
 @app.command()

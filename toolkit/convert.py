@@ -22,6 +22,7 @@ from toolkit.config import read_config
 from toolkit.disk import disk_errors
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.lock import sole_writer
+from toolkit.manifest_backup import write_backup
 from toolkit.naming import Assignment, assign
 from toolkit.parts import PlannedPart, check_lm_head, check_shape, plan_part, write_part
 from toolkit.progress import Progress, silent
@@ -89,10 +90,13 @@ def convert(source: Path, destination: Path, progress: Progress = silent) -> Con
     return carry_out(plan_conversion(source, destination), progress)
 
 
-def plan_conversion(source: Path, destination: Path, *, delete_source: bool = False) -> ConversionPlan:
+def plan_conversion(
+    source: Path, destination: Path, *, delete_source: bool = False, known: Manifest | None = None
+) -> ConversionPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
-    With `delete_source` each shard goes as soon as the parts made from it are on disk and checked.
+    With `delete_source` each shard goes as soon as the parts made from it are on disk and checked. `known` is what
+    the destination's manifest was before damaged parts were taken out of it: the source must be the one it names.
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
@@ -110,11 +114,13 @@ def plan_conversion(source: Path, destination: Path, *, delete_source: bool = Fa
     keys = shards.weight_map or tensors  # none only where a single file is gone, and everything is made
     assignment = assign(keys, model) if keys or begun is None else None
     origin, sha256 = _recorded_source(source, shards, companions)
+    if known is not None and origin == Source():
+        origin = known.source  # no download recorded it, and the shards' hashes will tell
     manifest = begun or Manifest(model, origin)
     _refuse_other(destination, manifest, Manifest(model, origin), companions)
     manifest = target.keep_sound(destination, manifest)
     to_write = _plan_parts(manifest, shards, tensors, assignment) if assignment else ()
-    _know_recorded_hashes(destination, manifest, shards, sha256)
+    _know_recorded_hashes(destination, known or manifest, shards, sha256)
     to_delete = _deletable(shards) if delete_source else ()
     plan = ConversionPlan(source, destination, begun, manifest, to_write, companions, sha256, to_delete)
     if to_write:
@@ -138,6 +144,7 @@ def carry_out(plan: ConversionPlan, progress: Progress = silent) -> ConvertSumma
         manifest = target.lay_out(plan.destination, plan.manifest, plan.companions)
         release = Release(plan.destination)
         manifest = _write_parts(plan, manifest, release, progress)
+        write_backup(plan.destination, manifest)
     written = tuple(part.spec.file for part in plan.to_write)
     kept = tuple(file for file in manifest.parts if file not in written)
     seconds = time.monotonic() - start

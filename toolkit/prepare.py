@@ -28,6 +28,7 @@ from toolkit.disk import disk_errors
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.hub import HubFile, Revision
 from toolkit.lock import sole_writer
+from toolkit.manifest_backup import write_backup
 from toolkit.naming import Assignment, assign
 from toolkit.parts import check_lm_head, check_shape, part_header, plan_part, write_part
 from toolkit.progress import Progress, silent
@@ -209,6 +210,7 @@ def carry_out(
                 maker.take(name, sha256)
                 received, resumed = received + came, resumed + before
             manifest = maker.finish()
+        write_backup(plan.destination, manifest)
         staging.remove()
     written = tuple(plan.schedule.needs)
     kept = tuple(file for file in manifest.parts if file not in written)

@@ -8,17 +8,20 @@ leaves there what other programs have.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 from runner.header import open_regular
 
 PIECE = 8 * 2**20
-READ_THREADS = 4
+# More threads than cores only get into each other's way: they copy as much as they wait.
+READ_THREADS = min(4, os.cpu_count() or 1)
 PIECES_PER_THREAD = 2  # one that is read into, one that waits for its turn
 
 
@@ -37,6 +40,7 @@ class _Read:
 
     index: int
     nbytes: int
+    file: _File
     buffer: memoryview
     count: Future[int]
 
@@ -52,6 +56,9 @@ class ReadAhead:
         largest = min(PIECE, max((run.nbytes for run in runs), default=0))
         self._free = [memoryview(bytearray(largest)) for _ in range(threads * PIECES_PER_THREAD)]
         self._reads: deque[_Read] = deque()
+        self._files: deque[_File] = (
+            deque()
+        )  # the last one is being read, and those before it that are still awaited
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
     def __enter__(self) -> ReadAhead:
@@ -61,6 +68,8 @@ class ReadAhead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(cancel_futures=True)
+        for file in self._files:
+            file.close()
 
     def pieces(self, index: int) -> Iterator[memoryview]:
         """The bytes of the run at `index`, which must be after that of the last call; runs may be left out.
@@ -72,6 +81,8 @@ class ReadAhead:
         self._begin()
         while self._reads and self._reads[0].index <= index:
             read = self._reads.popleft()
+            while self._files[0] is not read.file:  # all that was asked of it has come
+                self._files.popleft().close()
             try:
                 count = read.count.result()
                 if read.index == index:
@@ -96,21 +107,46 @@ class ReadAhead:
         """Have as much on its way as there are buffers for."""
         while self._free and (piece := next(self._ahead, None)):
             index, start, nbytes = piece
-            buffer = self._free.pop()
-            count = self._threads.submit(_read, self._runs[index].path, start, buffer[:nbytes])
-            self._reads.append(_Read(index, nbytes, buffer, count))
+            if not self._files or self._files[-1].path != self._runs[index].path:
+                self._files.append(_File(self._runs[index].path))
+            file, buffer = self._files[-1], self._free.pop()
+            count = self._threads.submit(_read, file, start, buffer[:nbytes])
+            self._reads.append(_Read(index, nbytes, file, buffer, count))
 
 
-def _read(path: Path, start: int, buffer: memoryview) -> int:
-    """Fill `buffer` from the file's byte `start` on; the bytes that were there. The GIL is free meanwhile."""
-    # Opened for each piece, because threads that share one file also share its place and the kernel's read-ahead.
-    with open_regular(path).detach() as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        file.seek(start)
-        done = 0
-        while done < len(buffer) and (count := file.readinto(buffer[done:])):
-            done += count
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), start, done, os.POSIX_FADV_DONTNEED)
-        return done
+class _File:
+    """A file that is opened by the first thread that reads from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file: FileIO | None = None
+
+    def read(self, start: int, buffer: memoryview) -> int:
+        """One read into `buffer` from the byte `start` on; the GIL is free meanwhile."""
+        with self._lock:
+            if self._file is None:
+                self._file = open_regular(self.path).detach()
+                self.advise(0, 0, "SEQUENTIAL")  # the kernel then reads further ahead
+            if not hasattr(os, "preadv"):
+                self._file.seek(start)
+                return self._file.readinto(buffer)
+        return os.preadv(self._file.fileno(), [buffer], start)
+
+    def advise(self, start: int, nbytes: int, advice: str) -> None:
+        """Tell the page cache, where there is one that listens."""
+        if self._file is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), start, nbytes, getattr(os, f"POSIX_FADV_{advice}"))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _read(file: _File, start: int, buffer: memoryview) -> int:
+    """Fill `buffer` from the file's byte `start` on, and let the page cache forget that; the bytes that were there."""
+    done = 0
+    while done < len(buffer) and (count := file.read(start + done, buffer[done:])):
+        done += count
+    file.advise(start, done, "DONTNEED")
+    return done
