@@ -9,6 +9,8 @@ class BloomdeskError(Exception):
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
+        # It may quote a file's names; those must not reach the terminal as commands, or break the one line.
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -142,9 +142,9 @@ class Case:
         """Sizes of disks that are too small: shares of the result, and all of it but for its manifest or record."""
         shares = [(number + 0.5) / count for number in range(count)]
         found = {f"{share:.0%}": int(share * self.size) for share in shares}
-        found["all but the manifest"] = self.size  # its last rewrite needs room beside what it replaces
-        if self.manifest > 3 * PAGE:
-            found["all but half of the manifest"] = self.size + self.manifest // 2
+        # What is written last: the manifest or record, whose rewrite needs room beside what it replaces.
+        found["all but the manifest"] = self.size - -(-self.manifest // PAGE) * PAGE
+        found["all but a page"] = self.size - PAGE
         return found
 
 

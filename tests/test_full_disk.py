@@ -28,7 +28,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     ("command", "levels"),
     [
         ("download", ["50%"]),
-        ("convert", ["50%", "all but the manifest"]),
+        ("convert", ["all but the manifest"]),
         ("prepare", ["all but the manifest"]),
     ],
 )

@@ -194,6 +194,7 @@ def odd(tmp_path: Path) -> dict[str, Path]:
         ("index", "pytorch_model.bin.index.json"),
         ("index", "model.safetensors"),
         ("source", "pytorch_model.bin"),
+        ("record", RECORD),
     ],
 )
 def test_links_to_what_is_no_such_file(
@@ -202,8 +203,8 @@ def test_links_to_what_is_no_such_file(
     directory = tmp_path / "source"
     directory.mkdir()
     (directory / file).symlink_to(odd[kind])
-    if (file, kind) == ("model.safetensors", "another file"):
-        return  # found, and refused when it is read
+    if (file, kind) in (("model.safetensors", "another file"), (RECORD, "nothing")):
+        return  # the one is found, and refused when it is read; the other is as if there were none
     message = bounded.refuses(
         reader, directory / file if reader in ("shard", "header", "config") else directory
     )
@@ -223,6 +224,31 @@ def test_the_hubs_cache_is_a_source(tmp_path: Path) -> None:
     assert len(find_shards(snapshot).files) == 4
     convert(snapshot, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "an endless device", "a loop", "another file"])
+@pytest.mark.parametrize("file", ["special_tokens_map.json", "tokenizer.json"])
+def test_a_companion_that_links_out_of_the_source(
+    tmp_path: Path, odd: dict[str, Path], kind: str, file: str
+) -> None:
+    """It would be copied into the prepared directory, whatever it is."""
+    synthetic(tmp_path / "source", **SHAPE)
+    (tmp_path / "source" / file).unlink()
+    (tmp_path / "source" / file).symlink_to(odd[kind])
+    with pytest.raises(BloomdeskError, match="link out of the checkpoint"):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "an endless device", "a loop"])
+def test_a_part_that_is_no_file_is_made_again(tmp_path: Path, odd: dict[str, Path], kind: str) -> None:
+    synthetic(tmp_path / "source", **SHAPE)
+    convert(tmp_path / "source", tmp_path / "out")
+    part = tmp_path / "out" / "block_01.safetensors"
+    part.unlink()
+    part.symlink_to(odd[kind])
+    assert convert(tmp_path / "source", tmp_path / "out").written == (part.name,)
+    assert not part.is_symlink()
 
 
 @pytest.mark.parametrize("inside", [b"[" * 200_000, b"\xff\xff", b"{}", b"", b'{"version":"1.0"}'])

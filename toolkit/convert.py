@@ -9,6 +9,7 @@ others.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ def plan_conversion(
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
-    if source.resolve() == destination.resolve():
+    if os.path.realpath(source) == os.path.realpath(destination):
         raise BloomdeskError(f"{destination} is the source itself", "give another directory to write to")
     model = read_config(source / "config.json", "BF16")  # a wrong architecture is told before its tensors are
     companions = target.read_companions(source)

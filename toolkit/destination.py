@@ -5,6 +5,8 @@ The manifest is written first, so that a kill leaves a directory that is known a
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError
+from runner.header import read_small
 from runner.prepared import (
     COMPANIONS,
     MANIFEST,
@@ -27,7 +30,7 @@ from toolkit.durable import TEMPORARY_SUFFIX, write_durably
 from toolkit.parts import is_in_place, part_header
 
 REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
-LARGEST_COMPANION = 2**30
+LARGEST_COMPANION = 2**26  # BLOOM's tokenizer.json has 14.5 MB
 STAGING = ".source"  # where `prepare` keeps the shards that are on their way
 SPARE_BYTES = 16 * 2**20  # for the manifest, the small files and what the file system keeps for itself
 
@@ -37,7 +40,7 @@ def begun(destination: Path) -> Manifest | None:
 
     Raises `BloomdeskError` where it holds something else.
     """
-    if destination.exists() and not destination.is_dir():
+    if os.path.lexists(destination) and not destination.is_dir():  # a broken link or a loop too
         raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     if (destination / MANIFEST).exists():
         return load_manifest(destination)
@@ -91,14 +94,20 @@ def missing_parts(manifest: Manifest) -> tuple[PartSpec, ...]:
 
 
 def read_companions(source: Path) -> dict[str, bytes]:
-    """The small files of a source, those that it need not have only where it has them."""
+    """The small files of a source, those that it need not have only where it has them.
+
+    They are carried over byte for byte, so each must be JSON, and a link must not lead out of the source or, in
+    the Hub's cache (models--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH), out of the repo's folder: someone
+    else's checkpoint could bring in any file of the user's.
+    """
     companions = {}
     for name in COMPANIONS:
         path = source / name
         try:
-            if path.stat().st_size > LARGEST_COMPANION:
-                raise BloomdeskError(f"{path}: larger than {LARGEST_COMPANION:,} bytes")
-            companions[name] = path.read_bytes()
+            if path.is_symlink():
+                _refuse_foreign(path)
+            companions[name] = read_small(path, LARGEST_COMPANION)
+            json.loads(companions[name])
         except FileNotFoundError:
             if name in REQUIRED_COMPANIONS:
                 raise BloomdeskError(
@@ -106,7 +115,22 @@ def read_companions(source: Path) -> dict[str, bytes]:
                 ) from None
         except OSError as error:
             raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError):
+            raise BloomdeskError(
+                f"{path} is not JSON", "download it from the model's page into the same directory"
+            ) from None
     return companions
+
+
+def _refuse_foreign(link: Path) -> None:
+    home = link.parent.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    if not Path(os.path.realpath(link)).is_relative_to(home):
+        raise BloomdeskError(
+            f"{link} is a link out of the checkpoint, to {os.path.realpath(link)}",
+            "if that is right, put a copy of the file in its place",
+        )
 
 
 def lay_out(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.header import encode_header
+from runner.header import encode_header, open_regular
 from runner.prepared import PartRecord, PartSpec, SourceShard, TensorRecord
 from toolkit import checksum
 from toolkit.disk import disk_errors
@@ -107,7 +107,7 @@ def write_part(
 def is_in_place(path: Path, header: bytes, record: PartRecord) -> bool:
     """Whether the file at `path` has the recorded size and begins with `header`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(header)) == header and file.seek(0, os.SEEK_END) == record.size
     except OSError:
         return False
