@@ -137,7 +137,25 @@ def test_verify_tells_sound_damaged_and_unable_apart(miniature: tuple[Path, Path
     assert done.returncode == 1
     assert "block_31.safetensors: mlp.dense_4h_to_h.bias: wrong xxh3-128" in done.stdout
     (bloom / "manifest.json").unlink()
+    done = run("verify", bloom)  # the backup still tells
+    assert done.returncode == 1 and "manifest.json: it is missing" in done.stdout
+    (bloom / "manifest.backup.json").unlink()
     assert "is not a prepared checkpoint" in refused("verify", bloom, status=2)
+
+
+def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
+    whole = {path.name: path.read_bytes() for path in bloom.iterdir()}
+    (bloom / "block_31.safetensors").unlink()
+    os.truncate(bloom / "tokenizer.json", 10)
+    assert "give that checkpoint" in refused("repair", bloom)
+    assert (bloom / "tokenizer.json").exists()  # nothing is deleted before there is something to repair from
+    done = run("repair", bloom, "--source", miniature[0])
+    assert done.returncode == 0 and "1 parts and 1 small files made anew" in done.stdout, done
+    assert {path.name: path.read_bytes() for path in bloom.iterdir()} == whole
+    assert "is sound" in run("verify", bloom, "--sample", "5%").stdout
+    assert "a sample is a share" in refused("verify", bloom, "--sample", "much", status=2)
+    assert "72 shards written" in run("export", bloom, tmp_path / "hub").stdout
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["generate"], ["verify"], ["convert", "somewhere"]])
