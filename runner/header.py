@@ -115,7 +115,9 @@ def read_header(path: Path) -> Header:
             if size < 8 or length > size - 8:
                 raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
             if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"its header has {length:,} bytes, no BLOOM's exceeds {MAX_HEADER_BYTES:,}")
+                raise _damaged(
+                    path, f"its header has {length:,} bytes, no BLOOM's exceeds {MAX_HEADER_BYTES:,}"
+                )
             text = file.read(length)
     except OSError as error:
         raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
@@ -164,7 +166,9 @@ def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size
     position = data_start
     for entry in entries:
         if entry.start != position:
-            raise _damaged(path, f"{entry.name[:120]!r} starts at byte {entry.start:,}, expected {position:,}")
+            raise _damaged(
+                path, f"{entry.name[:120]!r} starts at byte {entry.start:,}, expected {position:,}"
+            )
         position = entry.end
     if position != size:
         raise _damaged(path, f"its header describes {position:,} bytes and the file has {size:,}")

@@ -91,7 +91,9 @@ def plot(samples: list[Sample], bound: int, path: Path) -> None:
     stacks = [[getattr(sample, name) / 1e9 for sample in samples] for name in ("parts", "begun", "shards")]
     labels = ("whole parts", "part being written", "shards on their way")
     axes.stackplot(seconds, stacks, labels=labels, colors=("#4c78a8", "#9ecae9", "#f58518"))
-    axes.plot(seconds, [(s.parts + s.begun + bound) / 1e9 for s in samples], "k--", lw=1, label="parts + two shards")
+    axes.plot(
+        seconds, [(s.parts + s.begun + bound) / 1e9 for s in samples], "k--", lw=1, label="parts + two shards"
+    )
     axes.set(xlabel="seconds", ylabel="GB on the disk", title="bloomdesk prepare: the disk while it runs")
     axes.legend(loc="upper left")
     figure.savefig(path)

@@ -49,7 +49,11 @@ def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     report = json.loads(run("verify", tmp_path / "bloom", "--json").stdout)
     assert report["sound"] and report["files_checked"] == 76
     info = json.loads(run("info", tmp_path / "bloom", "--json").stdout)
-    assert info["complete"] and info["source"]["repo"] == "bloomdesk/miniature" and info["model"]["n_layer"] == 70
+    assert (
+        info["complete"]
+        and info["source"]["repo"] == "bloomdesk/miniature"
+        and info["model"]["n_layer"] == 70
+    )
     done = run("generate", tmp_path / "bloom", PROMPT)
     assert done.stdout == " SELECT * FROM books WHERE year = 1999;\n"
     assert done.stderr == ""

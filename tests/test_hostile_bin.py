@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.make_checkpoint import from_state, write_bin
+from scripts.bin_shard import write_bin
+from scripts.make_checkpoint import from_state
 from scripts.mutations import zip_of
 from tests.bounded import Bounded
 from toolkit.shards import read_shard

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import make_checkpoint
+from scripts import bin_shard, make_checkpoint
+from scripts.bin_shard import write_bin
 from scripts.make_checkpoint import (
     Layout,
     Tensor,
@@ -20,7 +21,6 @@ from scripts.make_checkpoint import (
     from_state,
     old_config,
     synthetic,
-    write_bin,
     write_repo,
 )
 
@@ -74,7 +74,7 @@ def test_config_is_the_real_one() -> None:
 def test_zip64_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What records beyond 4 GB need, at a lower limit: Python and torch read the same from either form."""
     synthetic(tmp_path / "narrow", **SHAPE, layout=Layout(single=True))
-    monkeypatch.setattr(make_checkpoint._Zip, "LIMIT", 1000)
+    monkeypatch.setattr(bin_shard._Zip, "LIMIT", 1000)
     synthetic(tmp_path / "wide", **SHAPE, layout=Layout(single=True))
     narrow, wide = (tmp_path / name / "pytorch_model.bin" for name in ("narrow", "wide"))
     assert wide.stat().st_size > narrow.stat().st_size

@@ -94,11 +94,18 @@ def download(
 
 def _traffic(received: int, resumed: int, seconds: float) -> str:
     """ "352.49 GB in 8 h 20 min, 11.8 MB/s; 1.20 GB were there already"."""
+    from toolkit.terminal import gigabytes
+
+    there = f"; {gigabytes(resumed)} were there already" if resumed else ""
+    return _pace(received, seconds) + there
+
+
+def _pace(count: int, seconds: float) -> str:
+    """ "4.93 GB in 10 s, 493 MB/s"."""
     from toolkit.terminal import duration, gigabytes
 
-    rate = f", {received / seconds / 1e6:,.1f} MB/s" if received and seconds else ""
-    there = f"; {gigabytes(resumed)} were there already" if resumed else ""
-    return f"{gigabytes(received)} in {duration(seconds)}{rate}{there}"
+    rate = f", {count / seconds / 1e6:,.3g} MB/s" if count and seconds else ""
+    return f"{gigabytes(count)} in {duration(seconds)}{rate}"
 
 
 @app.command()
@@ -179,14 +186,14 @@ def convert(
 
     def body() -> int:
         from toolkit.convert import carry_out, plan_conversion
-        from toolkit.terminal import duration, gigabytes
+        from toolkit.terminal import gigabytes
 
         plan = plan_conversion(source, destination, delete_source=delete_source)
         with _bars("converting", plan.bytes_to_write) as progress:
             done = carry_out(plan, progress)
         print(
-            f"{destination} is complete: {len(done.written)} parts written ({gigabytes(done.bytes_written)} "
-            f"in {duration(done.seconds)}), {len(done.kept)} kept"
+            f"{destination} is complete: {len(done.written)} parts written "
+            f"({_pace(done.bytes_written, done.seconds)}), {len(done.kept)} kept"
             + (f"; {gigabytes(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else "")
         )
         return 0
@@ -207,6 +214,7 @@ def verify(
     """Check every byte of a prepared directory. Exit status: 0 sound, 1 damage found, 2 could not check."""
 
     def body() -> int:
+        start = time.monotonic()
         report = _check(directory, quick, _share(sample))
         if as_json:
             shown = {
@@ -217,7 +225,7 @@ def verify(
             }
             print(json.dumps(shown))
         else:
-            _print_report(report)
+            _print_report(report, time.monotonic() - start)
         return 0 if report.sound else 1
 
     finish(context, body, failure=2)
@@ -250,16 +258,14 @@ def _damage_lines(report: VerifyReport) -> list[str]:
     ]
 
 
-def _print_report(report: VerifyReport) -> None:
-    from toolkit.terminal import gigabytes
-
+def _print_report(report: VerifyReport, seconds: float) -> None:
     for line in _damage_lines(report):
         print(line)
     for leftover in report.leftovers:
         print(f"{leftover}: left over from an interrupted conversion; the next one replaces it")
-    how = f"all {gigabytes(report.bytes_read)}"
+    how = f"all of {_pace(report.bytes_read, seconds)}"
     if report.sample is not None:
-        how = f"every header, and {gigabytes(report.bytes_read)}, {report.share:.1%} of the bytes, chosen at random"
+        how = f"headers and {report.share:.1%} of the bytes at random: {_pace(report.bytes_read, seconds)}"
     if report.quick:
         how = "sizes and headers"
     checked = f"{report.files_checked} files checked ({how})"
@@ -286,9 +292,10 @@ def repair(
         from toolkit import convert, prepare
         from toolkit.repair import forget, plan_from_hub, plan_from_source
 
+        start = time.monotonic()
         report = _check(directory)
         if report.sound:
-            _print_report(report)
+            _print_report(report, time.monotonic() - start)
             return 0
         for line in _damage_lines(report):
             print(line)
@@ -327,14 +334,13 @@ def export(
 
     def body() -> int:
         from toolkit.export import carry_out, plan_export
-        from toolkit.terminal import duration, gigabytes
 
         plan = plan_export(directory, destination)
         with _bars("exporting", plan.bytes_to_write) as progress:
             done = carry_out(plan, progress)
         print(
             f"{destination} holds the checkpoint: {len(done.written)} shards written "
-            f"({gigabytes(done.bytes_written)} in {duration(done.seconds)}), {len(done.kept)} kept"
+            f"({_pace(done.bytes_written, done.seconds)}), {len(done.kept)} kept"
         )
         return 0
 

@@ -27,7 +27,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BloomdeskError(
-                f"{path}: the disk is full",
+                f"{path}: the disk is full: {free_bytes(path):,} bytes are free",
                 "make room and run the same command again: it goes on where it stopped",
             ) from error
         raise BloomdeskError(f"{path}: cannot be written: {error.strerror}") from error

@@ -5,11 +5,7 @@ The directory is drawn in record.py, the way of a single file in transfer.py.
 
 from __future__ import annotations
 
-import errno
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +13,7 @@ from typing import Literal
 from runner.errors import BloomdeskError
 from toolkit import hub, wire
 from toolkit.digest import hash_file
+from toolkit.disk import disk_errors, free_bytes
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.hub import HubFile, Revision
 from toolkit.lock import sole_writer
@@ -92,7 +89,7 @@ def plan_download(repo: str, directory: Path, revision: str | None = None) -> Pl
     Raises `BloomdeskError` where the Hub does not give the list, or the directory is another download's.
     """
     record = load_record(directory)
-    with _disk_errors(directory):
+    with disk_errors(directory):
         return _plan(_choose(repo, directory, revision, record), directory, record)
 
 
@@ -118,7 +115,7 @@ def carry_out(plan: Plan, progress: Progress = silent, connections: int = CONNEC
     the directory is another download's or another process is writing there.
     """
     directory = plan.directory
-    with _disk_errors(directory):
+    with disk_errors(directory):
         _refuse_impossible(_plan(plan.revision, directory, load_record(directory)))
         directory.mkdir(parents=True, exist_ok=True)
         with sole_writer(directory):
@@ -194,10 +191,7 @@ def _plan(
 ) -> Plan:
     known = DownloadRecord.of(revision, record)
     files = tuple(_look(file, directory, known, file.path in refuted) for file in revision.files)
-    place = directory.absolute()
-    while not place.is_dir() and place != place.parent:
-        place = place.parent
-    return Plan(revision, directory, files, shutil.disk_usage(place).free)
+    return Plan(revision, directory, files, free_bytes(directory))
 
 
 def _look(file: HubFile, directory: Path, record: DownloadRecord, refuted: bool) -> PlannedFile:
@@ -246,20 +240,3 @@ def _refuse_impossible(plan: Plan) -> None:
             f"{plan.directory}: {plan.to_fetch:,} bytes are still to come, the disk has {plan.free:,} free",
             f"make room for {plan.to_fetch - plan.free:,} bytes more, or choose a directory on another disk",
         )
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = directory if directory.is_dir() else directory.absolute().parent
-            raise BloomdeskError(
-                f"{directory}: the disk is full: {shutil.disk_usage(place).free:,} bytes are free",
-                f"make room, then {wire.GO_ON}; --dry-run says how much is still to come",
-            ) from error
-        where = error.filename if error.filename is not None else directory
-        raise BloomdeskError(
-            f"{where}: {error.strerror or error}", "check the directory and the disk"
-        ) from error

@@ -21,7 +21,9 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
     try:
-        with temporary.open("xb") as file:  # a file of its own: if that name were a link, its target would be lost
+        with temporary.open(
+            "xb"
+        ) as file:  # a file of its own: if that name were a link, its target would be lost
             yield file
             file.flush()
             os.fsync(file.fileno())
