@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # drawing boxes costs more than all the rest of --help
     pretty_exceptions_enable=False,
 )
 
@@ -72,7 +73,7 @@ def download(
         bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
     ] = False,
 ) -> None:
-    """Fetch what is needed of a BLOOM repo; running it again goes on where it stopped."""
+    """Fetch what is needed of a BLOOM repo. Running it again goes on where it stopped."""
 
     def body() -> int:
         from toolkit.download import carry_out, plan_download
@@ -116,7 +117,7 @@ def prepare(
     revision: Revision = None,
     connections: Connections = DEFAULT_CONNECTIONS,
 ) -> None:
-    """Download and convert shard by shard, with room for two shards beside the result; run it again to go on."""
+    """Download and convert shard by shard. It takes room for two shards beside the result; run it again to go on."""
 
     def body() -> int:
         from toolkit.prepare import carry_out, plan_preparation
@@ -182,7 +183,7 @@ def convert(
         typer.Option("--delete-source", help="Delete each shard once the parts made from it are checked."),
     ] = False,
 ) -> None:
-    """Re-split a checkpoint into one file for each block; running it again goes on where it stopped."""
+    """Re-split a checkpoint, a file for each block. Running it again goes on where it stopped."""
 
     def body() -> int:
         from toolkit.convert import carry_out, plan_conversion
@@ -286,7 +287,7 @@ def repair(
     ] = None,
     connections: Connections = DEFAULT_CONNECTIONS,
 ) -> None:
-    """Find what is damaged or missing and make just that again, from the Hub or from --source."""
+    """Make what is damaged or missing again. Just that is fetched, from the Hub or from --source."""
 
     def body() -> int:
         from toolkit import convert, prepare
@@ -330,7 +331,7 @@ def export(
     directory: Prepared,
     destination: Annotated[Path, typer.Argument(metavar="HUB_DIR", help="Where the checkpoint goes.")],
 ) -> None:
-    """Write the standard sharded safetensors checkpoint back, as transformers loads it."""
+    """Write the standard checkpoint back. It is sharded safetensors, as transformers loads it."""
 
     def body() -> int:
         from toolkit.export import carry_out, plan_export
@@ -398,7 +399,7 @@ def generate(
     ] = DEFAULT_NEW_TOKENS,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt with the likeliest tokens, printed as they come."""
+    """Continue a prompt, printed as it grows. Each token is the likeliest one."""
     finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json))
 
 
