@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import make_checkpoint
 from toolkit.convert import convert
+
+# For tensors this small, more threads only wait for each other; here, and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PreparedFactory = Callable[..., tuple[Path, Path]]
 
