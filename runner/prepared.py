@@ -29,7 +29,8 @@ FORMAT = "bloomdesk-prepared"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"
-COMPANIONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
+COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map.json")
 DTYPES = ("BF16", "F16", "F32")
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
@@ -213,7 +214,7 @@ class Manifest:
 
     @property
     def _missing_companions(self) -> tuple[str, ...]:
-        return tuple(file for file in ("config.json", "tokenizer.json") if file not in self.companions)
+        return tuple(file for file in REQUIRED_COMPANIONS if file not in self.companions)
 
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:

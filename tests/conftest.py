@@ -44,6 +44,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedFactory:
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small complete prepared directory of three blocks; copy it before changing it."""
+    base = tmp_path_factory.mktemp("made")
+    make_checkpoint.synthetic(base / "source", hidden_size=64, heads=8, blocks=3, vocab_size=300)
+    convert(base / "source", base / "out")
+    return base / "out"
+
+
+@pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(source of 72 shards, prepared directory) of the trained miniature."""
     source = tmp_path_factory.mktemp("miniature") / "source"

@@ -12,21 +12,10 @@ import pytest
 
 from runner.errors import BloomdeskError
 from runner.prepared import MANIFEST, MANIFEST_BACKUP, load_manifest
-from scripts.make_checkpoint import synthetic
-from toolkit.convert import convert
 from toolkit.manifest_backup import find_manifest, recover_manifest, write_backup
 from toolkit.verify import verify
 
 BLOCK = "block_01.safetensors"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("made")
-    synthetic(base / "source", hidden_size=64, heads=8, blocks=2, vocab_size=300)
-    convert(base / "source", base / "out")
-    write_backup(base / "out", load_manifest(base / "out"))
-    return base / "out"
 
 
 @pytest.fixture

@@ -27,15 +27,6 @@ from toolkit.verify import Damage, plan_verify, verify
 BLOCK = "block_01.safetensors"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("made")
-    synthetic(base / "source", hidden_size=64, heads=8, blocks=3, vocab_size=300)
-    convert(base / "source", base / "out")
-    write_backup(base / "out", load_manifest(base / "out"))
-    return base / "out"
-
-
 @pytest.fixture
 def prepared(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "prepared"))

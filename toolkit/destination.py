@@ -18,6 +18,7 @@ from runner.header import read_small
 from runner.prepared import (
     COMPANIONS,
     MANIFEST,
+    REQUIRED_COMPANIONS,
     CompanionRecord,
     Manifest,
     PartSpec,
@@ -29,7 +30,6 @@ from toolkit.disk import disk_errors, free_bytes
 from toolkit.durable import TEMPORARY_SUFFIX, write_durably
 from toolkit.parts import is_in_place, part_header
 
-REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
 LARGEST_COMPANION = 2**26  # BLOOM's tokenizer.json has 14.5 MB
 STAGING = ".source"  # where `prepare` keeps the shards that are on their way
 SPARE_BYTES = 16 * 2**20  # for the manifest, the small files and what the file system keeps for itself

@@ -36,10 +36,10 @@ from toolkit.naming import name_table
 from toolkit.progress import Progress, silent
 from toolkit.readahead import ReadAhead, Run
 from toolkit.regions import Region, regions_of
+from toolkit.shards import LARGEST_INDEX
 from toolkit.verify import quick_damage
 
 INDEX = "model.safetensors.index.json"
-LARGEST_INDEX = 64 * 2**20
 SETTLE = 256 * 2**20  # so many bytes are brought onto the disk at a time, and let out of the page cache
 
 

@@ -15,19 +15,12 @@ from typing import Any
 from urllib.parse import quote
 
 from runner.errors import BloomdeskError
-from runner.prepared import is_file_name
+from runner.prepared import COMPANIONS, REQUIRED_COMPANIONS, is_file_name
 from toolkit import wire
+from toolkit.shards import FORMS, LARGEST_INDEX
 
 PINS = Path(__file__).with_name("pins")
 PINNED = {"bigscience/bloom": "bigscience_bloom.json"}
-REQUIRED = ("config.json", "tokenizer.json")
-WELCOME = ("tokenizer_config.json", "special_tokens_map.json")
-# The forms in which a repository may hold its weights, best first: index, single file, what shards end with.
-FORMS = (
-    ("model.safetensors.index.json", "model.safetensors", ".safetensors"),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
-)
-LARGEST_INDEX = 16 * 2**20  # that of BLOOM-176B has 0.06 MB; as Python objects it can come to 25 times that
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -156,12 +149,12 @@ def needed(revision: Revision, read: Callable[[HubFile], bytes]) -> Revision:
     """
     if revision.pinned:
         return revision
-    missing = [path for path in REQUIRED if revision.find(path) is None]
+    missing = [path for path in REQUIRED_COMPANIONS if revision.find(path) is None]
     if missing:
         raise BloomdeskError(
             f"{revision} holds no {' and no '.join(missing)}: it is not a whole BLOOM checkpoint"
         )
-    companions = [file for file in map(revision.find, (*REQUIRED, *WELCOME)) if file is not None]
+    companions = [file for file in map(revision.find, COMPANIONS) if file is not None]
     return replace(revision, files=(*companions, *_weights(revision, read)))
 
 
