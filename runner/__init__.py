@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["BloomdeskError", "load"]
 
 
-def load(directory: str | Path) -> Model:
+def load(directory: str | Path, ram: int | None = None) -> Model:
     """Open a prepared checkpoint; instant at any size, since nothing of the weights is read yet.
+
+    `ram` bounds the bytes of RAM that it takes, all that the process holds included; by default that is most of what
+    the machine, or its control group, can spare.
 
     The model's `generate(prompt_or_ids, max_new_tokens=...)` yields token ids.
     Raises `BloomdeskError` where the directory is no sound prepared checkpoint.
     """
     from runner.model import Model
 
-    return Model.open(Path(directory))
+    return Model.open(Path(directory), ram)

@@ -4,35 +4,38 @@ Reference: transformers, `models/bloom/modeling_bloom.py`; the model: https://ar
 Where a result is rounded (to bfloat16 after every operation) decides bits, so the grouping of the operations
 here is part of the contract: docs/architecture.md says how equality is tested.
 
-Shapes: T rows of this pass, S positions in the cache with these rows included, H heads, D head dim, E hidden = H * D,
+Shapes: T rows of this pass, S positions of the cache that they may look at, H heads, D head dim, E hidden = H * D,
 V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
 from runner.kv_cache import BlockCache
 from runner.prepared import Hyperparameters
-from runner.weights import Tensors
+from runner.weights import Part
 
 
-def layer_norm(x: torch.Tensor, part: Tensors, prefix: str, epsilon: float) -> torch.Tensor:
-    """LayerNorm over E with `part[prefix + 'weight']` and `part[prefix + 'bias']`."""
-    return F.layer_norm(x, (x.shape[-1],), part[prefix + "weight"], part[prefix + "bias"], epsilon)
+def layer_norm(x: torch.Tensor, part: Part, prefix: str, epsilon: float) -> torch.Tensor:
+    """LayerNorm over E with the vectors `prefix + 'weight'` and `prefix + 'bias'`."""
+    return F.layer_norm(
+        x, (x.shape[-1],), part.vectors[prefix + "weight"], part.vectors[prefix + "bias"], epsilon
+    )
 
 
-def linear(x: torch.Tensor, part: Tensors, name: str) -> torch.Tensor:
+def linear(x: torch.Tensor, part: Part, name: str) -> torch.Tensor:
     """`x @ weight.T + bias` with the tensors of `part` under `name`."""
-    return F.linear(x, part[name + ".weight"], part[name + ".bias"])
+    return part.matrices[name + ".weight"].product(x, part.vectors[name + ".bias"])
 
 
-def embed(ids: torch.Tensor, part: Tensors, model: Hyperparameters) -> torch.Tensor:
-    """ids [T] -> [T, E]. Touches only the rows of the matrix that `ids` name."""
-    rows = F.embedding(ids, part["word_embeddings.weight"])
+def embed(ids: Sequence[int], part: Part, model: Hyperparameters) -> torch.Tensor:
+    """ids [T] -> [T, E]. Reads only the rows of the matrix that `ids` name."""
+    rows = part.matrices["word_embeddings.weight"].rows(ids)
     return layer_norm(rows, part, "word_embeddings_layernorm.", model.layer_norm_epsilon)
 
 
@@ -59,24 +62,31 @@ def alibi_bias(n_head: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     return (alibi_slopes(n_head)[:, None, None] * torch.arange(length)).to(dtype)
 
 
-def causal_mask(rows: int, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """[T, S]: 0 where the row may look, the dtype's lowest number where the position lies after it."""
-    future = torch.ones(rows, length, dtype=torch.bool).triu(diagonal=length - rows + 1)
-    return torch.zeros(rows, length, dtype=dtype).masked_fill(future, torch.finfo(dtype).min)
+def causal_mask(rows: int, length: int, padded: int, dtype: torch.dtype) -> torch.Tensor:
+    """[T, S]: 0 where the row may look, the dtype's lowest number where the position lies after it.
+
+    The last of the T rows is at position `length - 1`; `padded` is S.
+    """
+    future = torch.ones(rows, padded, dtype=torch.bool).triu(diagonal=length - rows + 1)
+    return torch.zeros(rows, padded, dtype=dtype).masked_fill(future, torch.finfo(dtype).min)
 
 
 def attention(
-    x: torch.Tensor, block: Tensors, cache: BlockCache, alibi: torch.Tensor, mask: torch.Tensor
+    x: torch.Tensor, block: Part, cache: BlockCache, start: int, alibi: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """Causal self-attention of x [T, E] over the S cached positions, of which its own are the last -> [T, E]."""
+    """Causal self-attention of x [T, E], at positions from `start` on, over S cached ones -> [T, E].
+
+    S may reach beyond the last row's position: what lies there is masked, and weighs nothing.
+    """
     T, S = mask.shape
-    H, _, D = cache.keys.shape
+    H, D = cache.n_head, cache.head_dim
     fused = linear(x, block, "self_attention.query_key_value").view(T, H, 3, D)
     q, k, v = (fused[:, :, i].transpose(0, 1) for i in range(3))  # 3 x [H, T, D]
-    k, v = cache.write(k, v, start=S - T)  # 2 x [H, S, D]
-    scores = torch.baddbmm(alibi, q, k.transpose(1, 2), alpha=1.0 / math.sqrt(D)) + mask  # [H, T, S]
+    cache.write(k, v, start)
+    products = cache.scores(q, S) * (1.0 / math.sqrt(D))  # [H, T, S]
+    scores = products.add_(alibi).to(x.dtype) + mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
-    context = torch.bmm(weights, v).transpose(0, 1).reshape(x.shape)  # [H, T, D] -> [T, E]
+    context = cache.context(weights).to(x.dtype).transpose(0, 1).reshape(x.shape)  # [H, T, D] -> [T, E]
     return linear(context, block, "self_attention.dense")
 
 
@@ -85,15 +95,16 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
 
 
-def mlp(x: torch.Tensor, block: Tensors) -> torch.Tensor:
+def mlp(x: torch.Tensor, block: Part) -> torch.Tensor:
     """x [T, E] -> [T, E] through 4E."""
     return linear(gelu(linear(x, block, "mlp.dense_h_to_4h")), block, "mlp.dense_4h_to_h")
 
 
 def block_forward(
     x: torch.Tensor,
-    block: Tensors,
+    block: Part,
     cache: BlockCache,
+    start: int,
     alibi: torch.Tensor,
     mask: torch.Tensor,
     model: Hyperparameters,
@@ -105,12 +116,12 @@ def block_forward(
     after_norm = model.apply_residual_connection_post_layernorm
 
     normed = layer_norm(x, block, "input_layernorm.", model.layer_norm_epsilon)
-    x = (normed if after_norm else x) + attention(normed, block, cache, alibi, mask)
+    x = (normed if after_norm else x) + attention(normed, block, cache, start, alibi, mask)
 
     normed = layer_norm(x, block, "post_attention_layernorm.", model.layer_norm_epsilon)
     return (normed if after_norm else x) + mlp(normed, block)
 
 
-def head(x: torch.Tensor, final_layernorm: Tensors, embedding: Tensors, epsilon: float) -> torch.Tensor:
+def head(x: torch.Tensor, final_layernorm: Part, embedding: Part, epsilon: float) -> torch.Tensor:
     """x [T, E] -> logits [T, V]; the output matrix is the embedding, used where it lies."""
-    return F.linear(layer_norm(x, final_layernorm, "", epsilon), embedding["word_embeddings.weight"])
+    return embedding.matrices["word_embeddings.weight"].product(layer_norm(x, final_layernorm, "", epsilon))

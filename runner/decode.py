@@ -13,8 +13,8 @@ class Generation(Iterator[int]):
     """An iterator of generated token ids that knows what it has done so far.
 
     The last id is `</s>` where `stop_reason` is "eos"; it is "length" where `max_new_tokens` ended it, and None
-    while more may come. `bytes_read` counts the weights that the passes went through, from disk or from what the
-    system still holds of it in memory.
+    while more may come. `bytes_read` counts the weights that the passes took from the files: everything that is
+    streamed once for each pass, what is resident once.
     """
 
     def __init__(
@@ -24,12 +24,16 @@ class Generation(Iterator[int]):
         self._on_part = on_part
         self._max_new_tokens = max_new_tokens
         # The last token is never fed back, so it needs no place in the cache.
-        self._cache = model.cache(len(prompt_ids) + max_new_tokens - 1)
+        self._cache = model.cache(len(prompt_ids) + max_new_tokens - 1, rows=len(prompt_ids))
         self.prompt_ids = prompt_ids
         self.ids: list[int] = []
         self.passes = 0
-        self.bytes_read = 0
+        self._read_before = model.weights.stream.traffic.bytes_read
         self.stop_reason: str | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        return self._model.weights.stream.traffic.bytes_read - self._read_before
 
     def __next__(self) -> int:
         if self.stop_reason:
@@ -40,7 +44,6 @@ class Generation(Iterator[int]):
         token_id = int(logits[-1].float().argmax())
         self.ids.append(token_id)
         self.passes += 1
-        self.bytes_read += self._model.weights.nbytes
         if token_id == self._model.weights.model.eos_token_id:
             self.stop_reason = "eos"
         elif len(self.ids) == self._max_new_tokens:

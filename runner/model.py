@@ -1,4 +1,4 @@
-"""A prepared BLOOM, opened: its weights and tokenizer, and one pass through all parts."""
+"""A prepared BLOOM, opened: its weights and tokenizer, its share of the RAM, and one pass through all parts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from runner import bloom
+from runner import bloom, budget, system
+from runner.budget import Budget
 from runner.decode import Generation
 from runner.errors import BloomdeskError
-from runner.kv_cache import KVCache
+from runner.kv_cache import KVCache, whole_lanes
+from runner.stream import slot_bytes
 from runner.tokenizer import Tokenizer
 from runner.weights import Weights
 
@@ -21,19 +23,48 @@ OnPart = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Model:
-    """What `runner.load` gives."""
+    """What `runner.load` gives. `ram` bounds the bytes of RAM that it takes, all that the process holds included."""
 
     weights: Weights
     tokenizer: Tokenizer
+    ram: int
+    process_nbytes: int  # of the process, before any weights
 
     @classmethod
-    def open(cls, directory: Path) -> Model:
-        """Raises `BloomdeskError` where the directory is no sound, complete prepared checkpoint."""
-        return cls(Weights.open(directory), Tokenizer(directory / "tokenizer.json"))
+    def open(cls, directory: Path, ram: int | None = None) -> Model:
+        """Without `ram`: most of what the machine, or its control group, can spare.
 
-    def cache(self, capacity: int) -> KVCache:
-        """An empty KV cache for `capacity` positions."""
-        return KVCache(self.weights.model, capacity, self.weights.dtype)
+        Raises `BloomdeskError` where the directory is no sound, complete prepared checkpoint.
+        """
+        weights = Weights.open(directory)
+        tokenizer = Tokenizer(directory / "tokenizer.json")
+        return cls(weights, tokenizer, ram or budget.default_total(), system.memory_in_use())
+
+    def budget(self, capacity: int, rows: int) -> Budget:
+        """How the RAM is shared out for passes of up to `rows` rows and `capacity` positions in the cache.
+
+        Raises `BloomdeskError` where it is too little for that.
+        """
+        model, stream = self.weights.model, self.weights.stream
+        element_size = self.weights.dtype.itemsize
+        pieces = stream.pieces
+        return budget.share_out(
+            self.ram,
+            self.process_nbytes + self.weights.nbytes - sum(piece.nbytes for piece in pieces),
+            KVCache.nbytes(model, capacity, self.weights.dtype),
+            budget.activation_bytes(model, rows, capacity, element_size),
+            [piece.nbytes for piece in pieces],
+            max(map(slot_bytes, pieces)),
+        )
+
+    def cache(self, capacity: int, rows: int | None = None) -> KVCache:
+        """An empty KV cache for `capacity` positions, with the RAM shared out for it.
+
+        A pass may have up to `rows` rows; without it, as many as the cache has positions.
+        """
+        shares = self.budget(capacity, capacity if rows is None else rows)
+        self.weights.stream.arrange(shares.resident, shares.slots)
+        return KVCache(self.weights.model, capacity, self.weights.dtype, self.weights.kernel)
 
     @torch.inference_mode()
     def forward(
@@ -42,17 +73,19 @@ class Model:
         """One pass: append `ids` (T tokens) to the cache and return logits.
 
         [1, V], those of the last row, or [T, V] with `all_rows`; in the model's dtype. A pass that an exception
-        ended has added nothing to the cache. Raises ValueError where the cache has no room for `ids`.
+        ended has added nothing to the cache. Raises ValueError where the cache has no room for `ids`, and
+        `BloomdeskError` where a part cannot be read or was changed since it was opened.
         """
         model, weights = self.weights.model, self.weights
         rows, length = len(ids), cache.length + len(ids)
         if length > cache.capacity:
             raise ValueError(f"{length} positions do not fit a cache of {cache.capacity}")
-        alibi = bloom.alibi_bias(model.n_head, length, weights.dtype)
-        mask = bloom.causal_mask(rows, length, weights.dtype)
-        x = bloom.embed(torch.tensor(ids), weights.embedding, model)
+        seen = whole_lanes(length)
+        alibi = bloom.alibi_bias(model.n_head, seen, weights.dtype)
+        mask = bloom.causal_mask(rows, length, seen, weights.dtype)
+        x = bloom.embed(ids, weights.embedding, model)
         for index, (block, block_cache) in enumerate(zip(weights.blocks, cache.blocks, strict=True)):
-            x = bloom.block_forward(x, block, block_cache, alibi, mask, model)
+            x = bloom.block_forward(x, block, block_cache, cache.length, alibi, mask, model)
             if on_part:
                 on_part(index + 1, model.n_layer + 1)
         kept = x if all_rows else x[-1:]
@@ -68,7 +101,7 @@ class Model:
         """Greedy continuation: an iterator of token ids that ends with `</s>` or after `max_new_tokens`.
 
         Each step of the iterator is one pass. Raises `BloomdeskError` for an empty prompt, an id outside the
-        vocabulary, or a `max_new_tokens` below 1.
+        vocabulary, a `max_new_tokens` below 1, or where the RAM is too little.
         """
         is_text = isinstance(prompt_or_ids, str)
         ids = self.tokenizer.encode(prompt_or_ids) if is_text else [int(i) for i in prompt_or_ids]

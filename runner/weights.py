@@ -1,4 +1,4 @@
-"""The parts of a prepared directory as memory-mapped tensors: nothing is copied, and nothing read before its use."""
+"""The parts of a prepared directory: vectors as memory-mapped tensors, matrices in pieces that a stream hands out."""
 
 from __future__ import annotations
 
@@ -11,27 +11,42 @@ from pathlib import Path
 import torch
 
 from runner.errors import BloomdeskError
-from runner.header import DATA_ALIGNMENT, TensorEntry, open_regular, read_header
-from runner.prepared import Hyperparameters, PartRecord, PartSpec, load_manifest, part_specs
+from runner.header import DATA_ALIGNMENT, Header, TensorEntry, open_regular, read_header
+from runner.kernel import Kernel
+from runner.matrix import Matrix
+from runner.pieces import FileState, Piece, cut
+from runner.prepared import Hyperparameters, Manifest, PartRecord, PartSpec, load_manifest, part_specs
+from runner.stream import READERS, Stream
+from runner.workers import workers
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-Tensors = Mapping[str, torch.Tensor]
+
+@dataclass(frozen=True)
+class Part:
+    """The tensors of one file by name: vectors [N] and matrices [N, K]."""
+
+    vectors: Mapping[str, torch.Tensor]
+    matrices: Mapping[str, Matrix]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """All weights of a model; the tensors are read-only views of the files.
+    """All weights of a model; nothing of the matrices is read before its use.
 
-    embedding        word_embeddings.weight [V, E], word_embeddings_layernorm.{weight,bias} [E]
-    blocks           one mapping of 12 tensors for each block, see `prepared.block_tensors`
-    final_layernorm  weight, bias [E]
+    embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
+    blocks           one part of 12 tensors for each block, see `prepared.block_tensors`
+    final_layernorm  vectors weight, bias [E]
+    stream           the pieces of all matrices in the order of a pass: those of the blocks, then the head's, which
+                     are the embedding's
     """
 
     model: Hyperparameters
-    embedding: Tensors
-    blocks: tuple[Tensors, ...]
-    final_layernorm: Tensors
+    embedding: Part
+    blocks: tuple[Part, ...]
+    final_layernorm: Part
+    stream: Stream
+    kernel: Kernel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,39 +54,65 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: what one pass reads, since the embedding is also the head."""
+        """Bytes of all tensors: what one pass needs, since the embedding is also the head."""
         return sum(spec.nbytes(self.model.dtype) for spec in part_specs(self.model))
 
     @classmethod
-    def open(cls, directory: Path) -> Weights:
+    def open(cls, directory: Path, readers: int = READERS) -> Weights:
         """Map every part of a complete prepared directory; only headers are read, so it takes no time.
 
-        Raises `BloomdeskError` where the directory is incomplete, or a part's size or header is not what the
-        manifest says.
+        `readers` threads read ahead, torch's number of threads compute. Raises `BloomdeskError` where the directory
+        is incomplete, or a part's size or header is not what the manifest says.
         """
         manifest = load_manifest(directory)
-        if manifest.missing:
-            raise BloomdeskError(
-                f"{directory} is not complete: {len(manifest.missing)} files are still to be made, "
-                f"the next is {manifest.missing[0]}",
-                "run the same bloomdesk convert again: it goes on where it stopped",
-            )
+        _check_complete(directory, manifest)
+        dtype = TORCH_DTYPES[manifest.model.dtype]
+        kernel = Kernel(dtype, workers(torch.get_num_threads()))
         specs = part_specs(manifest.model)
-        parts = [_map_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
-        return cls(manifest.model, parts[0], tuple(parts[1:-1]), parts[-1])
+        mapped = [_map_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
+        # A pass looks rows of the embedding up when it begins, and multiplies with all of it at its end.
+        order = [*mapped[1:], mapped[0]]
+        stream = Stream(
+            [piece for part in order for pieces in part.pieces.values() for piece in pieces], readers
+        )
+        parts, index = [], 0
+        for part in order:
+            matrices = {}
+            for name, pieces in part.pieces.items():
+                matrices[name] = Matrix(part.tensors[name], pieces, index, stream, kernel)
+                index += len(pieces)
+            vectors = {name: tensor for name, tensor in part.tensors.items() if name not in matrices}
+            parts.append(Part(vectors, matrices))
+        *blocks, final_layernorm, embedding = parts
+        return cls(manifest.model, embedding, tuple(blocks), final_layernorm, stream, kernel)
 
 
-def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> Tensors:
+@dataclass(frozen=True)
+class _Mapped:
+    """A part's tensors, and the pieces of those that are matrices."""
+
+    tensors: Mapping[str, torch.Tensor]
+    pieces: Mapping[str, tuple[Piece, ...]]
+
+
+def _check_complete(directory: Path, manifest: Manifest) -> None:
+    if manifest.missing:
+        raise BloomdeskError(
+            f"{directory} is not complete: {len(manifest.missing)} files are still to be made, "
+            f"the next is {manifest.missing[0]}",
+            "run the same bloomdesk convert again: it goes on where it stopped",
+        )
+
+
+def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> _Mapped:
     path = directory / spec.file
     repair = f"see what is damaged: bloomdesk verify {directory}"
     try:
-        size = path.stat().st_size
-        if size != record.size:
-            raise BloomdeskError(f"{path} has {size:,} bytes, expected {record.size:,}", repair)
+        state = FileState.of(path)
+        if state.size != record.size:
+            raise BloomdeskError(f"{path} has {state.size:,} bytes, expected {record.size:,}", repair)
         header = read_header(path)
-        found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
-        expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
-        if found != expected or header.data_start % DATA_ALIGNMENT:
+        if not _holds(header, record):
             raise BloomdeskError(f"{path} does not hold the tensors that the manifest lists", repair)
         with open_regular(path) as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -79,7 +120,16 @@ def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> Tensors:
         raise BloomdeskError(f"{path} is missing", repair) from None
     except OSError as error:
         raise BloomdeskError(f"{path} cannot be mapped: {error.strerror}", repair) from error
-    return {entry.name: _view(mapping, entry) for entry in header.tensors.values()}
+    entries = header.tensors
+    tensors = {name: _view(mapping, entry) for name, entry in entries.items()}
+    pieces = {name: cut(state, entries[name], tensor) for name, tensor in tensors.items() if tensor.ndim == 2}
+    return _Mapped(tensors, pieces)
+
+
+def _holds(header: Header, record: PartRecord) -> bool:
+    found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
+    expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
+    return found == expected and header.data_start % DATA_ALIGNMENT == 0
 
 
 def _view(mapping: mmap.mmap, entry: TensorEntry) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""Weight matrices cut into pieces of rows: what is read, kept or let go, and multiplied at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from runner.header import TensorEntry
+
+# Long enough for a disk's full speed and for Python to cost nothing, short enough for a few of them in 1 GB of RAM.
+LARGEST_PIECE = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A part as it was when it was opened; a file that is another one later is not read on."""
+
+    path: Path
+    size: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        found = path.stat()
+        return cls(path, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows `first` to `last` of a matrix: `nbytes` from byte `start` of the file on."""
+
+    file: FileState
+    start: int
+    first: int
+    last: int
+    mapped: torch.Tensor  # [last - first, K], a view of the mapped file
+
+    @property
+    def nbytes(self) -> int:
+        return self.mapped.nbytes
+
+
+def cut(file: FileState, entry: TensorEntry, mapped: torch.Tensor) -> tuple[Piece, ...]:
+    """The matrix `mapped` [N, K], which is `entry` of `file`, in pieces of about one size."""
+    rows = mapped.shape[0]
+    count = min(rows, -(-entry.nbytes // LARGEST_PIECE))
+    bounds = [rows * index // count for index in range(count + 1)]
+    row_bytes = entry.nbytes // rows
+    return tuple(
+        Piece(file, entry.start + first * row_bytes, first, last, mapped[first:last])
+        for first, last in pairwise(bounds)
+    )

@@ -1,0 +1,311 @@
+"""The pieces of a model, handed out in the order of a pass: some stay in RAM, the others are read ahead and let go.
+
+    disk ──> slots, read ahead by threads ──┐
+                                            ├──> take(piece) ──> product ──> release(piece)
+    disk ──> page cache, once, resident ────┘
+
+Streamed pieces go past the page cache into a few slots of memory of our own, so that no other page is pushed out for
+them. Resident ones are mapped, paged in ahead of the first pass, and never let go. The order wraps: while the end of
+one pass is computed, the beginning of the next is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from runner import system
+from runner.errors import BloomdeskError
+from runner.pieces import Piece
+
+READERS = 2  # one reads while the other hands over
+_LONGEST_WAIT = (
+    0.2  # seconds between looks at Ctrl-C, which interrupts no wait without an end on some systems
+)
+
+
+class Slot:
+    """Page-aligned memory for one streamed piece."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = system.anonymous(nbytes)
+        self.view = memoryview(self._memory)
+        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+
+
+def slot_bytes(piece: Piece) -> int:
+    """What a slot for `piece` must have: whole pages, wherever the piece begins in its first."""
+    return (piece.nbytes + 2 * system.PAGE - 2) // system.PAGE * system.PAGE
+
+
+@dataclass
+class Traffic:
+    """What a stream has done so far."""
+
+    bytes_streamed: int = 0  # of streamed pieces that were handed out
+    bytes_loaded: int = 0  # of resident pieces, once each
+    reading_seconds: float = 0.0  # with at least one read under way
+    bytes_fetched: int = 0  # in that time
+    waiting_seconds: float = 0.0  # of the pass, for a piece that was not there yet
+
+    @property
+    def bytes_read(self) -> int:
+        """What the passes so far needed from the files."""
+        return self.bytes_streamed + self.bytes_loaded
+
+
+class Stream:
+    """Hands out `pieces` one at a time, first to last and around again.
+
+    Until `arrange` says otherwise every piece is resident.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], readers: int = READERS) -> None:
+        self._shared = _Shared(tuple(pieces))
+        self._readers = readers
+        self._threads: list[threading.Thread] = []
+        weakref.finalize(self, self._shared.stop)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return self._shared.pieces
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._shared.traffic
+
+    def arrange(self, resident: frozenset[int], slots: int) -> None:
+        """Keep the pieces with these indices from now on, and stream the others through `slots` slots.
+
+        Raises ValueError where something is to be streamed through fewer than 2 slots.
+        """
+        shared = self._shared
+        streamed = [piece for index, piece in enumerate(shared.pieces) if index not in resident]
+        if streamed and slots < 2:
+            raise ValueError(f"{slots} slots cannot hold a piece in use and one that is read")
+        nbytes = max(map(slot_bytes, streamed), default=0)
+        with shared.changed:
+            if shared.resident == resident and len(shared.slots) == (slots if streamed else 0):
+                return
+            for index in shared.loaded - resident:
+                piece = shared.pieces[index]
+                system.let_go(piece.file.path, piece.start, piece.nbytes, piece.mapped.data_ptr())
+            shared.loaded &= resident
+            shared.resident = resident
+            shared.slots = []
+            shared.restart(0)
+        # The old slots are free by now, save those that are still being read into.
+        fresh = [Slot(nbytes) for _ in range(slots if streamed else 0)]
+        with shared.changed:
+            shared.slots, shared.free = fresh, list(fresh)
+            shared.restart(0)
+
+    @contextmanager
+    def piece(self, index: int) -> Iterator[torch.Tensor]:
+        """The weights of piece `index` [rows, K], for as long as the context lasts.
+
+        Out of turn, the stream begins anew there. Raises `BloomdeskError` where the file cannot be read, or has changed
+        since it was opened.
+        """
+        weights, slot = self._take(index)
+        try:
+            yield weights
+        finally:
+            self._release(slot)
+
+    def _take(self, index: int) -> tuple[torch.Tensor, Slot | None]:
+        shared = self._shared
+        piece = shared.pieces[index]
+        with shared.changed:
+            if shared.position % len(shared.pieces) != index:
+                shared.restart(index)
+            if index in shared.loaded and shared.position not in shared.ready:
+                return piece.mapped, None
+            self._start()
+            began = time.perf_counter()
+            while shared.position not in shared.ready:
+                shared.changed.wait(_LONGEST_WAIT)
+            shared.traffic.waiting_seconds += time.perf_counter() - began
+            found = shared.ready.pop(shared.position)
+            if isinstance(found, BaseException):
+                shared.restart(index)
+                raise found
+            if found is None:
+                shared.traffic.bytes_loaded += piece.nbytes
+                return piece.mapped, None
+            shared.traffic.bytes_streamed += piece.nbytes
+        skew = piece.start % system.PAGE
+        weights = found.tensor[skew : skew + piece.nbytes].view(piece.mapped.dtype)
+        return weights.view(piece.mapped.shape), found
+
+    def _release(self, slot: Slot | None) -> None:
+        shared = self._shared
+        with shared.changed:
+            shared.position += 1
+            if slot:
+                shared.give_back(slot)
+            if slot or len(shared.loaded) < len(shared.resident):
+                shared.changed.notify_all()
+
+    def _start(self) -> None:
+        while len(self._threads) < self._readers:
+            thread = threading.Thread(target=_read_ahead, args=(self._shared,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+
+@dataclass
+class _Shared:
+    """What the pass and the readers share; `changed` guards it.
+
+    Pieces are counted on through all passes: number `n` is piece `n % len(pieces)`. `position` is the one in use or
+    next to be, `claimed` the next that a reader will take on. A claim of an older `epoch` is of no use any more.
+    """
+
+    pieces: tuple[Piece, ...]
+    resident: frozenset[int] = field(init=False)
+    loaded: set[int] = field(default_factory=set)
+    slots: list[Slot] = field(default_factory=list)
+    free: list[Slot] = field(default_factory=list)
+    ready: dict[int, Slot | BaseException | None] = field(default_factory=dict)
+    position: int = 0
+    claimed: int = 0
+    epoch: int = 0
+    reading: int = 0
+    reading_since: float = 0.0
+    stopped: bool = False
+    traffic: Traffic = field(default_factory=Traffic)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self.resident = frozenset(range(len(self.pieces)))
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+    def restart(self, index: int) -> None:
+        """Begin at piece `index`, with nothing read."""
+        self.epoch += 1
+        busy = [slot for slot in self.slots if slot not in self.free and slot not in self.ready.values()]
+        self.free = [slot for slot in self.slots if slot not in busy]
+        self.ready.clear()
+        self.position = self.claimed = index
+        self.changed.notify_all()
+
+    def give_back(self, slot: Slot) -> None:
+        """Take a slot back, unless it is one of an older arrangement."""
+        if slot in self.slots:
+            self.free.append(slot)
+
+    def claim(self) -> tuple[int, int, Slot | None] | None:
+        """The next piece to be read: epoch, number, slot; None while there is nothing to do."""
+        count = len(self.pieces)
+        while self.claimed < self.position + count:
+            index = self.claimed % count
+            if index not in self.loaded:
+                is_resident = index in self.resident
+                if not is_resident and not self.free:
+                    return None
+                self.claimed += 1
+                return self.epoch, self.claimed - 1, None if is_resident else self.free.pop()
+            self.claimed += 1
+        return None
+
+
+def _read_ahead(shared: _Shared) -> None:
+    """A reader's life: claim, read, hand over."""
+    while True:
+        with shared.changed:
+            while not shared.stopped and not (claim := shared.claim()):
+                shared.changed.wait()
+            if shared.stopped:
+                return
+            if not shared.reading:
+                shared.reading_since = time.perf_counter()
+            shared.reading += 1
+        epoch, number, slot = claim
+        index = number % len(shared.pieces)
+        piece = shared.pieces[index]
+        result: Slot | BaseException | None = slot
+        try:
+            _fetch(piece, slot)
+        except Exception as error:
+            result = _worded(piece, error)
+        with shared.changed:
+            shared.reading -= 1
+            shared.traffic.bytes_fetched += piece.nbytes
+            if not shared.reading:
+                shared.traffic.reading_seconds += time.perf_counter() - shared.reading_since
+            if epoch != shared.epoch:
+                if slot:
+                    shared.give_back(slot)
+            else:
+                if slot and result is not slot:
+                    shared.give_back(slot)
+                if result is None:
+                    shared.loaded.add(index)
+                shared.ready[number] = result
+            shared.changed.notify_all()
+
+
+def _fetch(piece: Piece, slot: Slot | None) -> None:
+    """Bring a piece into its slot, or into the page cache where it has none."""
+    path = piece.file.path
+    if not slot:
+        with system.open_for_streaming(path, past_the_cache=False) as file:
+            _check_unchanged(piece, file.fileno())
+        system.page_in(path, piece.start, piece.nbytes, piece.mapped.data_ptr())
+        return
+    start = piece.start // system.PAGE * system.PAGE
+    wanted = piece.start + piece.nbytes - start
+    try:
+        _fill(piece, slot, start, wanted, past_the_cache=True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _fill(piece, slot, start, wanted, past_the_cache=False)
+
+
+def _fill(piece: Piece, slot: Slot, start: int, wanted: int, *, past_the_cache: bool) -> None:
+    view = slot.view[: -(-wanted // system.PAGE) * system.PAGE]
+    with system.open_for_streaming(piece.file.path, past_the_cache=past_the_cache) as file:
+        _check_unchanged(piece, file.fileno())
+        file.seek(start)
+        done = 0
+        while done < wanted:
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError(errno.EIO, "the file ends too early", str(piece.file.path))
+            done += count
+        if not past_the_cache:
+            system.forget(file, start, wanted)
+
+
+def _check_unchanged(piece: Piece, descriptor: int) -> None:
+    found = os.fstat(descriptor)
+    if (found.st_size, found.st_mtime_ns) != (piece.file.size, piece.file.changed_ns):
+        raise BloomdeskError(
+            f"{piece.file.path} was changed while the model was in use: opened with {piece.file.size:,} bytes, "
+            f"now {found.st_size:,} bytes written at another time",
+            f"see that it is whole, then run it again: bloomdesk verify {piece.file.path.parent}",
+        )
+
+
+def _worded(piece: Piece, error: Exception) -> Exception:
+    if not isinstance(error, OSError):
+        return error
+    return BloomdeskError(
+        f"{piece.file.path} cannot be read at bytes {piece.start:,} to {piece.start + piece.nbytes:,}: "
+        f"{error.strerror or error}",
+        f"see what is damaged: bloomdesk verify {piece.file.path.parent}",
+    )

@@ -1,0 +1,186 @@
+"""What differs between operating systems: reading past the page cache, paging in, letting go, memory to spare.
+
+Linux is the tuned one. Everywhere else, and wherever a call is refused, the plain form of the same thing is used:
+slower or less exact about memory, and just as right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import io
+import mmap
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+PAGE = 4096  # what reads past the page cache are aligned to; no disk has larger sectors
+LINUX_CALLS = sys.platform == "linux"
+
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
+_SCRATCH_BYTES = 4 * 2**20
+
+
+def open_for_streaming(path: Path, *, past_the_cache: bool) -> io.FileIO:
+    """The file at `path`, to be read in multiples of `PAGE` at multiples of `PAGE` into aligned memory.
+
+    Raises OSError with EINVAL where `past_the_cache` is asked for and the system, or the file system, cannot do that.
+    """
+    if not past_the_cache:
+        return io.FileIO(path, "r")
+    if not LINUX_CALLS:
+        raise OSError(errno.EINVAL, "no reads past the page cache here", str(path))
+    return io.FileIO(path, "r", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+
+
+def open_for_rows(path: Path) -> io.FileIO:
+    """The file at `path`, to be read a few kilobytes here and there: nothing is read ahead."""
+    file = io.FileIO(path, "r")
+    if LINUX_CALLS:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    return file
+
+
+def forget(file: io.FileIO, start: int, nbytes: int) -> None:
+    """Give the page cache's copy of a range back, where nobody has it mapped."""
+    if LINUX_CALLS:
+        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def anonymous(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory of our own, in huge pages where the system gives them."""
+    memory = mmap.mmap(-1, nbytes)
+    if LINUX_CALLS and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def page_in(path: Path, start: int, nbytes: int, address: int) -> None:
+    """Have a file's range in the page cache, and mapped at `address` where the system can do that ahead.
+
+    The interpreter's lock is free meanwhile. Raises OSError where the disk cannot give the range.
+    """
+    if LINUX_CALLS:
+        skew = address % mmap.PAGESIZE
+        # First the whole range is asked for at once, whatever the readahead setting; then it is waited for.
+        _madvise(address - skew, nbytes + skew, mmap.MADV_WILLNEED)
+        failure = _madvise(address - skew, nbytes + skew, _MADV_POPULATE_READ)
+        if not failure:
+            return
+        if failure != errno.EINVAL:  # EFAULT: what touching it would have answered with a bus error
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    scratch = bytearray(min(nbytes, _SCRATCH_BYTES))
+    with io.FileIO(path, "r") as file:
+        file.seek(start)
+        left = nbytes
+        while left > 0:
+            count = file.readinto(memoryview(scratch)[:left])
+            if not count:
+                raise OSError(errno.EIO, "the file ends too early", str(path))
+            left -= count
+
+
+def let_go(path: Path, start: int, nbytes: int, address: int) -> None:
+    """Give back the pages that `page_in` brought; whole pages inside the range alone."""
+    if not LINUX_CALLS:
+        return
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last:
+        _madvise(first, last - first, mmap.MADV_DONTNEED)
+        with io.FileIO(path, "r") as file:
+            forget(file, start, nbytes)
+
+
+def memory_to_spare() -> int:
+    """Bytes that this process may still take: what the machine has left, and no more than its control group has."""
+    spare = psutil.virtual_memory().available
+    if LINUX_CALLS:
+        spare = min([spare, *(left for group in _control_groups() if (left := _left_in(group)) is not None)])
+    return max(0, spare)
+
+
+def memory_in_use() -> int:
+    """Bytes of RAM that this process occupies."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> int | None:
+    """The most bytes of RAM that this process ever occupied; None where the system does not say."""
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bytes_read_from_disk() -> int | None:
+    """Bytes that the kernel fetched from storage for this process so far; None where it does not count them."""
+    try:
+        return psutil.Process().io_counters().read_bytes
+    except (AttributeError, psutil.Error, OSError):
+        return None
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
+
+
+def _madvise(address: int, nbytes: int, advice: int) -> int:
+    """0, or the error's number. Through ctypes, since `mmap.madvise` keeps the interpreter's lock."""
+    return 0 if _libc().madvise(address, nbytes, advice) == 0 else ctypes.get_errno()
+
+
+def _control_groups() -> list[Path]:
+    """The directories of this process's memory control groups, from its own up to the root."""
+    groups: list[Path] = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return groups
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / controllers
+        inner = root / path.lstrip("/")
+        # Inside a container the path may be that of the host; its own limits are then at the root.
+        while inner != root:
+            groups.append(inner)
+            inner = inner.parent
+        groups.append(root)
+    return groups
+
+
+def _left_in(group: Path) -> int | None:
+    """What a control group has left, page cache that can be dropped counted as free; None without a limit."""
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (group / limit_file).read_text().strip()
+            usage = int((group / usage_file).read_text())
+            counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit == "max" or int(limit) >= 2**60:
+            return None
+        file_pages = sum(
+            int(counters.get(f"total_{name}", counters.get(name, 0)))
+            for name in ("active_file", "inactive_file")
+        )
+        return int(limit) - usage + file_pages
+    return None
