@@ -31,7 +31,8 @@ def parse_size(text: str) -> int:
     size = 0
     if found and (found[2] or not found[3]):
         unit = UNITS[found[2].lower()]
-        size = int(float(found[1]) * (1024 ** (len(str(unit)) // 3) if found[3] else unit))
+        # More digits than any size has may become infinite, which is no integer.
+        size = int(min(2.0**60, float(found[1])) * (1024 ** (len(str(unit)) // 3) if found[3] else unit))
     if not 0 < size < 2**60:
         raise BloomdeskError(f"{text[:40]!r} is no amount of memory", "write it like 12GB or 900MB")
     return size

@@ -22,17 +22,22 @@ DEFAULT_NEW_TOKENS = 64
 
 
 def generate(
-    directory: Path, prompt: str, max_new_tokens: int = DEFAULT_NEW_TOKENS, as_json: bool = False
+    directory: Path,
+    prompt: str,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    as_json: bool = False,
+    ram: str | None = None,
 ) -> int:
     """Print the greedy continuation of `prompt` as it grows, or one JSON object at the end; the exit status.
 
-    Raises `BloomdeskError` for a directory or a prompt that can't be used.
+    `ram` is a size like 12GB. Raises `BloomdeskError` for a directory, a prompt or a size that can't be used.
     """
     import runner
+    from runner.budget import parse_size
     from runner.terminal import Terminal
 
     terminal = Terminal(sys.stdout, sys.stderr)
-    model = runner.load(directory)
+    model = runner.load(directory, parse_size(ram) if ram else None)
     generation = model.generate(prompt, max_new_tokens=max_new_tokens, on_part=terminal.note)
     stream = model.tokenizer.stream()
     show = (lambda text: terminal.clear()) if as_json else terminal.write
@@ -65,6 +70,7 @@ def _report(
         "seconds_per_token": seconds / len(generation.ids) if generation.ids else None,
         "passes": generation.passes,
         "bytes_read": generation.bytes_read,
+        "streamed_bytes_per_pass": generation.streamed_bytes_per_pass,
         "stop_reason": "interrupted" if interrupted else generation.stop_reason,
     }
 
@@ -76,11 +82,10 @@ def _summarise(generation: Generation, seconds: float) -> None:
     pace = f"{seconds / tokens:.3g} s a token, " if tokens else ""
     reason = {"eos": "the model ended its text", "length": "the limit of new tokens was reached"}
     end = reason.get(generation.stop_reason or "", "interrupted")
-    gigabytes = generation.bytes_read / 1e9
-    print(
-        f"({tokens} tokens, {pace}{gigabytes:,.1f} GB of weights in {generation.passes} passes; {end})",
-        file=sys.stderr,
-    )
+    read = f"{generation.bytes_read / 1e9:,.1f} GB of weights read in {generation.passes} passes"
+    if generation.disk_rate:
+        read += f" at {generation.disk_rate / 1e9:,.2f} GB/s"
+    print(f"({tokens} tokens, {pace}{read}; {end})", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,11 +98,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="default: %(default)s"
     )
+    parser.add_argument("--ram", metavar="SIZE", help="how much memory to use, like 12GB; default: what is free")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     return guarded(
-        lambda: generate(options.directory, options.prompt, options.max_new_tokens, options.json),
+        lambda: generate(options.directory, options.prompt, options.max_new_tokens, options.json, options.ram),
         debug=options.debug,
     )
 

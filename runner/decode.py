@@ -35,6 +35,17 @@ class Generation(Iterator[int]):
     def bytes_read(self) -> int:
         return self._model.weights.stream.traffic.bytes_read - self._read_before
 
+    @property
+    def disk_rate(self) -> float | None:
+        """Bytes a second that the files gave while they were read; None before anything was."""
+        traffic = self._model.weights.stream.traffic
+        return traffic.bytes_fetched / traffic.reading_seconds if traffic.reading_seconds else None
+
+    @property
+    def streamed_bytes_per_pass(self) -> int:
+        """What does not stay in RAM between passes, and is read in each of them."""
+        return self._model.weights.stream.streamed_bytes
+
     def __next__(self) -> int:
         if self.stop_reason:
             raise StopIteration

@@ -12,7 +12,7 @@ from runner import system
 from runner.errors import BloomdeskError
 from runner.kernel import Kernel
 from runner.pieces import Piece
-from runner.stream import Stream
+from runner.stream import Stream, check_unchanged
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,14 @@ class Matrix:
         target = memoryview(found)
         try:
             with system.open_for_rows(first.file.path) as file:
+                check_unchanged(first, file.fileno())
                 for place, row in enumerate(ids):
                     file.seek(first.start + row * row_bytes)
                     if file.readinto(target[place * row_bytes :][:row_bytes]) != row_bytes:
                         raise OSError(errno.EIO, "the file ends too early")
         except OSError as error:
             raise BloomdeskError(
-                f"{first.file.path} cannot be read: {error.strerror}",
+                f"{first.file.path} cannot be read: {error.strerror or error}",
                 f"see what is damaged: bloomdesk verify {first.file.path.parent}",
             ) from error
         return torch.frombuffer(found, dtype=self.mapped.dtype).view(len(ids), self.shape[1])

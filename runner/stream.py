@@ -11,6 +11,7 @@ one pass is computed, the beginning of the next is read.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -26,6 +27,7 @@ from runner import system
 from runner.errors import BloomdeskError
 from runner.pieces import Piece
 
+_LONGEST_READ = 10.0  # seconds that a disk may take for one piece before the program ends without it
 READERS = 2  # one reads while the other hands over
 _LONGEST_WAIT = (
     0.2  # seconds between looks at Ctrl-C, which interrupts no wait without an end on some systems
@@ -72,11 +74,17 @@ class Stream:
         self._shared = _Shared(tuple(pieces))
         self._readers = readers
         self._threads: list[threading.Thread] = []
-        weakref.finalize(self, self._shared.stop)
+        weakref.finalize(self, _end, self._shared, self._threads)
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         return self._shared.pieces
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the pieces that are not resident: what each pass reads."""
+        shared = self._shared
+        return sum(piece.nbytes for index, piece in enumerate(shared.pieces) if index not in shared.resident)
 
     @property
     def traffic(self) -> Traffic:
@@ -96,9 +104,9 @@ class Stream:
             if shared.resident == resident and len(shared.slots) == (slots if streamed else 0):
                 return
             for index in shared.loaded - resident:
-                piece = shared.pieces[index]
-                system.let_go(piece.file.path, piece.start, piece.nbytes, piece.mapped.data_ptr())
+                shared.let_go(index)
             shared.loaded &= resident
+            shared.counted &= resident
             shared.resident = resident
             shared.slots = []
             shared.restart(0)
@@ -125,26 +133,42 @@ class Stream:
         shared = self._shared
         piece = shared.pieces[index]
         with shared.changed:
-            if shared.position % len(shared.pieces) != index:
+            if shared.in_use or shared.position % len(shared.pieces) != index:
                 shared.restart(index)
-            if index in shared.loaded and shared.position not in shared.ready:
-                return piece.mapped, None
+            shared.in_use = True
             self._start()
-            began = time.perf_counter()
-            while shared.position not in shared.ready:
-                shared.changed.wait(_LONGEST_WAIT)
-            shared.traffic.waiting_seconds += time.perf_counter() - began
-            found = shared.ready.pop(shared.position)
-            if isinstance(found, BaseException):
-                shared.restart(index)
-                raise found
-            if found is None:
-                shared.traffic.bytes_loaded += piece.nbytes
-                return piece.mapped, None
-            shared.traffic.bytes_streamed += piece.nbytes
+            slot = self._awaited(index)
+        if not slot:
+            check_unchanged(piece)  # or what was cut off a mapped file would be a bus error
+            return piece.mapped, None
         skew = piece.start % system.PAGE
-        weights = found.tensor[skew : skew + piece.nbytes].view(piece.mapped.dtype)
-        return weights.view(piece.mapped.shape), found
+        weights = slot.tensor[skew : skew + piece.nbytes].view(piece.mapped.dtype)
+        return weights.view(piece.mapped.shape), slot
+
+    def _awaited(self, index: int) -> Slot | None:
+        """The slot that piece `index`, the next in turn, is in; None where it is resident."""
+        shared = self._shared
+        began = time.perf_counter()
+        # A failure while reading ahead may be over by now, so it counts only where it happens again.
+        again = shared.position not in shared.ready
+        while True:
+            while index not in shared.loaded and shared.position not in shared.ready:
+                shared.changed.wait(_LONGEST_WAIT)
+            found = None if index in shared.loaded else shared.ready.pop(shared.position)
+            if not isinstance(found, Exception):
+                break
+            if again:
+                shared.failed = True
+                raise found
+            again = True
+            shared.restart(index)
+        shared.traffic.waiting_seconds += time.perf_counter() - began
+        if found:
+            shared.traffic.bytes_streamed += shared.pieces[index].nbytes
+        elif index not in shared.counted:
+            shared.counted.add(index)
+            shared.traffic.bytes_loaded += shared.pieces[index].nbytes
+        return found
 
     def _release(self, slot: Slot | None) -> None:
         shared = self._shared
@@ -154,12 +178,13 @@ class Stream:
                 shared.give_back(slot)
             if slot or len(shared.loaded) < len(shared.resident):
                 shared.changed.notify_all()
+            shared.in_use = False
 
     def _start(self) -> None:
         while len(self._threads) < self._readers:
             thread = threading.Thread(target=_read_ahead, args=(self._shared,), daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
 
 @dataclass
@@ -168,19 +193,24 @@ class _Shared:
 
     Pieces are counted on through all passes: number `n` is piece `n % len(pieces)`. `position` is the one in use or
     next to be, `claimed` the next that a reader will take on. A claim of an older `epoch` is of no use any more.
+    `in_use` stays set where an interruption came between taking a piece and releasing it.
     """
 
     pieces: tuple[Piece, ...]
     resident: frozenset[int] = field(init=False)
     loaded: set[int] = field(default_factory=set)
+    counted: set[int] = field(default_factory=set)  # of the loaded ones, those that were handed out
     slots: list[Slot] = field(default_factory=list)
     free: list[Slot] = field(default_factory=list)
-    ready: dict[int, Slot | BaseException | None] = field(default_factory=dict)
+    filling: set[Slot] = field(default_factory=set)
+    ready: dict[int, Slot | Exception] = field(default_factory=dict)
     position: int = 0
     claimed: int = 0
     epoch: int = 0
     reading: int = 0
     reading_since: float = 0.0
+    in_use: bool = False
+    failed: bool = False  # and nothing is read until a pass asks again
     stopped: bool = False
     traffic: Traffic = field(default_factory=Traffic)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -196,19 +226,21 @@ class _Shared:
     def restart(self, index: int) -> None:
         """Begin at piece `index`, with nothing read."""
         self.epoch += 1
-        busy = [slot for slot in self.slots if slot not in self.free and slot not in self.ready.values()]
-        self.free = [slot for slot in self.slots if slot not in busy]
+        self.free = [slot for slot in self.slots if slot not in self.filling]
         self.ready.clear()
+        self.failed = False
         self.position = self.claimed = index
         self.changed.notify_all()
 
     def give_back(self, slot: Slot) -> None:
-        """Take a slot back, unless it is one of an older arrangement."""
-        if slot in self.slots:
+        """Take a slot back, unless it is one of an older arrangement, or back already."""
+        if slot in self.slots and slot not in self.free:
             self.free.append(slot)
 
     def claim(self) -> tuple[int, int, Slot | None] | None:
         """The next piece to be read: epoch, number, slot; None while there is nothing to do."""
+        if self.failed:
+            return None
         count = len(self.pieces)
         while self.claimed < self.position + count:
             index = self.claimed % count
@@ -217,9 +249,43 @@ class _Shared:
                 if not is_resident and not self.free:
                     return None
                 self.claimed += 1
-                return self.epoch, self.claimed - 1, None if is_resident else self.free.pop()
+                slot = None if is_resident else self.free.pop()
+                if slot:
+                    self.filling.add(slot)
+                return self.epoch, self.claimed - 1, slot
             self.claimed += 1
         return None
+
+    def hand_over(self, epoch: int, number: int, slot: Slot | None, failure: Exception | None) -> None:
+        """Take what became of a claim."""
+        index = number % len(self.pieces)
+        is_current = epoch == self.epoch
+        if slot:
+            self.filling.discard(slot)
+            if is_current and not failure:
+                self.ready[number] = slot
+            else:
+                self.give_back(slot)
+        elif not failure:
+            if index in self.resident:
+                self.loaded.add(index)
+            else:  # arranged otherwise meanwhile
+                self.let_go(index)
+        if is_current and failure:
+            self.ready[number] = failure
+
+    def let_go(self, index: int) -> None:
+        """Give the page cache's copy of a piece back."""
+        piece = self.pieces[index]
+        with contextlib.suppress(OSError):  # a file that is no longer there has no pages to give
+            system.let_go(piece.file.path, piece.start, piece.nbytes, piece.mapped.data_ptr())
+
+
+def _end(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
+    """Stop the readers and wait for the reads that are under way: a thread cut off at exit would abort the process."""
+    shared.stop()
+    for thread in threads:
+        thread.join(_LONGEST_READ)
 
 
 def _read_ahead(shared: _Shared) -> None:
@@ -236,25 +302,17 @@ def _read_ahead(shared: _Shared) -> None:
         epoch, number, slot = claim
         index = number % len(shared.pieces)
         piece = shared.pieces[index]
-        result: Slot | BaseException | None = slot
+        failure = None
         try:
             _fetch(piece, slot)
         except Exception as error:
-            result = _worded(piece, error)
+            failure = _worded(piece, error)
         with shared.changed:
             shared.reading -= 1
             shared.traffic.bytes_fetched += piece.nbytes
             if not shared.reading:
                 shared.traffic.reading_seconds += time.perf_counter() - shared.reading_since
-            if epoch != shared.epoch:
-                if slot:
-                    shared.give_back(slot)
-            else:
-                if slot and result is not slot:
-                    shared.give_back(slot)
-                if result is None:
-                    shared.loaded.add(index)
-                shared.ready[number] = result
+            shared.hand_over(epoch, number, slot, failure)
             shared.changed.notify_all()
 
 
@@ -262,8 +320,7 @@ def _fetch(piece: Piece, slot: Slot | None) -> None:
     """Bring a piece into its slot, or into the page cache where it has none."""
     path = piece.file.path
     if not slot:
-        with system.open_for_streaming(path, past_the_cache=False) as file:
-            _check_unchanged(piece, file.fileno())
+        check_unchanged(piece)
         system.page_in(path, piece.start, piece.nbytes, piece.mapped.data_ptr())
         return
     start = piece.start // system.PAGE * system.PAGE
@@ -279,7 +336,7 @@ def _fetch(piece: Piece, slot: Slot | None) -> None:
 def _fill(piece: Piece, slot: Slot, start: int, wanted: int, *, past_the_cache: bool) -> None:
     view = slot.view[: -(-wanted // system.PAGE) * system.PAGE]
     with system.open_for_streaming(piece.file.path, past_the_cache=past_the_cache) as file:
-        _check_unchanged(piece, file.fileno())
+        check_unchanged(piece, file.fileno())
         file.seek(start)
         done = 0
         while done < wanted:
@@ -291,8 +348,12 @@ def _fill(piece: Piece, slot: Slot, start: int, wanted: int, *, past_the_cache: 
             system.forget(file, start, wanted)
 
 
-def _check_unchanged(piece: Piece, descriptor: int) -> None:
-    found = os.fstat(descriptor)
+def check_unchanged(piece: Piece, descriptor: int | None = None) -> None:
+    """Raises `BloomdeskError` where a piece's file, by its path or as opened, is not as it was at first."""
+    try:
+        found = os.stat(piece.file.path if descriptor is None else descriptor)  # noqa: PTH116 - of either kind
+    except OSError as error:
+        raise _worded(piece, error) from error
     if (found.st_size, found.st_mtime_ns) != (piece.file.size, piece.file.changed_ns):
         raise BloomdeskError(
             f"{piece.file.path} was changed while the model was in use: opened with {piece.file.size:,} bytes, "

@@ -46,6 +46,10 @@ Connections = Annotated[
     int, typer.Option(metavar="N", min=1, max=32, help="Ranges of a file that are fetched at a time.")
 ]
 DEFAULT_CONNECTIONS = 8
+Ram = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="How much memory to use, like 12GB.", show_default="what is free"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -397,10 +401,11 @@ def generate(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Stop after so many tokens.")
     ] = DEFAULT_NEW_TOKENS,
+    ram: Ram = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, printed as it grows. Each token is the likeliest one."""
-    finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json))
+    finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json, ram))
 
 
 def main() -> None:
