@@ -98,12 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--ram", metavar="SIZE", help="how much memory to use, like 12GB; default: what is free")
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="how much memory to use, like 12GB; default: what is free"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     return guarded(
-        lambda: generate(options.directory, options.prompt, options.max_new_tokens, options.json, options.ram),
+        lambda: generate(
+            options.directory, options.prompt, options.max_new_tokens, options.json, options.ram
+        ),
         debug=options.debug,
     )
 

@@ -3,7 +3,7 @@
     out[b, t, n] += sum over k of x[b, t, k] * weight[b, n, k]
 
 Every sum is taken in one order, whatever the number of rows, the cut of the matrix into pieces, or the number of
-threads: 8 lanes over each 1,024 columns, the lanes folded in halves, these partial sums one after another, each
+threads: 8 lanes over each 4,096 columns, the lanes folded in halves, these partial sums one after another, each
 multiplication fused with its addition. So a row's result has the same bits alone and in company, and on every
 processor. Columns beyond the last multiple of 8 come after the lanes, one by one; zeros up to it change nothing.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import llvmlite.binding as llvm
@@ -26,11 +27,12 @@ from llvmlite import ir
 from runner.workers import Workers
 
 LANES = 8  # float32 in one 256-bit register
-COLUMN_CHUNK = 1024  # of x and of the weights: 4 rows of x are 16 kB, and stay in the first-level cache
+COLUMN_CHUNK = 4096  # of x and of the weights; shorter ones do not keep the memory busy
 ROWS_IN_CACHE = 64  # rows of x that are multiplied with a group of outputs before the next group
 OUTPUTS_IN_CACHE = 12  # a multiple of all that TILES names
+SHARES_A_THREAD = 6
 WORTH_SHARING = 2**18  # multiplications; fewer are done before another thread has begun
-TILES = {1: 4, 2: 4, 3: 3, 4: 3}  # rows -> outputs at a time; sums, weights and x share 16 registers
+TILES = {1: 6, 2: 4, 3: 3, 4: 3}  # rows -> outputs at a time; sums, weights and x share 16 registers
 
 _INDEX, _SINGLE, _LANE = ir.IntType(64), ir.FloatType(), ir.IntType(32)
 _STORED = {torch.bfloat16: ir.IntType(16), torch.float16: ir.HalfType(), torch.float32: _SINGLE}
@@ -46,43 +48,57 @@ class Kernel:
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """Add `x @ weight.T` to `out`: x [T, K] float32, weight [N, K], out [T, N] float32; all dense along rows."""
-        N = weight.shape[0]
-        groups = -(-N // OUTPUTS_IN_CACHE)
-
-        def share(index: int, count: int) -> None:
-            start = groups * index // count * OUTPUTS_IN_CACHE
-            stop = min(N, groups * (index + 1) // count * OUTPUTS_IN_CACHE)
-            if start < stop:
-                self._run(x[None], weight[None, start:stop], out[None, :, start:stop])
-
-        self._workers.run(share)
+        self.accumulate_each(x[None], weight[None], out[None])
 
     def accumulate_each(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """The same for B products at once: x [B, T, K], weight [B, N, K], out [B, T, N]."""
-        B = len(x)
+        """The same for B products at once: x [B, T, K], weight [B, N, K], out [B, T, N].
 
-        def share(index: int, count: int) -> None:
-            each = slice(B * index // count, B * (index + 1) // count)
-            self._run(x[each], weight[each], out[each])
-
-        if weight.shape.numel() * x.shape[1] < WORTH_SHARING:
-            share(0, 1)
-        else:
-            self._workers.run(share)
-
-    def _run(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        Raises ValueError where rows are not dense or shapes do not fit.
+        """
         B, T, K = x.shape
-        if not (x.stride(2) == weight.stride(2) == out.stride(2) == 1 or min(out.shape) == 0):
+        N = weight.shape[1]
+        if weight.shape != (B, N, K) or out.shape != (B, T, N):
+            raise ValueError(f"a product of {[*x.shape]} and {[*weight.shape]} does not give {[*out.shape]}")
+        if not out.numel():
+            return
+        if not (x.stride(2) == weight.stride(2) == out.stride(2) == 1):
             raise ValueError("the rows of a product must be dense")
-        self._product(
+        shared = B * T * N * K >= WORTH_SHARING
+        # Outputs that a thread takes at a time: few enough that all threads end at about the same time, on a
+        # processor with faster and slower cores too.
+        share = N // (SHARES_A_THREAD * self._workers.count) if shared else N
+        share = max(1, share // OUTPUTS_IN_CACHE) * OUTPUTS_IN_CACHE if share < N else N
+        progress = (ctypes.c_int64 * 2)()
+        arguments = (
             weight.data_ptr(), weight.stride(0), weight.stride(1), x.data_ptr(), x.stride(0), x.stride(1),
-            out.data_ptr(), out.stride(0), out.stride(1), B, T, weight.shape[1], K,
+            out.data_ptr(), out.stride(0), out.stride(1), B, T, N, K, share, ctypes.addressof(progress),
         )  # fmt: skip
+
+        def take_part(_keep: object = (progress, weight, x, out)) -> None:
+            self._product.take_part(*arguments)
+
+        if shared:
+            self._workers.invite(take_part)
+        take_part()
+        self._product.wait(ctypes.addressof(progress))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The machine code for one dtype, as functions that run without the interpreter's lock.
+
+    Any number of threads may `take_part` in one product: its shares are counted off in `progress`, and who comes when
+    none is left does nothing. `wait` returns when all that have begun one are through.
+    """
+
+    take_part: Callable[..., None]
+    wait: Callable[[int], None]
+    engine: llvm.ExecutionEngine  # the code lives as long as it does
 
 
 @cache
-def _compiled(dtype: torch.dtype) -> Callable[..., None]:
-    """The machine code for one dtype as a function that runs without the interpreter's lock; takes half a second."""
+def _compiled(dtype: torch.dtype) -> _Product:
+    """Compile for this processor; takes half a second."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     host = llvm.get_host_cpu_features().flatten()
@@ -96,24 +112,84 @@ def _compiled(dtype: torch.dtype) -> Callable[..., None]:
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    signature = ctypes.CFUNCTYPE(None, *[pointer, number, number] * 3, *[number] * 4)
-    function = signature(engine.get_function_address("product"))
-    function.engine = engine  # the code lives as long as the engine does
-    return function
+    take_part = ctypes.CFUNCTYPE(None, *[pointer, number, number] * 3, *[number] * 5, pointer)
+    wait = ctypes.CFUNCTYPE(None, pointer)
+    return _Product(
+        take_part(engine.get_function_address("take_part")), wait(engine.get_function_address("wait")), engine
+    )
 
 
 def _module(dtype: torch.dtype) -> ir.Module:
-    """`product(weight, its strides over b and n, x, over b and t, out, over b and t, B, T, N, K)`, in elements."""
+    """`take_part(weight, its strides over b and n, x, over b and t, out, over b and t, B, T, N, K, share, progress)`
+    and `wait(progress)`; strides in elements."""
     module = ir.Module("bloomdesk")
     module.triple = llvm.get_default_triple()
-    stored = _STORED[dtype]
+    product = _product(module, _STORED[dtype])
+    weight_type, x_type, out_type = product.args[0].type, product.args[2].type, product.args[4].type
+    types = [kind for pointer in (weight_type, x_type, out_type) for kind in (pointer, _INDEX, _INDEX)]
+    types += [*[_INDEX] * 5, _INDEX.as_pointer()]
+    function = ir.Function(module, ir.FunctionType(_VOID, types), "take_part")
+    (
+        weight,
+        weight_step,
+        weight_stride,
+        x,
+        x_step,
+        x_stride,
+        out,
+        out_step,
+        out_stride,
+        B,
+        T,
+        N,
+        K,
+        share,
+        progress,
+    ) = function.args
+    b = ir.IRBuilder(function.append_basic_block())
+    at = _offset(b)
+    at_work = b.gep(progress, [_index(1)])
+    b.atomic_rmw("add", at_work, _index(1), "seq_cst")
+    shares = b.sdiv(b.sub(b.add(N, share), _index(1)), share)  # of each of the B products
+    total = b.mul(B, shares)
+    head, body, done = (b.append_basic_block(name) for name in ("head", "body", "done"))
+    b.branch(head)
+    b.position_at_end(head)
+    mine = b.atomic_rmw("add", progress, _index(1), "seq_cst")
+    b.cbranch(b.icmp_signed("<", mine, total), body, done)
+    b.position_at_end(body)
+    each, n = b.sdiv(mine, shares), b.mul(b.srem(mine, shares), share)
+    weight = at(at(weight, each, weight_step, _index(0)), n, weight_stride, _index(0))
+    x, out = at(x, each, x_step, _index(0)), at(out, each, out_step, n)
+    count = _smaller(b, share, b.sub(N, n))
+    b.call(product, [weight, weight_stride, x, x_stride, out, out_stride, T, count, K])
+    b.branch(head)
+    b.position_at_end(done)
+    b.atomic_rmw("sub", at_work, _index(1), "seq_cst")
+    b.ret_void()
+    _wait(module)
+    return module
+
+
+def _wait(module: ir.Module) -> None:
+    function = ir.Function(module, ir.FunctionType(_VOID, [_INDEX.as_pointer()]), "wait")
+    b = ir.IRBuilder(function.append_basic_block())
+    at_work = b.gep(function.args[0], [_index(1)])
+    look, done = b.append_basic_block("look"), b.append_basic_block("done")
+    b.branch(look)
+    b.position_at_end(look)
+    b.cbranch(b.icmp_signed("==", b.load_atomic(at_work, "seq_cst", 8), _index(0)), done, look)
+    b.position_at_end(done)
+    b.ret_void()
+
+
+def _product(module: ir.Module, stored: ir.Type) -> ir.Function:
+    """One product on one thread: `product(weight, stride, x, stride, out, stride, T, N, K)`."""
     tiles = {(rows, n): _tile(module, stored, rows, n) for rows, most in TILES.items() for n in (most, 1)}
-    pointers = [stored.as_pointer(), _SINGLE.as_pointer(), _SINGLE.as_pointer()]
-    types = [kind for pointer in pointers for kind in (pointer, _INDEX, _INDEX)]
-    function = ir.Function(module, ir.FunctionType(_VOID, types + [_INDEX] * 4), "product")
-    weights, weight_step, weight_stride, xs, x_step, x_stride, outs, out_step, out_stride, B, T, N, K = (
-        function.args
-    )
+    types = [stored.as_pointer(), _INDEX, _SINGLE.as_pointer(), _INDEX, _SINGLE.as_pointer(), *[_INDEX] * 4]
+    function = ir.Function(module, ir.FunctionType(_VOID, types), "product")
+    function.linkage = "internal"
+    weight, weight_stride, x, x_stride, out, out_stride, T, N, K = function.args
     b = ir.IRBuilder(function.append_basic_block())
     at = _offset(b)
 
@@ -134,25 +210,20 @@ def _module(dtype: torch.dtype) -> ir.Module:
             tile(rows, 1, t, n, k)
 
     most_rows = max(TILES)
-    with _loop(b, _index(0), B, 1) as each:
-        weight, x, out = (
-            at(base, each, step, _index(0))
-            for base, step in ((weights, weight_step), (xs, x_step), (outs, out_step))
-        )
-        with _loop(b, _index(0), T, ROWS_IN_CACHE) as first:
-            last = _smaller(b, T, b.add(first, _index(ROWS_IN_CACHE)))
-            rest = b.srem(b.sub(last, first), _index(most_rows))
-            whole = b.sub(last, rest)
-            with _loop(b, _index(0), N, OUTPUTS_IN_CACHE) as start:
-                stop = _smaller(b, N, b.add(start, _index(OUTPUTS_IN_CACHE)))
-                with _loop(b, _index(0), K, COLUMN_CHUNK) as k:
-                    with _loop(b, first, whole, most_rows) as t:
-                        outputs_of(most_rows, t, start, stop, k)
-                    for rows in range(1, most_rows):
-                        with b.if_then(b.icmp_signed("==", rest, _index(rows))):
-                            outputs_of(rows, whole, start, stop, k)
+    with _loop(b, _index(0), T, ROWS_IN_CACHE) as first:
+        last = _smaller(b, T, b.add(first, _index(ROWS_IN_CACHE)))
+        rest = b.srem(b.sub(last, first), _index(most_rows))
+        whole = b.sub(last, rest)
+        with _loop(b, _index(0), N, OUTPUTS_IN_CACHE) as start:
+            stop = _smaller(b, N, b.add(start, _index(OUTPUTS_IN_CACHE)))
+            with _loop(b, _index(0), K, COLUMN_CHUNK) as k:
+                with _loop(b, first, whole, most_rows) as t:
+                    outputs_of(most_rows, t, start, stop, k)
+                for rows in range(1, most_rows):
+                    with b.if_then(b.icmp_signed("==", rest, _index(rows))):
+                        outputs_of(rows, whole, start, stop, k)
     b.ret_void()
-    return module
+    return function
 
 
 def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int) -> ir.Function:

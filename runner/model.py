@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,28 @@ from runner.budget import Budget
 from runner.decode import Generation
 from runner.errors import BloomdeskError
 from runner.kv_cache import KVCache, whole_lanes
+from runner.prepared import Hyperparameters
 from runner.stream import slot_bytes
 from runner.tokenizer import Tokenizer
-from runner.weights import Weights
+from runner.weights import TORCH_DTYPES, Weights
 
 # Called after each part of a pass with the parts done and the parts in all.
 OnPart = Callable[[int, int], None]
+
+
+def shares(
+    model: Hyperparameters, pieces: Sequence[int], ram: int, process_nbytes: int, capacity: int, rows: int
+) -> Budget:
+    """How `ram` bytes are shared out for a model whose matrices are in pieces of these sizes; see `Model.budget`."""
+    dtype = TORCH_DTYPES[model.dtype]
+    return budget.share_out(
+        ram,
+        process_nbytes,
+        KVCache.nbytes(model, capacity, dtype),
+        budget.activation_bytes(model, rows, capacity, dtype.itemsize),
+        pieces,
+        max(map(slot_bytes, pieces)),
+    )
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,7 @@ class Model:
     weights: Weights
     tokenizer: Tokenizer
     ram: int
-    process_nbytes: int  # of the process, before any weights
+    process_nbytes: int  # of the process, before any matrix
 
     @classmethod
     def open(cls, directory: Path, ram: int | None = None) -> Model:
@@ -45,25 +62,16 @@ class Model:
 
         Raises `BloomdeskError` where it is too little for that.
         """
-        model, stream = self.weights.model, self.weights.stream
-        element_size = self.weights.dtype.itemsize
-        pieces = stream.pieces
-        return budget.share_out(
-            self.ram,
-            self.process_nbytes + self.weights.nbytes - sum(piece.nbytes for piece in pieces),
-            KVCache.nbytes(model, capacity, self.weights.dtype),
-            budget.activation_bytes(model, rows, capacity, element_size),
-            [piece.nbytes for piece in pieces],
-            max(map(slot_bytes, pieces)),
-        )
+        pieces = [piece.nbytes for piece in self.weights.stream.pieces]
+        return shares(self.weights.model, pieces, self.ram, self.process_nbytes, capacity, rows)
 
     def cache(self, capacity: int, rows: int | None = None) -> KVCache:
         """An empty KV cache for `capacity` positions, with the RAM shared out for it.
 
         A pass may have up to `rows` rows; without it, as many as the cache has positions.
         """
-        shares = self.budget(capacity, capacity if rows is None else rows)
-        self.weights.stream.arrange(shares.resident, shares.slots)
+        shared = self.budget(capacity, capacity if rows is None else rows)
+        self.weights.stream.arrange(shared.resident, shared.slots)
         return KVCache(self.weights.model, capacity, self.weights.dtype, self.weights.kernel)
 
     @torch.inference_mode()
@@ -76,10 +84,17 @@ class Model:
         ended has added nothing to the cache. Raises ValueError where the cache has no room for `ids`, and
         `BloomdeskError` where a part cannot be read or was changed since it was opened.
         """
-        model, weights = self.weights.model, self.weights
-        rows, length = len(ids), cache.length + len(ids)
+        length = cache.length + len(ids)
         if length > cache.capacity:
             raise ValueError(f"{length} positions do not fit a cache of {cache.capacity}")
+        with _one_thread():
+            return self._forward(ids, cache, all_rows, on_part)
+
+    def _forward(
+        self, ids: Sequence[int], cache: KVCache, all_rows: bool, on_part: OnPart | None
+    ) -> torch.Tensor:
+        model, weights = self.weights.model, self.weights
+        rows, length = len(ids), cache.length + len(ids)
         seen = whole_lanes(length)
         alibi = bloom.alibi_bias(model.n_head, seen, weights.dtype)
         mask = bloom.causal_mask(rows, length, seen, weights.dtype)
@@ -115,3 +130,17 @@ class Model:
         if max_new_tokens < 1:
             raise BloomdeskError(f"the number of new tokens must be at least 1, found {max_new_tokens}")
         return Generation(self, ids, max_new_tokens, on_part)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on the caller's thread alone, for the small operations between the products.
+
+    Its other threads would keep a core busy with waiting for the next of these, which the kernel's threads need.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)

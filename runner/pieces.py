@@ -43,13 +43,17 @@ class Piece:
         return self.mapped.nbytes
 
 
+def row_ranges(rows: int, nbytes: int) -> list[tuple[int, int]]:
+    """Where a matrix of `rows` rows and `nbytes` bytes is cut: (first, last) of pieces of about one size."""
+    count = min(rows, -(-nbytes // LARGEST_PIECE))
+    return list(pairwise(rows * index // count for index in range(count + 1)))
+
+
 def cut(file: FileState, entry: TensorEntry, mapped: torch.Tensor) -> tuple[Piece, ...]:
-    """The matrix `mapped` [N, K], which is `entry` of `file`, in pieces of about one size."""
+    """The matrix `mapped` [N, K], which is `entry` of `file`, in pieces."""
     rows = mapped.shape[0]
-    count = min(rows, -(-entry.nbytes // LARGEST_PIECE))
-    bounds = [rows * index // count for index in range(count + 1)]
     row_bytes = entry.nbytes // rows
     return tuple(
         Piece(file, entry.start + first * row_bytes, first, last, mapped[first:last])
-        for first, last in pairwise(bounds)
+        for first, last in row_ranges(rows, entry.nbytes)
     )

@@ -43,9 +43,9 @@ class Slot:
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
 
 
-def slot_bytes(piece: Piece) -> int:
-    """What a slot for `piece` must have: whole pages, wherever the piece begins in its first."""
-    return (piece.nbytes + 2 * system.PAGE - 2) // system.PAGE * system.PAGE
+def slot_bytes(nbytes: int) -> int:
+    """What a slot for a piece of `nbytes` must have: whole pages, wherever the piece begins in its first."""
+    return (nbytes + 2 * system.PAGE - 2) // system.PAGE * system.PAGE
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Stream:
         streamed = [piece for index, piece in enumerate(shared.pieces) if index not in resident]
         if streamed and slots < 2:
             raise ValueError(f"{slots} slots cannot hold a piece in use and one that is read")
-        nbytes = max(map(slot_bytes, streamed), default=0)
+        nbytes = max((slot_bytes(piece.nbytes) for piece in streamed), default=0)
         with shared.changed:
             if shared.resident == resident and len(shared.slots) == (slots if streamed else 0):
                 return

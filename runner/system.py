@@ -13,6 +13,8 @@ import io
 import mmap
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +45,21 @@ def open_for_rows(path: Path) -> io.FileIO:
     if LINUX_CALLS:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file
+
+
+@contextlib.contextmanager
+def scratch_file(directory: Path) -> Iterator[Path]:
+    """A path to a new, empty file in `directory`, which is gone afterwards; on Linux however the process ends."""
+    if LINUX_CALLS:
+        with tempfile.TemporaryFile(dir=directory) as file:  # it has no name from the beginning
+            yield Path(f"/proc/self/fd/{file.fileno()}")
+        return
+    descriptor, name = tempfile.mkstemp(prefix="bloomdesk-", dir=directory)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink()
 
 
 def forget(file: io.FileIO, start: int, nbytes: int) -> None:

@@ -1,12 +1,14 @@
-"""The parts of a prepared directory: vectors as memory-mapped tensors, matrices in pieces that a stream hands out."""
+"""The parts of a prepared directory: vectors in memory, matrices mapped, in pieces that a stream hands out."""
 
 from __future__ import annotations
 
+import errno
 import mmap
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -59,7 +61,7 @@ class Weights:
 
     @classmethod
     def open(cls, directory: Path, readers: int = READERS) -> Weights:
-        """Map every part of a complete prepared directory; only headers are read, so it takes no time.
+        """Map every part of a complete prepared directory; only headers and vectors are read, so it takes no time.
 
         `readers` threads read ahead, torch's number of threads compute. Raises `BloomdeskError` where the directory
         is incomplete, or a part's size or header is not what the manifest says.
@@ -114,14 +116,17 @@ def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> _Mapped:
         header = read_header(path)
         if not _holds(header, record):
             raise BloomdeskError(f"{path} does not hold the tensors that the manifest lists", repair)
+        entries = header.tensors
         with open_regular(path) as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            tensors = {
+                name: _view(mapping, entry) if len(entry.shape) == 2 else _read(file, entry)
+                for name, entry in entries.items()
+            }
     except FileNotFoundError:
         raise BloomdeskError(f"{path} is missing", repair) from None
     except OSError as error:
-        raise BloomdeskError(f"{path} cannot be mapped: {error.strerror}", repair) from error
-    entries = header.tensors
-    tensors = {name: _view(mapping, entry) for name, entry in entries.items()}
+        raise BloomdeskError(f"{path} cannot be read: {error.strerror}", repair) from error
     pieces = {name: cut(state, entries[name], tensor) for name, tensor in tensors.items() if tensor.ndim == 2}
     return _Mapped(tensors, pieces)
 
@@ -130,6 +135,15 @@ def _holds(header: Header, record: PartRecord) -> bool:
     found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
     expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]
     return found == expected and header.data_start % DATA_ALIGNMENT == 0
+
+
+def _read(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
+    """A copy, since nothing looks after a mapped one: what the disk can't give would be a bus error in a pass."""
+    data = bytearray(entry.nbytes)
+    file.seek(entry.start)
+    if file.readinto(data) != entry.nbytes:
+        raise OSError(errno.EIO, "the file ends too early")
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _view(mapping: mmap.mmap, entry: TensorEntry) -> torch.Tensor:

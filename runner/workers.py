@@ -1,4 +1,4 @@
-"""Threads that compute: each takes its share of one task, and the task is done when all of them are."""
+"""Threads that compute: whoever has a product to make invites them, and who is free takes part."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import threading
 from collections.abc import Callable
 from functools import cache
 from queue import SimpleQueue
-
-# Called as share(index, count) for every index below count, at the same time.
-Share = Callable[[int, int], None]
 
 
 @cache
@@ -22,35 +19,21 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._orders = [
-            SimpleQueue[tuple[Share, SimpleQueue[BaseException | None]]]() for _ in range(1, count)
-        ]
-        for index, orders in enumerate(self._orders, start=1):
-            threading.Thread(target=_work, args=(index, count, orders), daemon=True).start()
+        self._invitations = [SimpleQueue[Callable[[], None]]() for _ in range(1, count)]
+        for invitations in self._invitations:
+            threading.Thread(target=_work, args=(invitations,), daemon=True).start()
 
-    def run(self, share: Share) -> None:
-        """Run every share; raises what one of them raised.
+    def invite(self, take_part: Callable[[], None]) -> None:
+        """Have every other thread call `take_part` as soon as it can; nobody waits for that here.
 
-        An interruption of the caller leaves the other threads at work on their shares: a share holds what it needs.
+        It must do nothing when it comes too late, hold what it needs, and not raise.
         """
-        done: SimpleQueue[BaseException | None] = SimpleQueue()
-        for orders in self._orders:
-            orders.put((share, done))
-        share(0, self.count)
-        failures = [error for _ in self._orders if (error := done.get())]
-        if failures:
-            raise failures[0]
+        for invitations in self._invitations:
+            invitations.put(take_part)
 
 
-def _work(
-    index: int, count: int, orders: SimpleQueue[tuple[Share, SimpleQueue[BaseException | None]]]
-) -> None:
+def _work(invitations: SimpleQueue[Callable[[], None]]) -> None:
     while True:
-        share, done = orders.get()
-        try:
-            share(index, count)
-        except BaseException as error:
-            done.put(error)
-        else:
-            done.put(None)
-        del share, done  # nothing is kept alive while waiting
+        take_part = invitations.get()
+        take_part()
+        del take_part  # nothing is kept alive while waiting

@@ -32,22 +32,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from runner.family import SHAPES as TRUE_SHAPES
+from runner.family import VOCABULARY as TRUE_VOCABULARY
 from scripts.bin_shard import write_bin
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-# hidden size, heads, blocks; all with BLOOM's vocabulary
-TRUE_SHAPES = {
-    "bloom": (14336, 112, 70),
-    "bloom-560m": (1024, 16, 24),
-    "bloom-1b1": (1536, 16, 24),
-    "bloom-1b7": (2048, 16, 24),
-    "bloom-3b": (2560, 32, 30),
-    "bloom-7b1": (4096, 32, 30),
-}
-TRUE_VOCABULARY = 250_880
 PIECE_ELEMENTS = 2**22 - 3  # odd, so that tiled noise never lines up with the rows of a matrix
 PRE_TOKENIZER_PATTERN = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 

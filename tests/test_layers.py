@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNNER_MAY_IMPORT = {"runner", "torch", "safetensors", "tokenizers"} | set(sys.stdlib_module_names)
+RUNNER_MAY_IMPORT = {"runner", "torch", "tokenizers", "llvmlite", "psutil"} | set(sys.stdlib_module_names)
 PREPARED_MAY_IMPORT = {"runner.errors", "runner.header"}
 TOOLKIT_MAY_IMPORT_OF_RUNNER = {"runner.prepared", "runner.header", "runner.errors", "runner.cli"}
 

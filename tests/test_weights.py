@@ -1,7 +1,8 @@
-"""Parts as memory-mapped tensors: nothing copied, nothing wrong opened."""
+"""Parts as tensors: the bits of the files, matrices where they lie, nothing wrong opened."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from runner import BloomdeskError
+from runner import BloomdeskError, pieces
 from runner.header import read_header
-from runner.prepared import load_manifest, part_specs
-from runner.weights import Weights
+from runner.prepared import PartSpec, load_manifest, part_specs
+from runner.weights import Part, Weights
 
 
 @pytest.fixture
@@ -21,19 +22,55 @@ def directory(prepared, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared()[1], tmp_path / "bloom"))
 
 
-def test_tensors_are_those_of_the_files(directory: Path) -> None:
-    weights = Weights.open(directory)
+def parts_of(weights: Weights) -> list[tuple[PartSpec, Part]]:
+    """Every part with what the manifest's shapes say of it."""
     opened = (weights.embedding, *weights.blocks, weights.final_layernorm)
-    for part, spec in zip(opened, part_specs(weights.model), strict=True):
+    return list(zip(part_specs(weights.model), opened, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tensors_are_those_of_the_files(prepared, dtype: str) -> None:
+    directory = prepared(dtype=dtype)[1]
+    for spec, part in parts_of(Weights.open(directory)):
+        tensors = dict(part.vectors) | {name: matrix.mapped for name, matrix in part.matrices.items()}
+        assert set(tensors) == set(spec.tensors)
+        assert all(tensor.ndim == 1 for tensor in part.vectors.values())
         with safe_open(directory / spec.file, framework="pt") as file:
-            assert list(part) == list(spec.tensors)
-            for name, tensor in part.items():
-                assert torch.equal(tensor, file.get_tensor(name))
+            for name, tensor in tensors.items():
+                expected = file.get_tensor(name)
+                assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
 
 
-def test_tensors_are_views_of_the_files(directory: Path) -> None:
+def test_pieces_are_the_rows_of_their_matrices(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "LARGEST_PIECE", 5000)
     weights = Weights.open(directory)
-    row = weights.embedding["word_embeddings.weight"][3]
+    seen = 0
+    for spec, part in parts_of(weights):
+        data = (directory / spec.file).read_bytes()
+        for matrix in part.matrices.values():
+            assert weights.stream.pieces[matrix.index : matrix.index + len(matrix.pieces)] == matrix.pieces
+            assert torch.equal(torch.cat([piece.mapped for piece in matrix.pieces]), matrix.mapped)
+            for piece in matrix.pieces:
+                found = torch.frombuffer(bytearray(data[piece.start :][: piece.nbytes]), dtype=weights.dtype)
+                assert torch.equal(found.view(piece.mapped.shape), matrix.mapped[piece.first : piece.last])
+                seen += 1
+    assert seen == len(weights.stream.pieces) > 100
+
+
+def test_a_pass_goes_through_the_pieces_in_their_order(directory: Path) -> None:
+    weights = Weights.open(directory)
+    names = [(spec.file, name) for spec, part in parts_of(weights)[1:] for name in part.matrices]
+    names.append(("embedding.safetensors", "word_embeddings.weight"))
+    matrices = {
+        (spec.file, name): part.matrices[name] for spec, part in parts_of(weights) for name in part.matrices
+    }
+    assert [matrices[name].index for name in names] == list(range(len(names)))
+    assert [piece.file.path.name for piece in weights.stream.pieces] == [file for file, _ in names]
+
+
+def test_matrices_are_views_of_the_files(directory: Path) -> None:
+    weights = Weights.open(directory)
+    row = weights.embedding.matrices["word_embeddings.weight"].mapped[3]
     start = read_header(directory / "embedding.safetensors").data_start
     with (directory / "embedding.safetensors").open("r+b") as file:
         file.seek(start + 3 * row.nbytes)
@@ -41,17 +78,28 @@ def test_tensors_are_views_of_the_files(directory: Path) -> None:
     assert torch.equal(row, torch.ones_like(row))
 
 
-def test_every_part_starts_its_data_on_a_page(directory: Path) -> None:
+def test_vectors_need_no_file_any_more(directory: Path) -> None:
     weights = Weights.open(directory)
-    for part in (weights.embedding, *weights.blocks, weights.final_layernorm):
-        first = next(iter(part.values()))
-        assert first.data_ptr() % 4096 == 0
+    before = {name: tensor.clone() for name, tensor in weights.blocks[1].vectors.items()}
+    os.truncate(directory / "block_01.safetensors", 0)
+    for name, tensor in weights.blocks[1].vectors.items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_every_part_starts_its_data_on_a_page(directory: Path) -> None:
+    for spec, part in parts_of(Weights.open(directory)):
+        header = read_header(directory / spec.file)
+        assert header.data_start % 4096 == 0
+        for name, matrix in part.matrices.items():
+            in_data = header.tensors[name].start - header.data_start
+            assert (matrix.mapped.data_ptr() - in_data) % 4096 == 0
 
 
 def test_nbytes_is_the_sum_of_all_tensors(directory: Path) -> None:
     weights = Weights.open(directory)
-    parts = (weights.embedding, *weights.blocks, weights.final_layernorm)
-    assert weights.nbytes == sum(tensor.nbytes for part in parts for tensor in part.values())
+    tensors = [tensor for _, part in parts_of(weights) for tensor in part.vectors.values()]
+    tensors += [matrix for _, part in parts_of(weights) for matrix in part.matrices.values()]
+    assert weights.nbytes == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_missing_part_is_named(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ def counted(generation: Any, counts: list[int]) -> Iterator[int]:
 def streamed_bytes(generation: Any, counts: list[int]) -> float | None:
     """What a pass takes from the files, by the runner's own word."""
     planned = getattr(generation, "streamed_bytes_per_pass", None)
-    steps = [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(counts)]
     return median(steps) if planned is None and steps else planned
 
 

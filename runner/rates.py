@@ -1,0 +1,164 @@
+"""What this machine gives: its disk to a stream, its memory to a product of one row, its cores to many rows."""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from runner import system
+from runner.errors import BloomdeskError
+from runner.kernel import Kernel
+from runner.pieces import LARGEST_PIECE
+from runner.stream import READERS
+from runner.workers import workers
+
+COLUMNS = 4096
+MEMORY_BYTES = 256 * 2**20  # no cache of a desktop's processor holds as much
+COMPUTE_ROWS = 64
+ROUNDS = 5
+DISK_SECONDS = 3.0
+DISK_BYTES = 2**30
+SMALLEST_SCRATCH = LARGEST_PIECE  # one of less says nothing about a disk
+_WRITING_SECONDS = 5.0  # a slow disk need not take all of it
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes of a cold file a second, bytes of weights a second at one row, multiply-adds a second at many rows."""
+
+    disk: float
+    memory: float
+    compute: float
+
+
+def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int = DISK_BYTES) -> float:
+    """Bytes a second of these files one after another, cold, read in the way of a stream.
+
+    It ends with the files, or after so many seconds or bytes. Raises `BloomdeskError` where one cannot be read.
+    """
+    pieces: Iterator[tuple[Path, int]] = iter(
+        [(path, start) for path in paths for start in range(0, path.stat().st_size, LARGEST_PIECE)]
+    )
+    lock = threading.Lock()
+    counts = [0] * READERS
+    failures: list[OSError] = []
+
+    def read(number: int) -> None:
+        memory = memoryview(buffers[number])
+        while time.perf_counter() < deadline and sum(counts) < nbytes and not failures:
+            with lock:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            try:
+                counts[number] += _read(*piece, memory)
+            except OSError as error:
+                failures.append(error)
+
+    buffers = [_touched(LARGEST_PIECE) for _ in counts]
+    for path in paths:
+        with system.open_for_streaming(path, past_the_cache=False) as file:
+            system.forget(file, 0, path.stat().st_size)
+    began = time.perf_counter()
+    deadline = began + seconds
+    threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(READERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise BloomdeskError(f"{paths[0].parent} cannot be read: {failures[0].strerror}") from failures[0]
+    return sum(counts) / (time.perf_counter() - began)
+
+
+@contextmanager
+def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
+    """A path to a file of up to `nbytes` bytes on the disk of `directory`, which is gone afterwards.
+
+    It is smaller where the disk is slow or nearly full. Raises `BloomdeskError` where nothing can be written there.
+    """
+    noise = os.urandom(LARGEST_PIECE)  # a disk that compresses gains nothing
+    try:
+        room = shutil.disk_usage(directory).free // 2
+        if room < SMALLEST_SCRATCH:
+            raise OSError(errno.ENOSPC, "there is no room to measure it")
+        with system.scratch_file(directory) as path:
+            deadline = time.perf_counter() + _WRITING_SECONDS
+            with path.open("r+b", buffering=0) as file:
+                while file.tell() < min(nbytes, room) and time.perf_counter() < deadline:
+                    file.write(noise)
+                    os.fsync(file.fileno())
+            yield path
+    except OSError as error:
+        raise BloomdeskError(
+            f"{directory} cannot be measured: {error.strerror}",
+            "name a directory on the disk in question, one that you may write to: bloomdesk plan DIRECTORY",
+        ) from error
+
+
+def kernel_rates(dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes of weights a second at one row, multiply-adds a second at `COMPUTE_ROWS` rows) of the product.
+
+    On torch's number of threads, like a pass; it takes `MEMORY_BYTES` of memory while it measures.
+    """
+    kernel = Kernel(dtype, workers(torch.get_num_threads()))
+    memory = system.anonymous(MEMORY_BYTES)
+    weight = torch.frombuffer(memory, dtype=dtype).view(-1, COLUMNS).fill_(0.01)
+    few = weight[: LARGEST_PIECE // (COLUMNS * dtype.itemsize)]
+    one_row = _seconds(kernel, 1, weight)
+    many_rows = _seconds(kernel, COMPUTE_ROWS, few)
+    return weight.nbytes / one_row, COMPUTE_ROWS * few.numel() / many_rows
+
+
+def _seconds(kernel: Kernel, rows: int, weight: torch.Tensor) -> float:
+    """What the product takes, the median of some."""
+    x, out = torch.ones(rows, weight.shape[1]), torch.zeros(rows, weight.shape[0])
+    taken = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        kernel.accumulate(x, weight, out)
+        taken.append(time.perf_counter() - began)
+    return median(taken)
+
+
+def _read(path: Path, start: int, memory: memoryview) -> int:
+    try:
+        with system.open_for_streaming(path, past_the_cache=True) as file:
+            return _fill(file, start, memory)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    with system.open_for_streaming(path, past_the_cache=False) as file:
+        count = _fill(file, start, memory)
+        system.forget(file, start, count)
+        return count
+
+
+def _fill(file: io.FileIO, start: int, memory: memoryview) -> int:
+    file.seek(start)
+    done = 0
+    while done < len(memory) and (count := file.readinto(memory[done:])):
+        done += count
+        if count % system.PAGE:
+            break  # the end of the file
+    return done
+
+
+def _touched(nbytes: int) -> mmap.mmap:
+    """Memory whose pages are there already, as those of a slot are after its first use."""
+    memory = system.anonymous(nbytes)
+    for start in range(0, nbytes, system.PAGE):
+        memory[start] = 0
+    return memory
