@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Ways to read a prepared part in order, side by side: GB a second, and what share of a core each takes.
+
+    python scripts/bench_reading.py DIR/block_00.safetensors [--rounds 5]
+
+Every way reads the file cold, in pieces of 32 MB that are let go at once, in turns. To see a small readahead setting,
+set /sys/block/DISK/queue/read_ahead_kb to 128 before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runner import system  # noqa: E402 - the script runs from anywhere
+from runner.pieces import LARGEST_PIECE  # noqa: E402
+
+Read = Callable[[int, int], None]  # start, bytes
+
+
+def through_calls(path: Path, past_the_cache: bool) -> Iterator[Read]:
+    """Reads into memory of our own; one reader for each thread."""
+    while True:
+        memory = memoryview(system.anonymous(LARGEST_PIECE))
+        file = system.open_for_streaming(path, past_the_cache=past_the_cache)
+
+        def read(start: int, nbytes: int, file=file, memory=memory) -> None:
+            file.seek(start)
+            done = 0
+            while done < nbytes:
+                done += file.readinto(memory[done:nbytes])
+            if not past_the_cache:
+                system.forget(file, start, nbytes)
+
+        yield read
+
+
+def through_a_mapping(path: Path, ahead: bool) -> Iterator[Read]:
+    """Pages of a mapping, asked for ahead, or by touching them."""
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+    bytes_ = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def read(start: int, nbytes: int) -> None:
+        address = bytes_.data_ptr() + start
+        if ahead:
+            system.page_in(path, start, nbytes, address)
+        else:
+            bytes_[start : start + nbytes : mmap.PAGESIZE].sum()
+        system.let_go(path, start, nbytes, address)
+
+    while True:
+        yield read
+
+
+def seconds(path: Path, ways: Iterator[Read], threads: int) -> tuple[float, float]:
+    """Wall and processor seconds to read the file once, cold."""
+    size = path.stat().st_size // LARGEST_PIECE * LARGEST_PIECE
+    with path.open("rb", buffering=0) as file:
+        system.forget(file, 0, 0)
+    starts = iter(range(0, size, LARGEST_PIECE))
+
+    def work(read: Read) -> None:
+        for start in starts:  # one step of a range's iterator cannot be taken by two threads
+            read(start, LARGEST_PIECE)
+
+    readers = [threading.Thread(target=work, args=(next(ways),)) for _ in range(threads)]
+    wall, processor = time.perf_counter(), time.process_time()
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ways to read a prepared part in order, side by side.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    size = given.file.stat().st_size // LARGEST_PIECE * LARGEST_PIECE
+    ways: dict[str, Callable[[], tuple[float, float]]] = {}
+    for threads in (1, 2, 4):
+        for name, make in (
+            ("past the page cache", partial(through_calls, given.file, True)),
+            ("through the page cache", partial(through_calls, given.file, False)),
+            ("mapped, MADV_POPULATE_READ", partial(through_a_mapping, given.file, True)),
+            ("mapped, touched", partial(through_a_mapping, given.file, False)),
+        ):
+            ways[f"{name}, {threads} threads"] = partial(
+                lambda make, threads: seconds(given.file, make(), threads), make, threads
+            )
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(given.rounds):
+        for name, way in ways.items():
+            results[name].append(way())
+    print("| way | GB/s | from to | share of a core |\n| --- | ---: | ---: | ---: |")
+    for name, found in results.items():
+        rates = sorted(size / wall / 1e9 for wall, _ in found)
+        share = median(processor / wall for wall, processor in found)
+        print(f"| {name} | {median(rates):.2f} | {rates[0]:.2f} to {rates[-1]:.2f} | {share:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
