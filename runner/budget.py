@@ -86,12 +86,13 @@ def share_out(
     spare = total - process - cache - activations - MARGIN
     if spare >= weights:
         return Budget(total, process, cache, activations, 0, 0, frozenset(range(len(pieces))), weights, 0)
-    needed = total - spare + FEWEST_SLOTS * slot_nbytes
+    ahead = min(FEWEST_SLOTS * slot_nbytes, weights)
+    needed = total - spare + ahead
     if needed > total:
         raise BloomdeskError(
             f"{shown_size(total)} of RAM are too little: {shown_size(needed)} are needed, of which the program "
             f"{shown_size(process + MARGIN)}, the KV cache {shown_size(cache)}, a pass {shown_size(activations)}, "
-            f"reading ahead {shown_size(FEWEST_SLOTS * slot_nbytes)}",
+            f"reading ahead {shown_size(ahead)}",
             f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new tokens",
         )
     slots = min(MOST_SLOTS, max(FEWEST_SLOTS, spare // 8 // slot_nbytes))

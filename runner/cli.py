@@ -1,4 +1,7 @@
-"""`generate`, for `python -m runner` and for the `bloomdesk` command; the only file of the runner that prints."""
+"""The runner's commands; the only file of the runner that prints.
+
+`generate` is for `python -m runner` and for the `bloomdesk` command, `bench` and `plan` are for the latter.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
+    from runner.bench import Bench
     from runner.decode import Generation
+    from runner.forecast import Forecast
+    from runner.plan import Plan
+    from runner.prepared import Hyperparameters
+    from runner.rates import Rates
 
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 DEFAULT_NEW_TOKENS = 64
+BENCH_TOKENS, BENCH_PROMPT_TOKENS = 4, 16
 
 
 def generate(
@@ -70,7 +79,6 @@ def _report(
         "seconds_per_token": seconds / len(generation.ids) if generation.ids else None,
         "passes": generation.passes,
         "bytes_read": generation.bytes_read,
-        "streamed_bytes_per_pass": generation.streamed_bytes_per_pass,
         "stop_reason": "interrupted" if interrupted else generation.stop_reason,
     }
 
@@ -86,6 +94,145 @@ def _summarise(generation: Generation, seconds: float) -> None:
     if generation.disk_rate:
         read += f" at {generation.disk_rate / 1e9:,.2f} GB/s"
     print(f"({tokens} tokens, {pace}{read}; {end})", file=sys.stderr)
+
+
+def bench(directory: Path, ram: str | None, tokens: int, prompt_tokens: int, as_json: bool = False) -> int:
+    """Print what a few tokens took beside the least that they could; the exit status."""
+    from runner import bench
+    from runner.budget import parse_size
+    from runner.terminal import Terminal
+
+    terminal = Terminal(sys.stdout, sys.stderr)
+    try:
+        found = bench.bench(directory, parse_size(ram) if ram else None, tokens, prompt_tokens, terminal.note)
+    finally:
+        terminal.clear()
+    if as_json:
+        print(json.dumps(found.as_json()))
+    else:
+        _print_bench(found)
+    return 0
+
+
+def _print_bench(found: Bench) -> None:
+    from runner.budget import shown_size
+
+    run, predicted = found.run, found.forecast
+    each = ", ".join(_shown_seconds(seconds) for seconds in run.pass_seconds)
+    counted = "not counted by this system"
+    if run.bytes_read_per_token is not None:
+        counted = f"{shown_size(round(run.bytes_read_per_token))} by the system's count"
+    saw = f"; it came at {_shown_rate(run.stream_rate)}" if run.stream_rate else ""
+    waited = _shown_seconds(run.waiting_seconds)
+    peak = f"{shown_size(run.peak_bytes)} at most" if run.peak_bytes is not None else "not known"
+    rows = {
+        "measured": f"{_shown_seconds(found.seconds_per_token)} a token, {found.percent_of_limit:.0f}% of the limit",
+        "limit": f"{_shown_seconds(found.limit_seconds)} a token",
+        "rates": _shown_rates(found.rates),
+        "each token": each,
+        "prompt": f"{_shown_seconds(run.prompt_seconds)} for {run.prompt_tokens} tokens, everything cold",
+        "streamed": f"{shown_size(round(run.streamed_bytes_per_pass))} a token, {counted}{saw}",
+        "waited": f"{waited} of {_shown_seconds(sum(run.pass_seconds))} for the disk",
+        "memory": f"{peak}, of {shown_size(run.ram)}",
+        "forecast": f"{_shown_seconds(predicted.seconds_per_token)} a token, "
+        f"{predicted.seconds_per_token / found.seconds_per_token:.2f} of what was measured; "
+        f"{_shown_seconds(predicted.prompt_seconds)} for the prompt",
+    }
+    _print_rows(rows)
+
+
+def plan(
+    directory: Path,
+    ram: str | None,
+    model: str | None,
+    tokens: int,
+    prompt_tokens: int,
+    as_json: bool = False,
+    room_to_prepare: Callable[[Hyperparameters], int] | None = None,
+) -> int:
+    """Print what to expect of a model on this machine; the exit status, 1 where the disk is too small for it."""
+    from runner import plan
+    from runner.budget import parse_size
+
+    found = plan.plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
+    room = found.disk_bytes
+    if found.name and room_to_prepare:
+        room = room_to_prepare(found.model)
+    fits = found.name is None or found.free_bytes >= room
+    if as_json:
+        print(json.dumps({**found.as_json(), "bytes_to_prepare": room, "fits": fits}))
+    else:
+        _print_plan(found, room, fits)
+    return 0 if fits else 1
+
+
+def _print_plan(found: Plan, room: int, fits: bool) -> None:
+    from runner.budget import shown_size
+
+    disk = f"{shown_size(found.disk_bytes)} there"
+    if found.name:
+        verdict = "it fits" if fits else f"{shown_size(room - found.free_bytes)} too little"
+        disk = f"{shown_size(found.disk_bytes)}, and {shown_size(room)} while it is prepared"
+        disk += f"; {shown_size(found.free_bytes)} are free: {verdict}"
+    shares = found.forecast.shares
+    parts = {
+        "program": shares.process,
+        "KV cache": shares.cache,
+        "a pass": shares.activations,
+        "reading ahead": shares.read_ahead,
+        "weights that stay": shares.resident_bytes,
+    }
+    used = ", ".join(f"{name} {shown_size(count)}" for name, count in parts.items())
+    rows = {
+        "model": f"{found.name or 'the one that is there'}, in {found.directory}",
+        "disk": disk,
+        "rates": _shown_rates(found.rates),
+        "RAM": f"{shown_size(shares.total)}: {used}",
+        "each token": f"{_shown_seconds(found.forecast.seconds_per_token)}, "
+        f"with {shown_size(shares.streamed_bytes)} from the disk",
+        "prompt": f"{_shown_seconds(found.forecast.prompt_seconds)} for {found.prompt_tokens} tokens, "
+        "with all weights from the disk",
+    }
+    _print_rows(rows)
+    print(f"\n{'with RAM of':>12}{'stays':>12}{'streamed':>12}{'a token':>12}{'prompt':>12}")
+    for ram, forecast in found.others.items():
+        print(f"{shown_size(ram):>12}" + _forecast_cells(forecast))
+
+
+def _forecast_cells(found: Forecast | None) -> str:
+    from runner.budget import shown_size
+
+    if found is None:
+        return f"{'too little':>12}"
+    cells = (
+        shown_size(found.shares.resident_bytes),
+        shown_size(found.shares.streamed_bytes),
+        _shown_seconds(found.seconds_per_token),
+        _shown_seconds(found.prompt_seconds),
+    )
+    return "".join(f"{cell:>12}" for cell in cells)
+
+
+def _print_rows(rows: Mapping[str, str]) -> None:
+    for name, value in rows.items():
+        print(f"{name:>12}  {value}")
+
+
+def _shown_seconds(seconds: float) -> str:
+    """ "0.123 s", "1.23 s", "12.3 s", "123 s"."""
+    digits = max(0, 3 - len(str(int(seconds)))) if seconds >= 1 else 3
+    return f"{seconds:,.{digits}f} s"
+
+
+def _shown_rate(rate: float) -> str:
+    return f"{rate / 1e9:,.2f} GB/s"
+
+
+def _shown_rates(rates: Rates) -> str:
+    return (
+        f"disk {_shown_rate(rates.disk)}, memory {_shown_rate(rates.memory)}, "
+        f"{rates.compute / 1e9:,.1f} billion multiply-adds/s"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

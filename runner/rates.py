@@ -51,13 +51,13 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
     pieces: Iterator[tuple[Path, int]] = iter(
         [(path, start) for path in paths for start in range(0, path.stat().st_size, LARGEST_PIECE)]
     )
-    lock = threading.Lock()
+    lock, over = threading.Lock(), threading.Event()
     counts = [0] * READERS
     failures: list[OSError] = []
 
     def read(number: int) -> None:
         memory = memoryview(buffers[number])
-        while time.perf_counter() < deadline and sum(counts) < nbytes and not failures:
+        while time.perf_counter() < deadline and sum(counts) < nbytes and not over.is_set():
             with lock:
                 piece = next(pieces, None)
             if piece is None:
@@ -66,21 +66,28 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
                 counts[number] += _read(*piece, memory)
             except OSError as error:
                 failures.append(error)
+                over.set()
 
     buffers = [_touched(LARGEST_PIECE) for _ in counts]
     for path in paths:
-        with system.open_for_streaming(path, past_the_cache=False) as file:
+        with io.FileIO(path) as file:
             system.forget(file, 0, path.stat().st_size)
     began = time.perf_counter()
     deadline = began + seconds
     threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(READERS)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # also after Ctrl-C nobody is left reading
+        over.set()
+        for thread in threads:
+            thread.join()
+    taken = time.perf_counter() - began
     if failures:
         raise BloomdeskError(f"{paths[0].parent} cannot be read: {failures[0].strerror}") from failures[0]
-    return sum(counts) / (time.perf_counter() - began)
+    return sum(counts) / taken
 
 
 @contextmanager
@@ -89,23 +96,34 @@ def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
 
     It is smaller where the disk is slow or nearly full. Raises `BloomdeskError` where nothing can be written there.
     """
-    noise = os.urandom(LARGEST_PIECE)  # a disk that compresses gains nothing
     try:
         room = shutil.disk_usage(directory).free // 2
         if room < SMALLEST_SCRATCH:
             raise OSError(errno.ENOSPC, "there is no room to measure it")
         with system.scratch_file(directory) as path:
-            deadline = time.perf_counter() + _WRITING_SECONDS
-            with path.open("r+b", buffering=0) as file:
-                while file.tell() < min(nbytes, room) and time.perf_counter() < deadline:
-                    file.write(noise)
-                    os.fsync(file.fileno())
+            try:
+                _fill_with_noise(path, min(nbytes, room), past_the_cache=True)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                _fill_with_noise(path, min(nbytes, room), past_the_cache=False)
             yield path
     except OSError as error:
         raise BloomdeskError(
             f"{directory} cannot be measured: {error.strerror}",
             "name a directory on the disk in question, one that you may write to: bloomdesk plan DIRECTORY",
         ) from error
+
+
+def _fill_with_noise(path: Path, nbytes: int, *, past_the_cache: bool) -> None:
+    memory = system.anonymous(LARGEST_PIECE)
+    memory.write(os.urandom(LARGEST_PIECE))  # a disk that compresses gains nothing
+    deadline = time.perf_counter() + _WRITING_SECONDS
+    with system.open_for_writing(path, past_the_cache=past_the_cache) as file:
+        while file.tell() < nbytes and time.perf_counter() < deadline:
+            file.write(memory)
+            if not past_the_cache:
+                os.fsync(file.fileno())
 
 
 def kernel_rates(dtype: torch.dtype) -> tuple[float, float]:

@@ -284,6 +284,8 @@ class _Shared:
 def _end(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
     """Stop the readers and wait for the reads that are under way: a thread cut off at exit would abort the process."""
     shared.stop()
+    if threading.current_thread() in threads:  # where garbage happened to be collected
+        return
     for thread in threads:
         thread.join(_LONGEST_READ)
 
@@ -310,8 +312,9 @@ def _read_ahead(shared: _Shared) -> None:
         with shared.changed:
             shared.reading -= 1
             shared.traffic.bytes_fetched += piece.nbytes
-            if not shared.reading:
-                shared.traffic.reading_seconds += time.perf_counter() - shared.reading_since
+            now = time.perf_counter()  # another read may be under way, and so on for ever
+            shared.traffic.reading_seconds += now - shared.reading_since
+            shared.reading_since = now
             shared.hand_over(epoch, number, slot, failure)
             shared.changed.notify_all()
 

@@ -25,6 +25,7 @@ LINUX_CALLS = sys.platform == "linux"
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
 _SCRATCH_BYTES = 4 * 2**20
+_OWN_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def open_for_streaming(path: Path, *, past_the_cache: bool) -> io.FileIO:
@@ -32,11 +33,20 @@ def open_for_streaming(path: Path, *, past_the_cache: bool) -> io.FileIO:
 
     Raises OSError with EINVAL where `past_the_cache` is asked for and the system, or the file system, cannot do that.
     """
+    return _opened(path, "r", past_the_cache)
+
+
+def open_for_writing(path: Path, *, past_the_cache: bool) -> io.FileIO:
+    """The file at `path`, which is there, to be written in the same way. Raises OSError as the other does."""
+    return _opened(path, "r+", past_the_cache)
+
+
+def _opened(path: Path, mode: str, past_the_cache: bool) -> io.FileIO:
     if not past_the_cache:
-        return io.FileIO(path, "r")
+        return io.FileIO(path, mode)
     if not LINUX_CALLS:
-        raise OSError(errno.EINVAL, "no reads past the page cache here", str(path))
-    return io.FileIO(path, "r", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        raise OSError(errno.EINVAL, "nothing goes past the page cache here", str(path))
+    return io.FileIO(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
 
 
 def open_for_rows(path: Path) -> io.FileIO:
@@ -164,14 +174,14 @@ def _control_groups() -> list[Path]:
     """The directories of this process's memory control groups, from its own up to the root."""
     groups: list[Path] = []
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
         return groups
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup") / controllers
+        root = _GROUP_ROOT / controllers
         inner = root / path.lstrip("/")
         # Inside a container the path may be that of the host; its own limits are then at the root.
         while inner != root:

@@ -23,7 +23,6 @@ WORK takes 4 times the checkpoint, 5 times where the script makes it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import importlib.util
 import json
@@ -387,13 +386,16 @@ def main() -> int:
             say(f"{name} is left out: {' and '.join(missing)} not installed")
         else:
             peers[name] = PEERS[name].form(work, prepared)
-    bench = Bench(given, prepared, peers)
-    with contextlib.suppress(KeyboardInterrupt):
+    bench, status = Bench(given, prepared, peers), 0
+    try:
         bench.run()
+    except KeyboardInterrupt:  # what there is so far is shown
+        status = 128 + signal.SIGINT
     state = "all in the page cache" if bench.in_memory else f"cold, control groups {bench.kind}"
     print(f"{machine(prepared)}\n{given.rounds} rounds, prompt of {given.prompt_tokens}, {state}\n")
-    print(bench.table())
-    return 0
+    if any(bench.rates.values()):
+        print(bench.table())
+    return status
 
 
 def existing(path: Path) -> Path:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runner.cli import DEFAULT_NEW_TOKENS, guarded
+from runner.cli import BENCH_PROMPT_TOKENS, BENCH_TOKENS, DEFAULT_NEW_TOKENS, guarded
+from runner.cli import bench as run_bench
 from runner.cli import generate as run_generation
+from runner.cli import plan as run_plan
 from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ Ram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="How much memory to use, like 12GB.", show_default="what is free"),
 ]
+PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -406,6 +409,48 @@ def generate(
 ) -> None:
     """Continue a prompt, printed as it grows. Each token is the likeliest one."""
     finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json, ram))
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    directory: Prepared,
+    ram: Ram = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to time.")] = BENCH_TOKENS,
+    prompt_tokens: PromptTokens = BENCH_PROMPT_TOKENS,
+    as_json: Json = False,
+) -> None:
+    """Time a few tokens. They are compared with the least that this machine's disk and memory allow."""
+    finish(context, lambda: run_bench(directory, ram, tokens, prompt_tokens, as_json))
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DST", help="A prepared directory, or any on the disk in question.")
+    ] = Path(),
+    ram: Ram = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of the family, as bloom-7b1.",
+            show_default="what DST holds, or bigscience/bloom",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = DEFAULT_NEW_TOKENS,
+    prompt_tokens: PromptTokens = BENCH_PROMPT_TOKENS,
+    as_json: Json = False,
+) -> None:
+    """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 where the disk is too small."""
+
+    def body() -> int:
+        from toolkit.room import room_to_prepare
+
+        return run_plan(directory, ram, model, tokens, prompt_tokens, as_json, room_to_prepare)
+
+    finish(context, body)
 
 
 def main() -> None:

@@ -1,0 +1,134 @@
+"""What to expect of a model on this machine, before it is there: its disk measured, its needs and its pace forecast."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner import budget, family, rates, system
+from runner.errors import BloomdeskError
+from runner.forecast import BLOOMS_TOKENIZER, Forecast, disk_bytes, forecast, process_bytes
+from runner.kernel import Kernel
+from runner.prepared import MANIFEST, Hyperparameters, Manifest, load_manifest
+from runner.rates import Rates
+from runner.weights import TORCH_DTYPES
+from runner.workers import workers
+
+DEFAULT_MODEL = "bigscience/bloom"
+OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model on the disk of `directory`. All sizes are bytes.
+
+    `name` is None where the directory holds it already. `others` gives forecasts for other amounts of RAM, up to
+    the first in which everything stays, and None for those that are too little.
+    """
+
+    directory: Path
+    name: str | None
+    model: Hyperparameters
+    free_bytes: int
+    disk_bytes: int
+    rates: Rates
+    prompt_tokens: int
+    tokens: int
+    forecast: Forecast
+    others: Mapping[int, Forecast | None]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything for `--json`."""
+        return {
+            "directory": str(self.directory),
+            "prepared": self.name is None,
+            "model": {"name": self.name, **asdict(self.model)},
+            "free_bytes": self.free_bytes,
+            "disk_bytes": self.disk_bytes,
+            "rates": asdict(self.rates),
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "forecast": _flat(self.forecast),
+            "others": [
+                _flat(found) if found else {"ram": ram, "too_little": True}
+                for ram, found in self.others.items()
+            ],
+        }
+
+
+def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
+    """Measure this machine, the disk of `directory` included, and forecast the model that it holds, or `name`.
+
+    Where the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError`
+    for a name that is none of the family's, a disk that can't be measured, and too little RAM.
+    """
+    if tokens < 1 or prompt_tokens < 1:
+        raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
+    manifest = load_manifest(directory) if (directory / MANIFEST).exists() else None
+    holds_it = manifest is not None and name is None
+    if not holds_it:
+        name = name or DEFAULT_MODEL
+    model = manifest.model if holds_it else family.hyperparameters(name)
+    place = _existing(directory)
+    free = shutil.disk_usage(place).free
+    kernel = Kernel(TORCH_DTYPES[model.dtype], workers(torch.get_num_threads()))
+    process = process_bytes(model, system.memory_in_use(), _tokenizer_bytes(manifest, holds_it))
+    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel))
+
+    def with_ram(size: int) -> Forecast:
+        return forecast(model, size, process, found, prompt_tokens, tokens)
+
+    chosen = with_ram(ram or budget.default_total())
+    others: dict[int, Forecast | None] = {}
+    for size in OTHER_RAM:
+        try:
+            others[size] = with_ram(size)
+        except BloomdeskError:
+            others[size] = None
+        if (shown := others[size]) and not shown.shares.streamed_bytes:
+            break
+    needed = disk_bytes(model)
+    return Plan(directory, name, model, free, needed, found, prompt_tokens, tokens, chosen, others)
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or what is there of the way to it."""
+    place = directory.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def _disk_rate(place: Path, manifest: Manifest | None) -> float:
+    paths = [place / file for file in manifest.parts] if manifest else []
+    paths = [path for path in paths if path.is_file()]
+    if sum(path.stat().st_size for path in paths) >= rates.SMALLEST_SCRATCH:
+        return rates.disk_rate(paths)
+    with rates.scratch(place) as path:
+        return rates.disk_rate([path])
+
+
+def _tokenizer_bytes(manifest: Manifest | None, holds_it: bool) -> int:
+    record = manifest.companions.get("tokenizer.json") if manifest and holds_it else None
+    return record.size if record else BLOOMS_TOKENIZER
+
+
+def _flat(found: Forecast) -> dict[str, Any]:
+    shares = found.shares
+    return {
+        "ram": shares.total,
+        "process": shares.process,
+        "cache": shares.cache,
+        "activations": shares.activations,
+        "read_ahead": shares.read_ahead,
+        "resident_bytes": shares.resident_bytes,
+        "streamed_bytes_per_pass": shares.streamed_bytes,
+        "limit_seconds": found.limit_seconds,
+        "seconds_per_token": found.seconds_per_token,
+        "prompt_seconds": found.prompt_seconds,
+    }

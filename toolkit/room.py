@@ -1,0 +1,25 @@
+"""The room that a model of the family takes on a disk, known before anything is asked of the Hub."""
+
+from __future__ import annotations
+
+from runner.prepared import Hyperparameters, part_specs
+from toolkit.parts import part_header
+from toolkit.staging import Schedule
+
+# bigscience/bloom and bloomz have a shard for each block; of their smaller relatives most are one file as a whole.
+BLOCKS_WITH_SHARDS = 70
+SMALL_FILES = 15_000_000
+
+
+def room_to_prepare(model: Hyperparameters) -> int:
+    """Bytes of disk that `prepare` takes at the fullest moment, at most."""
+    sizes = {
+        spec.file: len(part_header(spec, model.dtype)) + spec.nbytes(model.dtype)
+        for spec in part_specs(model)
+    }
+    if model.n_layer >= BLOCKS_WITH_SHARDS:
+        schedule, shards = Schedule({file: (file,) for file in sizes}), sizes
+    else:
+        schedule, shards = Schedule({file: ("weights",) for file in sizes}), {"weights": sum(sizes.values())}
+    peak, _ = schedule.peak(sizes.__getitem__, shards.__getitem__)
+    return peak + SMALL_FILES
