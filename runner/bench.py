@@ -9,14 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from runner import rates, system
 from runner.errors import BloomdeskError
 from runner.forecast import Forecast, forecast, limit
+from runner.kernel import Kernel
 from runner.kv_cache import KVCache
 from runner.model import Model, OnPart
 from runner.prepared import load_manifest
 from runner.rates import Rates
 from runner.weights import TORCH_DTYPES
+from runner.workers import workers
 
 _FIRST_ID, _STEP = 1000, 37  # any ids make a prompt; these are no special ones where the vocabulary is large
 
@@ -97,7 +101,9 @@ def bench(
     paths = [directory / file for file in manifest.parts if (directory / file).is_file()]
     disk = rates.disk_rate(paths) if paths else 0.0
     measured = run(directory, ram, tokens, prompt_tokens, on_part)  # its memory is free by the next line
-    found = Rates(disk, *rates.kernel_rates(TORCH_DTYPES[manifest.model.dtype]))
+    dtype = TORCH_DTYPES[manifest.model.dtype]
+    kernel = Kernel(dtype, workers(torch.get_num_threads()))
+    found = Rates(disk, *rates.kernel_rates(kernel, dtype))
     predicted = forecast(manifest.model, measured.ram, measured.process_bytes, found, prompt_tokens, tokens)
     return Bench(directory, found, measured, predicted)
 

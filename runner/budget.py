@@ -71,7 +71,7 @@ class Budget:
 
 def default_total() -> int:
     """Bytes for this process when nobody says: most of what machine and control group can spare."""
-    return int(DEFAULT_SHARE * (system.memory_to_spare() + system.memory_in_use()))
+    return int(DEFAULT_SHARE * (system.memory_to_spare() + system.memory_of_its_own()))
 
 
 def share_out(

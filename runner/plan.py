@@ -76,9 +76,10 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     model = manifest.model if holds_it else family.hyperparameters(name)
     place = _existing(directory)
     free = shutil.disk_usage(place).free
-    kernel = Kernel(TORCH_DTYPES[model.dtype], workers(torch.get_num_threads()))
+    dtype = TORCH_DTYPES[model.dtype]
+    kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
     process = process_bytes(model, system.memory_in_use(), _tokenizer_bytes(manifest, holds_it))
-    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel))
+    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, dtype))
 
     def with_ram(size: int) -> Forecast:
         return forecast(model, size, process, found, prompt_tokens, tokens)

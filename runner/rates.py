@@ -22,7 +22,6 @@ from runner.errors import BloomdeskError
 from runner.kernel import Kernel
 from runner.pieces import LARGEST_PIECE
 from runner.stream import READERS
-from runner.workers import workers
 
 COLUMNS = 4096
 MEMORY_BYTES = 256 * 2**20  # no cache of a desktop's processor holds as much
@@ -126,12 +125,11 @@ def _fill_with_noise(path: Path, nbytes: int, *, past_the_cache: bool) -> None:
                 os.fsync(file.fileno())
 
 
-def kernel_rates(dtype: torch.dtype) -> tuple[float, float]:
+def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float]:
     """(bytes of weights a second at one row, multiply-adds a second at `COMPUTE_ROWS` rows) of the product.
 
-    On torch's number of threads, like a pass; it takes `MEMORY_BYTES` of memory while it measures.
+    It takes `MEMORY_BYTES` of memory while it measures.
     """
-    kernel = Kernel(dtype, workers(torch.get_num_threads()))
     memory = system.anonymous(MEMORY_BYTES)
     weight = torch.frombuffer(memory, dtype=dtype).view(-1, COLUMNS).fill_(0.01)
     few = weight[: LARGEST_PIECE // (COLUMNS * dtype.itemsize)]

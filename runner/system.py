@@ -12,6 +12,7 @@ import errno
 import io
 import mmap
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ LINUX_CALLS = sys.platform == "linux"
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
 _SCRATCH_BYTES = 4 * 2**20
+_OWN_STATUS = Path("/proc/self/status")
 _OWN_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -137,8 +139,19 @@ def memory_in_use() -> int:
     return psutil.Process().memory_info().rss
 
 
+def memory_of_its_own() -> int:
+    """The same without the files that it has mapped, where the system tells: those count as memory to spare."""
+    info = psutil.Process().memory_info()
+    return info.rss - (info.shared if LINUX_CALLS else 0)
+
+
 def peak_memory() -> int | None:
     """The most bytes of RAM that this process ever occupied; None where the system does not say."""
+    if LINUX_CALLS:  # where rusage still counts what the process was before it became this program
+        with contextlib.suppress(OSError):
+            found = re.search(r"^VmHWM:\s+(\d+) kB$", _OWN_STATUS.read_text(), re.MULTILINE)
+            if found:
+                return int(found[1]) * 1024
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset

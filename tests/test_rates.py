@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from runner import BloomdeskError, rates, system
+from runner.kernel import Kernel
+from runner.workers import workers
 
 
 @pytest.fixture(autouse=True)
@@ -91,4 +93,4 @@ def test_places_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_rates(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)
-    assert all(rate > 0 for rate in rates.kernel_rates(dtype))
+    assert all(rate > 0 for rate in rates.kernel_rates(Kernel(dtype, workers(1)), dtype))
