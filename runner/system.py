@@ -212,15 +212,16 @@ def _left_in(group: Path) -> int | None:
     ):
         try:
             limit = (group / limit_file).read_text().strip()
+            most = 2**60 if limit == "max" else int(limit)
             usage = int((group / usage_file).read_text())
             counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        if limit == "max" or int(limit) >= 2**60:
+        if most >= 2**60:
             return None
         file_pages = sum(
             int(counters.get(f"total_{name}", counters.get(name, 0)))
             for name in ("active_file", "inactive_file")
         )
-        return int(limit) - usage + file_pages
+        return most - usage + file_pages
     return None

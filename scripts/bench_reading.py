@@ -23,8 +23,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runner import system  # noqa: E402 - the script runs from anywhere
-from runner.pieces import LARGEST_PIECE  # noqa: E402
+from runner import system
+from runner.pieces import LARGEST_PIECE
 
 Read = Callable[[int, int], None]  # start, bytes
 

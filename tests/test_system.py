@@ -69,7 +69,7 @@ for module, names in ((os, ("O_DIRECT", "posix_fadvise", "pread", "preadv", "sch
 for name in ("fcntl", "resource", "termios", "pwd"):
     sys.modules[name] = None  # cannot be imported
 torch.set_num_threads(1)
-sys.platform = sys.argv[2]
+sys.platform = "win32"
 import runner, runner.budget, runner.pieces, runner.system
 from runner.cli import main
 assert not runner.system.LINUX_CALLS
@@ -87,11 +87,10 @@ assert main([sys.argv[1], "hello", "--max-new-tokens", "2"]) == 0
 """
 
 
-@pytest.mark.parametrize("platform", ["win32", "darwin"])
-def test_it_runs_where_the_linux_calls_are_not_even_named(prepared, platform: str) -> None:
+def test_it_runs_where_the_linux_calls_are_not_even_named(prepared) -> None:
     directory = prepared()[1]
     wanted = str(list(runner.load(directory).generate([5, 6, 7], max_new_tokens=5)))
-    assert run_python(ELSEWHERE, directory, platform).splitlines()[:2] == [wanted, wanted]
+    assert run_python(ELSEWHERE, directory).splitlines()[:2] == [wanted, wanted]
 
 
 def test_reads_past_the_cache_are_refused_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
