@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import runner
 from runner import BloomdeskError
@@ -18,14 +21,19 @@ def model(prepared):
     return runner.load(prepared()[1])
 
 
-def test_cached_passes_give_what_one_pass_gives(model) -> None:
-    ids = torch.randint(4, 1200, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    whole = model.forward(ids, model.cache(40), all_rows=True)
-    cache = model.cache(40)
-    pieces = [model.forward(ids[:16], cache, all_rows=True), model.forward(ids[16:23], cache, all_rows=True)]
-    pieces += [model.forward([token], cache) for token in ids[23:]]
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_cached_passes_give_what_one_pass_gives(prepared, data: st.DataObject) -> None:
+    model = runner.load(prepared(dtype=data.draw(st.sampled_from(["bfloat16", "float16", "float32"])))[1])
+    count = data.draw(st.integers(1, 48))
+    ids = torch.randint(4, 1200, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    whole = model.forward(ids, model.cache(count), all_rows=True)
+    cuts = sorted(data.draw(st.sets(st.integers(1, count), max_size=12)) | {0, count})
+    cache = model.cache(count + data.draw(st.integers(0, 30)))
+    pieces = [model.forward(ids[first:last], cache, all_rows=True) for first, last in pairwise(cuts)]
     assert torch.equal(torch.cat(pieces), whole)
-    assert cache.length == 40
+    assert cache.length == count
+    assert torch.equal(model.forward(ids, model.cache(count)), whole[-1:])
 
 
 def test_cached_tokens_are_the_uncached_ones(prepared) -> None:
