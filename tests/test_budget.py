@@ -253,7 +253,7 @@ tokens = list(generation)
 shares = model.budget(18, 16)
 streamed = [piece for index, piece in enumerate(pieces) if index not in shares.resident]
 resident = [piece for index, piece in enumerate(pieces) if index in shares.resident]
-assert shares.resident_bytes > 20e6 and shares.streamed_bytes > 150e6, shares
+assert shares.resident_bytes > 20e6 and shares.streamed_bytes > 60e6, shares
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(ram, peak, sum(map(cached, streamed)), sum(map(cached, resident)), shares.resident_bytes, *tokens)
 """
@@ -261,8 +261,8 @@ print(ram, peak, sum(map(cached, streamed)), sum(map(cached, resident)), shares.
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at memory as Linux shows it")
 def test_a_run_keeps_to_its_ram_and_leaves_the_page_cache_alone(tmp_path: Path) -> None:
-    make_checkpoint.synthetic(tmp_path / "source", hidden_size=1024, heads=16, blocks=5, vocab_size=80_000)
-    convert(tmp_path / "source", tmp_path / "bloom")  # 290 MB
+    make_checkpoint.synthetic(tmp_path / "source", hidden_size=1024, heads=16, blocks=4, vocab_size=60_000)
+    convert(tmp_path / "source", tmp_path / "bloom")  # 220 MB
     run = subprocess.run(
         [sys.executable, "-c", IN_LITTLE_RAM, str(tmp_path / "bloom")],
         capture_output=True,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import runner
 from scripts.local_hub import LocalHub
 
 COMMAND = [sys.executable, "-m", "toolkit.cli"]
@@ -69,8 +70,10 @@ def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
     assert len(report["token_ids"]) == report["passes"] == 5
     assert report["stop_reason"] == "length"
     assert report["text"] and " SELECT * FROM books WHERE year".startswith(report["text"])
-    info = json.loads(run("info", miniature[1], "--json").stdout)
-    assert report["bytes_read"] == 5 * info["pass_bytes"]
+    pieces = runner.load(miniature[1]).weights.stream.pieces
+    assert report["bytes_read"] == sum(
+        piece.nbytes for piece in pieces
+    )  # all of them stay, and are read once
 
 
 def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) -> None:

@@ -21,7 +21,7 @@ def model(prepared):
     return runner.load(prepared()[1])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_cached_passes_give_what_one_pass_gives(prepared, data: st.DataObject) -> None:
     model = runner.load(prepared(dtype=data.draw(st.sampled_from(["bfloat16", "float16", "float32"])))[1])

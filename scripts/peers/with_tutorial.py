@@ -3,7 +3,8 @@
 One transformers BloomBlock takes the weights of each block in turn, read whole with torch.load before it runs. Every
 new token runs the whole sequence through all blocks again. The embedding, which is also the head, stays in memory.
 
-Safetensors files in place of torch.save's, mapped or read, were slower here: 18.1 and 19.9 s a token against 15.4.
+Safetensors files in place of torch.save's, mapped or read, were no faster: 18.1 and 19.9 s a token, this
+way 15.4, one run each.
 """
 
 from __future__ import annotations
