@@ -25,6 +25,7 @@ PAGE = 4096  # what reads past the page cache are aligned to; no disk has larger
 LINUX_CALLS = sys.platform == "linux"
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
+_ASKED_AT_ONCE = 128 * 2**10  # the kernel may leave undone what is more than its readahead
 _SCRATCH_BYTES = 4 * 2**20
 _OWN_STATUS = Path("/proc/self/status")
 _OWN_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -96,8 +97,11 @@ def page_in(path: Path, start: int, nbytes: int, address: int) -> None:
     """
     if LINUX_CALLS:
         skew = address % mmap.PAGESIZE
-        # First the whole range is asked for at once, whatever the readahead setting; then it is waited for.
-        _madvise(address - skew, nbytes + skew, mmap.MADV_WILLNEED)
+        # First the whole range is asked for, whatever the readahead setting, and nothing beyond it, as readahead would
+        # have it; then it is waited for.
+        for offset in range(0, nbytes + skew, _ASKED_AT_ONCE):
+            some = min(_ASKED_AT_ONCE, nbytes + skew - offset)
+            _madvise(address - skew + offset, some, mmap.MADV_WILLNEED)
         failure = _madvise(address - skew, nbytes + skew, _MADV_POPULATE_READ)
         if not failure:
             return

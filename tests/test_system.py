@@ -156,6 +156,21 @@ def test_a_range_is_paged_in_and_let_go(mapped: MappedFile) -> None:
     assert mapped.tensor.eq(1).all()
 
 
+@on_linux
+def test_nothing_is_read_beyond_a_range(tmp_path: Path) -> None:
+    """Readahead would go on for as much as it is set to, which nobody has counted."""
+    mapped = MappedFile(tmp_path / "file", 64 * 2**20)
+    mapped.drop()
+    page = mmap.PAGESIZE
+    for start, stop in ((0, 2000), (3000, 3001), (4000, 12_000)):  # in pages
+        system.page_in(
+            mapped.path, start * page + 8, (stop - start) * page - 16, mapped.address + start * page + 8
+        )
+        cached = mapped.cached()
+        assert all(cached[start:stop]) and not any(cached[stop:])
+    assert not any(cached[2000:3000]) and not any(cached[3001:4000])
+
+
 @pytest.mark.parametrize("way", ["linux", "old kernel", "elsewhere"])
 def test_what_cannot_be_paged_in_is_an_error(
     mapped: MappedFile, monkeypatch: pytest.MonkeyPatch, way: str
