@@ -8,7 +8,8 @@ Each turn is a fresh process in a fresh control group (scripts/control_group.py)
 cache together, the disk's rate is braked, and the checkpoint's files begin cold. With `--ram none --disk none` all
 begins in the page cache, which is the mode for models that fit in RAM.
 
-The peers are small programs in scripts/peers: bloomdesk; the tutorial of 2022, a block at a time and no KV cache;
+The peers are small programs in scripts/peers: bloomdesk, a token a pass, and the same on a directory made with
+`convert --lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
 transformers with accelerate's disk offload; llama.cpp; AirLLM. One whose packages are missing is left out with a word
 (pip install accelerate; llama-cpp-python gguf; airllm sentencepiece scipy). A turn takes the prompt in one pass, the
 first token, then one pass for each further token; seconds a token are the median over the latter of all rounds.
@@ -17,7 +18,7 @@ The limit is what no program can beat that keeps as much in RAM as bloomdesk: th
 the rate of the disk, or all weights over the rate of the memory. Both rates are measured in every round; the brake's
 counts unless the disk gives less.
 
-WORK takes 4 times the checkpoint, 5 times where the script makes it.
+WORK takes 5 times the checkpoint, 6 times where the script makes it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import importlib.util
 import json
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -56,6 +56,7 @@ class Peer:
 
 PEERS = {
     "bloomdesk": Peer("with_bloomdesk", (), lambda work, prepared: prepared),
+    "bloomdesk-lossless": Peer("with_bloomdesk", (), forms.lossless),
     "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files),
     "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub),
     "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf),
@@ -63,12 +64,12 @@ PEERS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Turn(turns.Turn):
     """A peer's turn."""
 
-    peer: str = ""
-    round: int = 0
+    peer: str
+    round: int
 
 
 class Bench:
@@ -280,11 +281,8 @@ def run(given: argparse.Namespace, work: Path) -> int:
             say(f"{name} is left out: {' and '.join(missing)} not installed")
         else:
             peers[name] = PEERS[name].form(work, prepared)
-    bench, status = Bench(given, prepared, peers), 0
-    try:
-        bench.run()
-    except KeyboardInterrupt:  # what there is so far is shown
-        status = 128 + signal.SIGINT
+    bench = Bench(given, prepared, peers)
+    status = 0 if turns.to_the_end(bench.run) else turns.INTERRUPTED
     state = "all in the page cache" if bench.in_memory else f"cold, control groups {bench.kind}"
     print(f"{machine(prepared)}\n{given.rounds} rounds, prompt of {given.prompt_tokens}, {state}\n")
     if any(bench.rates.values()):

@@ -20,7 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ SECONDS_FOR_A_RATE = 4.0
 DISK_THREADS = 4
 BRAKE_KEEPS_TO = 0.98  # a disk at this share of its brake is braked; one below is slower by itself
 PAGES_OF_OTHERS = 500_000_000
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -233,3 +234,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def to_the_end(run: Callable[[], None]) -> bool:
+    """Run it; False where Ctrl-C ended it, after which what there is can still be shown."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        return False
+    return True
