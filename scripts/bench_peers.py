@@ -205,6 +205,7 @@ class Bench:
         if not self.given.json:
             return
         body = {
+            "benchmark": "peers",
             "machine": machine(self.prepared),
             "ram": self.given.ram,
             "disk": self.given.disk,

@@ -9,14 +9,16 @@ more while it is made. It stays there for the next run. Each turn is a fresh pro
 finds every file cold: a prompt of 16 tokens, then passes of one row. Turns go round and round through all limits.
 
 The disk's rate is measured under a turn's own limits just before and after it. The limit of a pass is what it
-streams over the most that the disk gave then, over the turn's own passes included, or over the brake where that
-held the disk. "Disk busy" is the share of a pass in which a read was under way. `bloomdesk plan` forecasts the same
-passes under the same limits, at the rates that it measures itself.
+streams over the higher of the two, or over the brake where that held the disk. On a disk that others use as well it
+may give more during a turn than before and after it, so a share of the limit above 1 says no more than 1. "Disk busy",
+the share of the passes in which a read was under way, does not depend on the disk's moods. `bloomdesk plan`
+forecasts the same passes under the same limits, at the rates that it measures itself.
 
-The second table is no measurement. It takes what all 70 blocks stream, by the runner's own sharing-out of the RAM and
-the memory that its process took, divides it by the rate of a drive, or all weights by the rate of the product for one
-row where that takes longer, and then by the share of the limit that was reached in that amount of RAM: with the brake
-for drives up to its rate, without it for faster ones. The tutorial's own figure is 180 s on a drive of 7 GB/s.
+The second table is no measurement. It takes what all 70 blocks stream for a text of 32 tokens, by the runner's own
+sharing-out of the RAM and the memory that its process took. It divides that by the rate of a drive, or all weights by
+the rate of the product for one row where that takes longer, and then by the share of the limit that was reached in
+that amount of RAM: with the brake for drives up to its rate, without it for faster ones. The tutorial's own figure is
+180 s on a drive of 7 GB/s.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from scripts.turns import CannotRun, Limits, machine, say, sizes
 TRUE_SHAPE = f"{SHAPES['bloom'][0]},{SHAPES['bloom'][1]},{VOCABULARY}"
 DRIVES = (1.073e9, 3.5e9, 7e9)  # the brake, a drive of PCIe 3, and the tutorial's
 PROMPT_TOKENS = 16
+NEW_TOKENS = 16  # of the extrapolation: with the prompt 128 MB of KV cache
 
 
 @dataclass(kw_only=True)
@@ -66,8 +69,7 @@ class Turn(turns.Turn):
     @property
     def rate(self) -> float:
         """Bytes a second that the limit is computed with."""
-        own = sum(self.report["read_bytes"][1:]) / sum(self.steps)
-        return turns.rate_of_the_limit([*self.disk_rates, own], self.limits)
+        return turns.rate_of_the_limit(self.disk_rates, self.limits)
 
     @property
     def limit(self) -> float:
@@ -165,7 +167,7 @@ class Bench:
             process = self.process_bytes(whole, ram)
             memory = median(turn.plan["rates"]["memory"] for turn in self.turns if turn.plan)
             try:
-                found = forecast(whole, ram, process, Rates(1.0, memory, 1.0), PROMPT_TOKENS, 64)
+                found = forecast(whole, ram, process, Rates(1.0, memory, 1.0), PROMPT_TOKENS, NEW_TOKENS)
             except BloomdeskError as error:
                 rows.append({"ram": ram, "failure": error.message})
                 continue
@@ -217,10 +219,15 @@ def vector_bytes(model: Hyperparameters) -> int:
 
 
 def share_for(drive: float, rows: Sequence[dict[str, Any]]) -> float:
-    """The share of the limit reached at the brake that the drive keeps to, else the one without a brake."""
-    braked = [row for row in rows if row["disk"] and drive <= row["disk"]]
-    free = [row for row in rows if not row["disk"]]
-    return min(1.0, (braked or free or list(rows))[0]["share"])
+    """The share of the limit reached at the brake that the drive keeps to, else the one without a brake.
+
+    1 where nothing was streamed under these limits.
+    """
+    streamed = [row for row in rows if row["limit"]]
+    braked = [row for row in streamed if row["disk"] and drive <= row["disk"]]
+    free = [row for row in streamed if not row["disk"]]
+    found = braked or free or streamed
+    return min(1.0, found[0]["share"]) if found else 1.0
 
 
 def in_words(turn: Turn) -> str:
