@@ -1,4 +1,4 @@
-"""bloomdesk's own runner, on a prepared directory: one token a pass, so nothing is proposed."""
+"""bloomdesk's own runner, on a prepared directory."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ def main() -> None:
         budget["ram"] = int(given.settings["ram"]) if "ram" in given.settings else given.ram
     model = runner.load(given.checkpoint, **budget)
     counts: list[int] = []
-    plain = {"speculate": "off"} if "speculate" in inspect.signature(model.generate).parameters else {}
-    generation = model.generate(given.prompt, max_new_tokens=given.tokens, **plain)
+    options = {"max_new_tokens": given.tokens}
+    if "speculate" in inspect.signature(model.generate).parameters:
+        options["speculate"] = "off"  # one token a pass, as the peers have it
+    generation = model.generate(given.prompt, **options)
     measured = measure(counted(generation, counts), given.tokens)
     report(measured, streamed_bytes=streamed_bytes(generation, counts), settings=budget)
 
