@@ -18,6 +18,7 @@ from runner.prepared import block_file, load_manifest
 from scripts import bench_batch, bench_growth, bench_speculation, bench_true_size
 from scripts.bench_true_size import share_for
 from scripts.miniature_texts import draw_texts
+from scripts.peers import forms
 from scripts.turns import Limits
 from toolkit.verify import verify
 
@@ -169,3 +170,12 @@ def test_pictures_are_the_same_bytes_for_the_same_results(tmp_path: Path) -> Non
         pictures.append((tmp_path / name / "performance-blocks.svg").read_bytes())
     assert pictures[0] == pictures[1]
     assert b"seconds a token</text>" in pictures[0]
+
+
+def test_the_room_that_forms_take(made: Path, tmp_path: Path) -> None:
+    there = sum(path.stat().st_size for path in made.iterdir())
+    assert forms.bytes_to_make(tmp_path, made, None, None) == 0
+    assert forms.bytes_to_make(tmp_path, made, None, None, ["hub", "torch"]) == 2 * there
+    assert forms.bytes_to_make(tmp_path, None, made, None, ["hub"]) == 2 * there
+    (tmp_path / "hub").mkdir()
+    assert 12.0e9 < forms.bytes_to_make(tmp_path, None, None, "bloom-3b", ["hub"]) < 12.1e9
