@@ -53,9 +53,9 @@ def strip_groups(offsets: Sequence[int], rows: int, columns: int) -> list[StripG
 class Coders:
     """Threads that encode and decode; as many chunks are on their way as they are, and two more."""
 
-    def __init__(self, threads: int = THREADS) -> None:
-        self._ahead = threads + 2
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="code")
+    def __init__(self) -> None:
+        self._ahead = THREADS + 2
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="code")
 
     def __enter__(self) -> Coders:
         return self
