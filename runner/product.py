@@ -28,8 +28,8 @@ def product_module(dtype: torch.dtype | None) -> ir.Module:
     """`take_part(weight, its strides over b and n, x, over b and t, out, over b and t, B, T, N, K, share, progress,
     scratch)` and `wait(progress)`; strides in elements.
 
-    Without a dtype the weights are coded ones, bytes; the place of their stride over n has the address of the offsets of their strips, B is 1,
-    and `scratch` is memory for one panel of them. Where they are damaged, `progress[2]` becomes 1.
+    Without a dtype the weights are coded ones, bytes: in place of their stride over n comes the address of the offsets
+    of their strips, B is 1, and `scratch` is memory for one panel. Where they are damaged, `progress[2]` becomes 1.
     """
     coded, module = dtype is None, new_module()
     product = _product(module, BYTE if coded else _STORED[dtype], _Decoded if coded else _Stored)
