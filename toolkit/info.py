@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.header import BYTES_PER_ELEMENT
-from runner.prepared import FORMAT_VERSION, Manifest, load_manifest, part_specs
+from runner.prepared import Manifest, load_manifest, part_specs
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Info:
         manifest = self.manifest
         return {
             "directory": str(self.directory),
-            "format_version": FORMAT_VERSION,
+            "format_version": manifest.format_version,
             "complete": not manifest.missing,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
