@@ -21,8 +21,8 @@ import llvmlite.binding as llvm
 import torch
 
 from runner.emit import compiled
-from runner.lossless import STRIP_ROWS, strip_count
 from runner.panel import scratch_bytes
+from runner.prepared import STRIP_ROWS, strip_count
 from runner.product import COLUMN_CHUNK, OUTPUTS_IN_CACHE, product_module
 from runner.workers import Workers
 

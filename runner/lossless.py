@@ -11,17 +11,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+from runner.prepared import PANEL_COLUMNS, STRIP_ROWS, strip_count
+
 if TYPE_CHECKING:
     from llvmlite import ir
 
-STRIP_ROWS = 12  # what the product takes at a time
-PANEL_COLUMNS = 4096
 ELEMENT = 2  # bytes of a weight
-
-
-def strip_count(rows: int) -> int:
-    """Strips of a matrix; the last one may be of fewer rows."""
-    return -(-rows // STRIP_ROWS)
 
 
 def decode_strips(coded: object, offsets: Sequence[int], rows: int, columns: int, out: object) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from runner.header import TensorEntry
+from runner.prepared import STRIP_ROWS, strip_count
 
 # Long enough for a disk's full speed and for Python to cost nothing, short enough for a few of them in 1 GB of RAM.
 LARGEST_PIECE = 32 * 2**20
@@ -30,13 +31,18 @@ class FileState:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Rows `first` to `last` of a matrix: `nbytes` from byte `start` of the file on."""
+    """Rows `first` to `last` of a matrix: `nbytes` from byte `start` of the file on.
+
+    Of a coded matrix `mapped` holds bytes, and `strips` int64 says where each strip of the rows begins in them, and
+    where the last one ends.
+    """
 
     file: FileState
     start: int
     first: int
     last: int
-    mapped: torch.Tensor  # [last - first, K], a view of the mapped file
+    mapped: torch.Tensor  # [last - first, K], or [nbytes] coded: a view of the mapped file
+    strips: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,3 +63,16 @@ def cut(file: FileState, entry: TensorEntry, mapped: torch.Tensor) -> tuple[Piec
         Piece(file, entry.start + first * row_bytes, first, last, mapped[first:last])
         for first, last in row_ranges(rows, entry.nbytes)
     )
+
+
+def cut_coded(
+    file: FileState, entry: TensorEntry, mapped: torch.Tensor, strips: torch.Tensor, rows: int
+) -> tuple[Piece, ...]:
+    """The coded matrix of `rows` rows in the bytes `mapped`, which are `entry` of `file`, in pieces of whole strips."""
+    found = []
+    for begin, end in row_ranges(strip_count(rows), entry.nbytes):
+        own = strips[begin : end + 1]
+        first, last = begin * STRIP_ROWS, min(end * STRIP_ROWS, rows)
+        start, stop = int(own[0]), int(own[-1])
+        found.append(Piece(file, entry.start + start, first, last, mapped[start:stop], own - start))
+    return tuple(found)

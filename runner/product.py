@@ -12,8 +12,8 @@ import torch
 from llvmlite import ir
 
 from runner.emit import BYTE, BYTES, INDEX, LANE, SINGLE, VOID, index, loop, new_module, offset, smaller
-from runner.lossless import PANEL_COLUMNS, STRIP_ROWS
 from runner.panel import emit_decode
+from runner.prepared import PANEL_COLUMNS, STRIP_ROWS
 
 LANES = 8  # float32 in one 256-bit register
 COLUMN_CHUNK = PANEL_COLUMNS  # of x and of the weights; shorter ones do not keep the memory busy

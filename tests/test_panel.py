@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import runner.panel
 from runner import lossless
 from runner.kernel import Kernel
-from runner.lossless import PANEL_COLUMNS, STRIP_ROWS, decode_strips, strip_count
+from runner.lossless import decode_strips
 from runner.panel import HEADER, STORED
+from runner.prepared import PANEL_COLUMNS, STRIP_ROWS, strip_count
 from runner.workers import workers
 from toolkit.encoder import encode_strips
 

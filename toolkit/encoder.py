@@ -23,8 +23,9 @@ from runner.emit import (
     store,
     vector,
 )
-from runner.lossless import ELEMENT, PANEL_COLUMNS, STRIP_ROWS, as_array, strip_count
+from runner.lossless import ELEMENT, as_array
 from runner.panel import CODES, ESCAPE, GROUP, HEADER, STORED, TABLES, emit_copy
+from runner.prepared import PANEL_COLUMNS, STRIP_ROWS, strip_count
 
 _SHORT, _NO = ir.IntType(16), ir.Constant(ir.IntType(1), 0)
 _MOST = STRIP_ROWS * PANEL_COLUMNS + GROUP  # weights of a panel, filled up; the unit of the scratch memory:
