@@ -1,10 +1,8 @@
-"""The parts of a prepared directory: vectors in memory, matrices mapped, in pieces that a stream hands out."""
+"""The parts of a prepared directory: vectors in memory, matrices in pieces that a stream hands out."""
 
 from __future__ import annotations
 
 import errno
-import mmap
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,6 @@ from runner.stream import READERS, Stream
 from runner.workers import workers
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-STORED_DTYPES = {**TORCH_DTYPES, "U8": torch.uint8}  # coded matrices are bytes
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Weights:
 
     @classmethod
     def open(cls, directory: Path, readers: int = READERS) -> Weights:
-        """Map every part of a complete prepared directory; only headers and vectors are read, so it takes no time.
+        """Open a complete prepared directory; only headers and vectors are read, so it takes no time.
 
         `readers` threads read ahead, torch's number of threads compute. Raises `BloomdeskError` where the directory
         is incomplete, or a part's size or header is not what the manifest says.
@@ -139,7 +136,6 @@ def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> _Opened:
 def _opened(
     file: BinaryIO, state: FileState, entries: Mapping[str, TensorEntry], spec: PartSpec, record: PartRecord
 ) -> _Opened:
-    mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     coded = {tensor.name for tensor in record.decoded}
     pieces = {}
     for name, shape in spec.matrices.items():
@@ -147,9 +143,9 @@ def _opened(
         if name in coded:
             offsets = read_strips(_read(file, entries[name + STRIPS_SUFFIX]), *shape, entry.nbytes)
             strips = torch.frombuffer(offsets, dtype=torch.int64)
-            pieces[name] = cut_coded(state, entry, _view(mapping, entry), strips, shape[0])
+            pieces[name] = cut_coded(state, entry, strips, shape[0])
         else:
-            pieces[name] = cut(state, entry, _view(mapping, entry))
+            pieces[name] = cut(state, entry, TORCH_DTYPES[entry.dtype])
     vectors = {
         name: torch.frombuffer(_read(file, entries[name]), dtype=TORCH_DTYPES[entries[name].dtype])
         for name in spec.tensors
@@ -165,21 +161,8 @@ def _holds(header: Header, record: PartRecord) -> bool:
 
 
 def _read(file: BinaryIO, entry: TensorEntry) -> bytearray:
-    """A copy, since nothing looks after a mapped one: what the disk can't give would be a bus error in a pass."""
     data = bytearray(entry.nbytes)
     file.seek(entry.start)
     if file.readinto(data) != entry.nbytes:
         raise OSError(errno.EIO, "the file ends too early")
     return data
-
-
-def _view(mapping: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
-    dtype = STORED_DTYPES[entry.dtype]
-    with warnings.catch_warnings():
-        # A writable private mapping would silence torch, but counts as memory that might be needed:
-        # a machine with less RAM than the embedding would refuse it.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(
-            mapping, dtype=dtype, count=entry.nbytes // dtype.itemsize, offset=entry.start
-        )
-    return flat.view(entry.shape)
