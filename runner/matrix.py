@@ -35,7 +35,7 @@ class Matrix:
         Raises `BloomdeskError` where a piece cannot be read, or was damaged.
         """
         T, N = x.shape[0], self.shape[0]
-        out = torch.zeros(T, N) if bias is None else bias.float().repeat(T, 1)
+        out = torch.zeros(T, N) if bias is None else torch.empty(T, N).copy_(bias)
         rows = x.float().contiguous()
         for offset, piece in enumerate(self.pieces):
             with self.stream.piece(self.index + offset) as weight:

@@ -39,12 +39,16 @@ class Slot:
     def __init__(self, nbytes: int) -> None:
         self._memory = system.anonymous(nbytes)
         self.view = memoryview(self._memory)
-        self._tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._piece: Piece | None = None
 
     def weights(self, piece: Piece) -> torch.Tensor:
         """What was read into it, as the piece's tensor."""
-        skew = piece.start % system.PAGE
-        return self._tensor[skew : skew + piece.nbytes].view(piece.dtype).view(piece.shape)
+        if piece is not self._piece:
+            count = piece.nbytes // piece.dtype.itemsize
+            skew = piece.start % system.PAGE
+            flat = torch.frombuffer(self._memory, dtype=piece.dtype, count=count, offset=skew)
+            self._piece, self._weights = piece, flat.view(piece.shape)
+        return self._weights
 
 
 def slot_bytes(nbytes: int) -> int:
@@ -139,9 +143,11 @@ class Stream:
             shared.in_use = True
             self._start()
             slot = self._awaited(index)
-        if index in shared.kept:  # what was streamed is compared when it is read
-            check_unchanged(shared.pieces[index])
-        return slot.weights(shared.pieces[index]), slot
+        piece = shared.pieces[index]
+        # A streamed piece's file is looked at when it is read, a resident one's once for each matrix.
+        if piece.first == 0 and index in shared.kept:
+            check_unchanged(piece)
+        return slot.weights(piece), slot
 
     def _awaited(self, index: int) -> Slot:
         """The slot that piece `index`, the next in turn, is in."""
