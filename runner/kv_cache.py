@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.kernel import LANES, Kernel
+from runner.kernel import Kernel
 from runner.prepared import Hyperparameters
+from runner.product import LANES
 
 
 @dataclass(frozen=True)
