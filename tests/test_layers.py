@@ -75,6 +75,11 @@ def test_help_imports_no_torch() -> None:
     assert not loaded_by(code) & {"torch", "transformers", "huggingface_hub", "numpy"}
 
 
+def test_preparing_compiles_nothing_before_something_is_coded() -> None:
+    code = "import toolkit.cli, toolkit.prepare, toolkit.repair, toolkit.export, toolkit.info, toolkit.verify"
+    assert not loaded_by(code) & {"torch", "transformers", "numpy", "llvmlite"}
+
+
 @pytest.mark.parametrize("room", ["runner", "toolkit"])
 def test_only_cli_files_print_or_exit(room: str) -> None:
     for path in (ROOT / room).glob("*.py"):
