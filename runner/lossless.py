@@ -91,4 +91,6 @@ def _emit_rows(module: ir.Module) -> None:
                 place = b.add(b.mul(b.add(first, row), columns), k)
                 target = b.gep(out, [b.mul(place, index(ELEMENT))])
                 emit_copy(b, target, b.gep(scratch, [b.mul(row, nbytes)]), nbytes)
+        with b.if_then(b.icmp_unsigned("!=", b.load(panel), end), likely=False):  # a strip is its panels
+            b.ret(index(1))
     b.ret(index(0))

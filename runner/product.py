@@ -94,6 +94,9 @@ class _Stored:
         """Their columns from `k` on come next."""
         self._k = k
 
+    def end(self) -> None:
+        """All columns of these outputs have come."""
+
     def row(self, n: ir.Value) -> ir.Value:
         """The address of output `n` in the chunk at hand."""
         return offset(self._b)(self.weight, n, self.stride, self._k)
@@ -120,11 +123,20 @@ class _Decoded:
         b = self._b
         panel, weights = b.load(self._panel), b.mul(b.sub(stop, start), columns)
         taken = b.call(self._decode, [panel, b.load(self._end), weights, self._scratch])
-        with b.if_then(b.icmp_signed("<", taken, index(0)), likely=False):
-            b.atomic_rmw("xchg", b.gep(self._progress, [index(2)]), index(1), "seq_cst")
-            b.ret_void()
+        self._give_up_if(b.icmp_signed("<", taken, index(0)))
         b.store(b.gep(panel, [taken]), self._panel)
         self._start, self.stride = start, columns
+
+    def end(self) -> None:
+        """A strip is its panels and nothing else."""
+        b = self._b
+        self._give_up_if(b.icmp_unsigned("!=", b.load(self._panel), b.load(self._end)))
+
+    def _give_up_if(self, damaged: ir.Value) -> None:
+        b = self._b
+        with b.if_then(damaged, likely=False):
+            b.atomic_rmw("xchg", b.gep(self._progress, [index(2)]), index(1), "seq_cst")
+            b.ret_void()
 
     def row(self, n: ir.Value) -> ir.Value:
         b = self._b
@@ -177,6 +189,7 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
                 for rows in range(1, most_rows):
                     with b.if_then(b.icmp_signed("==", rest, index(rows))):
                         outputs_of(rows, whole, start, stop, k, columns)
+            weights.end()
     b.ret_void()
     return function
 
