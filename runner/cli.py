@@ -155,7 +155,7 @@ def plan(
     from runner.budget import parse_size
 
     found = plan.plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
-    room = found.disk_bytes
+    room = found.form.disk_bytes
     if found.name and room_to_prepare:
         room = room_to_prepare(found.model)
     fits = found.name is None or found.free_bytes >= room
@@ -169,12 +169,13 @@ def plan(
 def _print_plan(found: Plan, room: int, fits: bool) -> None:
     from runner.budget import shown_size
 
-    disk = f"{shown_size(found.disk_bytes)} there"
+    form, expected = found.form, found.form.forecast
+    disk = f"{shown_size(form.disk_bytes)} there"
     if found.name:
         verdict = "it fits" if fits else f"{shown_size(room - found.free_bytes)} too little"
-        disk = f"{shown_size(found.disk_bytes)}, and {shown_size(room)} while it is prepared"
+        disk = f"{shown_size(form.disk_bytes)}, and {shown_size(room)} while it is prepared"
         disk += f"; {shown_size(found.free_bytes)} are free: {verdict}"
-    shares = found.forecast.shares
+    shares = expected.shares
     parts = {
         "program": shares.process,
         "KV cache": shares.cache,
@@ -188,29 +189,47 @@ def _print_plan(found: Plan, room: int, fits: bool) -> None:
         "disk": disk,
         "rates": _shown_rates(found.rates),
         "RAM": f"{shown_size(shares.total)}: {used}",
-        "each token": f"{_shown_seconds(found.forecast.seconds_per_token)}, "
+        "each token": f"{_shown_seconds(expected.seconds_per_token)}, "
         f"with {shown_size(shares.streamed_bytes)} from the disk",
-        "prompt": f"{_shown_seconds(found.forecast.prompt_seconds)} for {found.prompt_tokens} tokens, "
+        "prompt": f"{_shown_seconds(expected.prompt_seconds)} for {found.prompt_tokens} tokens, "
         "with all weights from the disk",
     }
+    if found.lossless:
+        other = found.lossless
+        rows["lossless"] = (
+            f"{_shown_seconds(other.forecast.seconds_per_token)} a token, {shown_size(other.disk_bytes)} of disk; "
+            f"here the {found.advice} form is the faster one"
+            + (": prepare it with --lossless" if found.advice != form.coding else "")
+        )
     _print_rows(rows)
-    print(f"\n{'with RAM of':>12}{'stays':>12}{'streamed':>12}{'a token':>12}{'prompt':>12}")
-    for ram, forecast in found.others.items():
-        print(f"{shown_size(ram):>12}" + _forecast_cells(forecast))
+    columns = [
+        "with RAM of",
+        "stays",
+        "streamed",
+        "a token",
+        "prompt",
+        *(["lossless"] if found.lossless else []),
+    ]
+    print("\n" + "".join(f"{column:>12}" for column in columns))
+    for ram, forecast in form.others.items():
+        line = f"{shown_size(ram):>12}" + _forecast_cells(forecast)
+        if found.lossless:
+            line += _token_cell(found.lossless.others.get(ram, forecast))
+        print(line)
 
 
 def _forecast_cells(found: Forecast | None) -> str:
     from runner.budget import shown_size
 
     if found is None:
-        return f"{'too little':>12}"
-    cells = (
-        shown_size(found.shares.resident_bytes),
-        shown_size(found.shares.streamed_bytes),
-        _shown_seconds(found.seconds_per_token),
-        _shown_seconds(found.prompt_seconds),
-    )
-    return "".join(f"{cell:>12}" for cell in cells)
+        return f"{'too little':>12}{'':>36}"
+    sizes = (found.shares.resident_bytes, found.shares.streamed_bytes)
+    cells = "".join(f"{shown_size(size):>12}" for size in sizes)
+    return cells + _token_cell(found) + f"{_shown_seconds(found.prompt_seconds):>12}"
+
+
+def _token_cell(found: Forecast | None) -> str:
+    return f"{_shown_seconds(found.seconds_per_token) if found else '':>12}"
 
 
 def _print_rows(rows: Mapping[str, str]) -> None:
@@ -231,7 +250,7 @@ def _shown_rate(rate: float) -> str:
 def _shown_rates(rates: Rates) -> str:
     return (
         f"disk {_shown_rate(rates.disk)}, memory {_shown_rate(rates.memory)}, "
-        f"{rates.compute / 1e9:,.1f} billion multiply-adds/s"
+        f"lossless {_shown_rate(rates.decoded)}, {rates.compute / 1e9:,.1f} billion multiply-adds/s"
     )
 
 
