@@ -489,7 +489,7 @@ def test_an_interrupted_repair_is_gone_on_with(coded: tuple[Path, Path], bloom: 
 @pytest.mark.parametrize("name", [MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"])
 def test_a_damaged_tensor_is_never_exported(bloom: Path, tmp_path: Path, name: str) -> None:
     entry = read_header(bloom / BLOCK).tensors[name]
-    flip(bloom / BLOCK, entry.start + 40)  # a weight's code, the place of a strip, or a number
+    flip(bloom / BLOCK, (entry.start + entry.end) // 2)
     words = f"{BLOCK} is damaged and was not exported: {name.removesuffix(STRIPS_SUFFIX)}"
     with pytest.raises(BloomdeskError, match=words) as caught:
         export(bloom, tmp_path / "out")
@@ -617,7 +617,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path]
 
 
 def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
-    """SIGKILL at the second, the third and the fourth part, half of it coded, with a drop on the line."""
+    """SIGKILL while a part is coded and while one is compared, with a drop on the line."""
     hub.fail("pytorch_model_00002-of-00005.bin", Fault(drop_after=40_000, times=1))
     code = """if 1:
         import os, signal, sys
@@ -628,7 +628,7 @@ def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_pat
                 os.kill(os.getpid(), signal.SIGKILL)
         prepare(sys.argv[1], Path(sys.argv[2]), progress=progress, coding="lossless")
     """
-    for number, third in ((0, 1), (1, 2), (2, 1)):
+    for number, third in ((0, 1), (1, 2)):
         file = f"block_0{number}.safetensors"
         command = [sys.executable, "-c", code, REPO, str(tmp_path / "out"), file, str(third)]
         done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1])

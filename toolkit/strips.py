@@ -87,9 +87,10 @@ class Coders:
 
     def _in_order(self, work: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
         on_their_way: deque[Future[Made]] = deque()
-        for item in given:
+        for index, item in enumerate(given):
             on_their_way.append(self._threads.submit(work, item))
-            if len(on_their_way) == self._ahead:
+            # The first one alone: the first of all compiles, and several at once would do so each for itself.
+            if index == 0 or len(on_their_way) == self._ahead:
                 yield on_their_way.popleft().result()
         while on_their_way:
             yield on_their_way.popleft().result()
