@@ -28,7 +28,7 @@ class Acceptance:
         return self._rested >= self._rest
 
     def learn(self, proposed: int, accepted: int) -> None:
-        """Of `proposed` tokens in a row the first `accepted` were right; of those after a wrong one nothing is known."""
+        """Of `proposed` tokens in a row the first `accepted` were right; what comes after a wrong one says nothing."""
         self._right = MEMORY * self._right + accepted
         self._wrong = MEMORY * self._wrong + (accepted < proposed)
         self._rest = SHORTEST_REST if accepted else min(LONGEST_REST, 2 * self._rest)

@@ -63,7 +63,7 @@ class Planner:
 
         Raises `BloomdeskError` where the RAM is too little for the largest request alone.
         """
-        best = self._fitting(1)
+        best = self._largest_alone()
         for count in range(2, min(batch or MOST_AT_A_TIME, len(self._capacities)) + 1):
             try:
                 found = self._fitting(count)
@@ -72,6 +72,17 @@ class Planner:
             if batch or self._worth(found) > self._worth(best):
                 best = found
         return best
+
+    def _largest_alone(self) -> Capacity:
+        try:
+            return self._fitting(1)
+        except BloomdeskError as error:
+            if len(self._capacities) == 1:
+                raise
+            positions = f"{self._capacities[0]:,} tokens of prompt and output"
+            raise BloomdeskError(
+                f"{error.message}, for the longest of the prompts: {positions}", error.hint
+            ) from error
 
     def without_draft(self, found: Capacity) -> Capacity:
         """The same once the draft has gone."""

@@ -27,8 +27,8 @@ class Continuation:
     """A prompt's new tokens, and what they took.
 
     `stop_reason` is "eos" where the last of `ids` is `</s>`, "length" where `max_new_tokens` ended it, and None while
-    more may come. `passes` are those that carried rows of it; `bytes_read` and `seconds` are its even share of them.
-    `proposed` counts the tokens that a pass carried on trial, `accepted` those that were right.
+    more may come. `passes` are those that carried rows of it; `bytes_read`, `seconds` and `drafting_seconds` are its
+    even share of them. `proposed` counts the tokens that a pass carried on trial, `accepted` those that were right.
     """
 
     index: int
@@ -40,6 +40,7 @@ class Continuation:
     seconds: float = 0.0
     proposed: int = 0
     accepted: int = 0
+    drafting_seconds: float = 0.0
     is_unsound: bool = False  # what is proposed for it made numbers overflow
     cache: KVCache | None = None
     lookup: Lookup | None = None

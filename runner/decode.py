@@ -1,4 +1,4 @@
-"""Greedy decoding of one prompt: a pass over the prompt, then one for each token, or for several where trials succeed."""
+"""Greedy decoding of one prompt: a pass over it, then one for each token, or for several where trials succeed."""
 
 from __future__ import annotations
 
@@ -33,10 +33,18 @@ class Generation(Iterator[int]):
         return self.batch.bytes_read
 
     @property
-    def disk_rate(self) -> float | None:
-        """Bytes a second that the files gave while they were read; None before anything was."""
-        traffic = self.batch.model.weights.stream.traffic
-        return traffic.bytes_fetched / traffic.reading_seconds if traffic.reading_seconds else None
+    def proposed(self) -> int:
+        """Tokens that passes carried on trial."""
+        return self.batch.proposed
+
+    @property
+    def accepted(self) -> int:
+        """Of those, the ones that were right."""
+        return self.batch.accepted
+
+    @property
+    def drafting_seconds(self) -> float:
+        return self.batch.drafting_seconds
 
     @property
     def streamed_bytes_per_pass(self) -> int:

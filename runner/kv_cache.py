@@ -10,7 +10,6 @@ import torch
 from runner.kernel import LANES, Kernel
 from runner.prepared import Hyperparameters
 
-
 LEAST_POSITIONS = 16
 
 

@@ -1,6 +1,6 @@
 """Proposals from the text itself: what came after its longest suffix when that stood there before.
 
-Prompt lookup, as in https://github.com/apoorvumang/prompt-lookup-decoding, over prompt and output, for a text that grows.
+Prompt lookup, as in https://github.com/apoorvumang/prompt-lookup-decoding, over prompt and output as they grow.
 """
 
 from __future__ import annotations

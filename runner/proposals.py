@@ -65,6 +65,7 @@ class Proposals:
             found = self.draft.propose([(sequence, count) for sequence, _, count in drafted])
             self._drafting = time.perf_counter() - began
             for (sequence, offer, _), tokens in zip(drafted, found, strict=True):
+                sequence.drafting_seconds += self._drafting / len(drafted)
                 trials[sequence] = Trial(tokens, offer)
         return trials
 
