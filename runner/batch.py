@@ -173,7 +173,7 @@ class Batch:
         """Logits for each, and the bytes that the pass took from the files."""
         stream = self.model.weights.stream
         traffic = stream.traffic
-        read, waited = traffic.bytes_read, traffic.waiting_seconds
+        read, loaded, waited = traffic.bytes_read, traffic.bytes_loaded, traffic.waiting_seconds
         fetched, reading = traffic.bytes_fetched, traffic.reading_seconds
         began = time.perf_counter()
         logits = self.model.forward_all(list(stretches.values()), self._on_part)
@@ -181,7 +181,9 @@ class Batch:
         fetched, reading = traffic.bytes_fetched - fetched, traffic.reading_seconds - reading
         disk_seconds = stream.streamed_bytes * reading / fetched if fetched else self._pace.disk_seconds
         rows = sum(len(stretch.ids) for stretch in stretches.values())
-        self._pace.learn(rows, max(0.0, computing), disk_seconds)
+        # What comes into RAM to stay makes a pass slower than all later ones.
+        is_rough = traffic.bytes_loaded > loaded
+        self._pace.learn(rows, max(0.0, computing), disk_seconds, is_rough=is_rough)
         self.passes += 1
         return logits, traffic.bytes_read - read
 

@@ -129,10 +129,11 @@ class Draft:
                 carried.append(place)
                 stretches.append(Stretch(ids, reading.cache, 1 if len(ids) == len(unread) else 0))
         began = time.perf_counter()
-        waited = self._model.weights.stream.traffic.waiting_seconds
+        traffic = self._model.weights.stream.traffic
+        waited, loaded = traffic.waiting_seconds, traffic.bytes_loaded
         logits = self._model.forward_all(stretches)
-        waited = self._model.weights.stream.traffic.waiting_seconds - waited
-        self.pace.learn(MOST_ROWS - room, time.perf_counter() - began - waited, 0.0)
+        seconds = time.perf_counter() - began - (traffic.waiting_seconds - waited)
+        self.pace.learn(MOST_ROWS - room, max(0.0, seconds), 0.0, is_rough=traffic.bytes_loaded > loaded)
         found = []
         for place, stretch, rows in zip(carried, stretches, logits, strict=True):
             readings[place].fed.extend(stretch.ids)

@@ -18,7 +18,7 @@ LOOKUP_GUESSES = {9: 0.8, 5: 0.6, 3: 0.45, 2: 0.3}
 DRAFT_GUESS = 0.6
 # What proposals may lose against passes without: in the beginning this part of a pass, later this part of the time
 # and what they have gained before, up to so many passes.
-FIRST_CREDIT, CREDIT_SHARE, MOST_CREDIT = 1.0, 0.02, 32.0
+FIRST_CREDIT, CREDIT_SHARE, MOST_CREDIT = 0.5, 0.02, 32.0
 TRIALS_OF_A_DRAFT = 16  # before it may be given up
 
 
@@ -43,7 +43,8 @@ class Speculation:
         self._lookup = {length: Acceptance(guess) for length, guess in LOOKUP_GUESSES.items()}
         self.draft = Acceptance(DRAFT_GUESS)
         self._draft_pace = draft_pace or Pace()
-        self._credit: float | None = None  # seconds
+        self._credit = 0.0  # seconds
+        self._has_begun = False
 
     def lookup(self, match_length: int) -> Acceptance:
         """That of proposals after a match of so many tokens, at least 2."""
@@ -55,8 +56,8 @@ class Speculation:
         The pass has a row for each sequence, and `other_rows` besides.
         """
         choice = _Choice(offers, other_rows, pace, self._draft_pace)
-        if self._credit is None:
-            self._credit = FIRST_CREDIT * pace.seconds(len(offers))
+        if not self._has_begun:  # and of a pass nothing is known for certain but what the disk takes
+            self._credit = FIRST_CREDIT * pace.disk_seconds
         best, best_rate = list(choice.counts), choice.rate
         open_offers = [
             (-offer.acceptance.chance, index) for index, offer in enumerate(offers) if offer and offer.most
@@ -101,9 +102,11 @@ class Speculation:
         self, sequences: int, other_rows: int, proposed: int, accepted: int, drafting: float, pace: Pace
     ) -> None:
         """Account for a pass. An accepted token saves its part of a pass without proposals."""
-        if not sequences or self._credit is None:
+        if not sequences:
             return
         plain, rows = pace.seconds(sequences), sequences + other_rows
+        if not self._has_begun:
+            self._has_begun, self._credit = True, FIRST_CREDIT * plain
         cost = pace.seconds(rows + proposed) - pace.seconds(rows) + drafting
         gain = accepted * plain / sequences
         self._credit = min(MOST_CREDIT * plain, self._credit + CREDIT_SHARE * plain + gain - cost)
