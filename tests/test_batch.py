@@ -18,6 +18,7 @@ from runner import BloomdeskError
 from runner.batch import Batch
 from runner.continuation import Continuation, Request
 from runner.kv_cache import KVCache, Stretch
+from runner.lookup import Lookup
 from runner.model import Model
 from runner.pace import Pace
 
@@ -54,36 +55,25 @@ def some_requests(count: int, seed: int) -> list[Request]:
 # One pass.
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.data())
-def test_rows_have_the_bits_that_they_have_alone(prepared, data: st.DataObject) -> None:
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_rows_have_the_bits_that_they_have_alone(prepared, dtype: str, seed: int) -> None:
     """Sequences of any lengths, each cut as it likes, each beginning when it likes."""
-    model = runner.load(prepared(dtype=data.draw(st.sampled_from(DTYPES)))[1])
-    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
-    texts = [tokens(length, 100 + place) for place, length in enumerate(lengths)]
+    model, source = runner.load(prepared(dtype=dtype)[1]), random.Random(seed)
+    texts = [tokens(source.randint(1, 40), seed + place) for place in range(source.randint(1, 5))]
     alone = [model.forward(text, model.cache(len(text)), all_rows=True) for text in texts]
     caches = [model.new_cache(len(text)) for text in texts]
-    found: list[list[torch.Tensor]] = [[] for _ in texts]
-    while any(cache.length < len(text) for cache, text in zip(caches, texts, strict=True)):
-        stretches, places = [], []
-        for place, (cache, text) in enumerate(zip(caches, texts, strict=True)):
-            left = len(text) - cache.length
-            count = data.draw(st.integers(0, left))
-            if count:
-                ids = text[cache.length : cache.length + count]
-                stretches.append(Stretch(ids, cache, data.draw(st.integers(0, count))))
-                places.append(place)
-        if not stretches:
-            continue
-        starts = [stretch.cache.length for stretch in stretches]
-        for place, start, stretch, logits in zip(
-            places, starts, stretches, model.forward_all(stretches), strict=True
-        ):
-            assert logits.shape == (stretch.logits, model.weights.model.vocab_size)
-            end = start + len(stretch.ids)
-            assert torch.equal(logits, alone[place][end - stretch.logits : end])
-            found[place].append(logits)
-    assert all(cache.length == len(text) for cache, text in zip(caches, texts, strict=True))
+    while unfinished := [place for place, text in enumerate(texts) if caches[place].length < len(text)]:
+        stretches, wanted = [], []
+        for place in source.sample(unfinished, source.randint(1, len(unfinished))):
+            start = caches[place].length
+            count = source.choice([1, source.randint(1, len(texts[place]) - start)])
+            logits = source.randint(0, count)
+            stretches.append(Stretch(texts[place][start : start + count], caches[place], logits))
+            wanted.append(alone[place][start + count - logits : start + count])
+        for logits, expected in zip(model.forward_all(stretches), wanted, strict=True):
+            assert torch.equal(logits, expected)
+    assert [cache.length for cache in caches] == [len(text) for text in texts]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,27 +150,31 @@ def test_every_prompt_says_what_it_says_alone(prepared, dtype: str, speculate: s
         assert (speculate == "off") <= (running.proposed == 0)
 
 
-def test_whatever_the_clock_says_the_tokens_are_the_same(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = runner.load(prepared()[1])
-    requests = some_requests(6, 70)
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_same(
+    prepared, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    model, source = runner.load(prepared()[1]), random.Random(seed)
+    requests = [Request(tokens(4, number), 30) for number in range(5)]
     wanted = plain(model, requests)
-    proposed = set()
-    for seed in range(6):
-        source = random.Random(seed)
-        learn = Pace.learn
+    texts = [[*request.prompt_ids, *ids] for request, ids in zip(requests, wanted, strict=True)]
+    learn = Pace.learn
 
-        def learn_nonsense(
-            self: Pace, rows: int, *_: float, is_rough: bool, source=source, learn=learn
-        ) -> None:
-            learn(self, rows, source.expovariate(1), source.choice([0.0, 50.0]), is_rough=is_rough)
+    def learn_nonsense(self: Pace, rows: int, *_: float, is_rough: bool) -> None:
+        learn(self, rows, source.expovariate(1), source.choice([0.0, 50.0]), is_rough=is_rough)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Pace, "learn", learn_nonsense)
-            running = Batch(model, requests, 4, "lookup", None, None)
-            found = {each.index: each.ids for each in running.run()}
-        assert [found[index] for index in range(6)] == wanted
-        proposed.add(running.proposed)
-    assert len(proposed) > 2 and max(proposed) > 20
+    def propose(self: Lookup, count: int) -> list[int]:
+        text = next(text for text in texts if text[:4] == self._ids[:4])
+        following = text[len(self._ids) :][:count]
+        return [token if source.random() < 0.8 else source.randrange(1200) for token in following]
+
+    monkeypatch.setattr(Pace, "learn", learn_nonsense)
+    monkeypatch.setattr(Lookup, "match_length", property(lambda self: source.choice([0, 2, 5, 16])))
+    monkeypatch.setattr(Lookup, "propose", propose)
+    running = Batch(model, requests, 3, "lookup", None, None)
+    found = {each.index: each.ids for each in running.run()}
+    assert [found[index] for index in range(5)] == wanted
+    assert running.proposed > running.accepted > 10
 
 
 def test_texts_that_repeat_themselves_take_fewer_passes(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +196,7 @@ def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
     model = runner.load(prepared()[1])
     said = plain_run(model, [5, 6, 7], 40)
     monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
-    monkeypatch.setattr("runner.lookup.Lookup.match_length", 16)
+    monkeypatch.setattr(Lookup, "match_length", 16)
     for end in (1, 2, 5, 9, 30):
         shape = replace(model.weights.model, eos_token_id=said[end])
         wanted = said[: said.index(said[end]) + 1]
@@ -211,7 +205,7 @@ def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
         generation = ending.generate([5, 6, 7], max_new_tokens=40)
         assert list(generation) == wanted
         assert generation.stop_reason == "eos"
-        assert generation.passes <= 2 + len(wanted) // 17
+        assert generation.passes <= 2 + len(wanted) // 9
         generation = model.generate([5, 6, 7], max_new_tokens=end + 1)
         assert (list(generation), generation.stop_reason) == (said[: end + 1], "length")
 
@@ -219,11 +213,11 @@ def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
 def propose_from(said: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Have lookup know what comes."""
 
-    def propose(self: object, count: int) -> list[int]:
+    def propose(self: Lookup, count: int) -> list[int]:
         done = len(self._ids) - 3
         return [*said, *[9] * 20][done : done + count]
 
-    monkeypatch.setattr("runner.lookup.Lookup.propose", propose)
+    monkeypatch.setattr(Lookup, "propose", propose)
 
 
 @pytest.mark.parametrize("wrong_at", [0, 1, 3])
@@ -231,14 +225,14 @@ def test_wrong_proposals_leave_no_trace(prepared, monkeypatch: pytest.MonkeyPatc
     model = runner.load(prepared(dtype="float16")[1])
     said = plain_run(model, [5, 6, 7], 30)
     monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
-    monkeypatch.setattr("runner.lookup.Lookup.match_length", 16)
+    monkeypatch.setattr(Lookup, "match_length", 16)
 
-    def propose(self: object, count: int) -> list[int]:
+    def propose(self: Lookup, count: int) -> list[int]:
         done = len(self._ids) - 3
         following = said[done : done + count]
         return [(token + 1) % 1200 if place == wrong_at else token for place, token in enumerate(following)]
 
-    monkeypatch.setattr("runner.lookup.Lookup.propose", propose)
+    monkeypatch.setattr(Lookup, "propose", propose)
     generation = model.generate([5, 6, 7], max_new_tokens=30)
     assert list(generation) == said
     assert generation.proposed > generation.accepted
@@ -250,7 +244,7 @@ def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.Monke
     model = runner.load(prepared(dtype="float16")[1])
     said = plain_run(model, [5, 6, 7], 20)
     monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
-    monkeypatch.setattr("runner.lookup.Lookup.match_length", 16)
+    monkeypatch.setattr(Lookup, "match_length", 16)
     propose_from(said, monkeypatch)
     forward_all, spoilt = Model.forward_all, []
 
@@ -258,7 +252,7 @@ def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.Monke
         logits = forward_all(self, stretches, on_part)
         if stretches[0].logits > 1:
             spoilt.append(len(logits[0]))
-            logits[0].fill_(torch.nan)
+            logits[0] = logits[0] * torch.nan
         return logits
 
     monkeypatch.setattr(Model, "forward_all", spoil)
@@ -283,9 +277,9 @@ def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
             assert each.cache is None and each.lookup is None
             assert each.index not in caches or caches[each.index]() is None
     assert most == 2
-    assert [each.index for each in finished] == [0, 2, 1, 4, 3, 5]
+    assert [each.index for each in finished] == [0, 2, 1, 3, 4, 5]
     assert [each.passes for each in running.continuations] == [2, 9, 3, 5, 1, 7]
-    assert running.passes == 14
+    assert running.passes == 17
     everything = sum(piece.nbytes for piece in model.weights.stream.pieces)
     assert running.bytes_read == everything
     assert 0 < sum(each.bytes_read for each in running.continuations) <= everything
@@ -304,7 +298,7 @@ def test_prompts_go_through_several_passes_where_ram_is_short(
     nothing = replace(model, ram=2**50)
     cache = 4 * KVCache.nbytes(model.weights.model, 75, model.weights.dtype)
     slots = 3 * 60_000
-    for rows in (4, 17, 60):
+    for rows in (4, 17, 40):
         activations = nothing.budget(75, rows).activations + 8 * 4 * 1200
         tight = replace(model, ram=model.process_nbytes + cache + activations + slots)
         running = Batch(tight, requests, 4, speculate, None, None)
@@ -410,7 +404,7 @@ def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPa
         taken = shares.process + shares.cache + shares.activations + shares.read_ahead + shares.resident_bytes
         assert taken <= ram
         found.append(capacity.batch)
-    assert found == sorted(found) and found[0] < found[-1] == 20
+    assert found == sorted(found) and found[0] < 5 < 12 < found[-1]
     assert Batch(replace(model, ram=2**50), requests, 7, "off", None, None).capacity.batch == 7
 
 
