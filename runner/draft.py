@@ -40,6 +40,7 @@ class Draft:
     def __init__(self, model: Model, vocab_size: int, process_nbytes: int) -> None:
         """`vocab_size` is that of the large model, `process_nbytes` what opening the draft took beside its weights."""
         self.pace = Pace()
+        self.seconds = 0.0  # of computing, but for the first pass, which brings the weights
         self._model = model
         self._vocab_size = vocab_size
         self._process_nbytes = process_nbytes
@@ -133,7 +134,9 @@ class Draft:
         waited, loaded = traffic.waiting_seconds, traffic.bytes_loaded
         logits = self._model.forward_all(stretches)
         seconds = time.perf_counter() - began - (traffic.waiting_seconds - waited)
-        self.pace.learn(MOST_ROWS - room, max(0.0, seconds), 0.0, is_rough=traffic.bytes_loaded > loaded)
+        is_first = traffic.bytes_loaded > loaded
+        self.pace.learn(MOST_ROWS - room, max(0.0, seconds), 0.0, is_rough=is_first)
+        self.seconds += 0.0 if is_first else seconds
         found = []
         for place, stretch, rows in zip(carried, stretches, logits, strict=True):
             readings[place].fed.extend(stretch.ids)

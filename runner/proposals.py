@@ -31,7 +31,7 @@ class Proposals:
         self.drafting_seconds = 0.0
         self._pace = pace
         self._speculation = Speculation(draft.pace if draft else None)
-        self._drafting = 0.0  # seconds, for the pass at hand
+        self._drafting = 0.0  # seconds for the pass at hand, which count against its proposals
 
     def join(self, sequence: Continuation) -> None:
         """Read the prompt of a sequence that has come into the batch."""
@@ -61,11 +61,13 @@ class Proposals:
             elif count:
                 trials[sequence] = Trial(sequence.lookup.propose(count), offer)
         if drafted:
-            began = time.perf_counter()
+            began, counted = time.perf_counter(), self.draft.seconds
             found = self.draft.propose([(sequence, count) for sequence, _, count in drafted])
-            self._drafting = time.perf_counter() - began
+            self._drafting = self.draft.seconds - counted
+            seconds = time.perf_counter() - began
+            self.drafting_seconds += seconds
             for (sequence, offer, _), tokens in zip(drafted, found, strict=True):
-                sequence.drafting_seconds += self._drafting / len(drafted)
+                sequence.drafting_seconds += seconds / len(drafted)
                 trials[sequence] = Trial(tokens, offer)
         return trials
 
@@ -93,7 +95,6 @@ class Proposals:
         accepted = sum(accepted for _, accepted in trials)
         self.proposed += proposed
         self.accepted += accepted
-        self.drafting_seconds += self._drafting
         self._speculation.settle(len(trials), other_rows, proposed, accepted, self._drafting, self._pace)
 
     def retire_draft(self, sequences: int, streamed_bytes: int) -> bool:

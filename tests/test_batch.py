@@ -161,7 +161,7 @@ def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_sam
     learn = Pace.learn
 
     def learn_nonsense(self: Pace, rows: int, *_: float, is_rough: bool) -> None:
-        learn(self, rows, source.expovariate(1), source.choice([0.0, 50.0]), is_rough=is_rough)
+        learn(self, rows, source.expovariate(1), source.choice([0.0, 50.0, 50.0]), is_rough=is_rough)
 
     def propose(self: Lookup, count: int) -> list[int]:
         text = next(text for text in texts if text[:4] == self._ids[:4])
@@ -174,7 +174,7 @@ def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_sam
     running = Batch(model, requests, 3, "lookup", None, None)
     found = {each.index: each.ids for each in running.run()}
     assert [found[index] for index in range(5)] == wanted
-    assert running.proposed > running.accepted > 10
+    assert running.proposed >= running.accepted > 10
 
 
 def test_texts_that_repeat_themselves_take_fewer_passes(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
