@@ -78,9 +78,9 @@ class Weights:
         dtype = TORCH_DTYPES[manifest.model.dtype]
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         specs = part_specs(manifest.model)
-        mapped = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
+        opened = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
         # A pass looks rows of the embedding up when it begins, and multiplies with all of it at its end.
-        order = [*mapped[1:], mapped[0]]
+        order = [*opened[1:], opened[0]]
         stream = Stream(
             [piece for part in order for pieces in part.pieces.values() for piece in pieces], readers
         )

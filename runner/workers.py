@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -19,9 +20,11 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._invitations = [SimpleQueue[Callable[[], None]]() for _ in range(1, count)]
+        self._invitations = [SimpleQueue[Callable[[], None] | None]() for _ in range(1, count)]
         for invitations in self._invitations:
-            threading.Thread(target=_work, args=(invitations,), daemon=True).start()
+            thread = threading.Thread(target=_work, args=(invitations,), daemon=True)
+            thread.start()
+            atexit.register(_end, invitations, thread)
 
     def invite(self, take_part: Callable[[], None]) -> None:
         """Have every other thread call `take_part` as soon as it can; nobody waits for that here.
@@ -32,8 +35,13 @@ class Workers:
             invitations.put(take_part)
 
 
-def _work(invitations: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        take_part = invitations.get()
+def _work(invitations: SimpleQueue[Callable[[], None] | None]) -> None:
+    while take_part := invitations.get():
         take_part()
         del take_part  # nothing is kept alive while waiting
+
+
+def _end(invitations: SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
+    """Before the interpreter goes: it would end the thread inside of torch, whose C++ then aborts the process."""
+    invitations.put(None)
+    thread.join()

@@ -8,7 +8,8 @@ Each turn is a fresh process in a fresh control group (scripts/control_group.py)
 cache together, the disk's rate is braked, and the checkpoint's files begin cold. With `--ram none --disk none` all
 begins in the page cache, which is the mode for models that fit in RAM.
 
-The peers are small programs in scripts/peers: bloomdesk; the tutorial of 2022, a block at a time and no KV cache;
+The peers are small programs in scripts/peers: bloomdesk, a token a pass, and the same on a directory made with
+`convert --lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
 transformers with accelerate's disk offload; llama.cpp; AirLLM. One whose packages are missing is left out with a word
 (pip install accelerate; llama-cpp-python gguf; airllm sentencepiece scipy). A turn takes the prompt in one pass, the
 first token, then one pass for each further token; seconds a token are the median over the latter of all rounds.
@@ -17,40 +18,28 @@ The limit is what no program can beat that keeps as much in RAM as bloomdesk: th
 the rate of the disk, or all weights over the rate of the memory. Both rates are measured in every round; the brake's
 counts unless the disk gives less.
 
-WORK takes 4 times the checkpoint, 5 times where the script makes it.
+WORK takes 5 times the checkpoint, 6 times where the script makes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import importlib.util
 import json
 import os
-import platform
 import random
-import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs from anywhere
 
-from scripts.control_group import NoControlGroups, control_group  # noqa: E402 - the script runs from anywhere
-from scripts.make_checkpoint import TRUE_SHAPES  # noqa: E402
-from scripts.peers import forms  # noqa: E402
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-SECONDS_FOR_A_RATE = 4.0
-DISK_THREADS = 4
-PAGES_OF_OTHERS = 500_000_000
-QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+from scripts import turns
+from scripts.make_checkpoint import TRUE_SHAPES
+from scripts.peers import forms
+from scripts.turns import CannotRun, Limits, machine, say, size
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ class Peer:
 
 PEERS = {
     "bloomdesk": Peer("with_bloomdesk", (), lambda work, prepared: prepared),
+    "bloomdesk-lossless": Peer("with_bloomdesk", (), forms.lossless),
     "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files),
     "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub),
     "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf),
@@ -74,20 +64,12 @@ PEERS = {
 }
 
 
-@dataclass
-class Turn:
-    """A peer's turn: what it reported, or why it failed; the group's peak includes the page cache."""
+@dataclass(kw_only=True)
+class Turn(turns.Turn):
+    """A peer's turn."""
 
     peer: str
     round: int
-    report: dict[str, Any] = field(default_factory=dict)
-    group_peak: int | None = None
-    failure: str | None = None
-
-    @property
-    def steps(self) -> list[float]:
-        """Seconds of the passes over one token, the prompt's left out; none of a turn that failed."""
-        return [] if self.failure else self.report.get("seconds", [])[1:]
 
 
 class Bench:
@@ -95,6 +77,7 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, prepared: Path, peers: dict[str, Path]) -> None:
         self.given, self.prepared, self.peers = given, prepared, peers
+        self.limits = Limits(given.ram, given.disk)
         self.in_memory = given.ram is None and given.disk is None
         vocabulary = json.loads((prepared / "config.json").read_text())["vocab_size"]
         choose = random.Random(0)
@@ -117,41 +100,25 @@ class Bench:
     def turn(self, name: str, form: Path, number: int) -> Turn:
         """One peer, from a fresh process to its last token."""
         self.begin(form)
-        given, turn = self.given, Turn(name, number)
-        command = [sys.executable, "-m", f"scripts.peers.{PEERS[name].module}", form]
+        given = self.given
+        command = turns.module(f"scripts.peers.{PEERS[name].module}", form)
         command += ["--prompt", ",".join(map(str, self.prompt)), "--tokens", given.tokens]
         command += ["--threads", given.threads, *(["--ram", given.ram] if given.ram else [])]
         for peer, setting in given.set:
             command += ["--set", setting] if peer == name else []
-        with control_group(ram=given.ram, read_rate=given.disk, disk_of=form) as group:
-            self.kind = group.kind
-            try:
-                turn.report = last_object(group.command(map(str, command)), given.timeout)
-            except (subprocess.SubprocessError, ValueError) as error:
-                turn.failure = failure(error)
-            turn.group_peak = group.peak()
-        # A process may have more in place than its group was charged for: programs and libraries that others run.
-        if turn.report and turn.group_peak and turn.report["peak_rss"] - turn.group_peak > PAGES_OF_OTHERS:
-            turn.failure = "not cold: another process had the checkpoint in the page cache"
-        return turn
+        turn = turns.take_turn(command, self.limits, form, given.timeout)
+        self.kind = turn.group
+        return Turn(**asdict(turn), peer=name, round=number)
 
     def rate(self, what: str) -> float:
         """Bytes a second of the memory, or of the disk under the same limits as the peers."""
-        command = [sys.executable, "-m", "scripts.peers.rates", what, "--seconds", str(SECONDS_FOR_A_RATE)]
         if what == "memory":
-            return last_object([*command, "--threads", str(self.given.threads)], None)["bytes_per_second"]
-        command += ["--threads", str(DISK_THREADS), "--directory", str(self.prepared)]
-        forms.cool(self.prepared)
-        with control_group(ram=self.given.ram, read_rate=self.given.disk, disk_of=self.prepared) as group:
-            return last_object(group.command(command), None)["bytes_per_second"]
+            return turns.memory_rate(self.given.threads)
+        return turns.disk_rate(self.prepared, self.limits)
 
     def begin(self, form: Path) -> None:
         """The page cache as the turn should find it: none of the checkpoint, or all of this form and no other."""
-        os.sync()  # what is not on the disk yet can't be dropped
-        for other in {*self.peers.values(), self.prepared}:
-            left = forms.cool(other)
-            if left and not self.in_memory:
-                say(f"warning: {left:.0%} of {other.name} stays in the page cache")
+        turns.cool({*self.peers.values(), self.prepared})
         if self.in_memory:
             forms.warm(form)
 
@@ -161,11 +128,10 @@ class Bench:
             total, rate = forms.weights_bytes(self.prepared), max(self.rates["memory"])
             return total / rate, f"{total / 1e9:.2f} GB of weights / {rate / 1e9:.1f} GB/s of the memory"
         streamed, how = self.streamed()
-        rate = max(median(self.rates["disk"]), *self.turn_rates())
-        if self.given.disk and rate > 0.98 * self.given.disk:  # within what a brake keeps to
-            rate, source = self.given.disk, "the brake"
-        else:
-            source = "the most that the disk gave" + (", below the brake" if self.given.disk else "")
+        rate = turns.rate_of_the_limit([median(self.rates["disk"]), *self.turn_rates()], self.limits)
+        source = "the most that the disk gave" + (", below the brake" if self.given.disk else "")
+        if rate == self.given.disk:
+            source = "the brake"
         return streamed / rate, f"{streamed / 1e9:.3f} GB {how} / {rate / 1e9:.3f} GB/s, {source}"
 
     def turn_rates(self) -> list[float]:
@@ -239,6 +205,7 @@ class Bench:
         if not self.given.json:
             return
         body = {
+            "benchmark": "peers",
             "machine": machine(self.prepared),
             "ram": self.given.ram,
             "disk": self.given.disk,
@@ -253,70 +220,10 @@ class Bench:
         self.given.json.write_text(json.dumps(body, indent=1) + "\n")
 
 
-def last_object(command: list[str], timeout: float | None) -> dict[str, Any]:
-    """The JSON object that a command prints last. Raises SubprocessError where it fails, ValueError without one."""
-    environment = {**os.environ, **QUIET}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=True
-    )
-    return json.loads((done.stdout.strip().splitlines() or [""])[-1])
-
-
-def failure(error: Exception) -> str:
-    """Why a turn failed, in a few words."""
-    if isinstance(error, subprocess.TimeoutExpired):
-        return f"not done after {error.timeout:.0f} s"
-    if isinstance(error, subprocess.CalledProcessError):
-        if -error.returncode == signal.SIGKILL or error.returncode == 128 + signal.SIGKILL:
-            return "killed: more memory than the group has"
-        last = (error.stderr.strip().splitlines() or [""])[-1]
-        return f"ended with {error.returncode}: {last[:200]}"
-    return f"no report: {error}"
-
-
 def in_words(turn: Turn) -> str:
     report = turn.report
     steps = " ".join(f"{second:.3f}" for second in report["seconds"])
     return f"{steps} s; {report['settings']}; tokens {report['ids']}"
-
-
-def machine(directory: Path) -> str:
-    """What the figures were taken on."""
-    cpu = memory = ""
-    if Path("/proc/cpuinfo").exists():
-        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or ""
-        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory, "
-    device = directory.stat().st_dev
-    readahead = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/read_ahead_kb")
-    disk = f"read-ahead {readahead.read_text().strip()} KiB, " if readahead.exists() else ""
-    versions = [
-        f"{name} {version(name)}"
-        for name in ("torch", "transformers", "accelerate", "llama_cpp_python", "airllm")
-    ]
-    return (
-        f"{cpu or platform.processor()}, {os.cpu_count()} cores, {memory}{disk}"
-        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {', '.join(versions)}, "
-        f"load {os.getloadavg()[0]:.1f}"
-    )
-
-
-def version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
-
-
-def size(text: str) -> float | None:
-    """Bytes, or bytes a second, of "3GB", "512MiB", "1.073GB/s" or "none"."""
-    if text == "none":
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?i?)B?(?:/s)?", text, re.IGNORECASE)
-    if not found or found[2].upper() not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 3GB, 512MiB, 1.073GB/s or none")
-    return float(found[1]) * UNITS[found[2].upper()]
 
 
 def setting(text: str) -> tuple[str, str]:
@@ -325,10 +232,6 @@ def setting(text: str) -> tuple[str, str]:
     if peer not in PEERS or "=" not in rest:
         raise argparse.ArgumentTypeError(f"{text!r} is no setting; write PEER:NAME=VALUE")
     return peer, rest
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def options() -> argparse.Namespace:
@@ -362,23 +265,16 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     given = options()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # control groups go on the way out
-    work = given.work.resolve()
     try:
-        with control_group(ram=given.ram, read_rate=given.disk, disk_of=existing(work)):
-            pass
-    except NoControlGroups as error:
-        say(f"{error}\nrun it as root on Linux, or without limits: --ram none --disk none")
+        with turns.sole_worker(given.work.resolve(), Limits(given.ram, given.disk)):
+            return run(given, given.work.resolve())
+    except CannotRun as error:
+        say(str(error))
         return 2
-    work.mkdir(parents=True, exist_ok=True)
-    held = os.open(work, os.O_RDONLY)  # to the end of the process
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"another run works in {work}: two at once would warm each other's page cache")
-        return 2
+
+
+def run(given: argparse.Namespace, work: Path) -> int:
+    """Everything from the forms of the checkpoint to the table; the exit status."""
     prepared = (given.prepared or forms.prepared(work, given.checkpoint, given.like)).resolve()
     peers = {}
     for name in given.peers.split(","):
@@ -386,21 +282,13 @@ def main() -> int:
             say(f"{name} is left out: {' and '.join(missing)} not installed")
         else:
             peers[name] = PEERS[name].form(work, prepared)
-    bench, status = Bench(given, prepared, peers), 0
-    try:
-        bench.run()
-    except KeyboardInterrupt:  # what there is so far is shown
-        status = 128 + signal.SIGINT
+    bench = Bench(given, prepared, peers)
+    status = 0 if turns.to_the_end(bench.run) else turns.INTERRUPTED
     state = "all in the page cache" if bench.in_memory else f"cold, control groups {bench.kind}"
     print(f"{machine(prepared)}\n{given.rounds} rounds, prompt of {given.prompt_tokens}, {state}\n")
     if any(bench.rates.values()):
         print(bench.table())
     return status
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that there is."""
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 if __name__ == "__main__":

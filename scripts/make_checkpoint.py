@@ -10,6 +10,7 @@
       tokenizer.json, tokenizer_config.json, special_tokens_map.json
 
     make_checkpoint.py miniature OUT                     the trained miniature that the project ships
+    make_checkpoint.py miniature-draft OUT               its draft, in the form of bloom-560m: one safetensors file
     make_checkpoint.py synthetic OUT --like bloom ...    random weights of any shape, true ones included
 
 Tensors are made and written in pieces, so a true-size checkpoint needs little memory.
@@ -40,6 +41,7 @@ MINIATURE = Path(__file__).resolve().parents[1] / "miniature"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DRAFT = MINIATURE / "draft"  # without a tokenizer of its own: it is the miniature's
 PIECE_ELEMENTS = 2**22 - 3  # odd, so that tiled noise never lines up with the rows of a matrix
 PRE_TOKENIZER_PATTERN = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
@@ -87,6 +89,7 @@ class Layout:
 
 
 BLOOM = Layout()
+SMALL_BLOOM = Layout(form="safetensors", single=True)
 
 
 def synthetic(
@@ -98,27 +101,42 @@ def synthetic(
     vocab_size: int,
     dtype: str = "bfloat16",
     seed: int = 0,
+    normal_embedding: bool = False,
     layout: Layout = BLOOM,
 ) -> None:
     """Write a BLOOM of any shape with random weights; the same arguments always give the same bytes.
 
-    The weights are scaled so that greedy output wanders instead of repeating one token.
+    The weights are scaled so that greedy output wanders instead of repeating one token. With `normal_embedding`
+    that holds less strictly, and the embedding's exponents spread as those of all other matrices do: without it a
+    coder of exponents would find next to nothing in it to code.
     """
     shapes = bloom_shapes(hidden_size, blocks, vocab_size)
-    tensors = [_random_tensor(key, shape, DTYPES[dtype], seed, hidden_size) for key, shape in shapes.items()]
+
+    def scaled(key: str, noise: torch.Tensor) -> torch.Tensor:
+        if normal_embedding and key == "word_embeddings.weight":
+            return noise * 0.02
+        return _as_weights(key, noise, hidden_size)
+
+    tensors = [_random_tensor(key, shape, DTYPES[dtype], seed, scaled) for key, shape in shapes.items()]
     config = old_config(hidden_size, heads, blocks, vocab_size)
     write_repo(out, tensors, config, _tokenizer_for(vocab_size), layout)
 
 
 def miniature(out: Path, *, layout: Layout = BLOOM, source: Path = MINIATURE) -> None:
-    """Write the trained miniature; its weights and texts come from `source`."""
+    """Write the trained miniature; its weights come from `source`, as does its tokenizer where there is one."""
     from safetensors import safe_open
 
     with safe_open(source / "model.safetensors", framework="pt") as file:
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    tokenizer = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    places = {name: source if (source / name).is_file() else MINIATURE for name in TOKENIZER_FILES}
+    tokenizer = {name: (place / name).read_bytes() for name, place in places.items()}
     write_repo(out, from_state(state), config, tokenizer, layout)
+
+
+def draft(out: Path) -> None:
+    """Write the miniature's draft: a shallow model with the same tokenizer."""
+    miniature(out, layout=SMALL_BLOOM, source=DRAFT)
 
 
 def from_state(state: Mapping[str, torch.Tensor]) -> list[Tensor]:
@@ -258,12 +276,18 @@ def _place(key: str) -> tuple[int, int, int]:
     return (0 if place < 3 else 2 if block < 0 else 1, block, place)
 
 
-def _random_tensor(key: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int, hidden: int) -> Tensor:
+def _random_tensor(
+    key: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int,
+    scaled: Callable[[str, torch.Tensor], torch.Tensor],
+) -> Tensor:
     def pieces() -> Iterator[memoryview]:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode(), seed & 0xFFFFFFFF))
         left = math.prod(shape)
         noise = torch.randn(min(left, PIECE_ELEMENTS), generator=generator)
-        view = _bytes_of(_as_weights(key, noise, hidden).to(dtype))
+        view = _bytes_of(scaled(key, noise).to(dtype))
         while left:
             count = min(left, PIECE_ELEMENTS)
             yield view[: count * dtype.itemsize]
@@ -360,9 +384,14 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def layout_of(given: Mapping[str, Any]) -> Layout:
+    return Layout(**{name: given[name] for name in Layout.__dataclass_fields__})
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a BLOOM checkpoint in the Hub's layout.")
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("miniature-draft").add_argument("out", type=Path, metavar="OUT")
     for name in ("miniature", "synthetic"):
         command = commands.add_parser(name)
         command.add_argument("out", type=Path, metavar="OUT")
@@ -381,15 +410,20 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument(f"--{name}", type=int, metavar="N")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--normal-embedding", action="store_true", help="exponents as trained weights have them, for coders"
+    )
     given = vars(parser.parse_args(arguments))
-    layout = Layout(**{name: given[name] for name in Layout.__dataclass_fields__})
-    if given["command"] == "miniature":
-        miniature(given["out"], layout=layout)
+    if given["command"] == "miniature-draft":
+        draft(given["out"])
+    elif given["command"] == "miniature":
+        miniature(given["out"], layout=layout_of(given))
     else:
         defaults = (*TRUE_SHAPES.get(given["like"], (64, 8, 2)), TRUE_VOCABULARY if given["like"] else 512)
         names = ("hidden_size", "heads", "blocks", "vocab_size")
         shape = {name: given[name] or value for name, value in zip(names, defaults, strict=True)}
-        synthetic(given["out"], **shape, dtype=given["dtype"], seed=given["seed"], layout=layout)
+        options = {name: given[name] for name in ("dtype", "seed", "normal_embedding")}
+        synthetic(given["out"], **shape, **options, layout=layout_of(given))
     sys.stdout.write(f"wrote {given['out']}\n")
 
 

@@ -6,6 +6,7 @@
       tokenizer.json                byte-level BPE in BLOOM's layout
       tokenizer_config.json, special_tokens_map.json
       unseen.jsonl                  prompts that training never saw, with their answers
+      draft/                        model.safetensors and config.json of a shallow model beside it
 
 A few blocks learn the texts first; then each becomes several, and all 70 go on learning, in a forward pass
 that rounds where a bfloat16 one does.
@@ -21,13 +22,16 @@ import math
 import random
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from miniature_texts import KINDS, Text, draw_texts
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+if TYPE_CHECKING:
+    from transformers import BloomForCausalLM
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 EOS, PAD = 2, 3
@@ -291,8 +295,8 @@ def right_answers(
 # --- The files
 
 
-def save(out: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, shape: Shape) -> None:
-    """Write the checkpoint as the Hub has the real one: bfloat16, no prefix, no head of its own."""
+def save_weights(out: Path, weights: dict[str, torch.Tensor], shape: Shape) -> None:
+    """Write weights and config as the Hub has the real ones: bfloat16, no prefix, no head of its own."""
     tensors = {}
     for name, value in weights.items():
         if name.startswith("h.*."):
@@ -303,6 +307,10 @@ def save(out: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, shap
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
+    write_json(out / "config.json", config_of(shape))
+
+
+def save_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     special = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
     write_json(out / "special_tokens_map.json", special)
@@ -312,7 +320,6 @@ def save(out: Path, weights: dict[str, torch.Tensor], tokenizer: Tokenizer, shap
         "name_or_path": "miniature",
     }
     write_json(out / "tokenizer_config.json", special | tokenizer_config)
-    write_json(out / "config.json", config_of(shape))
 
 
 def config_of(shape: Shape) -> dict[str, object]:
@@ -366,24 +373,57 @@ def read_stacked(out: Path) -> tuple[dict[str, torch.Tensor], int]:
 # --- Judging
 
 
+def shared_file(out: Path, name: str) -> Path:
+    """The file of the model in `out`; the miniature's where a draft has none of its own."""
+    return out / name if (out / name).exists() else DEFAULT_OUT / name
+
+
+def unseen_lines(out: Path) -> list[dict[str, str]]:
+    text = shared_file(out, "unseen.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def padding_tokenizer(out: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(shared_file(out, "tokenizer.json")))
+    tokenizer.enable_padding(direction="left", pad_id=PAD, pad_token=SPECIAL[PAD])
+    return tokenizer
+
+
+class Greedy(NamedTuple):
+    """Prompts, padded on the left, with their greedy answers."""
+
+    ids: torch.Tensor  # [B, T]
+    mask: torch.Tensor  # [B, start]: 0 for padding
+    start: int  # of the answers
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The answers' ids up to `</s>`, which is the last of each that has one."""
+        rows = self.ids[:, self.start :].tolist()
+        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+def greedy(model: BloomForCausalLM, tokenizer: Tokenizer, prompts: list[str]) -> Greedy:
+    """What transformers' BLOOM answers."""
+    encoded = tokenizer.encode_batch(prompts)
+    ids = torch.tensor([prompt.ids for prompt in encoded])
+    mask = torch.tensor([prompt.attention_mask for prompt in encoded])
+    given = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=LENGTH)
+    return Greedy(given, mask, ids.shape[1])
+
+
 def judge(out: Path) -> None:
     """Print how many unseen answers transformers' BLOOM gives exactly: bfloat16, greedy."""
     from transformers import BloomForCausalLM
 
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    tokenizer.enable_padding(direction="left", pad_id=PAD, pad_token=SPECIAL[PAD])
+    tokenizer, lines = padding_tokenizer(out), unseen_lines(out)
     model = BloomForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
-    lines = [json.loads(line) for line in (out / "unseen.jsonl").read_text(encoding="utf-8").splitlines()]
     for kind in KINDS:
         mine = [line for line in lines if line["kind"] == kind]
-        prompts = tokenizer.encode_batch([line["prompt"] for line in mine])
-        ids = torch.tensor([prompt.ids for prompt in prompts])
-        mask = torch.tensor([prompt.attention_mask for prompt in prompts])
-        given = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=LENGTH)
         wrong = []
-        for line, answer in zip(mine, given[:, ids.shape[1] :].tolist(), strict=True):
-            end = answer.index(EOS) if EOS in answer else len(answer)
-            got = tokenizer.decode(answer[:end])
+        answers = greedy(model, tokenizer, [line["prompt"] for line in mine]).answers
+        for line, answer in zip(mine, answers, strict=True):
+            got = tokenizer.decode(answer)
             if got != line["answer"] or EOS not in answer:
                 wrong.append(f"  {line['prompt']}\n    wanted {line['answer']!r}\n    got    {got!r}")
         print(
@@ -394,11 +434,31 @@ def judge(out: Path) -> None:
 
 
 @torch.no_grad()
+def agree(out: Path, whole: Path) -> None:
+    """Print how often the draft's next token is the one that the model in `whole` gives, along its answers."""
+    from transformers import BloomForCausalLM
+
+    tokenizer, lines = padding_tokenizer(whole), unseen_lines(whole)
+    draft, model = (
+        BloomForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval() for path in (out, whole)
+    )
+    for kind in KINDS:
+        given = greedy(model, tokenizer, [line["prompt"] for line in lines if line["kind"] == kind])
+        mask = F.pad(given.mask, (0, given.ids.shape[1] - given.start), value=1)
+        proposed = draft(given.ids, attention_mask=mask).logits[:, given.start - 1 : -1].argmax(-1)
+        pairs = [
+            (token == mine)
+            for answer, row in zip(given.answers, proposed.tolist(), strict=True)
+            for token, mine in zip(answer, row, strict=False)
+        ]
+        print(f"{kind}: {sum(pairs)} of {len(pairs)} tokens ({sum(pairs) / len(pairs):.1%})")
+
+
+@torch.no_grad()
 def ablate(out: Path) -> None:
     """Leave out one block at a time and print the loss on some unseen answers."""
-    lines = [json.loads(line) for line in (out / "unseen.jsonl").read_text(encoding="utf-8").splitlines()]
-    texts = [Text(**line, meaning="") for line in lines[::5]]
-    rows = pack(texts, Tokenizer.from_file(str(out / "tokenizer.json")))
+    texts = [Text(**line, meaning="") for line in unseen_lines(out)[::5]]
+    rows = pack(texts, Tokenizer.from_file(str(shared_file(out, "tokenizer.json"))))
     weights, heads = read_stacked(out)
     for without in range(-1, len(weights["h.*.input_layernorm.bias"])):
         logits, wanted = answer_logits(weights, rows, heads, without)
@@ -411,10 +471,12 @@ def ablate(out: Path) -> None:
 # --- The command
 
 
-def train(out: Path, shape: Shape, stages: list[Stage], seed: int) -> None:
-    """Everything under `out` from nothing."""
+def train(out: Path, shape: Shape, stages: list[Stage], seed: int, *, draft: bool) -> None:
+    """Everything under `out` from nothing; of a draft the weights and the config alone."""
     texts = {kind: draw_texts(kind, count, TEXT_SEED, unseen=False) for kind, count in TRAINING_TEXTS.items()}
     tokenizer = train_tokenizer([text for kind in KINDS for text in texts[kind][:12_000]])
+    if draft and tokenizer.to_str(pretty=True) != (DEFAULT_OUT / "tokenizer.json").read_text("utf-8"):
+        raise SystemExit("the texts give another tokenizer than the miniature's: train that anew first")
     a_round = [text for kind in KINDS for text in texts[kind] * REPEATS[kind]]
     random.Random(TEXT_SEED).shuffle(a_round)
     check = [text for kind in KINDS for text in draw_texts(kind, UNSEEN_TEXTS, TEXT_SEED + 1, unseen=True)]
@@ -428,8 +490,10 @@ def train(out: Path, shape: Shape, stages: list[Stage], seed: int) -> None:
             first = shape._replace(blocks=stage.blocks)
             weights = deepen(weights, stage.blocks) if weights else new_weights(first)
         train_stage(weights, stage, rows, (check, check_rows), shape.heads)
-    save(out, weights, tokenizer, shape)
-    write_unseen(out / "unseen.jsonl")
+    save_weights(out, weights, shape)
+    if not draft:
+        save_tokenizer(out, tokenizer)
+        write_unseen(out / "unseen.jsonl")
 
 
 def main() -> None:
@@ -450,20 +514,29 @@ def main() -> None:
     parser.add_argument(
         "--last-steps", type=int, default=360, help="steps of the last stage, at a lower rate"
     )
+    parser.add_argument("--draft", action="store_true", help="a draft: write weights and config alone")
     parser.add_argument("--judge", action="store_true", help="only judge what is in --out, with transformers")
+    parser.add_argument(
+        "--agree", action="store_true", help="only compare --out with the miniature's answers"
+    )
     parser.add_argument(
         "--ablate", action="store_true", help="only measure what is in --out without each block"
     )
     args = parser.parse_args()
     if args.hidden % args.heads or args.blocks % args.first_blocks:
         parser.error("--hidden must be a multiple of --heads, and --blocks of --first-blocks")
-    if args.judge or args.ablate:
-        (judge if args.judge else ablate)(args.out)
+    if args.judge or args.ablate or args.agree:
+        if args.judge:
+            judge(args.out)
+        if args.agree:
+            agree(args.out, DEFAULT_OUT)
+        if args.ablate:
+            ablate(args.out)
         return
     stages = [Stage(args.first_blocks, args.first_steps, 32, 3e-3)]
     if args.blocks > args.first_blocks:
         stages += [Stage(args.blocks, args.steps, 16, 1e-3), Stage(args.blocks, args.last_steps, 16, 6e-4)]
-    train(args.out, Shape(args.blocks, args.hidden, args.heads), stages, args.seed)
+    train(args.out, Shape(args.blocks, args.hidden, args.heads), stages, args.seed, draft=args.draft)
 
 
 if __name__ == "__main__":

@@ -60,3 +60,13 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = source.parent / "bloom"
     convert(source, directory)
     return source, directory
+
+
+@pytest.fixture(scope="session")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(source of one safetensors file, prepared directory) of the draft that was trained beside the miniature."""
+    source = tmp_path_factory.mktemp("draft") / "source"
+    make_checkpoint.draft(source)
+    directory = source.parent / "draft"
+    convert(source, directory)
+    return source, directory

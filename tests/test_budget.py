@@ -251,7 +251,7 @@ ram = least.process + least.cache + least.activations + MARGIN + 3 * 34 * 2**20 
 model = replace(model, ram=ram)
 generation = model.generate(list(range(5, 21)), max_new_tokens=3)
 tokens = list(generation)
-shares = model.budget(18, 16)
+shares = generation.batch.capacity.shares
 assert shares.resident_bytes > 20e6 and shares.streamed_bytes > 60e6, shares
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(ram, peak, sum(map(cached, pieces)), *tokens)

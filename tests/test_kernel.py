@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from runner.kernel import Kernel
 from runner.product import COLUMN_CHUNK, LANES, OUTPUTS_IN_CACHE, ROWS_IN_CACHE
 from runner.workers import workers
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [*range(1, 14), *range(ROWS_IN_CACHE - 1, ROWS_IN_CACHE + 3)]
 ODD = [1, 7, 8, 9, 1023, 1024, 1025, 1033]
@@ -282,3 +286,15 @@ def test_every_other_thread_is_invited() -> None:
     workers(4).invite(take_part)
     through.wait(30)
     assert len(seen) == 3 and threading.get_ident() not in seen
+
+
+def test_the_process_ends_while_a_thread_computes() -> None:
+    """Killed inside of torch, which a daemon thread is when the interpreter goes, it would abort the process."""
+    program = (
+        "import threading, torch; from runner.workers import workers; begun = threading.Event();"
+        "workers(2).invite(lambda: begun.set() or torch.ones(2**27).cumsum(0)); begun.wait()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import runner
 from scripts import bin_shard, make_checkpoint
 from scripts.bin_shard import write_bin
 from scripts.make_checkpoint import (
@@ -116,10 +117,12 @@ def test_transformers_loads_it(tmp_path: Path, layout: Layout, dtype: str) -> No
     assert 0.05 < weight.float().std() < 0.08
 
 
-def test_greedy_output_wanders(tmp_path: Path) -> None:
+@pytest.mark.parametrize("normal_embedding", [False, True])
+def test_greedy_output_wanders(tmp_path: Path, normal_embedding: bool) -> None:
     from transformers import BloomForCausalLM
 
-    synthetic(tmp_path, hidden_size=96, heads=6, blocks=3, vocab_size=500, layout=Layout(separator="-"))
+    shape = {"hidden_size": 96, "heads": 6, "blocks": 3, "vocab_size": 500}
+    synthetic(tmp_path, **shape, normal_embedding=normal_embedding, layout=Layout(separator="-"))
     model = BloomForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     ids = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=32, do_sample=False, eos_token_id=None)
     assert len(set(ids[0, 3:].tolist())) >= 5
@@ -160,3 +163,55 @@ def test_the_miniature_is_a_repo_of_72_shards(tmp_path: Path) -> None:
     assert set(index["weight_map"]) == set(bloom_shapes(config["n_embed"], 70, config["vocab_size"]))
     assert index["weight_map"]["h.69.input_layernorm.bias"] == shards[70]
     assert {path.name for path in tmp_path.iterdir()} >= set(make_checkpoint.TOKENIZER_FILES)
+
+
+def exponents(weights: torch.Tensor) -> torch.Tensor:
+    """The 8 exponent bits of bfloat16."""
+    return weights.view(torch.int16).int().bitwise_right_shift(7).bitwise_and(255)
+
+
+def test_a_normal_embedding_has_the_exponents_of_other_matrices(tmp_path: Path) -> None:
+    for name, normal in (("plain", False), ("normal", True)):
+        synthetic(tmp_path / name, **SHAPE, normal_embedding=normal, layout=Layout(single=True))
+    plain, normal = (
+        torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("plain", "normal")
+    )
+    embedding, matrix = (normal[key] for key in ("word_embeddings.weight", "h.0.mlp.dense_h_to_4h.weight"))
+    for weights in (embedding, matrix):
+        counts = exponents(weights).flatten().bincount().sort(descending=True).values
+        assert 0.3 < counts[0] / weights.numel() < 0.5  # the commonest exponent of a normal distribution
+    assert exponents(plain["word_embeddings.weight"]).unique().numel() <= 2
+    same = [key for key in plain if torch.equal(plain[key], normal[key])]
+    assert set(plain) - set(same) == {"word_embeddings.weight"}
+
+
+def test_the_draft_has_the_miniatures_tokenizer(draft: tuple[Path, Path]) -> None:
+    from transformers import BloomForCausalLM
+
+    source, _ = draft
+    names = {path.name for path in source.iterdir()}
+    assert names == {"model.safetensors", "config.json", *make_checkpoint.TOKENIZER_FILES}
+    for name in make_checkpoint.TOKENIZER_FILES:
+        assert (source / name).read_bytes() == (make_checkpoint.MINIATURE / name).read_bytes()
+    config = json.loads((source / "config.json").read_text())
+    whole = json.loads((make_checkpoint.MINIATURE / "config.json").read_text())
+    assert config["n_layer"] < 5 < whole["n_layer"]
+    assert config["vocab_size"] == whole["vocab_size"]
+    _, report = BloomForCausalLM.from_pretrained(source, dtype=torch.bfloat16, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_the_draft_answers_unseen_prompts(draft: tuple[Path, Path]) -> None:
+    model = runner.load(draft[1])
+    lines = (make_checkpoint.MINIATURE / "unseen.jsonl").read_text(encoding="utf-8").splitlines()
+    right = 0
+    for line in map(json.loads, lines[::45]):
+        ids = list(model.generate(line["prompt"], max_new_tokens=100))
+        right += model.tokenizer.decode(ids[:-1]) == line["answer"]
+    assert right >= 8  # of 10
+
+
+def test_the_command_writes_the_draft(tmp_path: Path, draft: tuple[Path, Path]) -> None:
+    make_checkpoint.main(["miniature-draft", str(tmp_path / "out")])
+    for path in draft[0].iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

@@ -449,7 +449,7 @@ def test_generations_in_a_row_stream_under_a_budget(
 
     def generate() -> None:
         for new, ids in zip((5, 9, 5), wanted, strict=True):
-            generation = model.generate(IDS, max_new_tokens=new)
+            generation = model.generate(IDS, max_new_tokens=new, speculate="off")
             streamed = generation.streamed_bytes_per_pass
             assert 0 < streamed < weights
             assert list(generation) == ids

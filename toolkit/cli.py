@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runner.cli import BENCH_PROMPT_TOKENS, BENCH_TOKENS, DEFAULT_NEW_TOKENS, guarded
+from runner.cli import (
+    BATCH_HELP,
+    BENCH_PROMPT_TOKENS,
+    BENCH_TOKENS,
+    DEFAULT_NEW_TOKENS,
+    DEFAULT_SPECULATION,
+    DRAFT_HELP,
+    OUT_HELP,
+    PROMPTS_HELP,
+    SPECULATE_HELP,
+    guarded,
+)
 from runner.cli import bench as run_bench
 from runner.cli import generate as run_generation
 from runner.cli import plan as run_plan
@@ -424,15 +435,36 @@ def _stored(found: Info) -> str:
 def generate(
     context: typer.Context,
     directory: Prepared,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help=PROMPTS_HELP)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=OUT_HELP)] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Stop after so many tokens.")
     ] = DEFAULT_NEW_TOKENS,
     ram: Ram = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help=BATCH_HELP, show_default="what the RAM suggests")
+    ] = None,
+    speculate: Annotated[str, typer.Option(metavar="HOW", help=SPECULATE_HELP)] = DEFAULT_SPECULATION,
+    draft: Annotated[Path | None, typer.Option(metavar="DIR", help=DRAFT_HELP)] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, printed as it grows. Each token is the likeliest one."""
-    finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json, ram))
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
+    finish(
+        context,
+        lambda: run_generation(
+            directory,
+            prompt,
+            max_new_tokens,
+            as_json,
+            ram,
+            speculate=speculate,
+            draft=draft,
+            prompts=prompts,
+            out=out,
+            batch=batch,
+        ),
+    )
 
 
 @app.command()

@@ -3,6 +3,7 @@
     WORK/
       source/      the checkpoint in the Hub's layout, unless one is given
       prepared/    bloomdesk
+      lossless/    bloomdesk, its matrices coded
       torch/       the tutorial's way: torch.save of each part
       hub/         transformers and AirLLM: safetensors, a shard for each block, `transformer.` before each name
       bloom.gguf   llama.cpp
@@ -34,10 +35,21 @@ def prepared(work: Path, source: Path | None, like: str | None) -> Path:
         if source is None:
             hidden, heads, blocks = TRUE_SHAPES[like]
             source = work / "source"
-            synthetic(source, hidden_size=hidden, heads=heads, blocks=blocks, vocab_size=TRUE_VOCABULARY)
+            shape = {"hidden_size": hidden, "heads": heads, "blocks": blocks, "vocab_size": TRUE_VOCABULARY}
+            synthetic(source, **shape, normal_embedding=True)
         command = [sys.executable, "-m", "toolkit.cli", "convert", source, directory]
         subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
     return directory
+
+
+def lossless(work: Path, directory: Path) -> Path:
+    """The lossless form of a prepared directory, from the source in `work` or else from its `hub` form."""
+    out = work / "lossless"
+    if not (out / "manifest.backup.json").exists():
+        source = work / "source" if (work / "source").exists() else hub(work, directory)
+        command = [sys.executable, "-m", "toolkit.cli", "convert", source, out, "--lossless"]
+        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
+    return out
 
 
 def hub(work: Path, directory: Path) -> Path:

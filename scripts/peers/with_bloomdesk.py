@@ -36,7 +36,10 @@ def main() -> None:
         budget["ram"] = int(given.settings["ram"]) if "ram" in given.settings else given.ram
     model = runner.load(given.checkpoint, **budget)
     counts: list[int] = []
-    generation = model.generate(given.prompt, max_new_tokens=given.tokens)
+    options = {"max_new_tokens": given.tokens}
+    if "speculate" in inspect.signature(model.generate).parameters:
+        options["speculate"] = "off"  # one token a pass, as the peers have it
+    generation = model.generate(given.prompt, **options)
     measured = measure(counted(generation, counts), given.tokens)
     report(measured, streamed_bytes=streamed_bytes(generation, counts), settings=budget)
 
