@@ -128,6 +128,7 @@ def edits(texts: Sequence[Text], count: int) -> list[str]:
         table, condition = re.search(r"FROM (\w+) WHERE (.*?)(?: ORDER BY \w+)?;", text.answer).groups()
         groups[f"{table} {condition}"].append(text)
     pairs = [(group[0], other) for group in groups.values() for other in group[1:]]
+    pairs = [(first, second) for first, second in pairs if first.answer != second.answer]
     return [f"{first.prompt}{first.answer}\n{second.prompt}" for first, second in pairs][:count]
 
 
