@@ -83,6 +83,12 @@ class Budget:
     def read_ahead(self) -> int:
         return self.slots * self.slot_nbytes
 
+    @property
+    def unused(self) -> int:
+        """What nothing has a use for."""
+        taken = self.process + self.cache + self.activations + self.draft + MARGIN
+        return self.total - taken - self.read_ahead - self.resident_bytes
+
 
 def default_total() -> int:
     """Bytes for this process when nobody says: most of what machine and control group can spare."""

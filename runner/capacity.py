@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # More prompts at a time hardly save anything: a pass of so many rows computes for longer than a disk reads.
 MOST_AT_A_TIME = 64
-# Of what is left beside caches and slots, the part that rows may take which are not strictly needed.
-SHARE_FOR_ROWS = 0.25
+# How much more may be streamed for the sake of rows that are not strictly needed.
+SHARE_FOR_ROWS = 0.1
 # How much faster memory is than a disk: it decides nothing but what is worth its RAM.
 MEMORY_TO_DISK = 10.0
 
@@ -100,12 +100,14 @@ class Planner:
         least = self._capacity(
             batch, batch, batch
         )  # a row for each is needed, and raises where it does not fit
-        room = SHARE_FOR_ROWS * (least.shares.resident_bytes + least.shares.activations)
-        logit_rows = batch
-        for proposals in (self._proposals, self._proposals // 2, self._proposals // 4):
+        shares = least.shares
+        room = shares.activations + shares.unused
+        room += SHARE_FOR_ROWS * min(shares.resident_bytes, shares.streamed_bytes)
+        logit_rows, proposals = batch, self._proposals
+        while proposals and logit_rows == batch:
             if self._activations(batch * (1 + proposals), batch * (1 + proposals)) <= room:
                 logit_rows = batch * (1 + proposals)
-                break
+            proposals //= 2
         wanted = max(logit_rows, sum(self._prompts[:batch]))
         rows = _most(logit_rows, wanted, lambda rows: self._activations(rows, logit_rows) <= room)
         # A prompt that a pass can carry as a whole never goes through two.
