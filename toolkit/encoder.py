@@ -30,7 +30,7 @@ from runner.prepared import PANEL_COLUMNS, STRIP_ROWS, strip_count
 _SHORT, _NO = ir.IntType(16), ir.Constant(ir.IntType(1), 0)
 _MOST = STRIP_ROWS * PANEL_COLUMNS + GROUP  # weights of a panel, filled up; the unit of the scratch memory:
 _EXPONENTS, _OTHERS, _CODES, _ESCAPES, _CODED, _TABLES = 0, 1, 2, (3, 4), 5, 9
-_KINDS = 256  # of exponents
+_KINDS, _COUNTERS = 256, 4  # of exponents, and counters of each
 
 
 def encode_strips(rows: object, columns: int) -> tuple[bytes, list[int]]:
@@ -47,7 +47,7 @@ def encode_strips(rows: object, columns: int) -> tuple[bytes, list[int]]:
     # A panel that would not become smaller is stored, with a header and filled up.
     out = (ctypes.c_ubyte * (len(source) + strips * panels * (HEADER + CODES)))()
     lengths = (ctypes.c_int64 * strips)()
-    scratch = (ctypes.c_ubyte * (_TABLES * _MOST + 4096))()
+    scratch = (ctypes.c_ubyte * (_TABLES * _MOST + 8192))()
     _encoder()(source, count, columns, out, lengths, scratch)
     return bytes(memoryview(out)[: sum(lengths)]), list(lengths)
 
@@ -99,7 +99,7 @@ def _emit_panel(module: ir.Module) -> ir.Function:
         b.gep(scratch, [index(unit * _MOST)]) for unit in (_EXPONENTS, _OTHERS, _CODES, _CODED)
     )
     counts = b.bitcast(b.gep(scratch, [index(_TABLES * _MOST)]), LANE.as_pointer())
-    tables = b.gep(scratch, [index(_TABLES * _MOST + 4 * _KINDS)])
+    tables = b.gep(scratch, [index(_TABLES * _MOST + 4 * _COUNTERS * _KINDS)])
     count = b.mul(rows, columns)
     _zero(b, coded, index(HEADER))
     _split(b, weights, stride, rows, columns, exponents, others)
@@ -150,17 +150,19 @@ def _split(
     others: ir.Value,
 ) -> None:
     """Each weight, turned left by one bit, into its exponent and its mantissa with the sign."""
-    one, fifteen, eight = (ir.Constant(_SHORT, bits) for bits in (1, 15, 8))
     with loop(b, index(0), rows, 1) as row:
         start = b.gep(weights, [b.mul(b.mul(row, stride), index(ELEMENT))])
-        with loop(b, index(0), columns, 1) as column:
-            address = b.gep(start, [b.mul(column, index(ELEMENT))])
-            weight = b.load(b.bitcast(address, _SHORT.as_pointer()))
-            weight.align = 1
-            turned = b.or_(b.shl(weight, one), b.lshr(weight, fifteen))
-            place = b.add(b.mul(row, columns), column)
-            b.store(b.trunc(b.lshr(turned, eight), BYTE), b.gep(exponents, [place]))
-            b.store(b.trunc(turned, BYTE), b.gep(others, [place]))
+        place = b.mul(row, columns)
+        whole = b.and_(columns, index(-CODES))
+        for begin, end, count in ((index(0), whole, CODES), (whole, columns, 1)):
+            with loop(b, begin, end, count) as column:
+                some = load_bytes(b, b.gep(start, [b.mul(column, index(ELEMENT))]), ELEMENT * count)
+                weight = b.bitcast(some, ir.VectorType(_SHORT, count))
+                one, eight, fifteen = (vector(_SHORT, [bits] * count) for bits in (1, 8, 15))
+                turned = b.or_(b.shl(weight, one), b.lshr(weight, fifteen))
+                here, half = b.add(place, column), ir.VectorType(BYTE, count)
+                store(b, b.trunc(b.lshr(turned, eight), half), b.gep(exponents, [here]))
+                store(b, b.trunc(turned, half), b.gep(others, [here]))
 
 
 def _choose(
@@ -171,11 +173,20 @@ def _choose(
     Of exponents that are equally common the lower one comes first.
     """
     kinds = index(_KINDS)
-    _zero(b, b.bitcast(counts, BYTES), index(4 * _KINDS))
+    _zero(b, b.bitcast(counts, BYTES), index(4 * _COUNTERS * _KINDS))
     b.call(_set(b.module), [tables, ir.Constant(BYTE, ESCAPE), index(len(TABLES) * _KINDS), _NO])
-    with loop(b, index(0), count, 1) as place:
-        counter = b.gep(counts, [b.zext(b.load(b.gep(exponents, [place])), INDEX)])
-        b.store(b.add(b.load(counter), ir.Constant(LANE, 1)), counter)
+    whole = b.and_(count, index(-_COUNTERS))
+    for begin, end, step in ((index(0), whole, _COUNTERS), (whole, count, 1)):
+        with loop(b, begin, end, step) as place:
+            for own in range(step):  # or an exponent that comes twice would wait for itself
+                kind = b.zext(b.load(b.gep(exponents, [b.add(place, index(own))])), INDEX)
+                counter = b.gep(counts, [b.add(kind, index(own * _KINDS))])
+                b.store(b.add(b.load(counter), ir.Constant(LANE, 1)), counter)
+    with loop(b, index(0), kinds, 1) as kind:
+        total = b.load(b.gep(counts, [kind]))
+        for own in range(1, _COUNTERS):
+            total = b.add(total, b.load(b.gep(counts, [b.add(kind, index(own * _KINDS))])))
+        b.store(total, b.gep(counts, [kind]))
     with b.goto_entry_block():
         best = b.alloca(INDEX)
     for number in range(len(TABLES) * ESCAPE):
