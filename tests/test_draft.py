@@ -154,7 +154,7 @@ def test_one_that_is_useless_is_given_up_for_what_then_stays(
     monkeypatch.setattr("runner.budget.MARGIN", 0)
     monkeypatch.setattr("runner.pieces.LARGEST_PIECE", 50_000)
     model = runner.load(prepared()[1])
-    model = replace(model, ram=model.process_nbytes + 2_000_000)
+    model = replace(model, ram=model.process_nbytes + 1_700_000)
     wanted = plain(model, [Request([5, 6, 7], 60)])[0]
     monkeypatch.setattr(Draft, "nbytes", lambda self, *_: 1_000_000)
     generation = model.generate([5, 6, 7], max_new_tokens=60, speculate="off", draft=other)
