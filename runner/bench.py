@@ -13,7 +13,7 @@ import torch
 
 from runner import rates, system
 from runner.errors import BloomdeskError
-from runner.forecast import Forecast, forecast, limit
+from runner.forecast import Forecast, coded_share, forecast, limit
 from runner.kernel import Kernel
 from runner.kv_cache import KVCache
 from runner.model import Model, OnPart
@@ -62,7 +62,8 @@ class Bench:
     @property
     def limit_seconds(self) -> float:
         """The least that a pass can take: what was streamed at the disk's rate, or all weights at the memory's."""
-        return limit(self.forecast.weight_bytes, self.run.streamed_bytes_per_pass, self.rates)
+        found = self.forecast
+        return limit(found.weight_bytes, self.run.streamed_bytes_per_pass, self.rates, found.share)
 
     @property
     def percent_of_limit(self) -> float:
@@ -107,7 +108,15 @@ def bench(
     kernel = Kernel(dtype, workers(torch.get_num_threads()))
     disk = max(before, rates.disk_rate(paths))  # of a disk that others use as well, what it can give
     found = Rates(disk, *rates.kernel_rates(kernel, dtype))
-    predicted = forecast(manifest.model, measured.ram, measured.process_bytes, found, prompt_tokens, tokens)
+    predicted = forecast(
+        manifest.model,
+        measured.ram,
+        measured.process_bytes,
+        found,
+        prompt_tokens,
+        tokens,
+        coded_share(manifest),
+    )
     return Bench(directory, found, measured, predicted)
 
 

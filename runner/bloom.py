@@ -4,7 +4,10 @@ Reference: transformers, `models/bloom/modeling_bloom.py`; the model: https://ar
 Where a result is rounded (to bfloat16 after every operation) decides bits, so the grouping of the operations
 here is part of the contract: docs/architecture.md says how equality is tested.
 
-Shapes: T rows of this pass, S positions of the cache that they may look at, H heads, D head dim, E hidden = H * D,
+A pass may carry rows of several sequences. Their rows lie one after another in x; every operation but attention takes
+them one by one, and attention goes by sequence: so each row has the bits that it has alone.
+
+Shapes: T rows of this pass, S positions of a cache that they may look at, H heads, D head dim, E hidden = H * D,
 V vocabulary.
 """
 
@@ -12,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from runner.kv_cache import BlockCache
+from runner.budget import score_rows
+from runner.kv_cache import BlockCache, whole_lanes
 from runner.prepared import Hyperparameters
 from runner.weights import Part
 
@@ -71,22 +76,60 @@ def causal_mask(rows: int, length: int, padded: int, dtype: torch.dtype) -> torc
     return torch.zeros(rows, padded, dtype=dtype).masked_fill(future, torch.finfo(dtype).min)
 
 
-def attention(
-    x: torch.Tensor, block: Part, cache: BlockCache, start: int, alibi: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """Causal self-attention of x [T, E], at positions from `start` on, over S cached ones -> [T, E].
+@dataclass(frozen=True)
+class View:
+    """What one sequence's rows of a pass may look at.
 
-    S may reach beyond the last row's position: what lies there is masked, and weighs nothing.
+    Rows `first` to `last` of x are those of the sequence, and go to its cache from position `start` on. `masks` are
+    [t, S] for t of them after another: so the scores of a long prompt are never in memory all at once.
     """
-    T, S = mask.shape
-    H, D = cache.n_head, cache.head_dim
-    fused = linear(x, block, "self_attention.query_key_value").view(T, H, 3, D)
+
+    first: int
+    last: int
+    start: int
+    masks: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, first: int, rows: int, start: int, n_head: int, dtype: torch.dtype) -> View:
+        step = score_rows(n_head, start + rows)
+        masks = []
+        for done in range(0, rows, step):
+            count = min(step, rows - done)
+            length = start + done + count
+            masks.append(causal_mask(count, length, whole_lanes(length), dtype))
+        return cls(first, first + rows, start, tuple(masks))
+
+
+def attend(fused: torch.Tensor, cache: BlockCache, view: View, alibi: torch.Tensor) -> torch.Tensor:
+    """Causal self-attention of one sequence: fused queries, keys and values [T, H, 3, D] -> [T, E].
+
+    S may reach beyond a row's position: what lies there is masked, and weighs nothing.
+    """
+    D = cache.head_dim
     q, k, v = (fused[:, :, i].transpose(0, 1) for i in range(3))  # 3 x [H, T, D]
-    cache.write(k, v, start)
-    products = cache.scores(q, S) * (1.0 / math.sqrt(D))  # [H, T, S]
-    scores = products.add_(alibi).to(x.dtype) + mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(x.dtype)
-    context = cache.context(weights).to(x.dtype).transpose(0, 1).reshape(x.shape)  # [H, T, D] -> [T, E]
+    cache.write(k, v, view.start)
+    contexts, done = [], 0
+    for mask in view.masks:
+        t, S = mask.shape
+        products = cache.scores(q[:, done : done + t], S) * (1.0 / math.sqrt(D))  # [H, t, S]
+        scores = products.add_(alibi[:, :, :S]).to(fused.dtype) + mask
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(fused.dtype)
+        contexts.append(cache.context(weights).to(fused.dtype).transpose(0, 1).reshape(t, -1))
+        done += t
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def attention(
+    x: torch.Tensor, block: Part, caches: Sequence[BlockCache], views: Sequence[View], alibi: torch.Tensor
+) -> torch.Tensor:
+    """Self-attention of x [T, E], each sequence's rows over its own cache -> [T, E]."""
+    H, D = caches[0].n_head, caches[0].head_dim
+    fused = linear(x, block, "self_attention.query_key_value").view(len(x), H, 3, D)
+    contexts = [
+        attend(fused[view.first : view.last], cache, view, alibi)
+        for cache, view in zip(caches, views, strict=True)
+    ]
+    context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return linear(context, block, "self_attention.dense")
 
 
@@ -103,20 +146,19 @@ def mlp(x: torch.Tensor, block: Part) -> torch.Tensor:
 def block_forward(
     x: torch.Tensor,
     block: Part,
-    cache: BlockCache,
-    start: int,
+    caches: Sequence[BlockCache],
+    views: Sequence[View],
     alibi: torch.Tensor,
-    mask: torch.Tensor,
     model: Hyperparameters,
 ) -> torch.Tensor:
-    """One transformer block: x [T, E] -> [T, E].
+    """One transformer block: x [T, E] -> [T, E], with the cache and the view of each sequence.
 
     The residual is x itself or, as a few models have it, what the LayerNorm made of x.
     """
     after_norm = model.apply_residual_connection_post_layernorm
 
     normed = layer_norm(x, block, "input_layernorm.", model.layer_norm_epsilon)
-    x = (normed if after_norm else x) + attention(normed, block, cache, start, alibi, mask)
+    x = (normed if after_norm else x) + attention(normed, block, caches, views, alibi)
 
     normed = layer_norm(x, block, "post_attention_layernorm.", model.layer_norm_epsilon)
     return (normed if after_norm else x) + mlp(normed, block)

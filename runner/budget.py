@@ -18,6 +18,9 @@ MARGIN = 48 * 2**20
 # Bytes for each element: float32 sums, their rounded form, and what an activation function makes of them on its way.
 BYTES_BY_FEATURE = 14
 BYTES_BY_SCORE = 14
+# Scores of a long prompt are computed for so many bytes at a time, or for a few rows.
+SCORE_BYTES = 64 * 2**20
+LEAST_SCORE_ROWS = 4
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -43,11 +46,22 @@ def shown_size(nbytes: int) -> str:
     return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 9.95e8 else f"{nbytes / 1e6:,.0f} MB"
 
 
-def activation_bytes(model: Hyperparameters, rows: int, length: int, element_size: int) -> int:
-    """The most that a pass of `rows` rows over `length` positions needs beside weights and cache."""
+def score_rows(n_head: int, length: int) -> int:
+    """Rows of a sequence whose scores over `length` positions are computed at a time."""
+    return max(LEAST_SCORE_ROWS, SCORE_BYTES // (n_head * length * BYTES_BY_SCORE))
+
+
+def activation_bytes(
+    model: Hyperparameters, rows: int, length: int, element_size: int, logit_rows: int = 1
+) -> int:
+    """The most that a pass needs beside weights and caches.
+
+    `rows` rows, those of one sequence over up to `length` positions; `logit_rows` of them give logits.
+    """
     widest = rows * 4 * model.hidden_size * BYTES_BY_FEATURE
-    scores = model.n_head * rows * length * BYTES_BY_SCORE
-    return max(widest, scores) + 8 * rows * model.hidden_size * element_size + 8 * model.vocab_size
+    scores = model.n_head * min(rows, score_rows(model.n_head, length)) * length * BYTES_BY_SCORE
+    states = 8 * rows * model.hidden_size * element_size
+    return max(widest, scores) + states + 8 * logit_rows * model.vocab_size
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Budget:
     process: int
     cache: int
     activations: int
+    draft: int  # a draft model with all that is its own
     slots: int
     slot_nbytes: int
     resident: frozenset[int]
@@ -68,6 +83,12 @@ class Budget:
     def read_ahead(self) -> int:
         return self.slots * self.slot_nbytes
 
+    @property
+    def unused(self) -> int:
+        """What nothing has a use for."""
+        taken = self.process + self.cache + self.activations + self.draft + MARGIN
+        return self.total - taken - self.read_ahead - self.resident_bytes
+
 
 def default_total() -> int:
     """Bytes for this process when nobody says: most of what machine and control group can spare."""
@@ -75,7 +96,13 @@ def default_total() -> int:
 
 
 def share_out(
-    total: int, process: int, cache: int, activations: int, pieces: Sequence[int], slot_nbytes: int
+    total: int,
+    process: int,
+    cache: int,
+    activations: int,
+    pieces: Sequence[int],
+    slot_nbytes: int,
+    draft: int = 0,
 ) -> Budget:
     """Share `total` bytes out, for pieces of these sizes in the order of a pass.
 
@@ -83,22 +110,29 @@ def share_out(
     computed. Raises `BloomdeskError` where not even streaming everything fits.
     """
     weights = sum(pieces)
-    spare = total - process - cache - activations - MARGIN
+    spare = total - process - cache - activations - draft - MARGIN
     if spare >= weights:
-        return Budget(total, process, cache, activations, 0, 0, frozenset(range(len(pieces))), weights, 0)
+        everything = frozenset(range(len(pieces)))
+        return Budget(total, process, cache, activations, draft, 0, 0, everything, weights, 0)
     ahead = min(FEWEST_SLOTS * slot_nbytes, weights)
     needed = total - spare + ahead
     if needed > total:
+        drafting, without = "", ""
+        if draft:
+            drafting, without = f", the draft {shown_size(draft)}", ", or without the draft"
         raise BloomdeskError(
             f"{shown_size(total)} of RAM are too little: {shown_size(needed)} are needed, of which the program "
-            f"{shown_size(process + MARGIN)}, the KV cache {shown_size(cache)}, a pass {shown_size(activations)}, "
-            f"reading ahead {shown_size(ahead)}",
-            f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new tokens",
+            f"{shown_size(process + MARGIN)}, the KV cache {shown_size(cache)}, a pass {shown_size(activations)}"
+            f"{drafting}, reading ahead {shown_size(ahead)}",
+            f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
+            f"tokens{without}",
         )
     slots = min(MOST_SLOTS, max(FEWEST_SLOTS, spare // 8 // slot_nbytes))
     resident = spread(pieces, spare - slots * slot_nbytes)
     kept = sum(pieces[index] for index in resident)
-    return Budget(total, process, cache, activations, slots, slot_nbytes, resident, kept, weights - kept)
+    return Budget(
+        total, process, cache, activations, draft, slots, slot_nbytes, resident, kept, weights - kept
+    )
 
 
 def spread(sizes: Sequence[int], room: int) -> frozenset[int]:

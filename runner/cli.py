@@ -11,43 +11,82 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
+    from runner.batch import Batch
     from runner.bench import Bench
+    from runner.continuation import Continuation
     from runner.decode import Generation
     from runner.forecast import Forecast
     from runner.plan import Plan
     from runner.prepared import Hyperparameters
+    from runner.prompts import Prompt
     from runner.rates import Rates
 
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 DEFAULT_NEW_TOKENS = 64
+DEFAULT_SPECULATION = "lookup"
+PROMPTS_HELP = (
+    "A file of prompts in place of PROMPT: .txt, one a line, or .jsonl, an object with a prompt a line."
+)
+OUT_HELP = "Where the results of --prompts go, one JSON object a line; run it again to go on."
+BATCH_HELP = "How many prompts may share a pass."
+SPECULATE_HELP = "What proposes tokens, which changes none: lookup in the text so far, or off."
+DRAFT_HELP = "A small prepared BLOOM with the same tokenizer, to propose tokens as well."
 BENCH_TOKENS, BENCH_PROMPT_TOKENS = 4, 16
 
 
 def generate(
     directory: Path,
-    prompt: str,
+    prompt: str | None,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     as_json: bool = False,
     ram: str | None = None,
+    *,
+    speculate: str = DEFAULT_SPECULATION,
+    draft: Path | None = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    batch: int | None = None,
 ) -> int:
     """Print the greedy continuation of `prompt` as it grows, or one JSON object at the end; the exit status.
 
-    `ram` is a size like 12GB. Raises `BloomdeskError` for a directory, a prompt or a size that can't be used.
+    With a file of `prompts` in place of it, JSON lines, to `out` where that is given. `ram` is a size like 12GB. Raises
+    `BloomdeskError` for anything among these that can't be used.
     """
+    if (prompt is None) == (prompts is None):
+        raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    if prompts is not None:
+        return _generate_all(directory, prompts, out, max_new_tokens, ram, batch, speculate, draft)
+    if out is not None or batch is not None:
+        raise BloomdeskError("--out and --batch are for a file of --prompts, and there is but one PROMPT")
+    return _generate_one(directory, prompt, max_new_tokens, as_json, ram, speculate, draft)
+
+
+def _generate_one(
+    directory: Path,
+    prompt: str,
+    max_new_tokens: int,
+    as_json: bool,
+    ram: str | None,
+    speculate: str,
+    draft: Path | None,
+) -> int:
     import runner
     from runner.budget import parse_size
     from runner.terminal import Terminal
 
     terminal = Terminal(sys.stdout, sys.stderr)
     model = runner.load(directory, parse_size(ram) if ram else None)
-    generation = model.generate(prompt, max_new_tokens=max_new_tokens, on_part=terminal.note)
+    generation = model.generate(
+        prompt, max_new_tokens=max_new_tokens, speculate=speculate, draft=draft, on_part=terminal.note
+    )
+    _note(_chosen(generation.batch))
     stream = model.tokenizer.stream()
     show = (lambda text: terminal.clear()) if as_json else terminal.write
     start = time.perf_counter()
@@ -60,40 +99,161 @@ def generate(
     seconds = time.perf_counter() - start
     show(stream.finish())
     if as_json:
-        report = _report(prompt, generation, model.tokenizer.decode(generation.ids), seconds, bool(status))
-        print(json.dumps(report, ensure_ascii=False))
+        text = model.tokenizer.decode(generation.ids)
+        print(json.dumps({"prompt": prompt, **_report(generation, text, seconds)}, ensure_ascii=False))
     else:
         print()
-        _summarise(generation, seconds)
+        _note(_summary(generation, seconds))
     return status
 
 
-def _report(
-    prompt: str, generation: Generation, text: str, seconds: float, interrupted: bool
-) -> dict[str, object]:
+def _report(found: Generation | Continuation, text: str, seconds: float) -> dict[str, object]:
+    tokens = len(found.ids)
     return {
-        "prompt": prompt,
-        "prompt_token_ids": generation.prompt_ids,
-        "token_ids": generation.ids,
+        "prompt_token_ids": list(found.prompt_ids),
+        "token_ids": found.ids,
         "text": text,
-        "seconds_per_token": seconds / len(generation.ids) if generation.ids else None,
-        "passes": generation.passes,
-        "bytes_read": generation.bytes_read,
-        "stop_reason": "interrupted" if interrupted else generation.stop_reason,
+        "seconds_per_token": seconds / tokens if tokens else None,
+        "passes": found.passes,
+        "bytes_read": found.bytes_read,
+        "stop_reason": found.stop_reason or "interrupted",
+        "tokens_per_pass": tokens / found.passes if found.passes else None,
+        "proposed": found.proposed,
+        "accepted": found.accepted,
+        "acceptance": found.accepted / found.proposed if found.proposed else None,
+        "drafting_seconds": found.drafting_seconds,
     }
 
 
-def _summarise(generation: Generation, seconds: float) -> None:
-    if not sys.stderr.isatty():
-        return
+def _note(line: str) -> None:
+    """A line for whoever sits at a terminal."""
+    if sys.stderr.isatty():
+        print(f"({line})", file=sys.stderr)
+
+
+def _chosen(batch: Batch) -> str:
+    """What a generation makes of the RAM and its options."""
+    from runner.budget import shown_size
+
+    capacity = batch.capacity
+    shares = capacity.shares
+    kept = "all weights stay"
+    if shares.streamed_bytes:
+        kept = f"{shown_size(shares.resident_bytes)} of weights stay, "
+        kept += f"{shown_size(shares.streamed_bytes)} are read in each pass"
+    return (
+        f"RAM {shown_size(shares.total)}: {kept}; batch {capacity.batch}; speculation {batch.speculation}; "
+        "set them with --ram, --batch, --speculate"
+    )
+
+
+def _summary(generation: Generation, seconds: float) -> str:
     tokens = len(generation.ids)
     pace = f"{seconds / tokens:.3g} s a token, " if tokens else ""
     reason = {"eos": "the model ended its text", "length": "the limit of new tokens was reached"}
     end = reason.get(generation.stop_reason or "", "interrupted")
-    read = f"{generation.bytes_read / 1e9:,.1f} GB of weights read in {generation.passes} passes"
-    if generation.disk_rate:
-        read += f" at {generation.disk_rate / 1e9:,.2f} GB/s"
-    print(f"({tokens} tokens, {pace}{read}; {end})", file=sys.stderr)
+    return f"{tokens} tokens, {pace}{_work(generation.batch)}; {end}"
+
+
+def _work(batch: Batch) -> str:
+    """Passes, what they read, and what speculation came to."""
+    traffic = batch.model.weights.stream.traffic
+    text = f"{batch.bytes_read / 1e9:,.1f} GB of weights read in {batch.passes} passes"
+    if traffic.reading_seconds:
+        text += f" at {traffic.bytes_fetched / traffic.reading_seconds / 1e9:,.2f} GB/s"
+    if batch.proposed:
+        text += f", {batch.tokens / batch.passes:.2f} tokens a pass, "
+        text += f"{batch.accepted} of {batch.proposed} proposed tokens right"
+    if batch.drafting_seconds:
+        text += f", {batch.drafting_seconds:.3g} s of drafting"
+    return text
+
+
+def _generate_all(
+    directory: Path,
+    prompts: Path,
+    out: Path | None,
+    max_new_tokens: int,
+    ram: str | None,
+    batch: int | None,
+    speculate: str,
+    draft: Path | None,
+) -> int:
+    from runner.prompts import read_prompts
+    from runner.results import Results
+
+    given = read_prompts(prompts)
+    if out is None:
+        write = _print_result
+        return _run_all(directory, prompts, given, write, max_new_tokens, ram, batch, speculate, draft)
+    with Results(out, given) as results:
+        left = tuple(prompt for prompt in given if prompt.index not in results.done)
+        if not left:
+            _note(f"all {len(given)} prompts are done")
+            return 0
+        return _run_all(
+            directory, prompts, left, results.append, max_new_tokens, ram, batch, speculate, draft
+        )
+
+
+def _print_result(index: int, result: Mapping[str, object]) -> None:
+    print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
+
+
+def _run_all(
+    directory: Path,
+    file: Path,
+    prompts: Sequence[Prompt],
+    write: Callable[[int, Mapping[str, object]], None],
+    max_new_tokens: int,
+    ram: str | None,
+    batch: int | None,
+    speculate: str,
+    draft: Path | None,
+) -> int:
+    """Continue all these prompts, and `write` each result as soon as it is there; the exit status."""
+    import runner
+    from runner.batch import Batch
+    from runner.budget import parse_size
+    from runner.terminal import StatusLine
+
+    model = runner.load(directory, parse_size(ram) if ram else None)
+    requests = []
+    for prompt in prompts:
+        try:
+            requests.append(model.request(prompt.text, prompt.max_new_tokens or max_new_tokens))
+        except BloomdeskError as error:
+            raise BloomdeskError(f"{file}, line {prompt.line}: {error.message}", error.hint) from error
+    line, done = StatusLine(sys.stderr), 0
+
+    def on_part(part: int, parts: int) -> None:
+        counts = (
+            f"{done} of {len(prompts)} prompts done, {running.active} in the batch, {running.waiting} waiting"
+        )
+        line.show(f"{counts} [part {part} of {parts}]")
+
+    running = Batch(model, requests, batch, speculate, draft, on_part)
+    _note(_chosen(running))
+    start = time.perf_counter()
+    try:
+        for found in running.run():
+            prompt = prompts[found.index]
+            named = {} if prompt.id is None else {"id": prompt.id}
+            report = _report(found, model.tokenizer.decode(found.ids), found.seconds)
+            line.clear()
+            write(prompt.index, {**named, "prompt": prompt.text, **report})
+            done += 1
+    except KeyboardInterrupt:
+        line.clear()
+        print(f"interrupted: {done} of {len(prompts)} prompts are done", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        line.clear()
+    seconds = time.perf_counter() - start
+    _note(
+        f"{done} prompts, {running.tokens} tokens, {running.tokens / seconds:.3g} tokens a second, {_work(running)}"
+    )
+    return 0
 
 
 def bench(directory: Path, ram: str | None, tokens: int, prompt_tokens: int, as_json: bool = False) -> int:
@@ -155,7 +315,7 @@ def plan(
     from runner.budget import parse_size
 
     found = plan.plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
-    room = found.disk_bytes
+    room = found.form.disk_bytes
     if found.name and room_to_prepare:
         room = room_to_prepare(found.model)
     fits = found.name is None or found.free_bytes >= room
@@ -169,12 +329,13 @@ def plan(
 def _print_plan(found: Plan, room: int, fits: bool) -> None:
     from runner.budget import shown_size
 
-    disk = f"{shown_size(found.disk_bytes)} there"
+    form, expected = found.form, found.form.forecast
+    disk = f"{shown_size(form.disk_bytes)} there"
     if found.name:
         verdict = "it fits" if fits else f"{shown_size(room - found.free_bytes)} too little"
-        disk = f"{shown_size(found.disk_bytes)}, and {shown_size(room)} while it is prepared"
+        disk = f"{shown_size(form.disk_bytes)}, and {shown_size(room)} while it is prepared"
         disk += f"; {shown_size(found.free_bytes)} are free: {verdict}"
-    shares = found.forecast.shares
+    shares = expected.shares
     parts = {
         "program": shares.process,
         "KV cache": shares.cache,
@@ -188,29 +349,47 @@ def _print_plan(found: Plan, room: int, fits: bool) -> None:
         "disk": disk,
         "rates": _shown_rates(found.rates),
         "RAM": f"{shown_size(shares.total)}: {used}",
-        "each token": f"{_shown_seconds(found.forecast.seconds_per_token)}, "
+        "each token": f"{_shown_seconds(expected.seconds_per_token)}, "
         f"with {shown_size(shares.streamed_bytes)} from the disk",
-        "prompt": f"{_shown_seconds(found.forecast.prompt_seconds)} for {found.prompt_tokens} tokens, "
+        "prompt": f"{_shown_seconds(expected.prompt_seconds)} for {found.prompt_tokens} tokens, "
         "with all weights from the disk",
     }
+    if found.lossless:
+        other = found.lossless
+        rows["lossless"] = (
+            f"{_shown_seconds(other.forecast.seconds_per_token)} a token, {shown_size(other.disk_bytes)} of disk; "
+            f"here the {found.advice} form is the faster one"
+            + (": prepare it with --lossless" if found.advice != form.coding else "")
+        )
     _print_rows(rows)
-    print(f"\n{'with RAM of':>12}{'stays':>12}{'streamed':>12}{'a token':>12}{'prompt':>12}")
-    for ram, forecast in found.others.items():
-        print(f"{shown_size(ram):>12}" + _forecast_cells(forecast))
+    columns = [
+        "with RAM of",
+        "stays",
+        "streamed",
+        "a token",
+        "prompt",
+        *(["lossless"] if found.lossless else []),
+    ]
+    print("\n" + "".join(f"{column:>12}" for column in columns))
+    for ram, forecast in form.others.items():
+        line = f"{shown_size(ram):>12}" + _forecast_cells(forecast)
+        if found.lossless:
+            line += _token_cell(found.lossless.others.get(ram, forecast))
+        print(line)
 
 
 def _forecast_cells(found: Forecast | None) -> str:
     from runner.budget import shown_size
 
     if found is None:
-        return f"{'too little':>12}"
-    cells = (
-        shown_size(found.shares.resident_bytes),
-        shown_size(found.shares.streamed_bytes),
-        _shown_seconds(found.seconds_per_token),
-        _shown_seconds(found.prompt_seconds),
-    )
-    return "".join(f"{cell:>12}" for cell in cells)
+        return f"{'too little':>12}{'':>36}"
+    sizes = (found.shares.resident_bytes, found.shares.streamed_bytes)
+    cells = "".join(f"{shown_size(size):>12}" for size in sizes)
+    return cells + _token_cell(found) + f"{_shown_seconds(found.prompt_seconds):>12}"
+
+
+def _token_cell(found: Forecast | None) -> str:
+    return f"{_shown_seconds(found.seconds_per_token) if found else '':>12}"
 
 
 def _print_rows(rows: Mapping[str, str]) -> None:
@@ -231,29 +410,45 @@ def _shown_rate(rate: float) -> str:
 def _shown_rates(rates: Rates) -> str:
     return (
         f"disk {_shown_rate(rates.disk)}, memory {_shown_rate(rates.memory)}, "
-        f"{rates.compute / 1e9:,.1f} billion multiply-adds/s"
+        f"lossless {_shown_rate(rates.decoded)}, {rates.compute / 1e9:,.1f} billion multiply-adds/s"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m runner DIR PROMPT`: the exit status."""
+    """`python -m runner DIR PROMPT`, or with --prompts: the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m runner", description="Generate from a prepared BLOOM checkpoint."
     )
     parser.add_argument("directory", type=Path, help="a prepared directory, as bloomdesk convert makes it")
-    parser.add_argument("prompt", help="the text to continue")
+    parser.add_argument("prompt", nargs="?", help="the text to continue")
     parser.add_argument(
         "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
         "--ram", metavar="SIZE", help="how much memory to use, like 12GB; default: what is free"
     )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=PROMPTS_HELP)
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help=OUT_HELP)
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help=f"{BATCH_HELP} Default: what the RAM suggests."
+    )
+    parser.add_argument("--speculate", default=DEFAULT_SPECULATION, metavar="HOW", help=SPECULATE_HELP)
+    parser.add_argument("--draft", type=Path, metavar="DIR", help=DRAFT_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     return guarded(
         lambda: generate(
-            options.directory, options.prompt, options.max_new_tokens, options.json, options.ram
+            options.directory,
+            options.prompt,
+            options.max_new_tokens,
+            options.json,
+            options.ram,
+            speculate=options.speculate,
+            draft=options.draft,
+            prompts=options.prompts,
+            out=options.out,
+            batch=options.batch,
         ),
         debug=options.debug,
     )

@@ -3,7 +3,8 @@
     a pass of one row   the longer of streamed bytes / disk, weights / memory; and a little for each block
     the prompt's pass   the longest of weights / disk, weights / memory, multiply-adds / compute; and that little
 
-The prompt's pass is the first, so it also brings what stays resident.
+The prompt's pass is the first, so it also brings what stays resident. Losslessly coded weights are fewer bytes of the
+disk and of the RAM, and go through the decoder in place of the memory.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from runner.budget import Budget
 from runner.header import DATA_ALIGNMENT, tensor_nbytes
 from runner.model import shares
 from runner.pieces import row_ranges
-from runner.prepared import Hyperparameters, part_specs
+from runner.prepared import Hyperparameters, Manifest, part_specs, strip_count
 from runner.rates import Rates
 
 # The small operations between a block's products, measured with blocks whose weights weigh nothing.
 SECONDS_BY_BLOCK = 0.001
+# What the lossless form leaves of a matrix with normal weights; docs/performance.md has how that was measured.
+LOSSLESS_SHARE = 0.67
 # What a tokenizer takes of the process's memory for each byte of its tokenizer.json, and that file's size for BLOOM.
 TOKENIZER_MEMORY = 13
 BLOOMS_TOKENIZER = 14_500_438
@@ -26,14 +29,15 @@ BLOOMS_TOKENIZER = 14_500_438
 
 @dataclass(frozen=True)
 class Forecast:
-    """One model in one amount of RAM on one machine.
+    """One model in one form in one amount of RAM on one machine.
 
     `limit_seconds` is the least time that a pass of one row can take: streamed bytes at the disk's rate, or all
-    weights at the memory's.
+    weights at the memory's or the decoder's.
     """
 
     shares: Budget
     weight_bytes: int
+    share: float  # of a matrix's bytes that are left of it; below 1 where it is coded
     limit_seconds: float
     seconds_per_token: float
     prompt_seconds: float
@@ -44,22 +48,37 @@ def weight_bytes(model: Hyperparameters) -> int:
     return sum(spec.nbytes(model.dtype) for spec in part_specs(model))
 
 
-def disk_bytes(model: Hyperparameters) -> int:
-    """Bytes of all parts; a header takes up one page."""
-    specs = part_specs(model)
-    return sum(DATA_ALIGNMENT + spec.nbytes(model.dtype) for spec in specs)
+def disk_bytes(model: Hyperparameters, share: float = 1.0) -> int:
+    """Bytes of all parts; a header takes up one page, and matrices `share` of what they are uncoded."""
+    specs, vectors = part_specs(model), weight_bytes(model) - sum(piece_bytes(model))
+    return len(specs) * DATA_ALIGNMENT + vectors + sum(piece_bytes(model, share))
 
 
-def piece_bytes(model: Hyperparameters) -> list[int]:
-    """Bytes of the pieces of all matrices, in the order of a pass."""
+def piece_bytes(model: Hyperparameters, share: float = 1.0) -> list[int]:
+    """Bytes of the pieces of all matrices, in the order of a pass; of coded ones, as if every strip had the same."""
     embedding, *others = part_specs(model)
-    return [
-        (last - first) * tensor_nbytes(model.dtype, shape[1:])
-        for spec in (*others, embedding)
-        for shape in spec.tensors.values()
-        if len(shape) == 2
-        for first, last in row_ranges(shape[0], tensor_nbytes(model.dtype, shape))
+    found = []
+    for spec in (*others, embedding):
+        for shape in spec.matrices.values():
+            nbytes = round(share * tensor_nbytes(model.dtype, shape))
+            units = strip_count(shape[0]) if share < 1 else shape[0]
+            cuts = row_ranges(units, nbytes)
+            found += [nbytes * last // units - nbytes * first // units for first, last in cuts]
+    return found
+
+
+def coded_share(manifest: Manifest) -> float:
+    """What is left of a matrix's bytes in the directory of this manifest, of all of them that are there: 1 uncoded."""
+    coded = {
+        (part.file, tensor.name): tensor.nbytes for part in manifest.parts.values() for tensor in part.decoded
+    }
+    stored = [
+        tensor.nbytes
+        for part in manifest.parts.values()
+        for tensor in part.tensors
+        if (part.file, tensor.name) in coded
     ]
+    return sum(stored) / sum(coded.values()) if coded else 1.0
 
 
 def process_bytes(model: Hyperparameters, in_use: int, tokenizer_json: int = BLOOMS_TOKENIZER) -> int:
@@ -68,25 +87,33 @@ def process_bytes(model: Hyperparameters, in_use: int, tokenizer_json: int = BLO
     return in_use + vectors + TOKENIZER_MEMORY * tokenizer_json
 
 
-def limit(weights: int, streamed: int, rates: Rates) -> float:
+def limit(weights: int, streamed: int, rates: Rates, share: float = 1.0) -> float:
     """The least seconds of a pass of one row."""
-    return max(streamed / rates.disk, weights / rates.memory)
+    return max(streamed / rates.disk, weights / (rates.decoded if share < 1 else rates.memory))
 
 
 def forecast(
-    model: Hyperparameters, ram: int, process: int, rates: Rates, prompt_tokens: int, new_tokens: int
+    model: Hyperparameters,
+    ram: int,
+    process: int,
+    rates: Rates,
+    prompt_tokens: int,
+    new_tokens: int,
+    share: float = 1.0,
 ) -> Forecast:
     """A prompt of `prompt_tokens` and `new_tokens` passes of one row, in `ram` bytes of which `process` are taken.
 
-    Raises `BloomdeskError` where the RAM is too little.
+    `share` is what is left of a matrix's bytes, below 1 where it is losslessly coded. Raises `BloomdeskError` where the
+    RAM is too little.
     """
-    shared = shares(model, piece_bytes(model), ram, process, prompt_tokens + new_tokens, prompt_tokens)
+    pieces = piece_bytes(model, share)
+    shared = shares(model, pieces, ram, process, prompt_tokens + new_tokens, prompt_tokens)
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
-    least = limit(weights, shared.streamed_bytes, rates)
+    least = limit(weights, shared.streamed_bytes, rates, share)
     prompt = max(
-        weights / rates.disk, weights / rates.memory, multiplications(model, prompt_tokens) / rates.compute
+        limit(weights, sum(pieces), rates, share), multiplications(model, prompt_tokens) / rates.compute
     )
-    return Forecast(shared, weights, least, least + between, prompt + between)
+    return Forecast(shared, weights, share, least, least + between, prompt + between)
 
 
 def multiplications(model: Hyperparameters, rows: int) -> int:

@@ -13,7 +13,7 @@ import errno
 import json
 import math
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -84,18 +84,24 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return BYTES_PER_ELEMENT[dtype] * math.prod(shape)
 
 
-def encode_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    room: int = 0,
+) -> bytes:
     """Length and header for `(name, dtype, shape)` triples stored in this order without gaps.
 
-    The result's length is a multiple of `DATA_ALIGNMENT`, and depends on nothing but the triples.
+    The result's length is a multiple of `DATA_ALIGNMENT`, and `room` at least. It depends on nothing but the
+    arguments. `metadata` is added to that of every part.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name, dtype, shape in tensors:
         end = position + tensor_nbytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * max(room - 8 - len(text), 0)
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 

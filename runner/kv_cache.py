@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from runner.kernel import LANES, Kernel
+from runner.kernel import Kernel
 from runner.prepared import Hyperparameters
+from runner.product import LANES
+
+LEAST_POSITIONS = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class BlockCache:
         self.keys[:, start:end] = keys
         self.values[:, :, start:end] = values.transpose(1, 2)
 
+    def clear(self, first: int, last: int) -> None:
+        """Have positions `first` to `last` hold zeros again."""
+        self.keys[:, first:last] = 0
+        self.values[:, :, first:last] = 0
+
     def scores(self, queries: torch.Tensor, length: int) -> torch.Tensor:
         """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
@@ -55,6 +64,7 @@ class KVCache:
 
     The memory is reserved at once and taken from the machine as it fills. `length` positions count: a pass adds
     its rows to it when it is through all blocks, so that a pass that was interrupted can simply be run again.
+    The memory goes back to the machine with the last reference to the cache.
     """
 
     def __init__(self, model: Hyperparameters, capacity: int, dtype: torch.dtype, kernel: Kernel) -> None:
@@ -66,12 +76,41 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
+    def rewind(self, length: int) -> None:
+        """Forget all positions from `length` on. Raises ValueError where there are not so many."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} positions cannot go back to {length}")
+        self.clear(length, self.length)
+        self.length = length
+
+    def clear(self, first: int, last: int) -> None:
+        """Have positions `first` to `last` of all blocks hold zeros again."""
+        for block in self.blocks:
+            block.clear(first, last)
+
     @staticmethod
     def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:
         """What a cache for `capacity` positions takes."""
         return 2 * model.n_layer * whole_lanes(capacity) * model.hidden_size * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Rows of one sequence in a pass: `ids` go to the end of its cache, and the last `logits` of them give logits."""
+
+    ids: Sequence[int]
+    cache: KVCache
+    logits: int = 1
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache after the pass."""
+        return self.cache.length + len(self.ids)
+
+
 def whole_lanes(positions: int) -> int:
-    """The next multiple of the kernel's lanes: with it, a row's sums are the same however many rows come after it."""
-    return -(-positions // LANES) * LANES
+    """The next multiple of the kernel's lanes: with it, a row's sums are the same however many rows come after it.
+
+    At least the lanes of a 512-bit register, below which torch's softmax takes its sum in another order.
+    """
+    return max(LEAST_POSITIONS, -(-positions // LANES) * LANES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from runner import bloom, budget, system
+from runner.batch import LOOKUP, Batch
 from runner.budget import Budget
+from runner.continuation import Continuation, Request
 from runner.decode import Generation
 from runner.errors import BloomdeskError
-from runner.kv_cache import KVCache, whole_lanes
+from runner.kv_cache import KVCache, Stretch, whole_lanes
 from runner.prepared import Hyperparameters
 from runner.stream import slot_bytes
 from runner.tokenizer import Tokenizer
@@ -72,52 +74,106 @@ class Model:
         """
         shared = self.budget(capacity, capacity if rows is None else rows)
         self.weights.stream.arrange(shared.resident, shared.slots)
+        return self.new_cache(capacity)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty KV cache for `capacity` positions, for which there is room already."""
         return KVCache(self.weights.model, capacity, self.weights.dtype, self.weights.kernel)
 
-    @torch.inference_mode()
     def forward(
         self, ids: Sequence[int], cache: KVCache, *, all_rows: bool = False, on_part: OnPart | None = None
     ) -> torch.Tensor:
-        """One pass: append `ids` (T tokens) to the cache and return logits.
+        """One pass over one sequence, see `forward_all`: logits [1, V] of the last row, or [T, V] with `all_rows`."""
+        return self.forward_all([Stretch(ids, cache, len(ids) if all_rows else 1)], on_part)[0]
 
-        [1, V], those of the last row, or [T, V] with `all_rows`; in the model's dtype. A pass that an exception
-        ended has added nothing to the cache. Raises ValueError where the cache has no room for `ids`, and
-        `BloomdeskError` where a part cannot be read or was changed since it was opened.
+    @torch.inference_mode()
+    def forward_all(self, stretches: Sequence[Stretch], on_part: OnPart | None = None) -> list[torch.Tensor]:
+        """One pass: append each stretch's ids to its cache and return its logits [n, V], in the model's dtype.
+
+        They have the bits that the sequence's own pass would give. A pass that an exception ended has changed no
+        cache. Raises ValueError where a cache has no room, and `BloomdeskError` where a part cannot be read or was
+        changed since it was opened.
         """
-        length = cache.length + len(ids)
-        if length > cache.capacity:
-            raise ValueError(f"{length} positions do not fit a cache of {cache.capacity}")
-        with _one_thread():
-            return self._forward(ids, cache, all_rows, on_part)
+        for stretch in stretches:
+            if stretch.length > stretch.cache.capacity:
+                raise ValueError(f"{stretch.length} positions do not fit a cache of {stretch.cache.capacity}")
+        try:
+            with _one_thread():
+                logits = self._forward(stretches, on_part)
+        except BaseException:
+            for stretch in stretches:
+                stretch.cache.clear(stretch.cache.length, stretch.length)
+            raise
+        for stretch in stretches:
+            stretch.cache.length = stretch.length
+        return logits
 
-    def _forward(
-        self, ids: Sequence[int], cache: KVCache, all_rows: bool, on_part: OnPart | None
-    ) -> torch.Tensor:
+    def _forward(self, stretches: Sequence[Stretch], on_part: OnPart | None) -> list[torch.Tensor]:
         model, weights = self.weights.model, self.weights
-        rows, length = len(ids), cache.length + len(ids)
-        seen = whole_lanes(length)
-        alibi = bloom.alibi_bias(model.n_head, seen, weights.dtype)
-        mask = bloom.causal_mask(rows, length, seen, weights.dtype)
-        x = bloom.embed(ids, weights.embedding, model)
-        for index, (block, block_cache) in enumerate(zip(weights.blocks, cache.blocks, strict=True)):
-            x = bloom.block_forward(x, block, block_cache, cache.length, alibi, mask, model)
+        longest = max(stretch.length for stretch in stretches)
+        alibi = bloom.alibi_bias(model.n_head, whole_lanes(longest), weights.dtype)
+        views, first = [], 0
+        for stretch in stretches:
+            count, start = len(stretch.ids), stretch.cache.length
+            views.append(bloom.View.of(first, count, start, model.n_head, weights.dtype))
+            first += count
+        x = bloom.embed([i for stretch in stretches for i in stretch.ids], weights.embedding, model)
+        blocks = zip(weights.blocks, *(stretch.cache.blocks for stretch in stretches), strict=True)
+        for index, (block, *caches) in enumerate(blocks):
+            x = bloom.block_forward(x, block, caches, views, alibi, model)
             if on_part:
                 on_part(index + 1, model.n_layer + 1)
-        kept = x if all_rows else x[-1:]
+        counts = [stretch.logits for stretch in stretches]
+        kept = torch.cat(
+            [x[view.last - count : view.last] for view, count in zip(views, counts, strict=True)]
+        )
+        if not len(kept):  # nothing but pieces of prompts; the head is not even read
+            return list(kept.new_empty(0, model.vocab_size).split(counts))
         logits = bloom.head(kept, weights.final_layernorm, weights.embedding, model.layer_norm_epsilon)
         if on_part:
             on_part(model.n_layer + 1, model.n_layer + 1)
-        cache.length = length
-        return logits
+        return list(logits.split(counts))
 
     def generate(
-        self, prompt_or_ids: str | Sequence[int], *, max_new_tokens: int = 64, on_part: OnPart | None = None
+        self,
+        prompt_or_ids: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        speculate: str = LOOKUP,
+        draft: Path | str | None = None,
+        on_part: OnPart | None = None,
     ) -> Generation:
         """Greedy continuation: an iterator of token ids that ends with `</s>` or after `max_new_tokens`.
 
-        Each step of the iterator is one pass. Raises `BloomdeskError` for an empty prompt, an id outside the
-        vocabulary, a `max_new_tokens` below 1, or where the RAM is too little.
+        A step of the iterator is a pass, or nothing where the pass before gave several tokens. What is proposed,
+        `speculate="lookup"` from the text itself and `draft` by the small model in that directory, changes no
+        token; `speculate="off"` without a draft is one token a pass. Raises `BloomdeskError` for an empty prompt,
+        an id outside the vocabulary, a `max_new_tokens` below 1, an unsuitable draft, or where the RAM is too
+        little.
         """
+        request = self.request(prompt_or_ids, max_new_tokens)
+        return Generation(Batch(self, [request], None, speculate, draft, on_part))
+
+    def generate_all(
+        self,
+        prompts: Iterable[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        batch: int | None = None,
+        speculate: str = LOOKUP,
+        draft: Path | str | None = None,
+        on_part: OnPart | None = None,
+    ) -> Iterator[Continuation]:
+        """The same for any number of prompts that share their passes, up to `batch` of them at a time.
+
+        Yields each as soon as it is done, with its `index` among the prompts; its tokens are those of its own run.
+        Without `batch`, as many at a time as the RAM suggests. Raises what `generate` raises, before the first pass.
+        """
+        requests = [self.request(prompt, max_new_tokens) for prompt in prompts]
+        return Batch(self, requests, batch, speculate, draft, on_part).run() if requests else iter(())
+
+    def request(self, prompt_or_ids: str | Sequence[int], max_new_tokens: int) -> Request:
+        """A prompt's ids, checked. Raises `BloomdeskError` as `generate` does."""
         is_text = isinstance(prompt_or_ids, str)
         ids = self.tokenizer.encode(prompt_or_ids) if is_text else [int(i) for i in prompt_or_ids]
         if not ids:
@@ -129,7 +185,7 @@ class Model:
             )
         if max_new_tokens < 1:
             raise BloomdeskError(f"the number of new tokens must be at least 1, found {max_new_tokens}")
-        return Generation(self, ids, max_new_tokens, on_part)
+        return Request(ids, max_new_tokens)
 
 
 @contextmanager

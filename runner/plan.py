@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,25 @@ import torch
 
 from runner import budget, family, rates, system
 from runner.errors import BloomdeskError
-from runner.forecast import BLOOMS_TOKENIZER, Forecast, disk_bytes, forecast, process_bytes
+from runner.forecast import (
+    BLOOMS_TOKENIZER,
+    LOSSLESS_SHARE,
+    Forecast,
+    coded_share,
+    disk_bytes,
+    forecast,
+    process_bytes,
+)
 from runner.kernel import Kernel
-from runner.prepared import MANIFEST, Hyperparameters, Manifest, load_manifest
+from runner.prepared import (
+    CODED_DTYPE,
+    LOSSLESS,
+    MANIFEST,
+    PLAIN,
+    Hyperparameters,
+    Manifest,
+    load_manifest,
+)
 from runner.rates import Rates
 from runner.weights import TORCH_DTYPES
 from runner.workers import workers
@@ -24,23 +40,41 @@ OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
 
 
 @dataclass(frozen=True)
+class Form:
+    """A model's weights in one coding. `others` gives forecasts for other amounts of RAM, up to the first in which
+    everything stays, and None for those that are too little."""
+
+    coding: str
+    disk_bytes: int
+    forecast: Forecast
+    others: Mapping[int, Forecast | None]
+
+
+@dataclass(frozen=True)
 class Plan:
     """One model on the disk of `directory`. All sizes are bytes.
 
-    `name` is None where the directory holds it already. `others` gives forecasts for other amounts of RAM, up to
-    the first in which everything stays, and None for those that are too little.
+    `name` is None where the directory holds it already; `form` is then the form in which it does, else the plain one.
+    `lossless` is the other choice, None where there is none.
     """
 
     directory: Path
     name: str | None
     model: Hyperparameters
     free_bytes: int
-    disk_bytes: int
     rates: Rates
     prompt_tokens: int
     tokens: int
-    forecast: Forecast
-    others: Mapping[int, Forecast | None]
+    form: Form
+    lossless: Form | None
+
+    @property
+    def advice(self) -> str:
+        """The coding to choose: the lossless one unless its decoding takes longer than its reading saves."""
+        if self.lossless is None:
+            return self.form.coding
+        plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
+        return LOSSLESS if lossless < plain else PLAIN
 
     def as_json(self) -> dict[str, Any]:
         """Everything for `--json`."""
@@ -49,15 +83,12 @@ class Plan:
             "prepared": self.name is None,
             "model": {"name": self.name, **asdict(self.model)},
             "free_bytes": self.free_bytes,
-            "disk_bytes": self.disk_bytes,
             "rates": asdict(self.rates),
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,
-            "forecast": _flat(self.forecast),
-            "others": [
-                _flat(found) if found else {"ram": ram, "too_little": True}
-                for ram, found in self.others.items()
-            ],
+            **_form_as_json(self.form),
+            "lossless": self.lossless and _form_as_json(self.lossless),
+            "advice": self.advice,
         }
 
 
@@ -70,21 +101,31 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
     manifest = load_manifest(directory) if (directory / MANIFEST).exists() else None
-    holds_it = manifest is not None and name is None
-    if not holds_it:
+    held = manifest if name is None else None
+    if not held:
         name = name or DEFAULT_MODEL
-    model = manifest.model if holds_it else family.hyperparameters(name)
+    model = held.model if held else family.hyperparameters(name)
     place = _existing(directory)
     free = shutil.disk_usage(place).free
     dtype = TORCH_DTYPES[model.dtype]
     kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
-    process = process_bytes(model, system.memory_in_use(), _tokenizer_bytes(manifest, holds_it))
+    process = process_bytes(model, system.memory_in_use(), _tokenizer_bytes(held))
     found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, dtype))
+    chosen = ram or budget.default_total()
 
-    def with_ram(size: int) -> Forecast:
-        return forecast(model, size, process, found, prompt_tokens, tokens)
+    def form(coding: str, share: float) -> Form:
+        def with_ram(size: int) -> Forecast:
+            return forecast(model, size, process, found, prompt_tokens, tokens, share)
 
-    chosen = with_ram(ram or budget.default_total())
+        return Form(coding, disk_bytes(model, share), with_ram(chosen), _others(with_ram))
+
+    own = form(held.coding, coded_share(held)) if held else form(PLAIN, 1.0)
+    is_choice = own.coding == PLAIN and model.dtype == CODED_DTYPE
+    lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
+    return Plan(directory, name, model, free, found, prompt_tokens, tokens, own, lossless)
+
+
+def _others(with_ram: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
     others: dict[int, Forecast | None] = {}
     for size in OTHER_RAM:
         try:
@@ -93,8 +134,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
             others[size] = None
         if (shown := others[size]) and not shown.shares.streamed_bytes:
             break
-    needed = disk_bytes(model)
-    return Plan(directory, name, model, free, needed, found, prompt_tokens, tokens, chosen, others)
+    return others
 
 
 def _existing(directory: Path) -> Path:
@@ -114,9 +154,20 @@ def _disk_rate(place: Path, manifest: Manifest | None) -> float:
         return rates.disk_rate([path])
 
 
-def _tokenizer_bytes(manifest: Manifest | None, holds_it: bool) -> int:
-    record = manifest.companions.get("tokenizer.json") if manifest and holds_it else None
+def _tokenizer_bytes(held: Manifest | None) -> int:
+    record = held.companions.get("tokenizer.json") if held else None
     return record.size if record else BLOOMS_TOKENIZER
+
+
+def _form_as_json(form: Form) -> dict[str, Any]:
+    return {
+        "coding": form.coding,
+        "disk_bytes": form.disk_bytes,
+        "forecast": _flat(form.forecast),
+        "others": [
+            _flat(found) if found else {"ram": ram, "too_little": True} for ram, found in form.others.items()
+        ],
+    }
 
 
 def _flat(found: Forecast) -> dict[str, Any]:

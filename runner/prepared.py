@@ -9,7 +9,8 @@
       config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json   as the source has them
 
 Tensors lie in each part in the order in which a pass uses them. The manifest is rewritten after each part, so
-"complete" is derived from it. docs/format.md is the long form.
+"complete" is derived from it. In a lossless directory each matrix NAME is coded, strip by strip, and stands as two
+tensors: NAME.strips says where each strip begins in NAME. docs/format.md is the long form.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
-from runner.header import MAX_HEADER_BYTES, read_small, tensor_nbytes
+from runner.header import MAX_HEADER_BYTES, encode_header, read_small, tensor_nbytes
 
 FORMAT = "bloomdesk-prepared"
-FORMAT_VERSION = 1
+PLAIN, LOSSLESS = "plain", "lossless"
+FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2}
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"
 REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
@@ -38,7 +42,18 @@ FINAL_LAYERNORM = "final_layernorm.safetensors"
 LARGEST_MANIFEST = 64 * 2**20
 LIMITS = {"hidden_size": 2**20, "n_head": 2**16, "n_layer": 10_000, "vocab_size": 2**24}
 
+# What is fixed of the coding; runner/lossless.py knows the rest.
+CODED_DTYPE = "BF16"
+STRIP_ROWS = 12
+PANEL_COLUMNS = 4096
+CODING_KEY = "bloomdesk.lossless"  # in a part's __metadata__
+CODING_VERSION = 1
+STRIPS_SUFFIX = ".strips"
+CODED_ALIGNMENT = 16
+LARGEST_CODED = 10**14  # no matrix comes near; its digits are the room that a header keeps for a size
+
 Shape = tuple[int, ...]
+Described = tuple[str, str, Shape]  # a tensor's name, dtype and shape
 
 
 @dataclass(frozen=True)
@@ -96,9 +111,30 @@ class PartSpec:
     file: str
     tensors: dict[str, Shape]
 
+    @property
+    def matrices(self) -> dict[str, Shape]:
+        """The tensors that a lossless directory codes."""
+        return {name: shape for name, shape in self.tensors.items() if len(shape) == 2}
+
     def nbytes(self, dtype: str) -> int:
-        """Bytes of the tensors alone."""
+        """Bytes of the tensors alone, uncoded."""
         return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+    def stored(self, dtype: str, coded: Mapping[str, int]) -> tuple[Described, ...]:
+        """What the file holds, in its order; `coded` gives the bytes of each coded matrix, none in a plain one."""
+        found: list[Described] = []
+        for name, shape in self.tensors.items():
+            if name in coded:
+                found.append((name + STRIPS_SUFFIX, "I64", (strip_count(shape[0]) + 1,)))
+                found.append((name, "U8", (coded[name],)))
+            else:
+                found.append((name, dtype, shape))
+        return tuple(found)
+
+    def decoded(self, coding: str) -> tuple[Described, ...]:
+        """What its coded tensors decode to; nothing in a plain directory."""
+        coded = self.matrices if coding == LOSSLESS else {}
+        return tuple((name, CODED_DTYPE, shape) for name, shape in coded.items())
 
 
 def _shown(value: object) -> str:
@@ -151,6 +187,48 @@ def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
     return (PartSpec(EMBEDDING, embedding), *blocks, PartSpec(FINAL_LAYERNORM, final))
 
 
+def strip_count(rows: int) -> int:
+    """Strips of a coded matrix: `STRIP_ROWS` rows each, the last one what is left."""
+    return -(-rows // STRIP_ROWS)
+
+
+def largest_strip(columns: int) -> int:
+    """Bytes that no coded strip exceeds: twice those of its rows, and a page for each panel."""
+    return 2 * STRIP_ROWS * columns * 2 + 4096 * -(-columns // PANEL_COLUMNS)
+
+
+def read_strips(data: bytes | bytearray | memoryview, rows: int, columns: int, nbytes: int) -> array[int]:
+    """The offsets of the strips of a coded matrix [rows, columns] of `nbytes` bytes, from the bytes of NAME.strips.
+
+    Raises `ValueError` where they are not those of strips that lie one after another, each of a size that it can have.
+    """
+    offsets = array("q")
+    offsets.frombytes(data)
+    if sys.byteorder == "big":
+        offsets.byteswap()
+    if len(offsets) != strip_count(rows) + 1 or offsets[0] != 0 or offsets[-1] != nbytes:
+        raise ValueError("its strips do not begin and end where the coded bytes do")
+    largest = largest_strip(columns)
+    for index in range(len(offsets) - 1):
+        if not 0 < offsets[index + 1] - offsets[index] <= largest:
+            raise ValueError(f"strip {index:,} cannot have {offsets[index + 1] - offsets[index]:,} bytes")
+    return offsets
+
+
+def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) -> bytes:
+    """The first bytes of a part, up to its data: it holds `stored`, of which `decoded` are coded.
+
+    The length does not depend on the sizes of the coded tensors, so it is known before they are.
+    """
+    if not decoded:
+        return encode_header(stored)
+    tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, dtype, shape in decoded}
+    coding = {"version": CODING_VERSION, "tensors": tensors}
+    metadata = {CODING_KEY: json.dumps(coding, separators=(",", ":"))}
+    largest = [(name, dtype, (LARGEST_CODED,) if name in tensors else shape) for name, dtype, shape in stored]
+    return encode_header(stored, metadata, room=len(encode_header(largest, metadata)))
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """A tensor of a part as the manifest has it; `xxh3_128` is of the tensor's bytes."""
@@ -159,6 +237,14 @@ class TensorRecord:
     dtype: str
     shape: Shape
     xxh3_128: str
+
+    @property
+    def described(self) -> Described:
+        return self.name, self.dtype, self.shape
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -171,13 +257,24 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A part as written: its size and hash, header included, its tensors, and where they came from."""
+    """A part as written: its size and hash, header included, its tensors, and where they came from.
+
+    `tensors` are those that the file stores, with the hashes of the stored bytes; `decoded` says what those that
+    are coded decode to, with the hashes of the decoded bytes.
+    """
 
     file: str
     size: int
     xxh3_128: str
     tensors: tuple[TensorRecord, ...]
     sources: tuple[SourceShard, ...]
+    decoded: tuple[TensorRecord, ...] = ()
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes, up to its data; they follow from the rest."""
+        stored = [tensor.described for tensor in self.tensors]
+        return part_header(stored, [tensor.described for tensor in self.decoded])
 
 
 @dataclass(frozen=True)
@@ -199,12 +296,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json: what the directory holds so far, by file name."""
+    """manifest.json: what the directory holds so far, by file name; `coding` is that of all parts."""
 
     model: Hyperparameters
     source: Source
     parts: Mapping[str, PartRecord] = field(default_factory=dict)
     companions: Mapping[str, CompanionRecord] = field(default_factory=dict)
+    coding: str = PLAIN
+
+    @property
+    def format_version(self) -> int:
+        return FORMAT_VERSIONS[self.coding]
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -231,13 +333,20 @@ class Manifest:
         """The manifest's text; the same manifest always gives the same text."""
         body = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
+            **({} if self.coding == PLAIN else {"coding": self.coding}),
             "source": asdict(self.source),
             "model": asdict(self.model),
-            "parts": [asdict(record) for record in self.parts.values()],
+            "parts": [self._part_body(record) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
         }
         return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+
+    def _part_body(self, record: PartRecord) -> dict[str, Any]:
+        body = asdict(record)
+        if self.coding == PLAIN:
+            del body["decoded"]
+        return body
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
@@ -253,9 +362,10 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise _unsound(where, f"its format is not {FORMAT!r}")
         version = body.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if type(version) is not int or version not in FORMAT_VERSIONS.values():
+            known = " and ".join(map(str, FORMAT_VERSIONS.values()))
             raise BloomdeskError(
-                f"{where}: format version {_shown(version)}, this program reads {FORMAT_VERSION}",
+                f"{where}: format version {_shown(version)}, this program reads {known}",
                 "prepare the checkpoint again, or use the version of bloomdesk that wrote it",
             )
         claimed = body.pop("sha256", None)
@@ -305,12 +415,17 @@ def _unsound(where: Path, why: str) -> BloomdeskError:
 
 def _decode(body: dict[str, Any]) -> Manifest:
     model = Hyperparameters(**body["model"])
+    coding = body["coding"] if body["format_version"] != FORMAT_VERSIONS[PLAIN] else PLAIN
+    if FORMAT_VERSIONS.get(coding) != body["format_version"]:
+        raise ValueError(f"its coding is {_shown(coding)}")
+    if coding == LOSSLESS and model.dtype != CODED_DTYPE:
+        raise ValueError(f"its coding is lossless, and its dtype is {model.dtype}")
     source = Source(**body["source"])
     for text in (source.repo, source.commit):
         if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) < 200):
             raise ValueError("it does not say where it came from")
     specs = {spec.file: spec for spec in part_specs(model)}
-    parts = [_decode_part(entry, specs, model.dtype) for entry in body["parts"]]
+    parts = [_decode_part(entry, specs, model.dtype, coding) for entry in body["parts"]]
     companions = [CompanionRecord(**entry) for entry in body["companions"]]
     for record in (*parts, *companions):
         _check_record(record)
@@ -325,32 +440,50 @@ def _decode(body: dict[str, Any]) -> Manifest:
         source,
         {record.file: record for record in parts},
         {record.file: record for record in companions},
+        coding,
     )
 
 
-def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str) -> PartRecord:
+def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str, coding: str) -> PartRecord:
     spec = specs[entry["file"]]
-    tensors = tuple(
-        TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entry["tensors"]
-    )
-    described = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-    whole = all(
-        type(number) is int for tensor in tensors for number in tensor.shape
-    )  # 8.0 == 8, and is no size
-    if not whole or described != [(name, dtype, shape) for name, shape in spec.tensors.items()]:
+    known = {item.name for item in fields(PartRecord)} - ({"decoded"} if coding == PLAIN else set())
+    if set(entry) != known:
+        raise ValueError(f"{spec.file} is recorded with unknown fields")
+    tensors = _decode_tensors(entry["tensors"])
+    decoded = _decode_tensors(entry["decoded"]) if coding != PLAIN else ()
+    names = {name for name, _, _ in spec.decoded(coding)}
+    coded = {tensor.name: tensor.shape[0] for tensor in tensors if tensor.name in names and tensor.shape}
+    described = tuple(tensor.described for tensor in tensors)
+    if set(coded) != names or described != spec.stored(dtype, coded):
         raise ValueError(f"{spec.file} does not list the tensors that the model needs")
+    if tuple(tensor.described for tensor in decoded) != spec.decoded(coding):
+        raise ValueError(f"{spec.file} does not list what its tensors decode to")
+    if not all(0 < size <= LARGEST_CODED and size % CODED_ALIGNMENT == 0 for size in coded.values()):
+        raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
     sources = tuple(SourceShard(**shard) for shard in entry["sources"])
-    for tensor in tensors:
-        _check_hex(tensor.xxh3_128, 32)
     for shard in sources:
         _check_hex(shard.sha256, 64)
         if not is_file_name(shard.file):
             raise ValueError(f"{spec.file} is of a source that is no file's name")
-    if set(entry) != {item.name for item in fields(PartRecord)}:
-        raise ValueError(f"{spec.file} is recorded with unknown fields")
-    if type(entry["size"]) is not int or not 8 < entry["size"] - spec.nbytes(dtype) <= 8 + MAX_HEADER_BYTES:
+    record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources, decoded)
+    if type(record.size) is not int or not _is_possible(record):
         raise ValueError(f"{spec.file} is recorded with a size that it cannot have")
-    return PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources)
+    return record
+
+
+def _is_possible(record: PartRecord) -> bool:
+    """Whether the size is that of the tensors and a header; a coded part's header has one length alone."""
+    rest = record.size - sum(tensor.nbytes for tensor in record.tensors)
+    return rest == len(record.header) if record.decoded else 8 < rest <= 8 + MAX_HEADER_BYTES
+
+
+def _decode_tensors(entries: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
+    tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entries)
+    for tensor in tensors:
+        _check_hex(tensor.xxh3_128, 32)
+        if not all(type(number) is int for number in tensor.shape):  # 8.0 == 8, and is no size
+            raise ValueError(f"{_shown(tensor.name)} has no shape")
+    return tensors
 
 
 def _check_record(record: PartRecord | CompanionRecord) -> None:

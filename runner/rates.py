@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,9 @@ import torch
 from runner import system
 from runner.errors import BloomdeskError
 from runner.kernel import Kernel
+from runner.panel import CODES, GROUP, HEADER
 from runner.pieces import LARGEST_PIECE
+from runner.prepared import STRIP_ROWS
 from runner.stream import READERS
 
 COLUMNS = 4096
@@ -35,11 +37,15 @@ _WRITING_SECONDS = 5.0  # a slow disk need not take all of it
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes of a cold file a second, bytes of weights a second at one row, multiply-adds a second at many rows."""
+    """Bytes of a cold file a second, bytes of weights a second at one row, multiply-adds a second at many rows.
+
+    `decoded` is that of losslessly coded weights at one row, counted as what they decode to.
+    """
 
     disk: float
     memory: float
     compute: float
+    decoded: float
 
 
 def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int = DISK_BYTES) -> float:
@@ -125,26 +131,47 @@ def _fill_with_noise(path: Path, nbytes: int, *, past_the_cache: bool) -> None:
                 os.fsync(file.fileno())
 
 
-def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes of weights a second at one row, multiply-adds a second at `COMPUTE_ROWS` rows) of the product.
+def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, float]:
+    """The product's `memory`, `compute` and `decoded` of `Rates`; `COMPUTE_ROWS` rows are many.
 
     It takes `MEMORY_BYTES` of memory while it measures.
     """
     memory = system.anonymous(MEMORY_BYTES)
     weight = torch.frombuffer(memory, dtype=dtype).view(-1, COLUMNS).fill_(0.01)
     few = weight[: LARGEST_PIECE // (COLUMNS * dtype.itemsize)]
-    one_row = _seconds(kernel, 1, weight)
-    many_rows = _seconds(kernel, COMPUTE_ROWS, few)
-    return weight.nbytes / one_row, COMPUTE_ROWS * few.numel() / many_rows
+    one_row = _seconds(lambda x, out: kernel.accumulate(x, weight, out), 1, len(weight))
+    many_rows = _seconds(lambda x, out: kernel.accumulate(x, few, out), COMPUTE_ROWS, len(few))
+    coded, strips, rows = _coded_noise(memory)
+    decoded = _seconds(lambda x, out: kernel.accumulate_coded(x, coded, strips, out), 1, rows)
+    decoded_bytes = rows * COLUMNS * torch.bfloat16.itemsize
+    return weight.nbytes / one_row, COMPUTE_ROWS * few.numel() / many_rows, decoded_bytes / decoded
 
 
-def _seconds(kernel: Kernel, rows: int, weight: torch.Tensor) -> float:
-    """What the product takes, the median of some."""
-    x, out = torch.ones(rows, weight.shape[1]), torch.zeros(rows, weight.shape[0])
+def _coded_noise(memory: mmap.mmap) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Coded bytes that fill `memory` as they may be in a real matrix, their strips, and how many rows they are.
+
+    In random codes each one in four is an escape, which normal weights come near.
+    """
+    weights = STRIP_ROWS * COLUMNS
+    counts = [weights // 4**level for level in (1, 2, 3)]
+    header = torch.zeros(HEADER, dtype=torch.uint8)
+    header[:12] = torch.tensor(counts, dtype=torch.int32).view(torch.uint8)
+    levels = [-(-count // GROUP) * CODES for count in counts[:2]]
+    nbytes = HEADER + -(-weights // GROUP) * (CODES + GROUP) + sum(levels) + -(-counts[2] // CODES) * CODES
+    count = len(memory) // nbytes
+    coded = torch.frombuffer(memory, dtype=torch.uint8, count=count * nbytes).view(count, nbytes)
+    coded[:] = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    coded[:, :HEADER] = header
+    return coded.flatten(), torch.arange(count + 1) * nbytes, count * STRIP_ROWS
+
+
+def _seconds(product: Callable[[torch.Tensor, torch.Tensor], None], rows: int, outputs: int) -> float:
+    """What a product of so many rows and outputs takes, the median of some."""
+    x, out = torch.ones(rows, COLUMNS), torch.zeros(rows, outputs)
     taken = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        kernel.accumulate(x, weight, out)
+        product(x, out)
         taken.append(time.perf_counter() - began)
     return median(taken)
 

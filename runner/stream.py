@@ -1,17 +1,16 @@
 """The pieces of a model, handed out in the order of a pass: some stay in RAM, the others are read ahead and let go.
 
-    disk ──> slots, read ahead by threads ──┐
-                                            ├──> take(piece) ──> product ──> release(piece)
-    disk ──> page cache, once, resident ────┘
+    disk ──> slots, read ahead by threads ────────┐
+                                                  ├──> take(piece) ──> product ──> release(piece)
+    disk ──> memory of their own, once, resident ─┘
 
-Streamed pieces go past the page cache into a few slots of memory of our own, so that no other page is pushed out for
-them. Resident ones are mapped, paged in ahead of the first pass, and never let go. The order wraps: while the end of
-one pass is computed, the beginning of the next is read.
+Both are read past the page cache into memory of our own: no other page is pushed out for them, and that memory comes
+in huge pages, which a product goes through at twice the speed of a mapped file's small ones. The order wraps: while
+the end of one pass is computed, the beginning of the next is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
@@ -35,12 +34,21 @@ _LONGEST_WAIT = (
 
 
 class Slot:
-    """Page-aligned memory for one streamed piece."""
+    """Page-aligned memory for one piece."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = system.anonymous(nbytes)
         self.view = memoryview(self._memory)
-        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._piece: Piece | None = None
+
+    def weights(self, piece: Piece) -> torch.Tensor:
+        """What was read into it, as the piece's tensor."""
+        if piece is not self._piece:
+            count = piece.nbytes // piece.dtype.itemsize
+            skew = piece.start % system.PAGE
+            flat = torch.frombuffer(self._memory, dtype=piece.dtype, count=count, offset=skew)
+            self._piece, self._weights = piece, flat.view(piece.shape)
+        return self._weights
 
 
 def slot_bytes(nbytes: int) -> int:
@@ -103,9 +111,7 @@ class Stream:
         with shared.changed:
             if shared.resident == resident and len(shared.slots) == (slots if streamed else 0):
                 return
-            for index in shared.loaded - resident:
-                shared.let_go(index)
-            shared.loaded &= resident
+            shared.kept = {index: slot for index, slot in shared.kept.items() if index in resident}
             shared.counted &= resident
             shared.resident = resident
             shared.slots = []
@@ -129,32 +135,30 @@ class Stream:
         finally:
             self._release(slot)
 
-    def _take(self, index: int) -> tuple[torch.Tensor, Slot | None]:
+    def _take(self, index: int) -> tuple[torch.Tensor, Slot]:
         shared = self._shared
-        piece = shared.pieces[index]
         with shared.changed:
             if shared.in_use or shared.position % len(shared.pieces) != index:
                 shared.restart(index)
             shared.in_use = True
             self._start()
             slot = self._awaited(index)
-        if not slot:
-            check_unchanged(piece)  # or what was cut off a mapped file would be a bus error
-            return piece.mapped, None
-        skew = piece.start % system.PAGE
-        weights = slot.tensor[skew : skew + piece.nbytes].view(piece.mapped.dtype)
-        return weights.view(piece.mapped.shape), slot
+        piece = shared.pieces[index]
+        # A streamed piece's file is looked at when it is read, a resident one's once for each matrix.
+        if piece.first == 0 and index in shared.kept:
+            check_unchanged(piece)
+        return slot.weights(piece), slot
 
-    def _awaited(self, index: int) -> Slot | None:
-        """The slot that piece `index`, the next in turn, is in; None where it is resident."""
+    def _awaited(self, index: int) -> Slot:
+        """The slot that piece `index`, the next in turn, is in."""
         shared = self._shared
         began = time.perf_counter()
         # A failure while reading ahead may be over by now, so it counts only where it happens again.
         again = shared.position not in shared.ready
         while True:
-            while index not in shared.loaded and shared.position not in shared.ready:
+            while index not in shared.kept and shared.position not in shared.ready:
                 shared.changed.wait(_LONGEST_WAIT)
-            found = None if index in shared.loaded else shared.ready.pop(shared.position)
+            found = shared.kept.get(index) or shared.ready.pop(shared.position)
             if not isinstance(found, Exception):
                 break
             if again:
@@ -163,20 +167,19 @@ class Stream:
             again = True
             shared.restart(index)
         shared.traffic.waiting_seconds += time.perf_counter() - began
-        if found:
+        if index not in shared.resident:
             shared.traffic.bytes_streamed += shared.pieces[index].nbytes
         elif index not in shared.counted:
             shared.counted.add(index)
             shared.traffic.bytes_loaded += shared.pieces[index].nbytes
         return found
 
-    def _release(self, slot: Slot | None) -> None:
+    def _release(self, slot: Slot) -> None:
         shared = self._shared
         with shared.changed:
             shared.position += 1
-            if slot:
-                shared.give_back(slot)
-            if slot or len(shared.loaded) < len(shared.resident):
+            shared.give_back(slot)
+            if len(shared.kept) < len(shared.pieces):
                 shared.changed.notify_all()
             shared.in_use = False
 
@@ -198,8 +201,8 @@ class _Shared:
 
     pieces: tuple[Piece, ...]
     resident: frozenset[int] = field(init=False)
-    loaded: set[int] = field(default_factory=set)
-    counted: set[int] = field(default_factory=set)  # of the loaded ones, those that were handed out
+    kept: dict[int, Slot] = field(default_factory=dict)  # the resident ones that are there
+    counted: set[int] = field(default_factory=set)  # of these, those that were handed out
     slots: list[Slot] = field(default_factory=list)
     free: list[Slot] = field(default_factory=list)
     filling: set[Slot] = field(default_factory=set)
@@ -233,52 +236,44 @@ class _Shared:
         self.changed.notify_all()
 
     def give_back(self, slot: Slot) -> None:
-        """Take a slot back, unless it is one of an older arrangement, or back already."""
+        """Take a slot back, unless it is a resident one, or of an older arrangement, or back already."""
         if slot in self.slots and slot not in self.free:
             self.free.append(slot)
 
-    def claim(self) -> tuple[int, int, Slot | None] | None:
+    def claim(self) -> tuple[int, int, Slot] | None:
         """The next piece to be read: epoch, number, slot; None while there is nothing to do."""
         if self.failed:
             return None
         count = len(self.pieces)
         while self.claimed < self.position + count:
             index = self.claimed % count
-            if index not in self.loaded:
-                is_resident = index in self.resident
-                if not is_resident and not self.free:
+            if index not in self.kept:
+                if index in self.resident:
+                    slot = Slot(slot_bytes(self.pieces[index].nbytes))
+                elif self.free:
+                    slot = self.free.pop()
+                    self.filling.add(slot)
+                else:
                     return None
                 self.claimed += 1
-                slot = None if is_resident else self.free.pop()
-                if slot:
-                    self.filling.add(slot)
                 return self.epoch, self.claimed - 1, slot
             self.claimed += 1
         return None
 
-    def hand_over(self, epoch: int, number: int, slot: Slot | None, failure: Exception | None) -> None:
+    def hand_over(self, epoch: int, number: int, slot: Slot, failure: Exception | None) -> None:
         """Take what became of a claim."""
         index = number % len(self.pieces)
         is_current = epoch == self.epoch
-        if slot:
+        if slot in self.filling:
             self.filling.discard(slot)
             if is_current and not failure:
                 self.ready[number] = slot
             else:
                 self.give_back(slot)
-        elif not failure:
-            if index in self.resident:
-                self.loaded.add(index)
-            else:  # arranged otherwise meanwhile
-                self.let_go(index)
+        elif not failure and index in self.resident:  # it may be arranged otherwise meanwhile
+            self.kept.setdefault(index, slot)
         if is_current and failure:
             self.ready[number] = failure
-
-    def let_go(self, index: int) -> None:
-        """Give the page cache's copy of a piece back."""
-        piece = self.pieces[index]
-        with contextlib.suppress(OSError):  # a file that is no longer there has no pages to give
-            system.let_go(piece.file.path, piece.start, piece.nbytes, piece.mapped.data_ptr())
 
 
 def _end(shared: _Shared, threads: Sequence[threading.Thread]) -> None:
@@ -302,11 +297,10 @@ def _read_ahead(shared: _Shared) -> None:
                 shared.reading_since = time.perf_counter()
             shared.reading += 1
         epoch, number, slot = claim
-        index = number % len(shared.pieces)
-        piece = shared.pieces[index]
+        piece = shared.pieces[number % len(shared.pieces)]
         failure = None
         try:
-            _fetch(piece, slot)
+            _fetch(piece, slot, stays=slot not in shared.filling)
         except Exception as error:
             failure = _worded(piece, error)
         with shared.changed:
@@ -319,29 +313,30 @@ def _read_ahead(shared: _Shared) -> None:
             shared.changed.notify_all()
 
 
-def _fetch(piece: Piece, slot: Slot | None) -> None:
-    """Bring a piece into its slot, or into the page cache where it has none."""
-    path = piece.file.path
-    if not slot:
-        check_unchanged(piece)
-        system.page_in(path, piece.start, piece.nbytes, piece.mapped.data_ptr())
-        return
+def _fetch(piece: Piece, slot: Slot, *, stays: bool) -> None:
+    """Bring a piece into its slot; what stays is taken from the page cache as far as it happens to be there."""
     start = piece.start // system.PAGE * system.PAGE
     wanted = piece.start + piece.nbytes - start
+    done = 0
+    if stays:
+        check_unchanged(piece)
+        done = system.read_cached(piece.file.path, start, slot.view[:wanted])
+        if done == wanted:
+            return
+        done -= done % system.PAGE
     try:
-        _fill(piece, slot, start, wanted, past_the_cache=True)
+        _fill(piece, slot, start, done, wanted, past_the_cache=True)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        _fill(piece, slot, start, wanted, past_the_cache=False)
+        _fill(piece, slot, start, done, wanted, past_the_cache=False)
 
 
-def _fill(piece: Piece, slot: Slot, start: int, wanted: int, *, past_the_cache: bool) -> None:
+def _fill(piece: Piece, slot: Slot, start: int, done: int, wanted: int, *, past_the_cache: bool) -> None:
     view = slot.view[: -(-wanted // system.PAGE) * system.PAGE]
     with system.open_for_streaming(piece.file.path, past_the_cache=past_the_cache) as file:
         check_unchanged(piece, file.fileno())
-        file.seek(start)
-        done = 0
+        file.seek(start + done)
         while done < wanted:
             count = file.readinto(view[done:])
             if not count:

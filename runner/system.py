@@ -1,4 +1,4 @@
-"""What differs between operating systems: reading past the page cache, paging in, letting go, memory to spare.
+"""What differs between operating systems: reading past the page cache, huge pages, memory to spare.
 
 Linux is the tuned one. Everywhere else, and wherever a call is refused, the plain form of the same thing is used:
 slower or less exact about memory, and just as right.
@@ -7,7 +7,6 @@ slower or less exact about memory, and just as right.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import io
 import mmap
@@ -16,17 +15,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import psutil
 
 PAGE = 4096  # what reads past the page cache are aligned to; no disk has larger sectors
 LINUX_CALLS = sys.platform == "linux"
+_CACHED_STEP = 2**20
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
-_ASKED_AT_ONCE = 128 * 2**10  # the kernel may leave undone what is more than its readahead
-_SCRATCH_BYTES = 4 * 2**20
 _OWN_STATUS = Path("/proc/self/status")
 _OWN_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -90,44 +86,22 @@ def anonymous(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def page_in(path: Path, start: int, nbytes: int, address: int) -> None:
-    """Have a file's range in the page cache, and mapped at `address` where the system can do that ahead.
+def read_cached(path: Path, start: int, view: memoryview) -> int:
+    """Read what the page cache has of a range, from its beginning on, without waiting for the disk; the bytes read.
 
-    The interpreter's lock is free meanwhile. Raises OSError where the disk cannot give the range.
+    A page that is looked for in vain is on its way into the page cache afterwards, so it begins with a single one.
     """
-    if LINUX_CALLS:
-        skew = address % mmap.PAGESIZE
-        # First the whole range is asked for, whatever the readahead setting, and nothing beyond it, as readahead would
-        # have it; then it is waited for.
-        for offset in range(0, nbytes + skew, _ASKED_AT_ONCE):
-            some = min(_ASKED_AT_ONCE, nbytes + skew - offset)
-            _madvise(address - skew + offset, some, mmap.MADV_WILLNEED)
-        failure = _madvise(address - skew, nbytes + skew, _MADV_POPULATE_READ)
-        if not failure:
-            return
-        if failure != errno.EINVAL:  # EFAULT: what touching it would have answered with a bus error
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-    scratch = bytearray(min(nbytes, _SCRATCH_BYTES))
-    with io.FileIO(path, "r") as file:
-        file.seek(start)
-        left = nbytes
-        while left > 0:
-            count = file.readinto(memoryview(scratch)[:left])
-            if not count:
-                raise OSError(errno.EIO, "the file ends too early", str(path))
-            left -= count
-
-
-def let_go(path: Path, start: int, nbytes: int, address: int) -> None:
-    """Give back the pages that `page_in` brought; whole pages inside the range alone."""
     if not LINUX_CALLS:
-        return
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < last:
-        _madvise(first, last - first, mmap.MADV_DONTNEED)
-        with io.FileIO(path, "r") as file:
-            forget(file, start, nbytes)
+        return 0
+    done = 0
+    with open_for_rows(path) as file, contextlib.suppress(OSError):  # it has no more, or cannot say
+        while done < len(view):
+            step = _CACHED_STEP if done else PAGE
+            count = os.preadv(file.fileno(), [view[done : done + step]], start + done, os.RWF_NOWAIT)
+            if not count:
+                break
+            done += count
+    return done
 
 
 def memory_to_spare() -> int:
@@ -173,18 +147,6 @@ def bytes_read_from_disk() -> int | None:
         return psutil.Process().io_counters().read_bytes
     except (AttributeError, psutil.Error, OSError):
         return None
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc
-
-
-def _madvise(address: int, nbytes: int, advice: int) -> int:
-    """0, or the error's number. Through ctypes, since `mmap.madvise` keeps the interpreter's lock."""
-    return 0 if _libc().madvise(address, nbytes, advice) == 0 else ctypes.get_errno()
 
 
 def _control_groups() -> list[Path]:

@@ -52,6 +52,31 @@ class Terminal:
             self._shown = False
 
 
+class StatusLine:
+    """One line on `notes` that is written over again and again, where that is a terminal."""
+
+    def __init__(self, notes: TextIO) -> None:
+        self._notes, self._is_terminal = notes, notes.isatty()
+        self._said = float("-inf")
+        self._shown = False
+
+    def show(self, text: str) -> None:
+        """Have the line say `text`, cut to the terminal's width; not more often than an eye can follow."""
+        now = time.monotonic()
+        if not self._is_terminal or now - self._said < SECONDS_BETWEEN_NOTES:
+            return
+        self._notes.write(f"\r{text[: get_terminal_size().columns - 1]}{ERASE_TO_END}")
+        self._notes.flush()
+        self._said, self._shown = now, True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            self._notes.write(f"\r{ERASE_TO_END}")
+            self._notes.flush()
+            self._shown = False
+
+
 def column_after(text: str, column: int, width: int) -> int:
     """The cursor's column after `text` was printed from `column` on, in a terminal of `width` columns."""
     for character in text:

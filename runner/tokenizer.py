@@ -39,6 +39,11 @@ class Tokenizer:
         self._tokenizer.no_padding()  # or it could fill up a prompt to any length
         self._tokenizer.no_truncation()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. Raises `BloomdeskError` where it is not valid Unicode."""
         try:

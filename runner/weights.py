@@ -1,10 +1,8 @@
-"""The parts of a prepared directory: vectors in memory, matrices mapped, in pieces that a stream hands out."""
+"""The parts of a prepared directory: vectors in memory, matrices in pieces that a stream hands out."""
 
 from __future__ import annotations
 
 import errno
-import mmap
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,17 @@ from runner.errors import BloomdeskError
 from runner.header import DATA_ALIGNMENT, Header, TensorEntry, open_regular, read_header
 from runner.kernel import Kernel
 from runner.matrix import Matrix
-from runner.pieces import FileState, Piece, cut
-from runner.prepared import Hyperparameters, Manifest, PartRecord, PartSpec, load_manifest, part_specs
+from runner.pieces import FileState, Piece, cut, cut_coded
+from runner.prepared import (
+    STRIPS_SUFFIX,
+    Hyperparameters,
+    Manifest,
+    PartRecord,
+    PartSpec,
+    load_manifest,
+    part_specs,
+    read_strips,
+)
 from runner.stream import READERS, Stream
 from runner.workers import workers
 
@@ -61,7 +68,7 @@ class Weights:
 
     @classmethod
     def open(cls, directory: Path, readers: int = READERS) -> Weights:
-        """Map every part of a complete prepared directory; only headers and vectors are read, so it takes no time.
+        """Open a complete prepared directory; only headers and vectors are read, so it takes no time.
 
         `readers` threads read ahead, torch's number of threads compute. Raises `BloomdeskError` where the directory
         is incomplete, or a part's size or header is not what the manifest says.
@@ -71,9 +78,9 @@ class Weights:
         dtype = TORCH_DTYPES[manifest.model.dtype]
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         specs = part_specs(manifest.model)
-        mapped = [_map_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
+        opened = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
         # A pass looks rows of the embedding up when it begins, and multiplies with all of it at its end.
-        order = [*mapped[1:], mapped[0]]
+        order = [*opened[1:], opened[0]]
         stream = Stream(
             [piece for part in order for pieces in part.pieces.values() for piece in pieces], readers
         )
@@ -81,20 +88,20 @@ class Weights:
         for part in order:
             matrices = {}
             for name, pieces in part.pieces.items():
-                matrices[name] = Matrix(part.tensors[name], pieces, index, stream, kernel)
+                matrices[name] = Matrix(part.shapes[name], dtype, pieces, index, stream, kernel)
                 index += len(pieces)
-            vectors = {name: tensor for name, tensor in part.tensors.items() if name not in matrices}
-            parts.append(Part(vectors, matrices))
+            parts.append(Part(part.vectors, matrices))
         *blocks, final_layernorm, embedding = parts
         return cls(manifest.model, embedding, tuple(blocks), final_layernorm, stream, kernel)
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """A part's tensors, and the pieces of those that are matrices."""
+class _Opened:
+    """A part's vectors, and its matrices in pieces with their shapes."""
 
-    tensors: Mapping[str, torch.Tensor]
+    vectors: Mapping[str, torch.Tensor]
     pieces: Mapping[str, tuple[Piece, ...]]
+    shapes: Mapping[str, tuple[int, int]]
 
 
 def _check_complete(directory: Path, manifest: Manifest) -> None:
@@ -106,7 +113,7 @@ def _check_complete(directory: Path, manifest: Manifest) -> None:
         )
 
 
-def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> _Mapped:
+def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> _Opened:
     path = directory / spec.file
     repair = f"see what is damaged: bloomdesk verify {directory}"
     try:
@@ -116,19 +123,35 @@ def _map_part(directory: Path, spec: PartSpec, record: PartRecord) -> _Mapped:
         header = read_header(path)
         if not _holds(header, record):
             raise BloomdeskError(f"{path} does not hold the tensors that the manifest lists", repair)
-        entries = header.tensors
         with open_regular(path) as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            tensors = {
-                name: _view(mapping, entry) if len(entry.shape) == 2 else _read(file, entry)
-                for name, entry in entries.items()
-            }
+            return _opened(file, state, header.tensors, spec, record)
     except FileNotFoundError:
         raise BloomdeskError(f"{path} is missing", repair) from None
     except OSError as error:
         raise BloomdeskError(f"{path} cannot be read: {error.strerror}", repair) from error
-    pieces = {name: cut(state, entries[name], tensor) for name, tensor in tensors.items() if tensor.ndim == 2}
-    return _Mapped(tensors, pieces)
+    except ValueError as error:
+        raise BloomdeskError(f"{path} is damaged: {error}", repair) from error
+
+
+def _opened(
+    file: BinaryIO, state: FileState, entries: Mapping[str, TensorEntry], spec: PartSpec, record: PartRecord
+) -> _Opened:
+    coded = {tensor.name for tensor in record.decoded}
+    pieces = {}
+    for name, shape in spec.matrices.items():
+        entry = entries[name]
+        if name in coded:
+            offsets = read_strips(_read(file, entries[name + STRIPS_SUFFIX]), *shape, entry.nbytes)
+            strips = torch.frombuffer(offsets, dtype=torch.int64)
+            pieces[name] = cut_coded(state, entry, strips, shape[0])
+        else:
+            pieces[name] = cut(state, entry, TORCH_DTYPES[entry.dtype])
+    vectors = {
+        name: torch.frombuffer(_read(file, entries[name]), dtype=TORCH_DTYPES[entries[name].dtype])
+        for name in spec.tensors
+        if name not in spec.matrices
+    }
+    return _Opened(vectors, pieces, spec.matrices)
 
 
 def _holds(header: Header, record: PartRecord) -> bool:
@@ -137,22 +160,9 @@ def _holds(header: Header, record: PartRecord) -> bool:
     return found == expected and header.data_start % DATA_ALIGNMENT == 0
 
 
-def _read(file: BinaryIO, entry: TensorEntry) -> torch.Tensor:
-    """A copy, since nothing looks after a mapped one: what the disk can't give would be a bus error in a pass."""
+def _read(file: BinaryIO, entry: TensorEntry) -> bytearray:
     data = bytearray(entry.nbytes)
     file.seek(entry.start)
     if file.readinto(data) != entry.nbytes:
         raise OSError(errno.EIO, "the file ends too early")
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[entry.dtype]).view(entry.shape)
-
-
-def _view(mapping: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
-    dtype = TORCH_DTYPES[entry.dtype]
-    with warnings.catch_warnings():
-        # A writable private mapping would silence torch, but counts as memory that might be needed:
-        # a machine with less RAM than the embedding would refuse it.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        flat = torch.frombuffer(
-            mapping, dtype=dtype, count=entry.nbytes // dtype.itemsize, offset=entry.start
-        )
-    return flat.view(entry.shape)
+    return data

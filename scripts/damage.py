@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Damage prepared files at random; every damage must be found by `verify` and mended by `repair`.
 
-    python scripts/damage.py --times 1000 [--seed 1]
+    python scripts/damage.py --times 1000 [--seed 1] [--lossless]
 
 The miniature is prepared once. Then, again and again: one bit flips, a file is cut off, or two files change places;
 `verify` must name exactly the files concerned, and `repair` (from the source on disk, every tenth time from a local
@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from runner.prepared import LOSSLESS, PLAIN
 from scripts import make_checkpoint
 from scripts.local_hub import LocalHub
 from toolkit import convert, prepare
@@ -68,14 +69,14 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def run(times: int, seed: int, work: Path) -> Counter[str]:
+def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
     """Counts by kind of damage; raises AssertionError at the first that is not found or not mended."""
     chance, counts = random.Random(seed), Counter[str]()
     source, directory = work / "source", work / "bloom"
     make_checkpoint.miniature(source)
     with LocalHub({REPO: source}) as hub:
         os.environ["HF_ENDPOINT"] = hub.endpoint
-        prepare.prepare(REPO, directory)
+        prepare.prepare(REPO, directory, coding=LOSSLESS if lossless else PLAIN)
         whole = content(directory)
         for number in range(times):
             kind = chance.choice((flip, cut, swap))
@@ -96,9 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Damage prepared files; find and mend every damage.")
     parser.add_argument("--times", type=int, default=1000, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lossless", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        counts = run(options.times, options.seed, Path(work))
+        counts = run(options.times, options.seed, Path(work), options.lossless)
     print(f"{sum(counts.values())} damages, all found and mended: {dict(counts)}")
 
 

@@ -108,6 +108,7 @@ def run(arguments: Sequence[str], endpoint: str, *, endless: bool) -> subprocess
 
 
 def available(command: str) -> bool:
+    command = "convert" if command == "lossless" else command
     return run([command, "--help"], "http://127.0.0.1:1", endless=False).returncode == 0
 
 
@@ -155,6 +156,7 @@ def cases(directory: Path, endpoint: str, commands: Sequence[str]) -> list[Case]
         "download": lambda target: ["download", REPO, str(target)],
         "convert": lambda target: ["convert", str(repo), str(target)],
         "prepare": lambda target: ["prepare", REPO, str(target)],
+        "lossless": lambda target: ["convert", str(repo), str(target), "--lossless"],
     }
     made = []
     for command in commands:
@@ -225,7 +227,7 @@ def main() -> int:
     parser.add_argument(
         "--levels", type=int, default=5, metavar="N", help="sizes for each command (default: 5)"
     )
-    choices = ("download", "convert", "prepare")
+    choices = ("download", "convert", "prepare", "lossless")
     parser.add_argument("--command", choices=choices, action="append", help="default: all that are there")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each run instead")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill `bloomdesk prepare` at random, again and again, on a line that drops, stalls and corrupts.
 
-    python scripts/kill_prepare.py --kills 200 [--seed 1]
+    python scripts/kill_prepare.py --kills 200 [--seed 1] [--lossless]
 
 A local hub serves the miniature with random faults. `prepare` is started, killed with SIGKILL at a random moment, and
 started again, until it ends by itself; then its directory must be, byte for byte, that of an undisturbed run, and the
@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from runner.prepared import LOSSLESS, PLAIN
 from scripts import make_checkpoint
 from scripts.local_hub import LocalHub, RandomFaults
 from toolkit.prepare import prepare
@@ -69,18 +70,19 @@ def one_round(
     raise AssertionError(f"not through after {TRIES} runs; the last said: {said}")
 
 
-def run(kills: int, seed: int, work: Path) -> Counter[str]:
+def run(kills: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
     """What happened; raises AssertionError at the first result that differs."""
     chance, counts = random.Random(seed), Counter[str]()
     source, directory = work / "source", work / "bloom"
     make_checkpoint.miniature(source)
     with LocalHub({REPO: source}) as hub:
         os.environ["HF_ENDPOINT"] = hub.endpoint
-        prepare(REPO, work / "undisturbed")
+        prepare(REPO, work / "undisturbed", coding=LOSSLESS if lossless else PLAIN)
     expected = content(work / "undisturbed")
     with LocalHub({REPO: source}, faults=RandomFaults(seed, share=0.1, longest_stall=1.0)) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "toolkit.cli", "prepare", REPO, str(directory)]
+        command += ["--lossless"] if lossless else []
         start = time.monotonic()
         while counts["kills"] < kills:
             one_round(command, environment, chance, counts, kills)
@@ -94,9 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill prepare at random and compare what comes of it.")
     parser.add_argument("--kills", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lossless", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        counts = run(options.kills, options.seed, Path(work))
+        counts = run(options.kills, options.seed, Path(work), options.lossless)
     print(
         f"{counts['kills']} kills, {counts['rounds']} finished directories, every one byte-identical: {dict(counts)}"
     )

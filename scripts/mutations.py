@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import struct
@@ -32,7 +34,10 @@ from scripts import make_checkpoint
 from toolkit import record as downloads
 from toolkit.config import read_config
 from toolkit.hub import HubFile, Revision
+from toolkit.part_reader import DamagedTensor, PartReader, StoredTensor
+from toolkit.regions import Region
 from toolkit.shards import find_shards, read_shard
+from toolkit.strips import Coders
 
 LONGEST_MESSAGE = 1200
 NUMBERS = (0, 1, 2, 3, 7, 8, 63, 64, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)  # fmt: skip  # noqa: E501
@@ -208,6 +213,63 @@ def _manifest() -> st.SearchStrategy[bytes]:
     return _json_inputs(manifest.to_json(), _signed(prepared._digest))
 
 
+def _lossless_manifest() -> st.SearchStrategy[bytes]:
+    model = prepared.Hyperparameters(hidden_size=8, n_head=2, n_layer=1, vocab_size=30, dtype="BF16")
+    manifest = prepared.Manifest(model, prepared.Source("me/bloom", "0" * 40), coding=prepared.LOSSLESS)
+    for spec in prepared.part_specs(model):
+        tensors, decoded = (
+            tuple(prepared.TensorRecord(*described, "ab" * 16) for described in part)
+            for part in (
+                spec.stored("BF16", dict.fromkeys(spec.matrices, 160)),
+                spec.decoded(manifest.coding),
+            )
+        )
+        shard = prepared.SourceShard("s.bin", "ef" * 32)
+        record = prepared.PartRecord(spec.file, 0, "cd" * 16, tensors, (shard,), decoded)
+        size = len(record.header) + sum(tensor.nbytes for tensor in tensors)
+        manifest = manifest.with_part(dataclasses.replace(record, size=size))
+    return _json_inputs(manifest.to_json(), _signed(prepared._digest))
+
+
+CODED_ROWS, CODED_COLUMNS = 30, 50
+TABLE_BYTES = 8 * (prepared.strip_count(CODED_ROWS) + 1)
+
+
+def _coded() -> st.SearchStrategy[bytes]:
+    """Offsets of strips, then the strips, of a matrix of normal weights and of one of all 16-bit patterns."""
+    return damaged(*_matrices())
+
+
+@functools.cache
+def _matrices() -> tuple[bytes, ...]:
+    import torch
+
+    from toolkit.encoder import encode_strips
+
+    count = CODED_ROWS * CODED_COLUMNS
+    normal = torch.randn(count, generator=torch.Generator().manual_seed(1)).bfloat16().view(torch.int16)
+    patterns = (torch.arange(count) * 43).to(torch.int16)
+    made = []
+    for bits in (normal, patterns):
+        coded, lengths = encode_strips(bytes(bits.view(torch.uint8).numpy()), CODED_COLUMNS)
+        offsets = itertools.accumulate(lengths, initial=0)
+        made.append(struct.pack(f"<{len(lengths) + 1}q", *offsets) + coded)
+    return tuple(made)
+
+
+def _decode(path: Path) -> bytes:
+    """As export reads a coded matrix, whose hash it then compares."""
+    size = path.stat().st_size - TABLE_BYTES
+    table = Region(path.name, "m.strips", 0, TABLE_BYTES, "")
+    tensor = prepared.TensorRecord("m", "BF16", (CODED_ROWS, CODED_COLUMNS), "")
+    stored = StoredTensor(tensor, Region(path.name, "m", TABLE_BYTES, size, ""), table)
+    try:
+        with Coders() as coders, PartReader(path, [stored], coders) as reader:
+            return b"".join(reader.bits(0))
+    except DamagedTensor as error:
+        raise BloomdeskError(str(error)) from None
+
+
 def _manifest_holds(manifest: prepared.Manifest, path: Path) -> bool:
     return prepared.Manifest.from_json(manifest.to_json(), path) == manifest and manifest.missing is not None
 
@@ -314,6 +376,10 @@ READERS: Mapping[str, Reader] = {
     "manifest": Reader(
         "manifest.json", _manifest, lambda path: prepared.load_manifest(path.parent), _manifest_holds
     ),
+    "lossless": Reader(
+        "manifest.json", _lossless_manifest, lambda path: prepared.load_manifest(path.parent), _manifest_holds
+    ),
+    "coded": Reader("coded", _coded, _decode, lambda bits, _: len(bits) == CODED_ROWS * CODED_COLUMNS * 2),
     "index": Reader(
         "pytorch_model.bin.index.json",
         _index,

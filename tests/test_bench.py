@@ -21,7 +21,7 @@ from runner.cli import plan as plan_command
 from runner.model import Model
 
 COMMAND = [sys.executable, "-m", "toolkit.cli"]
-RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9)
+RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_what_bench_prints(prepared, quick, capsys: pytest.CaptureFixture[str]) 
     assert bench_command(directory, None, 2, 3, as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report) == BENCH_KEYS
-    assert set(report["rates"]) == {"disk", "memory", "compute"}
+    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded"}
     assert bench_command(directory, "3GB", 2, 3) == 0
     text = capsys.readouterr().out
     assert "of the limit" in text and "of 3.0 GB" in text
@@ -136,8 +136,8 @@ def test_a_plan_for_what_is_there(prepared, quick, capsys: pytest.CaptureFixture
 
 
 PLAN_KEYS = {
-    "directory", "prepared", "model", "free_bytes", "disk_bytes", "rates", "prompt_tokens", "tokens", "forecast",
-    "others", "bytes_to_prepare", "fits",
+    "directory", "prepared", "model", "free_bytes", "rates", "prompt_tokens", "tokens", "coding", "disk_bytes",
+    "forecast", "others", "lossless", "advice", "bytes_to_prepare", "fits",
 }  # fmt: skip
 FORECAST_KEYS = {
     "ram", "process", "cache", "activations", "read_ahead", "resident_bytes", "streamed_bytes_per_pass",
@@ -151,6 +151,8 @@ def test_a_plan_on_an_empty_directory(quick, tmp_path: Path, capsys: pytest.Capt
     assert set(report) == PLAN_KEYS and set(report["forecast"]) == FORECAST_KEYS
     assert not report["prepared"] and not report["fits"] and report["model"]["name"] == "bigscience/bloom"
     assert [each["ram"] for each in report["others"]] == [size * 10**9 for size in (1, 2, 4, 8, 16, 32)]
+    assert set(report["lossless"]) == {"coding", "disk_bytes", "forecast", "others"}
+    assert report["coding"] == "plain" and report["advice"] in ("plain", "lossless")
     assert not list(tmp_path.iterdir())
 
 

@@ -60,12 +60,16 @@ def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+REPORT_KEYS = [
+    "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "passes", "bytes_read", "stop_reason",
+    "tokens_per_pass", "proposed", "accepted", "acceptance", "drafting_seconds",
+]  # fmt: skip
+
+
 def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
-    done = run("generate", miniature[1], PROMPT, "--max-new-tokens", "5", "--json")
+    done = run("generate", miniature[1], PROMPT, "--max-new-tokens", "5", "--json", "--speculate", "off")
     report = json.loads(done.stdout)
-    assert list(report) == [
-        "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "passes", "bytes_read", "stop_reason",
-    ]  # fmt: skip
+    assert list(report) == REPORT_KEYS
     assert report["prompt"] == PROMPT
     assert len(report["token_ids"]) == report["passes"] == 5
     assert report["stop_reason"] == "length"
@@ -116,10 +120,10 @@ def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> 
 
 
 def _wait_for_generation(pid: int) -> None:
-    """Until the process has mapped the last part: the passes begin right after."""
+    """Until the process has mapped the last block: the passes begin right after."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if "final_layernorm" in Path(f"/proc/{pid}/maps").read_text():
+        if "block_69" in Path(f"/proc/{pid}/maps").read_text():
             time.sleep(0.5)
             return
         time.sleep(0.02)

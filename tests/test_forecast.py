@@ -10,10 +10,13 @@ import pytest
 
 import runner
 from runner import BloomdeskError, family, forecast
+from runner.prepared import LOSSLESS, load_manifest
 from runner.rates import Rates
+from scripts import make_checkpoint
+from toolkit.convert import convert
 from toolkit.room import room_to_prepare
 
-DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9)
+DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
 BLOOM = family.hyperparameters("bigscience/bloom")
 GB = 10**9
 
@@ -78,6 +81,37 @@ def test_it_cuts_and_shares_as_an_opened_model_does(
         model = replace(model, ram=10**8 + 48 * 2**20 + spare, process_nbytes=10**8 - 100_000)
         predicted = forecast.forecast(hyperparameters, model.ram, model.process_nbytes, DESKTOP, 5, 7)
         assert predicted.shares == model.budget(12, 5)
+
+
+def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
+    plain, coded = (
+        forecast.forecast(BLOOM, 16 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)
+    )
+    slower_disk = replace(DESKTOP, disk=GB)
+    ratio = (
+        forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64, 0.67).limit_seconds
+        / forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64).limit_seconds
+    )
+    assert 0.64 < ratio < 0.67  # what stays is worth more, too
+    assert coded.limit_seconds == pytest.approx(coded.shares.streamed_bytes / 7e9)
+    assert coded.limit_seconds < plain.limit_seconds
+    in_ram = [forecast.forecast(BLOOM, 512 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)]
+    assert in_ram[0].seconds_per_token < in_ram[1].seconds_per_token
+
+
+def test_a_lossless_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.pieces.LARGEST_PIECE", 50_000)
+    make_checkpoint.synthetic(tmp_path / "source", hidden_size=256, heads=8, blocks=2, vocab_size=1200)
+    convert(tmp_path / "source", tmp_path / "bloom", coding=LOSSLESS)
+    share = forecast.coded_share(load_manifest(tmp_path / "bloom"))
+    assert 0.6 < share < 0.7
+    model = runner.load(tmp_path / "bloom", ram=1)
+    expected = forecast.piece_bytes(model.weights.model, share)
+    found = [piece.nbytes for piece in model.weights.stream.pieces]
+    assert len(found) == pytest.approx(len(expected), rel=0.05)
+    assert sum(found) == pytest.approx(sum(expected), rel=1e-4)
+    parts = sum(path.stat().st_size for path in (tmp_path / "bloom").glob("*.safetensors"))
+    assert forecast.disk_bytes(model.weights.model, share) == pytest.approx(parts, rel=0.01)
 
 
 def test_names_of_the_family() -> None:

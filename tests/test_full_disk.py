@@ -30,6 +30,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
         ("download", ["50%"]),
         ("convert", ["all but the manifest"]),
         ("prepare", ["all but the manifest"]),
+        ("lossless", ["50%"]),
     ],
 )
 def test_a_full_disk_is_one_clear_error_and_the_rerun_ends_right(

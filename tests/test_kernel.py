@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runner.kernel
-from runner.kernel import COLUMN_CHUNK, LANES, OUTPUTS_IN_CACHE, ROWS_IN_CACHE, Kernel
+from runner.kernel import Kernel
+from runner.product import COLUMN_CHUNK, LANES, OUTPUTS_IN_CACHE, ROWS_IN_CACHE
 from runner.workers import workers
 
 ROOT = Path(__file__).resolve().parents[1]

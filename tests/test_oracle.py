@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import BloomConfig, BloomForCausalLM
 
 import runner
-from runner.kernel import LANES, Kernel
+from runner.kernel import Kernel
 from runner.model import Model
+from runner.product import LANES
 from runner.workers import workers
 
 STEPS = 64

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from runner.errors import BloomdeskError
 from runner.prepared import (
+    LOSSLESS,
     CompanionRecord,
     Hyperparameters,
     Manifest,
@@ -22,8 +23,12 @@ from runner.prepared import (
     TensorRecord,
     _digest,
     block_file,
+    largest_strip,
     load_manifest,
+    part_header,
     part_specs,
+    read_strips,
+    strip_count,
 )
 
 MODEL = Hyperparameters(hidden_size=8, n_head=2, n_layer=2, vocab_size=10, dtype="F16")
@@ -90,8 +95,8 @@ def test_an_edited_manifest_is_refused() -> None:
 
 
 def test_another_format_version_is_refused() -> None:
-    with pytest.raises(BloomdeskError, match="format version 2"):
-        Manifest.from_json(whole().to_json().replace('"format_version": 1', '"format_version": 2'), WHERE)
+    with pytest.raises(BloomdeskError, match="format version 3, this program reads 1 and 2"):
+        Manifest.from_json(whole().to_json().replace('"format_version": 1', '"format_version": 3'), WHERE)
 
 
 def signed(change: Any) -> str:
@@ -174,3 +179,150 @@ def test_any_value_anywhere_gives_a_manifest_or_a_clear_error(path: tuple[Any, .
 def test_any_text_gives_a_clear_error(text: str) -> None:
     with pytest.raises(BloomdeskError):
         Manifest.from_json(text, WHERE)
+
+
+CODED_MODEL = replace(MODEL, dtype="BF16", vocab_size=25)
+
+
+def coded_record(index: int, nbytes: int = 1600) -> PartRecord:
+    """A part of a lossless directory whose matrices all have `nbytes` coded bytes."""
+    spec = part_specs(CODED_MODEL)[index]
+    stored = spec.stored("BF16", dict.fromkeys(spec.matrices, nbytes))
+    tensors = tuple(TensorRecord(*described, "ab" * 16) for described in stored)
+    decoded = tuple(TensorRecord(*described, "ba" * 16) for described in spec.decoded(LOSSLESS))
+    record = PartRecord(spec.file, 0, "cd" * 16, tensors, (SourceShard("s.bin", "ef" * 32),), decoded)
+    return replace(record, size=len(record.header) + sum(tensor.nbytes for tensor in tensors))
+
+
+def lossless() -> Manifest:
+    manifest = Manifest(CODED_MODEL, Source("me/bloom", "0" * 40), coding=LOSSLESS)
+    for index in range(4):
+        manifest = manifest.with_part(coded_record(index))
+    return manifest
+
+
+def test_a_lossless_manifest_goes_to_text_and_back() -> None:
+    text = lossless().to_json()
+    assert json.loads(text)["format_version"] == 2
+    assert Manifest.from_json(text, WHERE) == lossless()
+    assert Manifest.from_json(text, WHERE).to_json() == text
+
+
+def test_a_plain_manifest_says_nothing_of_coding() -> None:
+    body = json.loads(whole().to_json())
+    assert list(body) == ["format", "format_version", "source", "model", "parts", "companions", "sha256"]
+    assert body["format_version"] == 1
+    assert {key for part in body["parts"] for key in part} == {
+        "file",
+        "size",
+        "xxh3_128",
+        "tensors",
+        "sources",
+    }
+
+
+def test_what_a_lossless_part_stores() -> None:
+    embedding = part_specs(CODED_MODEL)[0]
+    assert embedding.stored("BF16", {"word_embeddings.weight": 320}) == (
+        ("word_embeddings.weight.strips", "I64", (4,)),
+        ("word_embeddings.weight", "U8", (320,)),
+        ("word_embeddings_layernorm.weight", "BF16", (8,)),
+        ("word_embeddings_layernorm.bias", "BF16", (8,)),
+    )
+    assert embedding.stored("F32", {})[0] == ("word_embeddings.weight", "F32", (25, 8))
+    assert [len(spec.matrices) for spec in part_specs(CODED_MODEL)] == [1, 4, 4, 0]
+
+
+@pytest.mark.parametrize("nbytes", [16, 1600, 10**9, 10**14])
+def test_the_header_of_a_coded_part_has_one_length(nbytes: int) -> None:
+    for index in range(4):
+        header = coded_record(index, nbytes).header
+        assert len(header) == len(coded_record(index).header)
+        assert len(header) % 4096 == 0
+    assert coded_record(3).header == part_header(part_specs(CODED_MODEL)[3].stored("BF16", {}))
+
+
+def part_of(body: Any, index: int = 1) -> Any:
+    return body["parts"][index]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body.update(coding="plain"),
+        lambda body: body.update(coding=["lossless"]),
+        lambda body: body.pop("coding"),
+        lambda body: body.update(format_version=1),
+        lambda body: body["model"].update(dtype="F16"),
+        lambda body: part_of(body).pop("decoded"),
+        lambda body: part_of(body).update(decoded=[]),
+        lambda body: part_of(body)["decoded"].reverse(),
+        lambda body: part_of(body)["decoded"][0].update(shape=[8, 24]),
+        lambda body: part_of(body)["decoded"][0].update(dtype="F16"),
+        lambda body: part_of(body)["decoded"][0].update(xxh3_128="AB" * 16),
+        lambda body: part_of(body, 3).update(decoded=part_of(body)["decoded"]),
+        lambda body: part_of(body)["tensors"].pop(2),
+        lambda body: part_of(body)["tensors"][2].update(shape=[4]),
+        lambda body: part_of(body)["tensors"][2].update(dtype="U64"),
+        lambda body: part_of(body)["tensors"][3].update(shape=[1616]),
+        lambda body: part_of(body)["tensors"][3].update(shape=[1600, 1]),
+        lambda body: part_of(body)["tensors"][3].update(shape=[]),
+        lambda body: part_of(body)["tensors"][3].update(dtype="I8"),
+        lambda body: part_of(body).update(size=part_of(body)["size"] + 1),
+        lambda body: (
+            part_of(body)["tensors"][3].update(shape=[1601]),
+            part_of(body).update(size=part_of(body)["size"] + 1),
+        ),
+        lambda body: (
+            part_of(body)["tensors"][3].update(shape=[0]),
+            part_of(body).update(size=part_of(body)["size"] - 1600),
+        ),
+    ],
+)
+def test_a_forged_lossless_manifest_is_refused(change: Any) -> None:
+    body = json.loads(lossless().to_json())
+    body.pop("sha256")
+    change(body)
+    with pytest.raises(BloomdeskError, match="not a sound manifest"):
+        Manifest.from_json(json.dumps({**body, "sha256": _digest(body)}), WHERE)
+
+
+def test_a_plain_manifest_with_what_only_a_lossless_one_has_is_refused() -> None:
+    with pytest.raises(BloomdeskError, match="unknown fields"):
+        Manifest.from_json(signed(lambda body: body["parts"][0].update(decoded=[])), WHERE)
+
+
+def strips(*offsets: int) -> bytes:
+    return b"".join(offset.to_bytes(8, "little", signed=True) for offset in offsets)
+
+
+def test_strips_of_a_matrix() -> None:
+    assert [strip_count(rows) for rows in (1, 12, 13, 24, 25)] == [1, 1, 2, 2, 3]
+    assert list(read_strips(strips(0, 100, 200, 208), 25, 8, 208)) == [0, 100, 200, 208]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        strips(0, 100, 208),
+        strips(0, 100, 200, 208, 208),
+        strips(1, 100, 200, 208),
+        strips(0, 100, 200, 209),
+        strips(0, 100, 100, 208),
+        strips(0, 150, 100, 208),
+        strips(0, -8, 100, 208),
+        strips(0, 2**63 - 1, 200, 208),
+        strips(0, 100, 200, 208)[:-1],
+    ],
+)
+def test_strips_that_cannot_be_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"strip|multiple"):
+        read_strips(data, 25, 8, 208)
+
+
+def test_a_strip_has_a_largest_size() -> None:
+    most = largest_strip(8)
+    assert read_strips(strips(0, most, most + 1), 13, 8, most + 1)[1] == most
+    with pytest.raises(ValueError, match="strip 0 cannot have"):
+        read_strips(strips(0, most + 1, most + 2), 13, 8, most + 2)

@@ -93,4 +93,5 @@ def test_places_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernels_rates(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)
-    assert all(rate > 0 for rate in rates.kernel_rates(Kernel(dtype, workers(1)), dtype))
+    found = rates.kernel_rates(Kernel(dtype, workers(1)), dtype)
+    assert len(found) == 3 and all(rate > 0 for rate in found)

@@ -6,7 +6,6 @@ import errno
 import gc
 import io
 import json
-import mmap
 import os
 import shutil
 import subprocess
@@ -84,7 +83,7 @@ class Shelf:
 
     def check(self, stream: Stream, index: int) -> None:
         with stream.piece(index) as weights:
-            assert weights.shape == self.pieces[index].mapped.shape
+            assert weights.shape == self.pieces[index].shape
             assert self.holds(index, weights)
 
     def check_pass(self, stream: Stream) -> None:
@@ -101,11 +100,9 @@ def make_shelf(path: Path) -> Shelf:
     skew = 777
     data = torch.randint(0, 256, (skew + sum(sizes),), dtype=torch.uint8).numpy().tobytes()
     path.write_bytes(data)
-    with path.open("rb") as file:
-        mapped = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
     state, found, at = FileState.of(path), [], skew
     for size in sizes:
-        found.append(Piece(state, at, 0, 1, mapped[at : at + size].view(1, size)))
+        found.append(Piece(state, at, 0, 1, torch.uint8, (1, size)))
         at += size
     return Shelf(path, data, tuple(found))
 
@@ -195,7 +192,9 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf, monkeypatch: py
     fetched = []
     fetch = runner.stream._fetch
     monkeypatch.setattr(
-        runner.stream, "_fetch", lambda piece, slot: (fetched.append(piece), fetch(piece, slot))[1]
+        runner.stream,
+        "_fetch",
+        lambda piece, slot, stays: (fetched.append(piece), fetch(piece, slot, stays=stays))[1],
     )
     stream = shelf.stream(slots=4)
     promptly(lambda: shelf.check_pass(stream))
@@ -206,10 +205,12 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf, monkeypatch: py
 
 
 def test_what_is_resident_is_read_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    paged = []
-    page_in = system.page_in
+    fetched = []
+    fetch = runner.stream._fetch
     monkeypatch.setattr(
-        system, "page_in", lambda path, start, *rest: (paged.append(start), page_in(path, start, *rest))[1]
+        runner.stream,
+        "_fetch",
+        lambda piece, slot, stays: (fetched.append((piece.start, stays)), fetch(piece, slot, stays=stays))[1],
     )
     resident = frozenset({0, 3, 4, 9, 12})
     stream = shelf.stream(resident, slots=2)
@@ -219,7 +220,9 @@ def test_what_is_resident_is_read_once(shelf: Shelf, monkeypatch: pytest.MonkeyP
     assert stream.traffic.bytes_streamed == 4 * (shelf.nbytes - kept)
     assert stream.streamed_bytes == shelf.nbytes - kept
     assert stream.traffic.bytes_read == kept + 4 * (shelf.nbytes - kept)
-    assert sorted(paged) == sorted(shelf.pieces[index].start for index in resident)
+    assert sorted(start for start, stays in fetched if stays) == sorted(
+        shelf.pieces[index].start for index in resident
+    )
 
 
 def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
@@ -332,11 +335,11 @@ def test_a_stream_may_end_on_one_of_its_readers(shelf: Shelf, monkeypatch: pytes
     fetch = runner.stream._fetch
     last: list[threading.Thread] = []
 
-    def fetch_and_drop(piece: Piece, slot: runner.stream.Slot | None) -> None:
+    def fetch_and_drop(piece: Piece, slot: runner.stream.Slot, stays: bool) -> None:
         soon(lambda: bool(dropped))
         holder.clear()
         last.append(threading.current_thread())
-        fetch(piece, slot)
+        fetch(piece, slot, stays=stays)
 
     monkeypatch.setattr(runner.stream, "_fetch", fetch_and_drop)
     dropped: list[bool] = []
@@ -446,7 +449,7 @@ def test_generations_in_a_row_stream_under_a_budget(
 
     def generate() -> None:
         for new, ids in zip((5, 9, 5), wanted, strict=True):
-            generation = model.generate(IDS, max_new_tokens=new)
+            generation = model.generate(IDS, max_new_tokens=new, speculate="off")
             streamed = generation.streamed_bytes_per_pass
             assert 0 < streamed < weights
             assert list(generation) == ids
@@ -617,21 +620,16 @@ def failing_reads(
             return True
         return False
 
-    open_for_streaming, page_in = system.open_for_streaming, system.page_in
+    open_for_streaming = system.open_for_streaming
 
     def open_faulty(path: Path, *, past_the_cache: bool) -> io.FileIO:
         if faulty(path):
             return Failing(path, "r")
         return open_for_streaming(path, past_the_cache=past_the_cache)
 
-    def page_in_faulty(path: Path, *rest: int) -> None:
-        if faulty(path):
-            raise OSError(code, os.strerror(code), str(path))
-        page_in(path, *rest)
-
     monkeypatch.setattr(Failing, "code", code)
     monkeypatch.setattr(system, "open_for_streaming", open_faulty)
-    monkeypatch.setattr(system, "page_in", page_in_faulty)
+    monkeypatch.setattr(system, "read_cached", lambda *_: 0)  # or there would be no read to fail
     return failed
 
 

@@ -13,11 +13,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from runner.cli import BENCH_PROMPT_TOKENS, BENCH_TOKENS, DEFAULT_NEW_TOKENS, guarded
+from runner.cli import (
+    BATCH_HELP,
+    BENCH_PROMPT_TOKENS,
+    BENCH_TOKENS,
+    DEFAULT_NEW_TOKENS,
+    DEFAULT_SPECULATION,
+    DRAFT_HELP,
+    OUT_HELP,
+    PROMPTS_HELP,
+    SPECULATE_HELP,
+    guarded,
+)
 from runner.cli import bench as run_bench
 from runner.cli import generate as run_generation
 from runner.cli import plan as run_plan
 from runner.errors import BloomdeskError
+from runner.prepared import LOSSLESS, PLAIN
 
 if TYPE_CHECKING:
     from toolkit.download import Plan
@@ -48,6 +60,12 @@ Connections = Annotated[
     int, typer.Option(metavar="N", min=1, max=32, help="Ranges of a file that are fetched at a time.")
 ]
 DEFAULT_CONNECTIONS = 8
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless", help="Store bfloat16 weights coded: two thirds of the bytes, the very same bits."
+    ),
+]
 Ram = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="How much memory to use, like 12GB.", show_default="what is free"),
@@ -123,6 +141,7 @@ def prepare(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The prepared directory to make.")],
     revision: Revision = None,
     connections: Connections = DEFAULT_CONNECTIONS,
+    lossless: Lossless = False,
 ) -> None:
     """Download and convert shard by shard. It takes room for two shards beside the result; run it again to go on."""
 
@@ -130,9 +149,9 @@ def prepare(
         from toolkit.prepare import carry_out, plan_preparation
         from toolkit.terminal import gigabytes
 
-        plan = plan_preparation(repo, destination, revision)
+        plan = plan_preparation(repo, destination, revision, _coding(lossless))
         print(f"{plan.revision} into {destination}: {_intention(plan)}", file=sys.stderr)
-        with _bars("preparing", plan.bytes_to_fetch + plan.bytes_to_write) as progress:
+        with _bars("preparing", plan.work) as progress:
             done = carry_out(plan, progress, connections)
         print(
             f"{destination} is complete: {len(done.written)} parts written ({gigabytes(done.bytes_written)}), "
@@ -141,6 +160,10 @@ def prepare(
         return 0
 
     finish(context, body)
+
+
+def _coding(lossless: bool) -> str:
+    return LOSSLESS if lossless else PLAIN
 
 
 def _print_plan(plan: Plan) -> int:
@@ -174,8 +197,10 @@ def _intention(plan: PreparationPlan) -> str:
     if not to_make:
         return f"all {there} parts are there"
     cut = ", because blocks are cut across shards" if plan.shards_at_a_time > 2 else ""
+    about = "" if plan.manifest.coding == PLAIN else "about "
     return (
-        f"{there} parts are there, {to_make} to be made; {gigabytes(plan.peak_bytes)} of disk at the fullest moment, "
+        f"{there} parts are there, {to_make} to be made; "
+        f"{about}{gigabytes(plan.peak_bytes)} of disk at the fullest moment, "
         f"with at most {plan.shards_at_a_time} shards beside the parts{cut}"
     )
 
@@ -189,6 +214,7 @@ def convert(
         bool,
         typer.Option("--delete-source", help="Delete each shard once the parts made from it are checked."),
     ] = False,
+    lossless: Lossless = False,
 ) -> None:
     """Re-split a checkpoint, a file for each block. Running it again goes on where it stopped."""
 
@@ -196,8 +222,8 @@ def convert(
         from toolkit.convert import carry_out, plan_conversion
         from toolkit.terminal import gigabytes
 
-        plan = plan_conversion(source, destination, delete_source=delete_source)
-        with _bars("converting", plan.bytes_to_write) as progress:
+        plan = plan_conversion(source, destination, delete_source=delete_source, coding=_coding(lossless))
+        with _bars("converting", plan.work) as progress:
             done = carry_out(plan, progress)
         print(
             f"{destination} is complete: {len(done.written)} parts written "
@@ -311,13 +337,11 @@ def repair(
         with ExitStack() as stack:
             if source is not None:
                 conversion = plan_from_source(directory, source, known)
-                progress = stack.enter_context(_bars("repairing", conversion.bytes_to_write))
+                progress = stack.enter_context(_bars("repairing", conversion.work))
                 written = convert.carry_out(conversion, progress).written
             else:
                 preparation = plan_from_hub(directory, known)
-                progress = stack.enter_context(
-                    _bars("repairing", preparation.bytes_to_fetch + preparation.bytes_to_write)
-                )
+                progress = stack.enter_context(_bars("repairing", preparation.work))
                 written = prepare.carry_out(preparation, progress, connections).written
         others = {damage.file for damage in report.damage} - set(written)
         print(f"{directory} is whole again: {len(written)} parts and {len(others)} small files made anew")
@@ -389,6 +413,7 @@ def _print_info(found: Info) -> None:
         "shape": f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads, "
         f"vocabulary {model.vocab_size:,}",
         "files": f"{len(manifest.parts)} parts and {len(manifest.companions)} small files, {gigabytes(found.bytes)}",
+        "stored": _stored(found),
         "a pass reads": gigabytes(found.pass_bytes),
         "KV cache": f"{gigabytes(found.kv_cache_bytes_per_token)} for each token of prompt and output",
     }
@@ -396,19 +421,50 @@ def _print_info(found: Info) -> None:
         print(f"{name:>12}  {value}")
 
 
+def _stored(found: Info) -> str:
+    """ "plain", or "lossless, 0.672 of the 352.49 GB that plain weights take"."""
+    from toolkit.terminal import gigabytes
+
+    coding = found.manifest.coding
+    if coding == PLAIN:
+        return coding
+    return f"{coding}, {found.ratio:.3f} of the {gigabytes(found.plain_bytes)} that plain weights take"
+
+
 @app.command()
 def generate(
     context: typer.Context,
     directory: Prepared,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help=PROMPTS_HELP)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help=OUT_HELP)] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Stop after so many tokens.")
     ] = DEFAULT_NEW_TOKENS,
     ram: Ram = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help=BATCH_HELP, show_default="what the RAM suggests")
+    ] = None,
+    speculate: Annotated[str, typer.Option(metavar="HOW", help=SPECULATE_HELP)] = DEFAULT_SPECULATION,
+    draft: Annotated[Path | None, typer.Option(metavar="DIR", help=DRAFT_HELP)] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, printed as it grows. Each token is the likeliest one."""
-    finish(context, lambda: run_generation(directory, prompt, max_new_tokens, as_json, ram))
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
+    finish(
+        context,
+        lambda: run_generation(
+            directory,
+            prompt,
+            max_new_tokens,
+            as_json,
+            ram,
+            speculate=speculate,
+            draft=draft,
+            prompts=prompts,
+            out=out,
+            batch=batch,
+        ),
+    )
 
 
 @app.command()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.prepared import Hyperparameters, Manifest, Source, SourceShard
+from runner.prepared import PLAIN, Hyperparameters, Manifest, Source, SourceShard
 from toolkit import destination as target
 from toolkit.checksum import ShardHashes
 from toolkit.config import read_config
@@ -25,7 +25,7 @@ from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.lock import sole_writer
 from toolkit.manifest_backup import write_backup
 from toolkit.naming import Assignment, assign
-from toolkit.parts import PlannedPart, check_lm_head, check_shape, plan_part, write_part
+from toolkit.parts import PlannedPart, check_coding, check_lm_head, check_shape, plan_part, write_part
 from toolkit.progress import Progress, silent
 from toolkit.record import RECORD, load_record
 from toolkit.release import Release
@@ -52,7 +52,13 @@ class ConversionPlan:
 
     @property
     def bytes_to_write(self) -> int:
+        """Of the parts; in a lossless directory what they will hardly exceed."""
         return sum(part.size for part in self.to_write)
+
+    @property
+    def work(self) -> int:
+        """Bytes that progress counts in all."""
+        return sum(part.work for part in self.to_write)
 
     @property
     def peak_bytes(self) -> int:
@@ -81,23 +87,31 @@ class ConvertSummary:
     seconds: float
 
 
-def convert(source: Path, destination: Path, progress: Progress = silent) -> ConvertSummary:
-    """Make a prepared directory of the checkpoint in `source`, or go on with one that was begun.
+def convert(
+    source: Path, destination: Path, progress: Progress = silent, *, coding: str = PLAIN
+) -> ConvertSummary:
+    """Make a prepared directory of the checkpoint in `source`, or go on with one that was begun in the same form.
 
     Raises `BloomdeskError` before anything is written where the source is not a whole, sound BLOOM or the
     destination can't take it, and later where a shard is not what the download recorded or the disk fails.
     What is finished then stays, and the same call goes on from it.
     """
-    return carry_out(plan_conversion(source, destination), progress)
+    return carry_out(plan_conversion(source, destination, coding=coding), progress)
 
 
 def plan_conversion(
-    source: Path, destination: Path, *, delete_source: bool = False, known: Manifest | None = None
+    source: Path,
+    destination: Path,
+    *,
+    delete_source: bool = False,
+    known: Manifest | None = None,
+    coding: str = PLAIN,
 ) -> ConversionPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
     With `delete_source` each shard goes as soon as the parts made from it are on disk and checked. `known` is what
     the destination's manifest was before damaged parts were taken out of it: the source must be the one it names.
+    `coding` is the form of the directory, plain or lossless.
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
@@ -112,12 +126,13 @@ def plan_conversion(
         model = replace(model, dtype=common_dtype(tensors))
     else:
         model = replace(model, dtype=begun.model.dtype)
+    check_coding(model.dtype, coding)
     keys = shards.weight_map or tensors  # none only where a single file is gone, and everything is made
     assignment = assign(keys, model) if keys or begun is None else None
     origin, sha256 = _recorded_source(source, shards, companions)
     if known is not None and origin == Source():
         origin = known.source  # no download recorded it, and the shards' hashes will tell
-    manifest = begun or Manifest(model, origin)
+    manifest = target.in_form(destination, begun or Manifest(model, origin, coding=coding), coding)
     _refuse_other(destination, manifest, Manifest(model, origin), companions)
     manifest = target.keep_sound(destination, manifest)
     to_write = _plan_parts(manifest, shards, tensors, assignment) if assignment else ()
@@ -148,10 +163,9 @@ def carry_out(plan: ConversionPlan, progress: Progress = silent) -> ConvertSumma
         write_backup(plan.destination, manifest)
     written = tuple(part.spec.file for part in plan.to_write)
     kept = tuple(file for file in manifest.parts if file not in written)
+    size = sum(manifest.parts[file].size for file in written)
     seconds = time.monotonic() - start
-    return ConvertSummary(
-        plan.destination, manifest.model, written, kept, plan.bytes_to_write, release.bytes, seconds
-    )
+    return ConvertSummary(plan.destination, manifest.model, written, kept, size, release.bytes, seconds)
 
 
 def _write_parts(plan: ConversionPlan, manifest: Manifest, release: Release, progress: Progress) -> Manifest:
@@ -170,7 +184,10 @@ def _write_parts(plan: ConversionPlan, manifest: Manifest, release: Release, pro
                 for shard in soon.sources:
                     hashes.begin(shard)
             for part in plan.to_write[position : position + 1]:
-                manifest = manifest.with_part(write_part(part, plan.destination, checked, progress))
+                record = write_part(part, plan.destination, checked, progress)
+                if record.decoded:
+                    release.trust(record)
+                manifest = manifest.with_part(record)
                 target.write_manifest(plan.destination, manifest)
     return manifest
 
@@ -202,7 +219,7 @@ def _plan_parts(
                 f"{shard} is missing, and {spec.file} must be made from it",
                 "run the download again: it fetches what is missing and nothing else",
             )
-        parts.append(plan_part(spec, model.dtype, keys, tensors))
+        parts.append(plan_part(spec, model.dtype, keys, tensors, manifest.coding))
     lm_head, first = tensors.get(assignment.lm_head or ""), parts[0] if parts else None
     if lm_head is not None:
         check_shape(lm_head, (model.vocab_size, model.hidden_size))

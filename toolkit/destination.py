@@ -16,7 +16,9 @@ import xxhash
 from runner.errors import BloomdeskError
 from runner.header import read_small
 from runner.prepared import (
+    CODED_DTYPE,
     COMPANIONS,
+    LOSSLESS,
     MANIFEST,
     REQUIRED_COMPANIONS,
     CompanionRecord,
@@ -28,7 +30,7 @@ from runner.prepared import (
 )
 from toolkit.disk import disk_errors, free_bytes
 from toolkit.durable import TEMPORARY_SUFFIX, write_durably
-from toolkit.parts import is_in_place, part_header
+from toolkit.parts import is_in_place
 
 LARGEST_COMPANION = 2**26  # BLOOM's tokenizer.json has 14.5 MB
 STAGING = ".source"  # where `prepare` keeps the shards that are on their way
@@ -77,13 +79,29 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
     )
 
 
+def in_form(destination: Path, manifest: Manifest, coding: str) -> Manifest:
+    """The manifest of a directory in the form `coding`, which it has, or can still take: no part is there yet.
+
+    Raises `BloomdeskError` where it has parts of the other form.
+    """
+    if manifest.coding == coding:
+        return manifest
+    if manifest.parts:
+        begun, do = ("with", "add") if manifest.coding == LOSSLESS else ("without", "leave out")
+        raise BloomdeskError(
+            f"{destination} was begun {begun} --lossless, and a directory has one form",
+            f"{do} --lossless to go on with it, or give a new directory",
+        )
+    model = replace(manifest.model, dtype=CODED_DTYPE) if coding == LOSSLESS else manifest.model
+    return replace(manifest, coding=coding, model=model)
+
+
 def keep_sound(destination: Path, manifest: Manifest) -> Manifest:
     """`manifest` with those parts alone that are in place with the right size and header."""
     sound = {}
     for spec in part_specs(manifest.model):
         record = manifest.parts.get(spec.file)
-        header = part_header(spec, manifest.model.dtype)
-        if record is not None and is_in_place(destination / spec.file, header, record):
+        if record is not None and is_in_place(destination / spec.file, record):
             sound[spec.file] = record
     return replace(manifest, parts=sound)
 

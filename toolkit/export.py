@@ -9,7 +9,7 @@
 
 A shard has the bytes that the reference library writes for its tensors: by name, with the header padded to 8 bytes.
 It is renamed into its place only when all of it has been compared with the manifest's hashes, so one that is there is
-whole.
+whole. What a lossless directory has coded is decoded here, and its hashes are those of the decoded bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,17 +25,17 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.header import encode_header, open_regular, read_small
-from runner.prepared import CompanionRecord, Manifest, PartRecord, load_manifest
+from runner.prepared import CompanionRecord, Manifest, PartRecord, TensorRecord, load_manifest
 from toolkit.destination import LARGEST_COMPANION, require_room
 from toolkit.disk import disk_errors
 from toolkit.durable import TEMPORARY_SUFFIX, durable_file, write_durably
 from toolkit.incomplete import settle
 from toolkit.lock import sole_writer
 from toolkit.naming import name_table
+from toolkit.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.progress import Progress, silent
-from toolkit.readahead import ReadAhead, Run
-from toolkit.regions import Region, regions_of
 from toolkit.shards import LARGEST_INDEX
+from toolkit.strips import Coders
 from toolkit.verify import quick_damage
 
 INDEX = "model.safetensors.index.json"
@@ -45,17 +44,22 @@ SETTLE = 256 * 2**20  # so many bytes are brought onto the disk at a time, and l
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard to write: its first bytes, then `regions` of the part that it is made from, in the shard's order."""
+    """A shard to write: its first bytes, then `tensors` of the part that it is made from, in the shard's order."""
 
     file: str
     part: PartRecord
     header: bytes
-    regions: tuple[Region, ...]
+    tensors: tuple[StoredTensor, ...]
     keys: tuple[str, ...]
 
     @property
+    def nbytes(self) -> int:
+        """Of the tensors alone."""
+        return sum(stored.tensor.nbytes for stored in self.tensors)
+
+    @property
     def size(self) -> int:
-        return len(self.header) + sum(region.nbytes for region in self.regions)
+        return len(self.header) + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,9 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> ExportSummary:
         _put(plan.destination / INDEX, plan.index)
         for companion in plan.manifest.companions.values():
             _put(plan.destination / companion.file, _read_companion(plan.directory, companion))
-        regions = [region for shard in plan.to_write for region in shard.regions]
-        runs = [Run(plan.directory / region.file, region.start, region.nbytes) for region in regions]
-        with ReadAhead(runs) as ahead:
-            position = 0
+        with Coders() as coders:
             for shard in plan.to_write:
-                _write_shard(plan, shard, ahead, position, progress)
-                position += len(shard.regions)
+                _write_shard(plan, shard, coders, progress)
     written = tuple(shard.file for shard in plan.to_write)
     kept = tuple(shard.file for shard in plan.shards if shard.file not in written)
     seconds = time.monotonic() - start
@@ -146,12 +146,12 @@ def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
     shards = []
     for number, part in enumerate(manifest.parts.values(), 1):
         # By key: so the reference library lays tensors of one dtype out.
-        tensors = sorted((keys[part.file, tensor.name], tensor) for tensor in part.tensors)
-        header = _padded_to_8(encode_header((key, tensor.dtype, tensor.shape) for key, tensor in tensors))
-        by_name = {region.tensor: region for region in regions_of(part)}
-        regions = tuple(by_name[tensor.name] for _, tensor in tensors)
+        by_key = {keys[part.file, stored.tensor.name]: stored for stored in stored_tensors(part)}
+        tensors = {key: by_key[key] for key in sorted(by_key)}
+        described = [(key, stored.tensor.dtype, stored.tensor.shape) for key, stored in tensors.items()]
+        header = _padded_to_8(encode_header(described))
         file = f"model-{number:05d}-of-{len(manifest.parts):05d}.safetensors"
-        shards.append(PlannedShard(file, part, header, regions, tuple(key for key, _ in tensors)))
+        shards.append(PlannedShard(file, part, header, tuple(tensors.values()), tuple(tensors)))
     return tuple(shards)
 
 
@@ -164,7 +164,7 @@ def _padded_to_8(header: bytes) -> bytes:
 
 def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
     """The index file; the manifest's hash in it tells this export from one of another checkpoint of the same shape."""
-    total = sum(region.nbytes for shard in shards for region in shard.regions)
+    total = sum(shard.nbytes for shard in shards)
     origin = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     body = {
         "metadata": {"bloomdesk_manifest_sha256": origin, "total_size": total},
@@ -221,48 +221,36 @@ def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
     return data
 
 
-def _write_shard(
-    plan: ExportPlan, shard: PlannedShard, ahead: ReadAhead, position: int, progress: Progress
-) -> None:
-    """Put a shard in place, whole or not at all; its regions are the runs of `ahead` from `position` on."""
-    path = plan.destination / shard.file
-    with disk_errors(path), durable_file(path) as file:
-        file.write(shard.header)
-        done, settled = len(shard.header), 0
-        for index, region in enumerate(shard.regions, position):
-            own = xxhash.xxh3_128()
-            for piece in _pieces(plan.directory, region, ahead, index):
-                own.update(piece)
-                file.write(piece)
-                done += len(piece)
-                progress(shard.file, done, shard.size)
-                if done - settled >= SETTLE:
-                    _settle(file, settled, done)
-                    settled = done
-            if own.hexdigest() != region.xxh3_128:
-                what = f"{region.tensor} has the xxh3-128 {own.hexdigest()}, expected {region.xxh3_128}"
-                raise _damaged(plan.directory, region.file, what)
+def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress: Progress) -> None:
+    """Put a shard in place, whole or not at all."""
+    path, part = plan.destination / shard.file, plan.directory / shard.part.file
+    try:
+        with disk_errors(path), durable_file(path) as file, PartReader(part, shard.tensors, coders) as reader:
+            file.write(shard.header)
+            done, settled = len(shard.header), 0
+            for index, stored in enumerate(shard.tensors):
+                own = xxhash.xxh3_128()
+                for piece in reader.bits(index):
+                    own.update(piece)
+                    file.write(piece)
+                    done += len(piece)
+                    progress(shard.file, done, shard.size)
+                    if done - settled >= SETTLE:
+                        _settle(file, settled, done)
+                        settled = done
+                _compare(stored.tensor, own.hexdigest())
+    except DamagedTensor as error:
+        raise _damaged(plan.directory, shard.part.file, str(error)) from error
+
+
+def _compare(tensor: TensorRecord, found: str) -> None:
+    if found != tensor.xxh3_128:
+        raise DamagedTensor(f"{tensor.name} has the xxh3-128 {found}, expected {tensor.xxh3_128}")
 
 
 def _settle(file: BinaryIO, start: int, stop: int) -> None:
     file.flush()
     settle(file.fileno(), start, stop)
-
-
-def _pieces(directory: Path, region: Region, ahead: ReadAhead, index: int) -> Iterator[memoryview]:
-    """A tensor's bytes, with the errors of reading told apart from those of writing."""
-    pieces = ahead.pieces(index)
-    while True:
-        try:
-            piece = next(pieces, None)
-        except OSError as error:
-            what = f"{region.tensor} cannot be read: {error.strerror}"
-            raise _damaged(directory, region.file, what) from error
-        except EOFError as error:
-            raise _damaged(directory, region.file, f"{region.tensor}: {error}") from None
-        if piece is None:
-            return
-        yield piece
 
 
 def _damaged(directory: Path, file: str, what: str) -> BloomdeskError:

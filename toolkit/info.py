@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from runner.header import BYTES_PER_ELEMENT
-from runner.prepared import FORMAT_VERSION, Manifest, load_manifest, part_specs
+from runner.prepared import PLAIN, Manifest, load_manifest, part_specs
+from toolkit.parts import part_size
 
 
 @dataclass(frozen=True)
 class Info:
     """A prepared directory in figures.
 
-    `bytes` are those of the parts that are there, `pass_bytes` the weights that one pass reads once all are,
-    `kv_cache_bytes_per_token` what each token of prompt and output adds to memory.
+    `bytes` are those of the files that are there, `pass_bytes` the weights that one pass reads once all are,
+    `ratio` these against those of a plain directory, `kv_cache_bytes_per_token` what each token of prompt and output
+    adds to memory. Of parts that a lossless directory lacks, sizes are what they will hardly exceed.
     """
 
     directory: Path
@@ -29,8 +31,22 @@ class Info:
         return sum(math.prod(shape) for spec in specs for shape in spec.tensors.values())
 
     @property
-    def pass_bytes(self) -> int:
+    def plain_bytes(self) -> int:
+        """Of all tensors, uncoded."""
         return self.parameters * BYTES_PER_ELEMENT[self.manifest.model.dtype]
+
+    @property
+    def pass_bytes(self) -> int:
+        manifest = self.manifest
+        if manifest.coding == PLAIN:
+            return self.plain_bytes
+        missing = [spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts]
+        there = sum(tensor.nbytes for record in manifest.parts.values() for tensor in record.tensors)
+        return there + sum(part_size(spec, manifest.model.dtype, manifest.coding) for spec in missing)
+
+    @property
+    def ratio(self) -> float:
+        return self.pass_bytes / self.plain_bytes
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
@@ -46,7 +62,8 @@ class Info:
         manifest = self.manifest
         return {
             "directory": str(self.directory),
-            "format_version": FORMAT_VERSION,
+            "format_version": manifest.format_version,
+            "coding": manifest.coding,
             "complete": not manifest.missing,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
@@ -55,6 +72,7 @@ class Info:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "pass_bytes": self.pass_bytes,
+            "ratio": round(self.ratio, 4),
             "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
         }
 

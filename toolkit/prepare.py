@@ -19,7 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.prepared import COMPANIONS, EMBEDDING, Hyperparameters, Manifest, Source, SourceShard, part_specs
+from runner.prepared import (
+    COMPANIONS,
+    EMBEDDING,
+    PLAIN,
+    Hyperparameters,
+    Manifest,
+    PartSpec,
+    Source,
+    SourceShard,
+    part_specs,
+)
 from toolkit import destination as target
 from toolkit import hub
 from toolkit.config import read_config
@@ -30,7 +40,15 @@ from toolkit.hub import HubFile, Revision
 from toolkit.lock import sole_writer
 from toolkit.manifest_backup import write_backup
 from toolkit.naming import Assignment, assign
-from toolkit.parts import check_lm_head, check_shape, part_header, plan_part, write_part
+from toolkit.parts import (
+    check_coding,
+    check_lm_head,
+    check_shape,
+    part_size,
+    part_work,
+    plan_part,
+    write_part,
+)
 from toolkit.progress import Progress, silent
 from toolkit.release import Release
 from toolkit.shards import ShardList, SourceTensor, common_dtype, find_shards, read_member
@@ -65,8 +83,19 @@ class PreparationPlan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Of the parts."""
-        return sum(part_size(self.manifest.model, file) for file in self.schedule.needs)
+        """Of the parts; in a lossless directory what they will hardly exceed."""
+        model, coding = self.manifest.model, self.manifest.coding
+        return sum(part_size(spec, model.dtype, coding) for spec in self._specs)
+
+    @property
+    def work(self) -> int:
+        """Bytes that progress counts in all, of shards and of parts."""
+        model, coding = self.manifest.model, self.manifest.coding
+        return self.bytes_to_fetch + sum(part_work(spec, model.dtype, coding) for spec in self._specs)
+
+    @property
+    def _specs(self) -> list[PartSpec]:
+        return [spec for spec in part_specs(self.manifest.model) if spec.file in self.schedule.needs]
 
     def shard_size(self, name: str) -> int:
         file = self.revision.find(name)
@@ -87,30 +116,31 @@ class PrepareSummary:
     seconds: float
 
 
-def part_size(model: Hyperparameters, file: str) -> int:
-    """Bytes of a part's file."""
-    spec = next(spec for spec in part_specs(model) if spec.file == file)
-    return len(part_header(spec, model.dtype)) + spec.nbytes(model.dtype)
-
-
 def prepare(
     repo: str,
     destination: Path,
     revision: str | None = None,
     progress: Progress = silent,
     connections: int = CONNECTIONS,
+    *,
+    coding: str = PLAIN,
 ) -> PrepareSummary:
     """`plan_preparation` and `carry_out` in one."""
-    return carry_out(plan_preparation(repo, destination, revision), progress, connections)
+    return carry_out(plan_preparation(repo, destination, revision, coding), progress, connections)
 
 
-def plan_preparation(repo: str, destination: Path, revision: str | None = None) -> PreparationPlan:
+def plan_preparation(
+    repo: str, destination: Path, revision: str | None = None, coding: str = PLAIN
+) -> PreparationPlan:
     """What is to be fetched and made, from the Hub's small files; nothing is written to `destination`.
 
     Where that was begun and no revision is named, its commit is gone on with. Raises `BloomdeskError` where the
-    Hub refuses, the repo holds no BLOOM, the directory is another preparation's, or the disk is too small.
+    Hub refuses, the repo holds no BLOOM or none that has the form `coding`, the directory is another preparation's
+    or has the other form, or the disk is too small. Which two bytes the weights are the first shard will tell.
     """
     begun = target.begun(destination)
+    if begun is not None:
+        target.in_form(destination, begun, coding)  # the wrong one is told before the Hub is asked
     if begun is not None and revision is None and begun.source.repo == repo:
         revision = begun.source.commit
     found = hub.resolve(repo, revision)
@@ -125,7 +155,10 @@ def plan_preparation(repo: str, destination: Path, revision: str | None = None) 
         names = [file.path for file in chosen.files if not (small / file.path).exists()]
         has_index = any(small.glob("*.index.json"))
         index = find_shards(small, spared=names) if has_index else ShardList(tuple(map(Path, names)))
-    manifest = begun or Manifest(_guess_dtype(model, chosen), Source(chosen.repo, chosen.commit))
+    if _has_four_bytes(model, chosen):
+        check_coding("F32", coding)
+    fresh = Manifest(_guess_dtype(model, chosen), Source(chosen.repo, chosen.commit))
+    manifest = target.in_form(destination, begun or fresh, coding)
     target.refuse_other_source(destination, manifest, Source(chosen.repo, chosen.commit))
     target.refuse_other_companions(destination, manifest, companions)
     manifest = target.keep_sound(destination, manifest)
@@ -143,7 +176,9 @@ def _with_room(
     """The plan, after a look at the disk."""
     schedule = Schedule(_needs(manifest, index))
     plan = PreparationPlan(revision, destination, begun, manifest, companions, index, schedule, 0, 0, 0)
-    peak, most = schedule.peak(lambda file: part_size(manifest.model, file), plan.shard_size)
+    specs = part_specs(manifest.model)
+    sizes = {spec.file: part_size(spec, manifest.model.dtype, manifest.coding) for spec in specs}
+    peak, most = schedule.peak(sizes.__getitem__, plan.shard_size)
     staging = Staging(destination / target.STAGING, revision)
     present = staging.present_bytes(schedule.shards)
     if schedule.needs:
@@ -167,8 +202,21 @@ def _read_small(revision: Revision, file: HubFile, small: Path, destination: Pat
 
 def _guess_dtype(model: Hyperparameters, revision: Revision) -> Hyperparameters:
     """Two bytes or four for each parameter, by the size of everything; which two the first shard will tell."""
-    elements = sum(math.prod(shape) for spec in part_specs(model) for shape in spec.tensors.values())
-    return replace(model, dtype="BF16" if revision.total < 3 * elements else "F32")
+    return replace(model, dtype="BF16" if revision.total < 3 * _elements(model) else "F32")
+
+
+def _has_four_bytes(model: Hyperparameters, revision: Revision) -> bool:
+    """Whether the weights can't be of two bytes each, also where the embedding is there twice."""
+    weights = sum(
+        file.size
+        for file in revision.files
+        if file.path not in COMPANIONS and not file.path.endswith(".index.json")
+    )
+    return weights >= 4 * _elements(model)
+
+
+def _elements(model: Hyperparameters) -> int:
+    return sum(math.prod(shape) for spec in part_specs(model) for shape in spec.tensors.values())
 
 
 def _needs(manifest: Manifest, index: ShardList) -> dict[str, tuple[str, ...]]:
@@ -339,12 +387,14 @@ class _Maker:
         assignment = self._assign(tensors)
         model = self._settle_dtype(tensors)
         spec = next(spec for spec in part_specs(model) if spec.file == file)
-        part = plan_part(spec, model.dtype, assignment.parts[file], tensors)
+        part = plan_part(spec, model.dtype, assignment.parts[file], tensors, self._manifest.coding)
         if file == EMBEDDING and assignment.lm_head is not None:
             lm_head = tensors[assignment.lm_head]
             check_shape(lm_head, (model.vocab_size, model.hidden_size))
             check_lm_head(lm_head, part.tensors[0])
         record = write_part(part, self._plan.destination, self._recorded, self._report)
+        if record.decoded:
+            self._release.trust(record)
         self._manifest = self._manifest.with_part(record)
         target.write_manifest(self._plan.destination, self._manifest)
 
@@ -366,6 +416,7 @@ class _Maker:
         if dtype != model.dtype:
             if self._manifest.parts:
                 raise BloomdeskError(f"the source mixes dtypes: parts are {model.dtype}, a shard is {dtype}")
+            check_coding(dtype, self._manifest.coding)
             self._manifest = replace(self._manifest, model=replace(model, dtype=dtype))
         return self._manifest.model
 

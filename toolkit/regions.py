@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import xxhash
 
-from runner.header import encode_header, tensor_nbytes
 from runner.prepared import CompanionRecord, PartRecord
 
 
@@ -28,13 +27,12 @@ def regions_of(record: PartRecord | CompanionRecord) -> tuple[Region, ...]:
     """What lies in a file, from its first byte to its last."""
     if isinstance(record, CompanionRecord):
         return (Region(record.file, None, 0, record.size, record.xxh3_128),)
-    header = encode_header((tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors)
+    header = record.header
     found = [Region(record.file, None, 0, len(header), xxhash.xxh3_128_hexdigest(header), is_header=True)]
     start = len(header)
     for tensor in record.tensors:
-        nbytes = tensor_nbytes(tensor.dtype, tensor.shape)
-        found.append(Region(record.file, tensor.name, start, nbytes, tensor.xxh3_128))
-        start += nbytes
+        found.append(Region(record.file, tensor.name, start, tensor.nbytes, tensor.xxh3_128))
+        start += tensor.nbytes
     return tuple(found)
 
 

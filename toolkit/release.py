@@ -21,6 +21,10 @@ class Release:
         self._proven: set[str] = set()
         self.bytes = 0
 
+    def trust(self, record: PartRecord) -> None:
+        """Take a part as proven that was read back from the disk when it was written."""
+        self._proven.add(record.file)
+
     def delete(self, shard: Path, manifest: Manifest) -> None:
         """Delete `shard`, which no part that is still to be made needs.
 

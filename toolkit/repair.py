@@ -54,14 +54,16 @@ def _whole(directory: Path, manifest: Manifest) -> Manifest:
         backup = load_manifest(directory, MANIFEST_BACKUP)
     except BloomdeskError:
         return manifest
-    return backup if (backup.source, backup.model) == (manifest.source, manifest.model) else manifest
+    same = (backup.source, backup.model, backup.coding) == (manifest.source, manifest.model, manifest.coding)
+    return backup if same else manifest
 
 
 def plan_from_source(directory: Path, source: Path, known: Manifest) -> ConversionPlan:
     """Make what is missing from a checkpoint on disk, whose shards must be those that `known` names."""
-    return convert.plan_conversion(source, directory, known=known)
+    return convert.plan_conversion(source, directory, known=known, coding=known.coding)
 
 
 def plan_from_hub(directory: Path, known: Manifest) -> PreparationPlan:
     """Make what is missing from the repo and commit that the directory came from."""
-    return prepare.plan_preparation(known.source.repo or "", directory, known.source.commit)
+    source = known.source
+    return prepare.plan_preparation(source.repo or "", directory, source.commit, known.coding)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runner.prepared import Hyperparameters, part_specs
-from toolkit.parts import part_header
+from runner.prepared import PLAIN, Hyperparameters, part_specs
+from toolkit.parts import part_size
 from toolkit.staging import Schedule
 
 # bigscience/bloom and bloomz have a shard for each block; of their smaller relatives most are one file as a whole.
@@ -11,15 +11,14 @@ BLOCKS_WITH_SHARDS = 70
 SMALL_FILES = 15_000_000
 
 
-def room_to_prepare(model: Hyperparameters) -> int:
-    """Bytes of disk that `prepare` takes at the fullest moment, at most."""
-    sizes = {
-        spec.file: len(part_header(spec, model.dtype)) + spec.nbytes(model.dtype)
-        for spec in part_specs(model)
-    }
+def room_to_prepare(model: Hyperparameters, coding: str = PLAIN) -> int:
+    """Bytes of disk that `prepare` takes at the fullest moment, at most; for a lossless directory hardly more."""
+    specs = part_specs(model)
+    plain = {spec.file: part_size(spec, model.dtype) for spec in specs}
+    sizes = {spec.file: part_size(spec, model.dtype, coding) for spec in specs}
     if model.n_layer >= BLOCKS_WITH_SHARDS:
-        schedule, shards = Schedule({file: (file,) for file in sizes}), sizes
+        schedule, shards = Schedule({file: (file,) for file in sizes}), plain
     else:
-        schedule, shards = Schedule({file: ("weights",) for file in sizes}), {"weights": sum(sizes.values())}
+        schedule, shards = Schedule({file: ("weights",) for file in sizes}), {"weights": sum(plain.values())}
     peak, _ = schedule.peak(sizes.__getitem__, shards.__getitem__)
     return peak + SMALL_FILES

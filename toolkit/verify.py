@@ -15,7 +15,7 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.header import encode_header, open_regular, read_header
+from runner.header import open_regular, read_header
 from runner.prepared import CompanionRecord, Manifest, PartRecord
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.manifest_backup import find_manifest
@@ -169,10 +169,9 @@ def _header_damage(path: Path, record: PartRecord) -> list[Damage]:
     except BloomdeskError as error:
         return [Damage(record.file, None, f"its header is damaged: {error.message}")]
     found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
-    if found != [(tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors]:
+    if found != [tensor.described for tensor in record.tensors]:
         return [Damage(record.file, None, "its header is damaged: it is not that of this part")]
-    written = encode_header((tensor.name, tensor.dtype, tensor.shape) for tensor in record.tensors)
-    if not is_in_place(path, written, record):
+    if not is_in_place(path, record):
         return [Damage(record.file, None, "its header is damaged: it is not as it was written")]
     return []
 

@@ -1,0 +1,104 @@
+"""Files of prompts: `.txt`, one a line, or `.jsonl`, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.errors import BloomdeskError
+
+LONGEST_LINE = 2**24  # bytes; more is no prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt number `index`, from 0 on, in line `line` of its file, from 1 on.
+
+    `max_new_tokens` is None where the file does not say.
+    """
+
+    index: int
+    line: int
+    text: str
+    id: str | int | None = None
+    max_new_tokens: int | None = None
+
+    @property
+    def key(self) -> tuple[str, str | int]:
+        """By what its result is known: its id where it has one."""
+        return ("index", self.index) if self.id is None else ("id", self.id)
+
+
+def read_prompts(path: Path) -> tuple[Prompt, ...]:
+    """All prompts of a file; blank lines are none.
+
+    A `.txt` prompt is its line as it stands. A `.jsonl` prompt is an object with "prompt", and "id" and
+    "max_new_tokens" where it likes; what else it has is left alone. Raises `BloomdeskError` with the number of the line
+    for anything else, and where the file cannot be read, holds no prompt, or has an id twice.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise BloomdeskError(
+            f"{path} is no file of prompts: its name must end in .txt or .jsonl",
+            "put one prompt on each line of a .txt, or one object with a prompt on each line of a .jsonl",
+        )
+    try:
+        prompts = tuple(_prompts(path))
+    except OSError as error:
+        raise BloomdeskError(f"{path} cannot be read: {error.strerror}") from error
+    if not prompts:
+        raise BloomdeskError(f"{path} holds no prompt")
+    lines: dict[tuple[str, str | int], int] = {}
+    for prompt in prompts:
+        before = lines.setdefault(prompt.key, prompt.line)
+        if before != prompt.line:
+            raise BloomdeskError(f"{path}, line {prompt.line}: the id {prompt.id!r} is that of line {before}")
+    return prompts
+
+
+def _prompts(path: Path) -> Iterator[Prompt]:
+    index = 0
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            yield Prompt(index, number, line)
+        else:
+            yield _parsed(path, index, number, line)
+        index += 1
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers, without what ends them."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise BloomdeskError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise BloomdeskError(f"{path}, line {number}: not valid UTF-8 text") from None
+            yield number, text.removesuffix("\n").removesuffix("\r")
+
+
+def _parsed(path: Path, index: int, number: int, line: str) -> Prompt:
+    where = f"{path}, line {number}"
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        raise BloomdeskError(f"{where}: not valid JSON") from None
+    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+        raise BloomdeskError(f'{where}: expected an object with a text as its "prompt"')
+    identity, count = given.get("id"), given.get("max_new_tokens")
+    if not _is_whole_number(identity) and not isinstance(identity, str | None):
+        raise BloomdeskError(f'{where}: an "id" is a text or a whole number')
+    if count is not None and not (_is_whole_number(count) and count >= 1):
+        raise BloomdeskError(f'{where}: "max_new_tokens" is a whole number of at least 1')
+    return Prompt(index, number, given["prompt"], identity, count)
+
+
+def _is_whole_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,63 @@
+"""What stood in the text before: the longest suffix, its latest place, and what follows it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.lookup import LONGEST, SHORTEST, Lookup
+
+
+def searched(ids: list[int]) -> tuple[int, int]:
+    """(length, end) of the longest suffix that stands earlier, where it stands last; by trying everything."""
+    for length in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
+        for end in range(len(ids) - 1, length - 1, -1):
+            if ids[end - length : end] == ids[-length:]:
+                return length, end
+    return 0, 0
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(0, 20))
+def test_the_latest_place_of_the_longest_suffix(ids: list[int], count: int) -> None:
+    lookup = Lookup(ids[: len(ids) // 2])
+    for token in ids[len(ids) // 2 :]:
+        lookup.append(token)
+    length, end = searched(ids)
+    assert lookup.match_length == length
+    proposed = lookup.propose(count)
+    if not length:
+        assert proposed == []
+        return
+    grown = list(ids)
+    for token in proposed:  # each is what followed, in the text with those before it
+        assert token == grown[end]
+        grown.append(token)
+        end += 1
+    assert len(proposed) == count
+
+
+def test_a_loop_is_gone_on_with() -> None:
+    assert Lookup([9, 1, 2, 3, 1, 2, 3, 1, 2]).propose(7) == [3, 1, 2, 3, 1, 2, 3]
+    assert Lookup([5, 5, 5]).propose(3) == [5, 5, 5]
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 1]])
+def test_nothing_is_proposed_where_nothing_comes_again(ids: list[int]) -> None:
+    lookup = Lookup(ids)
+    assert lookup.match_length == 0
+    assert lookup.propose(4) == []
+
+
+def test_a_long_text_costs_no_more_a_token() -> None:
+    """Loops are the worst case of a search."""
+
+    def seconds(count: int) -> float:
+        began = time.process_time()
+        lookup = Lookup([7, 8] * (count // 2))
+        assert lookup.match_length == LONGEST
+        return time.process_time() - began
+
+    assert seconds(40_000) < 40 * seconds(4_000) + 0.1
