@@ -11,8 +11,8 @@ On the miniature with the draft that was trained beside it, over three sets of p
 
 The latter two are texts that repeat themselves, in all that the miniature knows; none was chosen by what comes out.
 Every answer is compared with that of plain decoding, token by token. Tokens a pass count every pass, the prompt's
-included, which can give but one; beside it stands what the passes after that one gave. How much is proposed depends on what passes and proposals take on the machine, so the figures of two runs
-differ a little, and the tokens do not.
+included, which can give but one; beside it stands what the passes after that one gave. How much is proposed depends on
+what passes and proposals take on the machine, so the figures of two runs differ a little, and the tokens do not.
 """
 
 from __future__ import annotations

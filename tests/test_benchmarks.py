@@ -44,7 +44,10 @@ def true_size_turn(limits: Limits, seconds: list[float], streamed: float) -> ben
         "process_bytes": 400_000_000,
         "peak_rss": 7,
     }
-    plan = {"forecast": {"seconds_per_token": 2.0}, "rates": {"memory": 20e9}}
+    plan = {
+        "forecast": {"seconds_per_token": 2.0},
+        "rates": {"disk": 1e9, "memory": 20e9, "compute": 50e9, "decoded": 8e9},
+    }
     rates = (0.8e9, 0.9e9)
     return bench_true_size.Turn(report=report, limits=limits, round=1, disk_rates=rates, plan=plan)
 
