@@ -14,9 +14,9 @@ All on a checkpoint of bloom-3b's shapes, the one that bench_peers.py makes in t
 A directory of the first blocks has the same files under other names (hard links) and a manifest of its own. Each turn
 is a fresh process in a fresh control group that finds every file cold; without limits it finds them in the page
 cache. A line's points take turns, round by round. The limit of a point is the longer of two: what a pass streams over
-the most that the disk gave before, in and after the turns (or its brake), and all weights and the filled cache over
-the most that the memory gave. A prompt of 2,048 tokens takes minutes on two cores: the two lines of the context are
-most of the script's hour.
+the most that the disk gave, before a turn or to the stream in the time in which it read (or its brake), and all
+weights and the filled cache over the most that the memory gave. A prompt of 2,048 tokens takes minutes on two cores:
+the two lines of the context are most of the script's hour.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Bench:
         needed = median(turn.report["weights_bytes"] + turn.report["cache_bytes"] for turn in done)
         by_memory, by_disk, rate = needed / max(self.memory_rates), 0.0, None
         if not point.in_memory:
-            own = [sum(turn.report["read_bytes"][1:]) / sum(turn.steps) for turn in done]
+            own = [turns.rate_while_reading(turn.report) for turn in done]
             rates = [turn.disk_rate for turn in self.turns if turn.disk_rate]
             rate = turns.rate_of_the_limit([median(rates), *own], point.limits)
             by_disk = streamed / rate

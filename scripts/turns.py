@@ -20,7 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +119,12 @@ def rate_of_the_limit(found: Iterable[float], limits: Limits) -> float:
     """The rate that a limit is computed with: the most that the disk gave, or its brake where that held it."""
     most = max(found)
     return limits.disk if limits.disk and most > BRAKE_KEEPS_TO * limits.disk else most
+
+
+def rate_while_reading(report: Mapping[str, Any]) -> float:
+    """What the disk gave to a turn of one_row_passes in the time in which a read was under way; 0 without reads."""
+    seconds = sum(report["reading_seconds"])
+    return report["streamed_bytes"] * len(report["reading_seconds"]) / seconds if seconds else 0.0
 
 
 def last_object(command: list[str], timeout: float | None) -> dict[str, Any]:

@@ -35,11 +35,13 @@ def test_the_first_blocks_of_a_checkpoint_are_a_checkpoint(made: Path, tmp_path:
     assert verify(made).sound
 
 
-def true_size_turn(limits: Limits, seconds: list[float], streamed: float) -> bench_true_size.Turn:
+def true_size_turn(
+    limits: Limits, seconds: list[float], streamed: float, reading: float = 9.0
+) -> bench_true_size.Turn:
     report = {
         "seconds": [99.0, *seconds],
         "read_bytes": [0, *[streamed] * len(seconds)],
-        "reading_seconds": seconds,
+        "reading_seconds": [reading] * len(seconds),
         "streamed_bytes": streamed,
         "process_bytes": 400_000_000,
         "peak_rss": 7,
@@ -59,11 +61,14 @@ def test_true_size_shares_and_extrapolation(made: Path) -> None:
         true_size_turn(braked, [2.0, 4.0, 3.0], 1.8e9),
         true_size_turn(braked, [2.5, 2.5, 2.5], 1.8e9),
         true_size_turn(free, [2.2, 2.2, 2.2], 1.8e9),
+        true_size_turn(free, [1.5, 1.5, 1.5], 1.8e9, reading=1.2),
     ]
     first, second = bench.measured()
     assert (first["seconds"], first["rounds"]) == (2.5, [3.0, 2.5])
     assert first["limit"] == pytest.approx(1.8 / 0.9)
     assert first["share"] == pytest.approx(median([2 / 3, 2 / 2.5]))
+    # The disk gave 0.9 GB/s around one turn, and 1.5 to the stream of the other while it read.
+    assert second["share"] == pytest.approx(median([1.8 / 0.9 / 2.2, 1.2 / 1.5]))
     assert first["forecast_ratio"] == pytest.approx(median([2 / 3, 2 / 2.5]))
     rows = bench.extrapolated()
     assert [row["drive"] for row in rows] == list(bench_true_size.DRIVES)
