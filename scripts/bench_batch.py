@@ -293,6 +293,8 @@ def main() -> int:
     work = given.work.resolve()
     try:
         with turns.sole_worker(work, Limits(given.ram, given.disk)):
+            more = [] if given.lossless else ["lossless"]
+            turns.check_room(work, forms.bytes_to_make(work, given.prepared, None, given.like, more))
             prepared = (given.prepared or forms.prepared(work, None, given.like)).resolve()
             lossless = (given.lossless or forms.lossless(work, prepared)).resolve()
             draft = useless_draft(work, given.draft_like, load_manifest(prepared).model.vocab_size)

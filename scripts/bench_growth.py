@@ -291,6 +291,7 @@ def main() -> int:
     work = given.work.resolve()
     try:
         with turns.sole_worker(work, Limits(int(given.context_ram), given.disk)):
+            turns.check_room(work, forms.bytes_to_make(work, given.prepared, None, given.like))
             prepared = (given.prepared or forms.prepared(work, None, given.like)).resolve()
             if max(given.blocks) > load_manifest(prepared).model.n_layer:
                 raise CannotRun(f"{prepared} has fewer than {max(given.blocks)} blocks: give --blocks")

@@ -62,6 +62,13 @@ PEERS = {
     "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf),
     "airllm": Peer("with_airllm", ("airllm",), forms.hub),
 }
+# What is made in WORK beside the prepared directory, and for whom.
+FORMS = {
+    "lossless": {"bloomdesk-lossless"},
+    "torch": {"tutorial"},
+    "hub": {"transformers", "airllm"},
+    "bloom.gguf": {"llama.cpp"},
+}
 
 
 @dataclass(kw_only=True)
@@ -275,6 +282,9 @@ def main() -> int:
 
 def run(given: argparse.Namespace, work: Path) -> int:
     """Everything from the forms of the checkpoint to the table; the exit status."""
+    wanted = set(given.peers.split(","))
+    more = [name for name, users in FORMS.items() if users & wanted]
+    turns.check_room(work, forms.bytes_to_make(work, given.prepared, given.checkpoint, given.like, more))
     prepared = (given.prepared or forms.prepared(work, given.checkpoint, given.like)).resolve()
     peers = {}
     for name in given.peers.split(","):

@@ -11,8 +11,8 @@ On the miniature with the draft that was trained beside it, over three sets of p
 
 The latter two are texts that repeat themselves, in all that the miniature knows; none was chosen by what comes out.
 Every answer is compared with that of plain decoding, token by token. Tokens a pass count every pass, the prompt's
-included. How much is proposed depends on what passes and proposals take on the machine, so the figures of two runs
-differ a little, and the tokens do not.
+included, which can give but one; beside it stands what the passes after that one gave. How much is proposed depends on
+what passes and proposals take on the machine, so the figures of two runs differ a little, and the tokens do not.
 """
 
 from __future__ import annotations
@@ -81,6 +81,15 @@ class Result:
     @property
     def tokens_per_pass(self) -> float:
         return self.tokens / self.passes
+
+    @property
+    def after_the_prompt(self) -> float:
+        """Tokens a pass without the passes of the prompts and the token that each of these gives."""
+        return (self.tokens - self.count) / (self.passes - self.count)
+
+    def as_json(self) -> dict[str, Any]:
+        rates = {"tokens_per_pass": self.tokens_per_pass, "after_the_prompt": self.after_the_prompt}
+        return asdict(self) | rates
 
 
 def measure(
@@ -180,9 +189,7 @@ def run(given: argparse.Namespace, work: Path) -> list[Result]:
             body = {
                 "benchmark": "speculation",
                 "machine": machine(work),
-                "measured": [
-                    asdict(result) | {"tokens_per_pass": result.tokens_per_pass} for result in results
-                ],
+                "measured": [result.as_json() for result in results],
             }
             given.json.write_text(json.dumps(body, indent=1) + "\n")
     return results
@@ -195,6 +202,7 @@ def table(results: Sequence[Result]) -> str:
         "tokens",
         "passes",
         "tokens/pass",
+        "after the prompt",
         "proposed",
         "right",
         "drafting s",
@@ -207,7 +215,8 @@ def table(results: Sequence[Result]) -> str:
     for result in results:
         share = f"{result.accepted / result.proposed:.1%}" if result.proposed else ""
         cells: list[Any] = [f"{result.prompts}, {result.way}", f"{result.identical} of {result.count}"]
-        cells += [result.tokens, result.passes, f"{result.tokens_per_pass:.2f}", result.proposed, share]
+        cells += [result.tokens, result.passes, f"{result.tokens_per_pass:.2f}"]
+        cells += [f"{result.after_the_prompt:.2f}", result.proposed, share]
         cells += [f"{result.drafting_seconds:.2f}", f"{result.seconds:.1f}"]
         cells += [f"{result.seconds / plain[result.prompts]:.2f}"]
         rows.append(tuple(map(str, cells)))

@@ -9,10 +9,10 @@ more while it is made. It stays there for the next run. Each turn is a fresh pro
 finds every file cold: a prompt of 16 tokens, then passes of one row. Turns go round and round through all limits.
 
 The disk's rate is measured under a turn's own limits just before and after it. The limit of a pass is what it
-streams over the higher of the two, or over the brake where that held the disk. On a disk that others use as well it
-may give more during a turn than before and after it, so a share of the limit above 1 says no more than 1. "Disk busy",
-the share of the passes in which a read was under way, does not depend on the disk's moods. `bloomdesk plan`
-forecasts the same passes under the same limits, at the rates that it measures itself.
+streams over the most that the disk gave: before, after, or to the stream itself in the time in which it read; or over
+the brake where that held the disk. So where the disk is quicker in a turn than around it, the share of the limit is
+the share of the time in which a read was under way, which stands beside it as "disk busy". `bloomdesk plan` forecasts
+the same passes under the same limits, at the rates that it measures itself.
 
 The second table is no measurement. It takes what all 70 blocks stream for a text of 32 tokens, by the runner's own
 sharing-out of the RAM and the memory that its process took. It divides that by the rate of a drive, or all weights by
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -40,7 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the script runs 
 from runner import family
 from runner.errors import BloomdeskError
 from runner.family import SHAPES, VOCABULARY
-from runner.forecast import BLOOMS_TOKENIZER, TOKENIZER_MEMORY, forecast, piece_bytes, weight_bytes
+from runner.forecast import (
+    BLOOMS_TOKENIZER,
+    TOKENIZER_MEMORY,
+    coded_share,
+    forecast,
+    piece_bytes,
+    weight_bytes,
+)
 from runner.prepared import Hyperparameters, load_manifest, part_specs
 from runner.rates import Rates
 from scripts import turns
@@ -69,7 +77,7 @@ class Turn(turns.Turn):
     @property
     def rate(self) -> float:
         """Bytes a second that the limit is computed with."""
-        return turns.rate_of_the_limit(self.disk_rates, self.limits)
+        return turns.rate_of_the_limit([*self.disk_rates, turns.rate_while_reading(self.report)], self.limits)
 
     @property
     def limit(self) -> float:
@@ -92,7 +100,8 @@ class Bench:
 
     def __init__(self, given: argparse.Namespace, prepared: Path) -> None:
         self.given, self.prepared = given, prepared
-        self.model = load_manifest(prepared).model
+        manifest = load_manifest(prepared)
+        self.model, self.coded_share = manifest.model, coded_share(manifest)
         choose = random.Random(0)
         self.prompt = [choose.randrange(4, self.model.vocab_size) for _ in range(PROMPT_TOKENS)]
         self.turns: list[Turn] = []
@@ -165,15 +174,17 @@ class Bench:
         rows = []
         for ram in dict.fromkeys(row["ram"] for row in measured):
             process = self.process_bytes(whole, ram)
-            memory = median(turn.plan["rates"]["memory"] for turn in self.turns if turn.plan)
             try:
-                found = forecast(whole, ram, process, Rates(1.0, memory, 1.0), PROMPT_TOKENS, NEW_TOKENS)
+                found = forecast(
+                    whole, ram, process, self.rates(math.inf), PROMPT_TOKENS, NEW_TOKENS, self.coded_share
+                )
             except BloomdeskError as error:
                 rows.append({"ram": ram, "failure": error.message})
                 continue
             for drive in DRIVES:
                 share = share_for(drive, [row for row in measured if row["ram"] == ram])
-                streamed, compute = found.shares.streamed_bytes / drive, found.weight_bytes / memory
+                # At a drive that takes no time, the limit is what computing, and decoding, take.
+                streamed, compute = found.shares.streamed_bytes / drive, found.limit_seconds
                 rows.append(
                     {
                         "ram": ram,
@@ -187,6 +198,11 @@ class Bench:
                     }
                 )
         return rows
+
+    def rates(self, drive: float) -> Rates:
+        """The machine's, as the plans measured them, with another drive."""
+        found = [turn.plan["rates"] for turn in self.turns if turn.plan]
+        return Rates(**{name: median(each[name] for each in found) for name in found[0]} | {"disk": drive})
 
     def process_bytes(self, whole: Hyperparameters, ram: int) -> int:
         """What a process of the whole model holds beside matrices: as measured, with its vectors and tokenizer."""
@@ -207,6 +223,7 @@ class Bench:
             "threads": self.given.threads,
             "model": asdict(self.model),
             "weights_bytes": weight_bytes(self.model),
+            "coded_share": self.coded_share,
             "measured": self.measured(),
             "extrapolated": self.extrapolated() if any(turn.plan for turn in self.turns) else [],
             "turns": [asdict(turn) for turn in self.turns],

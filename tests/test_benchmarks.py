@@ -18,6 +18,7 @@ from runner.prepared import block_file, load_manifest
 from scripts import bench_batch, bench_growth, bench_speculation, bench_true_size
 from scripts.bench_true_size import share_for
 from scripts.miniature_texts import draw_texts
+from scripts.peers import forms
 from scripts.turns import Limits
 from toolkit.verify import verify
 
@@ -43,7 +44,10 @@ def true_size_turn(limits: Limits, seconds: list[float], streamed: float) -> ben
         "process_bytes": 400_000_000,
         "peak_rss": 7,
     }
-    plan = {"forecast": {"seconds_per_token": 2.0}, "rates": {"memory": 20e9}}
+    plan = {
+        "forecast": {"seconds_per_token": 2.0},
+        "rates": {"disk": 1e9, "memory": 20e9, "compute": 50e9, "decoded": 8e9},
+    }
     rates = (0.8e9, 0.9e9)
     return bench_true_size.Turn(report=report, limits=limits, round=1, disk_rates=rates, plan=plan)
 
@@ -169,3 +173,12 @@ def test_pictures_are_the_same_bytes_for_the_same_results(tmp_path: Path) -> Non
         pictures.append((tmp_path / name / "performance-blocks.svg").read_bytes())
     assert pictures[0] == pictures[1]
     assert b"seconds a token</text>" in pictures[0]
+
+
+def test_the_room_that_forms_take(made: Path, tmp_path: Path) -> None:
+    there = sum(path.stat().st_size for path in made.iterdir())
+    assert forms.bytes_to_make(tmp_path, made, None, None) == 0
+    assert forms.bytes_to_make(tmp_path, made, None, None, ["hub", "torch"]) == 2 * there
+    assert forms.bytes_to_make(tmp_path, None, made, None, ["hub"]) == 2 * there
+    (tmp_path / "hub").mkdir()
+    assert 12.0e9 < forms.bytes_to_make(tmp_path, None, None, "bloom-3b", ["hub"]) < 12.1e9

@@ -20,8 +20,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from runner.family import hyperparameters
+from runner.forecast import disk_bytes
 from scripts.make_checkpoint import TRUE_SHAPES, TRUE_VOCABULARY, synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +43,23 @@ def prepared(work: Path, source: Path | None, like: str | None) -> Path:
         command = [sys.executable, "-m", "toolkit.cli", "convert", source, directory]
         subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
     return directory
+
+
+def bytes_to_make(
+    work: Path, prepared: Path | None, source: Path | None, like: str | None, more: Sequence[str] = ()
+) -> int:
+    """What the disk of `work` must have free for the prepared directory and forms of these names, as far as missing.
+
+    Every form counts as large as the weights, whose size is that of what is there, of `source` or of `like`.
+    """
+    directory = prepared or work / "prepared"
+    is_there = (directory / "manifest.backup.json").exists()
+    if is_there or source:
+        one = sum(path.stat().st_size for path in files(directory if is_there else source))
+    else:
+        one = disk_bytes(hyperparameters(like))
+    count = 0 if is_there else 1 if source else 2
+    return one * (count + sum(not (work / name).exists() for name in more))
 
 
 def lossless(work: Path, directory: Path) -> Path:
