@@ -19,7 +19,8 @@ def load(directory: str | Path, ram: int | None = None) -> Model:
     `ram` bounds the bytes of RAM that it takes, all that the process holds included; by default that is most of what
     the machine, or its control group, can spare.
 
-    The model's `generate(prompt_or_ids, max_new_tokens=...)` yields token ids.
+    The model's `generate(prompt_or_ids, max_new_tokens=...)` yields token ids; `generate_all(prompts)` continues many
+    at a time, and yields each as soon as it is done.
     Raises `BloomdeskError` where the directory is no sound prepared checkpoint.
     """
     from runner.model import Model

@@ -114,9 +114,9 @@ class Batch:
         """One pass; the continuations that it ended. After one that an exception ended, the next makes it again."""
         self._admit()
         began = time.perf_counter()
+        for each in self._active:  # an interruption may have come right after a pass
+            each.cache.rewind(min(each.cache.length, each.settled))
         ready = [each for each in self._active if each.ids]
-        for each in ready:
-            each.cache.rewind(each.settled)  # where an interruption came right after a pass
         stretches = self._prompt_stretches(len(ready))
         other_rows = sum(len(stretch.ids) for stretch in stretches.values())
         room = min(self.capacity.rows - len(ready) - other_rows, self.capacity.logit_rows - len(self._active))

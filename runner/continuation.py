@@ -56,7 +56,7 @@ class Continuation:
 
     @property
     def settled(self) -> int:
-        """Positions of the cache that hold what is certain, once the prompt is through."""
+        """Positions of the cache that the next token leaves as they are, once the prompt is through."""
         return len(self.prompt_ids) + len(self.ids) - 1
 
     def prompt_stretch(self, most: int) -> Stretch:

@@ -340,14 +340,15 @@ def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
     assert [found[index] for index in range(5)] == wanted
 
 
+@pytest.mark.parametrize("passes", [0, 2])
 def test_an_interruption_right_after_a_pass_costs_that_pass_alone(
-    prepared, monkeypatch: pytest.MonkeyPatch
+    prepared, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
     model = runner.load(prepared()[1])
     wanted = plain_run(model, [5, 6, 7], 8)
     running = Batch(model, [Request([5, 6, 7], 8)], None, "off", None, None)
-    running.step()
-    running.step()
+    for _ in range(passes):
+        running.step()
     with monkeypatch.context() as patch:
         patch.setattr(Continuation, "take", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
