@@ -62,7 +62,8 @@ class Draft:
 
     @property
     def weight_bytes(self) -> int:
-        return self._model.weights.nbytes
+        """Of the matrices as they are in RAM, coded ones coded; opening it took the vectors."""
+        return sum(piece.nbytes for piece in self._model.weights.stream.pieces)
 
     def nbytes(self, sequences: int, capacity: int) -> int:
         """All that it takes of the RAM for so many sequences of up to `capacity` positions."""

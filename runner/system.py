@@ -79,10 +79,12 @@ def forget(file: io.FileIO, start: int, nbytes: int) -> None:
 
 def anonymous(nbytes: int) -> mmap.mmap:
     """Page-aligned memory of our own, in huge pages where the system gives them."""
-    memory = mmap.mmap(-1, nbytes)
-    if LINUX_CALLS and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    if not LINUX_CALLS:
+        return mmap.mmap(-1, nbytes)
+    # Shared memory, which is what Python would take, gets no huge pages on most systems.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
