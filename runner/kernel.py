@@ -33,9 +33,12 @@ WORTH_SHARING = 2**18  # multiplications; fewer are done before another thread h
 class Kernel:
     """The product for weights of one dtype, on the threads of `workers`."""
 
-    def __init__(self, dtype: torch.dtype, workers: Workers) -> None:
+    def __init__(self, dtype: torch.dtype, workers: Workers, *, coded: bool = False) -> None:
+        """With `coded` the product with coded weights is compiled at once too, else when it is first used."""
         self._workers = workers
         self._plain = _compiled(dtype)
+        if coded:
+            _compiled(None)
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """Add `x @ weight.T` to `out`: x [T, K] float32, weight [N, K], out [T, N] float32; all dense along rows."""

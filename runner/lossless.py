@@ -30,7 +30,7 @@ def decode_strips(coded: object, offsets: Sequence[int], rows: int, columns: int
     fits = len(target) == rows * columns * ELEMENT and len(whole) == strip_count(rows) + 1
     if not fits or whole != sorted(whole) or whole[0] < 0 or whole[-1] > len(source):
         raise ValueError(f"{len(source):,} coded bytes do not hold {rows:,} rows of {columns:,}")
-    decode, scratch_bytes = _decoder()
+    decode, scratch_bytes = compile_decoder()
     places = (ctypes.c_int64 * len(whole))(*whole)
     scratch = (ctypes.c_ubyte * scratch_bytes)()
     if decode(source, places, rows, columns, target, scratch):
@@ -45,8 +45,11 @@ def as_array(buffer: object) -> ctypes.Array[ctypes.c_ubyte]:
 
 
 @cache
-def _decoder() -> tuple[ctypes._CFuncPtr, int]:
-    """`decode(coded, offsets, rows, columns, out, scratch)` -> 0, or 1 for damage; and the bytes of its scratch."""
+def compile_decoder() -> tuple[ctypes._CFuncPtr, int]:
+    """`decode(coded, offsets, rows, columns, out, scratch)` -> 0, or 1 for damage; and the bytes of its scratch.
+
+    The first call takes half a second, and some memory for good.
+    """
     from runner.emit import compiled, new_module
     from runner.panel import scratch_bytes
 

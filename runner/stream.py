@@ -5,8 +5,8 @@
     disk ──> memory of their own, once, resident ─┘
 
 Both are read past the page cache into memory of our own: no other page is pushed out for them, and that memory comes
-in huge pages, which a product goes through at twice the speed of a mapped file's small ones. The order wraps: while
-the end of one pass is computed, the beginning of the next is read.
+in huge pages, which a product goes through faster than through a mapped file's small ones. The order wraps: while the
+end of one pass is computed, the beginning of the next is read.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class Stream:
             self._start()
             slot = self._awaited(index)
         piece = shared.pieces[index]
-        # A streamed piece's file is looked at when it is read, a resident one's once for each matrix.
-        if piece.first == 0 and index in shared.kept:
+        # A streamed piece's file is looked at when it is read, those of resident ones once in a pass.
+        if index in shared.kept and (not index or shared.pieces[index - 1].file is not piece.file):
             check_unchanged(piece)
         return slot.weights(piece), slot
 

@@ -13,9 +13,11 @@ import torch
 from runner.errors import BloomdeskError
 from runner.header import DATA_ALIGNMENT, Header, TensorEntry, open_regular, read_header
 from runner.kernel import Kernel
+from runner.lossless import compile_decoder
 from runner.matrix import Matrix
 from runner.pieces import FileState, Piece, cut, cut_coded
 from runner.prepared import (
+    LOSSLESS,
     STRIPS_SUFFIX,
     Hyperparameters,
     Manifest,
@@ -76,7 +78,10 @@ class Weights:
         manifest = load_manifest(directory)
         _check_complete(directory, manifest)
         dtype = TORCH_DTYPES[manifest.model.dtype]
-        kernel = Kernel(dtype, workers(torch.get_num_threads()))
+        is_coded = manifest.coding == LOSSLESS
+        kernel = Kernel(dtype, workers(torch.get_num_threads()), coded=is_coded)
+        if is_coded:
+            compile_decoder()  # now, so that its memory counts as the process's own
         specs = part_specs(manifest.model)
         opened = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
         # A pass looks rows of the embedding up when it begins, and multiplies with all of it at its end.

@@ -101,11 +101,11 @@ def test_rows_can_be_coded_and_decoded_some_at_a_time() -> None:
 def test_without_shuffling_instructions_it_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(30, 700)
     monkeypatch.setattr(runner.panel.llvm, "get_host_cpu_features", lambda: _No())
-    lossless._decoder.cache_clear()
+    lossless.compile_decoder.cache_clear()
     try:
         assert decoded(*coded(weight), weight.shape) == bits(weight)
     finally:
-        lossless._decoder.cache_clear()
+        lossless.compile_decoder.cache_clear()
 
 
 class _No(dict):
