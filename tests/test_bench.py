@@ -162,7 +162,8 @@ def test_what_plan_prints(quick, tmp_path: Path, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert "it fits" in text and "bloom-560m" in text and "weights that stay" in text
     table = text.split("\n\n")[1].splitlines()
-    assert len(table) == 3 and len({len(line) for line in table}) == 1  # in 2 GB all of it stays
+    assert 2 < len(table) < 6 and len({len(line) for line in table}) == 1  # in a few GB all of it stays
+    assert " 0 MB " in table[-1] and not any(" 0 MB " in line for line in table[:-1])
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
         plan_command(tmp_path, "100MB", "bloom-560m", 64, 16)
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import runner
+from runner.stream import READERS
 from scripts.local_hub import LocalHub
 
 COMMAND = [sys.executable, "-m", "toolkit.cli"]
@@ -111,7 +112,7 @@ def _read_all(descriptor: int) -> str:
 def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> None:
     command = [*COMMAND, "generate", str(miniature[1]), "When I was 6", "--max-new-tokens", "2000", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        _wait_for_generation(process.pid)
+        _wait_for_generation(process)
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
     if process.returncode == 130:  # else the model ended its text first
@@ -119,14 +120,13 @@ def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> 
         assert json.loads(out)["stop_reason"] == "interrupted"
 
 
-def _wait_for_generation(pid: int) -> None:
-    """Until the process has mapped the last block: the passes begin right after."""
+def _wait_for_generation(process: subprocess.Popen) -> None:
+    """Until the process has the threads that read ahead, which begin with the first pass; or until it has ended."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if "block_69" in Path(f"/proc/{pid}/maps").read_text():
-            time.sleep(0.5)
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(Path(f"/proc/{process.pid}/task").iterdir())) > READERS:
             return
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def test_a_reader_that_leaves_early_is_no_error(miniature: tuple[Path, Path]) -> None:
