@@ -48,7 +48,7 @@ from runner.prepared import (
 from scripts import turns
 from scripts.make_checkpoint import TRUE_SHAPES
 from scripts.peers import forms
-from scripts.turns import CannotRun, Limits, machine, say, size, sizes
+from scripts.turns import CannotRun, Limits, machine, numbers, say, size, sizes
 
 PROMPT_TOKENS = 16
 LINES = ("blocks", "context", "context in RAM", "ram")
@@ -256,10 +256,6 @@ def points(given: argparse.Namespace, work: Path, prepared: Path) -> list[Point]
             limits = NO_LIMITS if line == "context in RAM" else Limits(int(given.context_ram), given.disk)
             found += [Point(line, length, prepared, length, limits) for length in given.context]
     return found
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def options() -> argparse.Namespace:

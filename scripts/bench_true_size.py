@@ -53,7 +53,7 @@ from runner.prepared import Hyperparameters, load_manifest, part_specs
 from runner.rates import Rates
 from scripts import turns
 from scripts.make_checkpoint import synthetic
-from scripts.turns import CannotRun, Limits, machine, say, sizes
+from scripts.turns import CannotRun, Limits, machine, numbers, say, sizes
 
 TRUE_SHAPE = f"{SHAPES['bloom'][0]},{SHAPES['bloom'][1]},{VOCABULARY}"
 DRIVES = (1.073e9, 3.5e9, 7e9)  # the brake, a drive of PCIe 3, and the tutorial's
@@ -353,10 +353,6 @@ def checkpoint(work: Path, blocks: int, shape: Sequence[int]) -> Path:
     command = turns.module("toolkit.cli", "convert", source, prepared, "--delete-source")
     subprocess.run(list(map(str, command)), cwd=turns.ROOT, stdout=sys.stderr, check=True)
     return prepared
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
 
 
 def options() -> argparse.Namespace:

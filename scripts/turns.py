@@ -227,6 +227,11 @@ def size(text: str) -> float | None:
     return float(found[1]) * UNITS[found[2].upper()]
 
 
+def numbers(text: str) -> list[int]:
+    """[16, 512] of "16,512"."""
+    return [int(word) for word in text.split(",")]
+
+
 def sizes(text: str) -> list[float | None]:
     """Several of them with commas between."""
     return [size(word) for word in text.split(",")]
