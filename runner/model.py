@@ -55,6 +55,7 @@ class Model:
 
         Raises `BloomdeskError` where the directory is no sound, complete prepared checkpoint.
         """
+        system.give_freed_memory_back()
         weights = Weights.open(directory)
         tokenizer = Tokenizer(directory / "tokenizer.json")
         return cls(weights, tokenizer, ram or budget.default_total(), system.memory_in_use())

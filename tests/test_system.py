@@ -287,3 +287,23 @@ def test_the_peak_is_of_this_program_alone() -> None:
     peak, now = map(int, run_python(code).split())
     assert len(ballast) == 2**28
     assert now + 2**25 < peak < now + 2**27
+
+
+HELD = """
+import sys, torch, runner.system as system
+if sys.argv[1] == "back":
+    system.give_freed_memory_back()
+for _ in range(2):  # the second time the C library has learned
+    before, blocks = system.memory_in_use(), [torch.ones(2**21) for _ in range(20)]
+    last = torch.ones(2**10)  # above them all
+    blocks.clear()
+print(system.memory_in_use() - before)
+"""
+
+
+@on_linux
+def test_large_blocks_go_back_when_they_are_freed() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", HELD, "back"], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert int(run.stdout) < 2**24, run.stderr
