@@ -4,10 +4,8 @@ from __future__ import annotations
 
 GUESS_WEIGHT = 2.0  # tokens that the first guess counts for
 MEMORY = 0.95  # of what earlier trials say, how much counts beside the latest
-SHORTEST_REST, LONGEST_REST = (
-    8,
-    256,
-)  # passes without a trial, until one is made to see whether things have changed
+# Passes without a trial, until one is made to see whether things have changed.
+SHORTEST_REST, LONGEST_REST = 8, 256
 
 
 class Acceptance:
@@ -38,7 +36,3 @@ class Acceptance:
     def pass_over(self) -> None:
         """A pass could have tried it and did not."""
         self._rested += 1
-
-    def expected(self, count: int) -> float:
-        """Tokens of `count` proposed ones that are right, on average."""
-        return sum(self.chance**place for place in range(1, count + 1))

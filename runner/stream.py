@@ -28,9 +28,8 @@ from runner.pieces import Piece
 
 _LONGEST_READ = 10.0  # seconds that a disk may take for one piece before the program ends without it
 READERS = 2  # one reads while the other hands over
-_LONGEST_WAIT = (
-    0.2  # seconds between looks at Ctrl-C, which interrupts no wait without an end on some systems
-)
+# Seconds between looks at Ctrl-C, which interrupts no wait without an end on some systems.
+_LONGEST_WAIT = 0.2
 
 
 class Slot:
