@@ -374,7 +374,7 @@ def _print_plan(found: Plan, room: int, fits: bool) -> None:
     for ram, forecast in form.others.items():
         line = f"{shown_size(ram):>12}" + _forecast_cells(forecast)
         if found.lossless:
-            line += _token_cell(found.lossless.others.get(ram, forecast))
+            line += _token_cell(found.lossless.with_ram(ram))
         print(line)
 
 

@@ -49,6 +49,10 @@ class Form:
     forecast: Forecast
     others: Mapping[int, Forecast | None]
 
+    def with_ram(self, ram: int) -> Forecast | None:
+        """The forecast for one of `OTHER_RAM`; beyond the last of `others`, more RAM changes nothing."""
+        return self.others.get(ram, self.others[max(self.others)])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -114,10 +118,10 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     chosen = ram or budget.default_total()
 
     def form(coding: str, share: float) -> Form:
-        def with_ram(size: int) -> Forecast:
+        def expected(size: int) -> Forecast:
             return forecast(model, size, process, found, prompt_tokens, tokens, share)
 
-        return Form(coding, disk_bytes(model, share), with_ram(chosen), _others(with_ram))
+        return Form(coding, disk_bytes(model, share), expected(chosen), _others(expected))
 
     own = form(held.coding, coded_share(held)) if held else form(PLAIN, 1.0)
     is_choice = own.coding == PLAIN and model.dtype == CODED_DTYPE
@@ -125,11 +129,11 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     return Plan(directory, name, model, free, found, prompt_tokens, tokens, own, lossless)
 
 
-def _others(with_ram: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
+def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
     others: dict[int, Forecast | None] = {}
     for size in OTHER_RAM:
         try:
-            others[size] = with_ram(size)
+            others[size] = expected(size)
         except BloomdeskError:
             others[size] = None
         if (shown := others[size]) and not shown.shares.streamed_bytes:

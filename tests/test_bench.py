@@ -163,10 +163,21 @@ def test_what_plan_prints(quick, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "it fits" in text and "bloom-560m" in text and "weights that stay" in text
     table = text.split("\n\n")[1].splitlines()
     assert 2 < len(table) < 6 and len({len(line) for line in table}) == 1  # in a few GB all of it stays
-    assert " 0 MB " in table[-1] and not any(" 0 MB " in line for line in table[:-1])
+    streamed = table[0].index("streamed") + len("streamed")
+    in_full = [line[:streamed].endswith(" 0 MB") for line in table[1:]]
+    assert in_full == [False] * (len(table) - 2) + [True]
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
         plan_command(tmp_path, "100MB", "bloom-560m", 64, 16)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: Path) -> None:
+    found = plan_module.plan(tmp_path, 2**40, "bloom-560m", 16, 4)
+    for form in (found.form, found.lossless):
+        last = max(form.others)
+        assert not form.others[last].shares.streamed_bytes
+        assert form.with_ram(last * 2) is form.with_ram(last) is form.others[last]
+        assert form.with_ram(10**9) is form.others[10**9]
 
 
 def test_a_disk_that_cannot_be_written(quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
