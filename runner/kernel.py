@@ -10,9 +10,6 @@ processor. Columns beyond the last multiple of 8 come after the lanes, one by on
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -21,9 +18,8 @@ import llvmlite.binding as llvm
 import torch
 
 from runner.emit import compiled
-from runner.panel import scratch_bytes
-from runner.prepared import STRIP_ROWS, strip_count
-from runner.product import COLUMN_CHUNK, OUTPUTS_IN_CACHE, product_module
+from runner.prepared import strip_count
+from runner.product import OUTPUTS_IN_CACHE, product_module
 from runner.workers import Workers
 
 SHARES_A_THREAD = 6
@@ -55,7 +51,7 @@ class Kernel:
             raise ValueError(f"a product of {[*x.shape]} and {[*weight.shape]} does not give {[*out.shape]}")
         if not (x.stride(2) == weight.stride(2) == out.stride(2) == 1):
             raise ValueError("the rows of a product must be dense")
-        self._run(self._plain, (weight.data_ptr(), weight.stride(0), weight.stride(1)), x, out, weight)
+        self._run(self._plain, (weight.data_ptr(), weight.stride(0), weight.stride(1)), x, out)
 
     def accumulate_coded(
         self, x: torch.Tensor, coded: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
@@ -70,16 +66,11 @@ class Kernel:
             raise ValueError(f"no offsets of {N} rows in {coded.numel():,} coded bytes")
         product = _compiled(None)
         weight = (coded.data_ptr(), 0, offsets.data_ptr())
-        if self._run(product, weight, x[None], out[None], (coded, offsets)):
+        if self._run(product, weight, x[None], out[None]):
             raise ValueError("the coded weights are damaged")
 
     def _run(
-        self,
-        product: _Product,
-        weight: tuple[int, int, int],
-        x: torch.Tensor,
-        out: torch.Tensor,
-        kept: object,
+        self, product: _Product, weight: tuple[int, int, int], x: torch.Tensor, out: torch.Tensor
     ) -> bool:
         """One product on all threads that are free; whether coded weights were damaged."""
         (B, T, K), N = x.shape, out.shape[2]
@@ -90,20 +81,11 @@ class Kernel:
         # processor with faster and slower cores too.
         share = N // (SHARES_A_THREAD * self._workers.count) if shared else N
         share = max(1, share // OUTPUTS_IN_CACHE) * OUTPUTS_IN_CACHE if share < N else N
-        progress = (ctypes.c_int64 * 3)()
         arguments = (
             *weight, x.data_ptr(), x.stride(0), x.stride(1), out.data_ptr(), out.stride(0), out.stride(1),
-            B, T, N, K, share, ctypes.addressof(progress),
+            B, T, N, K, share,
         )  # fmt: skip
-
-        def take_part(_keep: object = (progress, kept, x, out)) -> None:
-            product.take_part(*arguments, product.scratch())
-
-        if shared:
-            self._workers.invite(take_part)
-        take_part()
-        product.wait(ctypes.addressof(progress))
-        return bool(progress[2])
+        return self._workers.run(product.address, arguments, shared=shared)
 
 
 def _ascends(offsets: torch.Tensor, end: int) -> bool:
@@ -114,34 +96,13 @@ def _ascends(offsets: torch.Tensor, end: int) -> bool:
 
 @dataclass(frozen=True)
 class _Product:
-    """The machine code for one dtype, as functions that run without the interpreter's lock.
+    """The machine code for one dtype: the address of a `TASK`."""
 
-    Any number of threads may `take_part` in one product: its shares are counted off in `progress`, and who comes when
-    none is left does nothing. `wait` returns when all that have begun one are through. `scratch` is the address of
-    the calling thread's memory for a panel.
-    """
-
-    take_part: Callable[..., None]
-    wait: Callable[[int], None]
-    scratch: Callable[[], int]
+    address: int
     engine: llvm.ExecutionEngine  # the code lives as long as it does
 
 
 @cache
 def _compiled(dtype: torch.dtype | None) -> _Product:
     engine = compiled(product_module(dtype))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    types = [*[pointer, number, number] * 3, *[number] * 5, pointer, pointer]
-    take_part = ctypes.CFUNCTYPE(None, *types)(engine.get_function_address("take_part"))
-    wait = ctypes.CFUNCTYPE(None, pointer)(engine.get_function_address("wait"))
-    return _Product(take_part, wait, int if dtype else _scratch, engine)
-
-
-_of_thread = threading.local()
-
-
-def _scratch() -> int:
-    """The address of this thread's memory for one panel."""
-    if not hasattr(_of_thread, "memory"):
-        _of_thread.memory = torch.empty(scratch_bytes(STRIP_ROWS * COLUMN_CHUNK), dtype=torch.uint8)
-    return _of_thread.memory.data_ptr()
+    return _Product(engine.get_function_address("take_part"), engine)

@@ -14,6 +14,7 @@ from llvmlite import ir
 from runner.emit import BYTE, BYTES, INDEX, LANE, SINGLE, VOID, index, loop, new_module, offset, smaller
 from runner.panel import emit_decode
 from runner.prepared import PANEL_COLUMNS, STRIP_ROWS
+from runner.workers import ARGUMENTS, FAILED, SHARE, TASK
 
 LANES = 8  # float32 in one 256-bit register
 COLUMN_CHUNK = PANEL_COLUMNS  # of x and of the weights; shorter ones do not keep the memory busy
@@ -25,30 +26,34 @@ _STORED = {torch.bfloat16: ir.IntType(16), torch.float16: ir.HalfType(), torch.f
 
 
 def product_module(dtype: torch.dtype | None) -> ir.Module:
-    """`take_part(weight, its strides over b and n, x, over b and t, out, over b and t, B, T, N, K, share, progress,
-    scratch)` and `wait(progress)`; strides in elements.
+    """`take_part(table, scratch)`, a `TASK` with the arguments: weight, its strides over b and n, x, over b and t, out,
+    over b and t, B, T, N, K, and how many outputs are a share; strides in elements.
 
     Without a dtype the weights are coded ones, bytes: in place of their stride over n comes the address of the offsets
-    of their strips, B is 1, and `scratch` is memory for one panel. Where they are damaged, `progress[2]` becomes 1.
+    of their strips, and B is 1. Where they are damaged, the task has failed.
     """
     coded, module = dtype is None, new_module()
     product = _product(module, BYTE if coded else _STORED[dtype], _Decoded if coded else _Stored)
     weight_type, x_type, out_type = (product.args[place].type for place in (0, 2, 4))
-    types = [kind for pointer in (weight_type, x_type, out_type) for kind in (pointer, INDEX, INDEX)]
-    types += [*[INDEX] * 5, INDEX.as_pointer(), BYTES]
-    function = ir.Function(module, ir.FunctionType(VOID, types), "take_part")
-    weight, weight_step, weight_stride, x, x_step, x_stride, out, out_step, out_stride = function.args[:9]
-    B, T, N, K, share, progress, scratch = function.args[9:]
+    function = ir.Function(module, TASK, "take_part")
+    table, scratch = function.args
     b = ir.IRBuilder(function.append_basic_block())
     at = offset(b)
-    at_work = b.gep(progress, [index(1)])
-    b.atomic_rmw("add", at_work, index(1), "seq_cst")
+    words = (b.load(b.gep(table, [index(ARGUMENTS + place)])) for place in range(14))
+
+    def matrix(kind: ir.Type) -> tuple[ir.Value, ir.Value, ir.Value]:
+        return b.inttoptr(next(words), kind), next(words), next(words)
+
+    weight, weight_step, weight_stride = matrix(weight_type)
+    x, x_step, x_stride = matrix(x_type)
+    out, out_step, out_stride = matrix(out_type)
+    B, T, N, K, share = words
     shares = b.sdiv(b.sub(b.add(N, share), index(1)), share)  # of each of the B products
     total = b.mul(B, shares)
     head, body, done = (b.append_basic_block(name) for name in ("head", "body", "done"))
     b.branch(head)
     b.position_at_end(head)
-    mine = b.atomic_rmw("add", progress, index(1), "seq_cst")
+    mine = b.atomic_rmw("add", b.gep(table, [index(SHARE)]), index(1), "seq_cst")
     b.cbranch(b.icmp_signed("<", mine, total), body, done)
     b.position_at_end(body)
     each, n = b.sdiv(mine, shares), b.mul(b.srem(mine, shares), share)
@@ -58,25 +63,12 @@ def product_module(dtype: torch.dtype | None) -> ir.Module:
         weight = at(at(weight, each, weight_step, index(0)), n, weight_stride, index(0))
     x, out = at(x, each, x_step, index(0)), at(out, each, out_step, n)
     count = smaller(b, share, b.sub(N, n))
-    b.call(product, [weight, weight_stride, x, x_stride, out, out_stride, T, count, K, progress, scratch])
+    failed = b.gep(table, [index(FAILED)])
+    b.call(product, [weight, weight_stride, x, x_stride, out, out_stride, T, count, K, failed, scratch])
     b.branch(head)
     b.position_at_end(done)
-    b.atomic_rmw("sub", at_work, index(1), "seq_cst")
     b.ret_void()
-    _wait(module)
     return module
-
-
-def _wait(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(VOID, [INDEX.as_pointer()]), "wait")
-    b = ir.IRBuilder(function.append_basic_block())
-    at_work = b.gep(function.args[0], [index(1)])
-    look, done = b.append_basic_block("look"), b.append_basic_block("done")
-    b.branch(look)
-    b.position_at_end(look)
-    b.cbranch(b.icmp_signed("==", b.load_atomic(at_work, "seq_cst", 8), index(0)), done, look)
-    b.position_at_end(done)
-    b.ret_void()
 
 
 class _Stored:
@@ -108,7 +100,7 @@ class _Decoded:
     def __init__(self, module: ir.Module, b: ir.IRBuilder, product: ir.Function) -> None:
         self._b, self._decode = b, emit_decode(module)
         self._coded, offsets = product.args[:2]
-        self._progress, self._scratch = product.args[9:]
+        self._failed, self._scratch = product.args[9:]
         self._offsets = b.inttoptr(offsets, INDEX.as_pointer())
         self._panel, self._end = b.alloca(BYTES), b.alloca(BYTES)
         self.tile_type = _STORED[torch.bfloat16].as_pointer()
@@ -135,7 +127,7 @@ class _Decoded:
     def _give_up_if(self, damaged: ir.Value) -> None:
         b = self._b
         with b.if_then(damaged, likely=False):
-            b.atomic_rmw("xchg", b.gep(self._progress, [index(2)]), index(1), "seq_cst")
+            b.atomic_rmw("xchg", self._failed, index(1), "seq_cst")
             b.ret_void()
 
     def row(self, n: ir.Value) -> ir.Value:
@@ -145,7 +137,7 @@ class _Decoded:
 
 
 def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded]) -> ir.Function:
-    """One product on one thread: `product(weight, stride, x, stride, out, stride, T, N, K, progress, scratch)`."""
+    """One product on one thread: `product(weight, stride, x, stride, out, stride, T, N, K, failed, scratch)`."""
     types = [stored.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, SINGLE.as_pointer(), *[INDEX] * 4]
     function = ir.Function(module, ir.FunctionType(VOID, [*types, INDEX.as_pointer(), BYTES]), "product")
     function.linkage = "internal"

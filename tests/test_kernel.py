@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from runner.kernel import Kernel
 from runner.product import COLUMN_CHUNK, LANES, OUTPUTS_IN_CACHE, ROWS_IN_CACHE
 from runner.workers import workers
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [*range(1, 14), *range(ROWS_IN_CACHE - 1, ROWS_IN_CACHE + 3)]
 ODD = [1, 7, 8, 9, 1023, 1024, 1025, 1033]
@@ -257,44 +253,3 @@ def test_products_of_several_callers_at_once_are_right() -> None:
         caller.join(30)
         assert not caller.is_alive()
     assert not wrong
-
-
-def test_an_invitation_that_comes_too_late_does_nothing() -> None:
-    """The other threads are kept busy until the product is done, and must not touch its sums then."""
-    crew, gate = workers(3), threading.Event()
-    crew.invite(lambda: gate.wait(30) and None)
-    x, weight = random(2, 64), random(300, 64, dtype=torch.bfloat16, seed=1)
-    out = torch.zeros(2, 300)
-    Kernel(torch.bfloat16, crew).accumulate(x, weight, out)
-    assert torch.equal(out, product(weight, x))
-    out.fill_(7)
-    gate.set()
-    through = threading.Barrier(3)
-    crew.invite(lambda: through.wait(30) and None)
-    through.wait(30)
-    assert out.eq(7).all()
-
-
-def test_every_other_thread_is_invited() -> None:
-    seen: set[int] = set()
-    through = threading.Barrier(4)
-
-    def take_part() -> None:
-        seen.add(threading.get_ident())
-        through.wait(30)
-
-    workers(4).invite(take_part)
-    through.wait(30)
-    assert len(seen) == 3 and threading.get_ident() not in seen
-
-
-def test_the_process_ends_while_a_thread_computes() -> None:
-    """Killed inside of torch, which a daemon thread is when the interpreter goes, it would abort the process."""
-    program = (
-        "import threading, torch; from runner.workers import workers; begun = threading.Event();"
-        "workers(2).invite(lambda: begun.set() or torch.ones(2**27).cumsum(0)); begun.wait()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")

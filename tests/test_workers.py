@@ -1,0 +1,153 @@
+"""The threads that compute: everybody takes part, nobody is late, and all end with the process."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import runner.workers
+from runner.panel import scratch_bytes
+from runner.prepared import PANEL_COLUMNS, STRIP_ROWS
+from runner.workers import ARGUMENTS, FAILED, SCRATCH_NBYTES, Workers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Task = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p)
+
+
+def address(task: Callable[..., None]) -> int:
+    return ctypes.cast(task, ctypes.c_void_p).value
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_thread_takes_part(count: int) -> None:
+    crew, seen, all_here = Workers(count), set(), threading.Barrier(count)
+
+    @Task
+    def task(table, scratch) -> None:
+        seen.add((threading.get_ident(), scratch))
+        all_here.wait(30)
+
+    assert not crew.run(address(task), [], shared=True)
+    assert len({thread for thread, _ in seen}) == len({scratch for _, scratch in seen}) == count
+    assert threading.get_ident() in {thread for thread, _ in seen}
+
+
+def test_a_task_gets_its_arguments_and_may_fail() -> None:
+    @Task
+    def task(table, _) -> None:
+        table[FAILED] = table[ARGUMENTS] + table[ARGUMENTS + 1] == 12
+
+    for crew in (Workers(1), Workers(3)):
+        for shared in (True, False):
+            assert crew.run(address(task), [5, 7], shared=shared)
+            assert not crew.run(address(task), [5, 8], shared=shared)
+
+
+def test_what_is_not_shared_is_the_callers_alone() -> None:
+    crew, seen = Workers(3), []
+
+    @Task
+    def task(*_) -> None:
+        seen.append(threading.get_ident())
+
+    crew.run(address(task), [], shared=False)
+    time.sleep(0.01)
+    assert seen == [threading.get_ident()]
+
+
+def test_one_caller_at_a_time_has_the_others() -> None:
+    """A second one computes alone in the meantime, and needs not wait."""
+    crew, inside, gate, seen = Workers(2), threading.Barrier(3), threading.Event(), []
+
+    @Task
+    def long(*_) -> None:
+        inside.wait(30)
+        gate.wait(30)
+
+    @Task
+    def short(*_) -> None:
+        seen.append(threading.get_ident())
+
+    first = threading.Thread(target=lambda: crew.run(address(long), [], shared=True), daemon=True)
+    first.start()
+    inside.wait(30)
+    crew.run(address(short), [], shared=True)
+    assert seen == [threading.get_ident()]
+    gate.set()
+    first.join(30)
+    assert not first.is_alive()
+
+
+@pytest.fixture
+def own_code() -> Iterator[None]:
+    runner.workers._code.cache_clear()
+    yield
+    runner.workers._code.cache_clear()
+
+
+def test_nobody_is_late(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another thread does of a task, it does before `run` returns; also where it has just woken."""
+    for looking in (0.0, 1e-6, 0.001):
+        monkeypatch.setattr(runner.workers, "LOOKING_SECONDS", looking)
+        runner.workers._code.cache_clear()
+        crew, running, late = Workers(4), [False], []
+
+        @Task
+        def task(*_, running=running, late=late) -> None:
+            if not running[0]:
+                late.append(1)
+
+        for pause in range(300):
+            running[0] = True
+            crew.run(address(task), [], shared=True)
+            running[0] = False
+            if pause % 3 == 0:
+                time.sleep(pause * 1e-6)
+        assert not late
+
+
+def test_who_has_nothing_to_do_sleeps() -> None:
+    crew = Workers(3)
+
+    @Task
+    def task(*_) -> None:
+        pass
+
+    crew.run(address(task), [], shared=True)
+    wait_until(lambda: all(other._sleeps for other in crew._others))
+    began = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - began < 0.15  # two that look would take 0.4 on two cores
+
+
+def test_a_thread_has_room_for_a_panel() -> None:
+    assert scratch_bytes(STRIP_ROWS * PANEL_COLUMNS) <= SCRATCH_NBYTES
+
+
+@pytest.mark.parametrize("wait", ["", "; time.sleep(0.1)"], ids=["looking", "asleep"])
+def test_the_process_ends_whatever_they_do(wait: str) -> None:
+    """A thread that is cut off inside of foreign code at exit would abort the process."""
+    program = (
+        "import time, torch; from runner.kernel import Kernel; from runner.workers import workers;"
+        "w, x, out = torch.zeros(4096, 4096, dtype=torch.bfloat16), torch.ones(1, 4096), torch.zeros(1, 4096);"
+        f"Kernel(w.dtype, workers(3)).accumulate(x, w, out){wait}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
