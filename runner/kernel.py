@@ -22,7 +22,7 @@ from runner.prepared import strip_count
 from runner.product import OUTPUTS_IN_CACHE, product_module
 from runner.workers import Workers
 
-SHARES_A_THREAD = 6
+SHARES_A_THREAD = 8
 WORTH_SHARING = 2**18  # multiplications; fewer are done before another thread has begun
 
 
@@ -37,21 +37,18 @@ class Kernel:
             _compiled(None)
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """Add `x @ weight.T` to `out`: x [T, K] float32, weight [N, K], out [T, N] float32; all dense along rows."""
-        self.accumulate_each(x[None], weight[None], out[None])
+        """Add `x @ weight.T` to `out`: x [T, K] float32, weight [N, K], out [T, N] float32; all dense along rows.
 
-    def accumulate_each(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-        """The same for B products at once: x [B, T, K], weight [B, N, K], out [B, T, N].
-
-        Raises ValueError where rows are not dense or shapes do not fit.
+        With a B before each of these, B such products. Raises ValueError where rows are not dense or shapes do not fit.
         """
-        B, T, K = x.shape
-        N = weight.shape[1]
-        if weight.shape != (B, N, K) or out.shape != (B, T, N):
+        *B, T, K = x.shape
+        N = weight.shape[-2]
+        if weight.shape != (*B, N, K) or out.shape != (*B, T, N):
             raise ValueError(f"a product of {[*x.shape]} and {[*weight.shape]} does not give {[*out.shape]}")
-        if not (x.stride(2) == weight.stride(2) == out.stride(2) == 1):
+        place, step, stride, dense = _laid_out(weight)
+        if dense != 1 or x.stride(-1) != 1 or out.stride(-1) != 1:
             raise ValueError("the rows of a product must be dense")
-        self._run(self._plain, (weight.data_ptr(), weight.stride(0), weight.stride(1)), x, out)
+        self._run(self._plain, (place, step, stride), x, out)
 
     def accumulate_coded(
         self, x: torch.Tensor, coded: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
@@ -66,26 +63,30 @@ class Kernel:
             raise ValueError(f"no offsets of {N} rows in {coded.numel():,} coded bytes")
         product = _compiled(None)
         weight = (coded.data_ptr(), 0, offsets.data_ptr())
-        if self._run(product, weight, x[None], out[None]):
+        if self._run(product, weight, x, out):
             raise ValueError("the coded weights are damaged")
 
     def _run(
         self, product: _Product, weight: tuple[int, int, int], x: torch.Tensor, out: torch.Tensor
     ) -> bool:
         """One product on all threads that are free; whether coded weights were damaged."""
-        (B, T, K), N = x.shape, out.shape[2]
         if not out.numel():
             return False
+        *B, T, K = x.shape
+        B, N = B[0] if B else 1, out.shape[-1]
         shared = B * T * N * K >= WORTH_SHARING
         # Outputs that a thread takes at a time: few enough that all threads end at about the same time, on a
         # processor with faster and slower cores too.
         share = N // (SHARES_A_THREAD * self._workers.count) if shared else N
         share = max(1, share // OUTPUTS_IN_CACHE) * OUTPUTS_IN_CACHE if share < N else N
-        arguments = (
-            *weight, x.data_ptr(), x.stride(0), x.stride(1), out.data_ptr(), out.stride(0), out.stride(1),
-            B, T, N, K, share,
-        )  # fmt: skip
+        arguments = (*weight, *_laid_out(x)[:3], *_laid_out(out)[:3], B, T, N, K, share)
         return self._workers.run(product.address, arguments, shared=shared)
+
+
+def _laid_out(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """Where a tensor [B, rows, columns] or [rows, columns] is, and the strides of the three."""
+    strides = tensor.stride()
+    return (tensor.data_ptr(), *strides) if len(strides) == 3 else (tensor.data_ptr(), 0, *strides)
 
 
 def _ascends(offsets: torch.Tensor, end: int) -> bool:

@@ -48,14 +48,14 @@ class BlockCache:
         """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
         out = torch.zeros(H, T, length)
-        self.kernel.accumulate_each(queries.float().contiguous(), self.keys[:, :length], out)
+        self.kernel.accumulate(queries.float().contiguous(), self.keys[:, :length], out)
         return out
 
     def context(self, weights: torch.Tensor) -> torch.Tensor:
         """The values of the first S positions summed with weights [H, T, S] -> [H, T, D] float32."""
         H, T, S = weights.shape
         out = torch.zeros(H, T, self.head_dim)
-        self.kernel.accumulate_each(weights.float(), self.values[:, :, :S], out)
+        self.kernel.accumulate(weights.float(), self.values[:, :, :S], out)
         return out
 
 

@@ -2,8 +2,9 @@
 
 How it is fast: a few rows and a few columns are multiplied at a time with all their sums in registers (`TILES`), and
 a group of columns stays in the cache until all rows have used it. Coded weights are decoded a panel at a time into a
-memory that stays in the cache too, right before their use. One row runs at the memory's speed; many rows at that of
-the multipliers. docs/performance.md has the measurements.
+memory that stays in the cache too, right before their use. Where rows of weights are short, the processor would by
+itself begin to fetch each too late, and is told to while the ones before are used. One row runs at the memory's speed;
+many rows at that of the multipliers. docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
@@ -11,7 +12,20 @@ from __future__ import annotations
 import torch
 from llvmlite import ir
 
-from runner.emit import BYTE, BYTES, INDEX, LANE, SINGLE, VOID, index, loop, new_module, offset, smaller
+from runner.emit import (
+    BYTE,
+    BYTES,
+    INDEX,
+    LANE,
+    SINGLE,
+    VOID,
+    index,
+    intrinsic,
+    loop,
+    new_module,
+    offset,
+    smaller,
+)
 from runner.panel import emit_decode
 from runner.prepared import PANEL_COLUMNS, STRIP_ROWS
 from runner.workers import ARGUMENTS, FAILED, SHARE, TASK
@@ -74,6 +88,8 @@ def product_module(dtype: torch.dtype | None) -> ir.Module:
 class _Stored:
     """Weights used where they are."""
 
+    in_memory = True
+
     def __init__(self, module: ir.Module, b: ir.IRBuilder, product: ir.Function) -> None:
         self._b = b
         self.weight, self.stride = product.args[:2]
@@ -96,6 +112,8 @@ class _Stored:
 
 class _Decoded:
     """Coded weights, decoded into `scratch` a panel at a time; a panel is what `begin` and `chunk` go by."""
+
+    in_memory = False  # by the time that they are multiplied they are in the cache
 
     def __init__(self, module: ir.Module, b: ir.IRBuilder, product: ir.Function) -> None:
         self._b, self._decode = b, emit_decode(module)
@@ -147,6 +165,11 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
     weights = source(module, b, function)
     element = weights.tile_type.pointee
     tiles = {(rows, n): _tile(module, element, rows, n) for rows, most in TILES.items() for n in (most, 1)}
+    if source.in_memory:
+        whole_rows = b.icmp_signed("<=", K, index(COLUMN_CHUNK))
+        for rows, most in TILES.items():
+            ahead = _tile(module, element, rows, most, ahead=True)
+            tiles[rows, most] = b.select(whole_rows, ahead, tiles[rows, most])
 
     def tile(rows: int, outputs: int, t: ir.Value, n: ir.Value, k: ir.Value, columns: ir.Value) -> None:
         b.call(
@@ -186,10 +209,13 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
     return function
 
 
-def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int) -> ir.Function:
-    """`rows` x `outputs` sums over one chunk of columns, all of them in registers, added to `out` at its end."""
+def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, ahead: bool = False) -> ir.Function:
+    """`rows` x `outputs` sums over one chunk of columns, all of them in registers, added to `out` at its end.
+
+    With `ahead` it has the processor fetch the weights of the next outputs meanwhile.
+    """
     types = [stored.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, INDEX]
-    function = ir.Function(module, ir.FunctionType(VOID, types), f"tile_{rows}_{outputs}")
+    function = ir.Function(module, ir.FunctionType(VOID, types), f"tile_{rows}_{outputs}{'_ahead' * ahead}")
     function.linkage = "internal"
     function.attributes.add("noinline")  # the registers are counted for one tile
     weight, weight_stride, x, x_stride, out, out_stride, K = function.args
@@ -205,6 +231,8 @@ def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int) -> ir.Fun
         b.store(ir.Constant(vector, [0.0] * LANES), slot)
     whole = b.and_(K, index(-LANES))
     with loop(b, index(0), whole, LANES) as k:
+        for n in range(outputs if ahead else 0):
+            _fetch(b, at(weight, index(outputs + n), weight_stride, k))
         weights = [_widened(b, _load(b, row, k, LANES)) for row in weight_rows]
         for t, row in enumerate(x_rows):
             values = _load(b, row, k, LANES)
@@ -233,6 +261,12 @@ def _load(b: ir.IRBuilder, row: ir.Value, k: ir.Value, count: int) -> ir.Value:
     value = b.load(b.bitcast(b.gep(row, [k]), kind.as_pointer()))
     value.align = 4 if element == SINGLE else 2
     return value
+
+
+def _fetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    """Have the line with this address brought into the nearest cache; one that is nowhere does no harm."""
+    hints = [ir.Constant(LANE, hint) for hint in (0, 3, 1)]  # for reading, kept in all caches, data
+    intrinsic(b, "llvm.prefetch.p0i8", VOID, [b.bitcast(address, BYTES), *hints])
 
 
 def _widened(b: ir.IRBuilder, stored: ir.Value) -> ir.Value:

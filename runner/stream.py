@@ -16,8 +16,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,6 +109,7 @@ class Stream:
         with shared.changed:
             if shared.resident == resident and len(shared.slots) == (slots if streamed else 0):
                 return
+            shared.at_rest = False
             shared.kept = {index: slot for index, slot in shared.kept.items() if index in resident}
             shared.counted &= resident
             shared.resident = resident
@@ -121,32 +121,34 @@ class Stream:
             shared.slots, shared.free = fresh, list(fresh)
             shared.restart(0)
 
-    @contextmanager
-    def piece(self, index: int) -> Iterator[torch.Tensor]:
-        """The weights of piece `index` [rows, K], for as long as the context lasts.
+    def piece(self, index: int) -> _InUse:
+        """A context: the weights of piece `index` [rows, K], for as long as it lasts.
 
-        Out of turn, the stream begins anew there. Raises `BloomdeskError` where the file cannot be read, or has changed
-        since it was opened.
+        Out of turn, the stream begins anew there. Entering it raises `BloomdeskError` where the file cannot be read,
+        or has changed since it was opened.
         """
-        weights, slot = self._take(index)
-        try:
-            yield weights
-        finally:
-            self._release(slot)
+        return _InUse(self, index)
 
-    def _take(self, index: int) -> tuple[torch.Tensor, Slot]:
+    def take(self, index: int) -> tuple[torch.Tensor, Slot | None]:
+        """Begin to use a piece; without a slot there is nothing to release."""
         shared = self._shared
+        if shared.at_rest:
+            return self._weights(index, shared.kept[index]), None
         with shared.changed:
             if shared.in_use or shared.position % len(shared.pieces) != index:
                 shared.restart(index)
             shared.in_use = True
             self._start()
             slot = self._awaited(index)
+        return self._weights(index, slot), slot
+
+    def _weights(self, index: int, slot: Slot) -> torch.Tensor:
+        """What the slot of a piece holds. A streamed piece's file is looked at when it is read, others' once a pass."""
+        shared = self._shared
         piece = shared.pieces[index]
-        # A streamed piece's file is looked at when it is read, those of resident ones once in a pass.
         if index in shared.kept and (not index or shared.pieces[index - 1].file is not piece.file):
             check_unchanged(piece)
-        return slot.weights(piece), slot
+        return slot.weights(piece)
 
     def _awaited(self, index: int) -> Slot:
         """The slot that piece `index`, the next in turn, is in."""
@@ -173,7 +175,8 @@ class Stream:
             shared.traffic.bytes_loaded += shared.pieces[index].nbytes
         return found
 
-    def _release(self, slot: Slot) -> None:
+    def release(self, slot: Slot) -> None:
+        """End the use of a piece."""
         shared = self._shared
         with shared.changed:
             shared.position += 1
@@ -181,6 +184,7 @@ class Stream:
             if len(shared.kept) < len(shared.pieces):
                 shared.changed.notify_all()
             shared.in_use = False
+            shared.at_rest = len(shared.counted) == len(shared.pieces)
 
     def _start(self) -> None:
         while len(self._threads) < self._readers:
@@ -190,12 +194,29 @@ class Stream:
 
 
 @dataclass
+class _InUse:
+    """A piece while a pass uses it."""
+
+    stream: Stream
+    index: int
+
+    def __enter__(self) -> torch.Tensor:
+        weights, self._slot = self.stream.take(self.index)
+        return weights
+
+    def __exit__(self, *_: object) -> None:
+        if self._slot:
+            self.stream.release(self._slot)
+
+
+@dataclass
 class _Shared:
     """What the pass and the readers share; `changed` guards it.
 
     Pieces are counted on through all passes: number `n` is piece `n % len(pieces)`. `position` is the one in use or
     next to be, `claimed` the next that a reader will take on. A claim of an older `epoch` is of no use any more.
-    `in_use` stays set where an interruption came between taking a piece and releasing it.
+    `in_use` stays set where an interruption came between taking a piece and releasing it. Once `at_rest`, all pieces
+    are there for good, and pieces are handed out without any of this.
     """
 
     pieces: tuple[Piece, ...]
@@ -212,6 +233,7 @@ class _Shared:
     reading: int = 0
     reading_since: float = 0.0
     in_use: bool = False
+    at_rest: bool = False
     failed: bool = False  # and nothing is read until a pass asks again
     stopped: bool = False
     traffic: Traffic = field(default_factory=Traffic)

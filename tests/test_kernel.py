@@ -209,7 +209,7 @@ def test_rows_that_are_not_dense_are_refused(which: int) -> None:
     with pytest.raises(ValueError, match="must be dense"):
         kernel().accumulate(*tensors)
     with pytest.raises(ValueError, match="must be dense"):
-        kernel().accumulate_each(*[tensor[None] for tensor in tensors])
+        kernel().accumulate(*[tensor[None] for tensor in tensors])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -219,7 +219,7 @@ def test_batches_are_their_products(threads: int, shape: tuple[int, ...]) -> Non
     x, room = random(B, T, K), random(B, N + 5, K + 8, dtype=torch.bfloat16, seed=1)
     weight = room[:, :N, :K]
     out = torch.zeros(B, T, N)
-    kernel(threads=threads).accumulate_each(x, weight, out)
+    kernel(threads=threads).accumulate(x, weight, out)
     assert torch.equal(out, torch.stack([product(each, rows) for each, rows in zip(weight, x, strict=True)]))
 
 

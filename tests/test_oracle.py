@@ -71,7 +71,7 @@ def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
         """[B, T, K], [B, N, K] -> [B, T, N] float32."""
         kernel = Kernel(weight.dtype, workers(2))
         out = torch.zeros(*x.shape[:2], weight.shape[1])
-        kernel.accumulate_each(in_whole_lanes(x), in_whole_lanes(weight).to(weight.dtype), out)
+        kernel.accumulate(in_whole_lanes(x), in_whole_lanes(weight).to(weight.dtype), out)
         return out
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
