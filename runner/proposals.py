@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from runner.continuation import Continuation
 from runner.draft import Draft
-from runner.lookup import SHORTEST, Lookup
+from runner.lookup import Lookup
 from runner.pace import Pace
 from runner.speculation import MOST_PROPOSED, Offer, Speculation
 
@@ -77,10 +77,9 @@ class Proposals:
         if sequence.is_unsound or most < 1:
             return None
         drafted = Offer(self._speculation.draft, most, drafted=True) if self.draft else None
-        length = sequence.lookup.match_length if sequence.lookup else 0
-        if length < SHORTEST:
+        if not sequence.lookup or sequence.lookup.place is None:
             return drafted
-        looked_up = Offer(self._speculation.lookup(length), most)
+        looked_up = Offer(self._speculation.lookup(sequence.lookup.match_length), most)
         if drafted and drafted.acceptance.chance > looked_up.acceptance.chance:
             return drafted
         return looked_up

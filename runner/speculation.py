@@ -14,7 +14,7 @@ from runner.pace import Pace
 
 MOST_PROPOSED = 16  # for one sequence in one pass
 # First guesses by the length of the match that lookup found, at least so many tokens, and for a draft.
-LOOKUP_GUESSES = {9: 0.8, 5: 0.6, 3: 0.45, 2: 0.3}
+LOOKUP_GUESSES = {9: 0.8, 5: 0.6, 3: 0.45, 2: 0.3, 1: 0.15, 0: 0.15}
 DRAFT_GUESS = 0.6
 # What proposals may lose against passes without: in the beginning this part of a pass, later this part of the time
 # and what they have gained before, up to so many passes.
@@ -47,7 +47,7 @@ class Speculation:
         self._has_begun = False
 
     def lookup(self, match_length: int) -> Acceptance:
-        """That of proposals after a match of so many tokens, at least 2."""
+        """That of proposals after a match of so many tokens."""
         return next(found for length, found in self._lookup.items() if match_length >= length)
 
     def choose(self, offers: Sequence[Offer | None], other_rows: int, most: int, pace: Pace) -> list[int]:

@@ -170,6 +170,7 @@ def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_sam
 
     monkeypatch.setattr(Pace, "learn", learn_nonsense)
     monkeypatch.setattr(Lookup, "match_length", property(lambda self: source.choice([0, 2, 5, 16])))
+    monkeypatch.setattr(Lookup, "place", property(lambda self: source.choice([None, 0, 3])))
     monkeypatch.setattr(Lookup, "propose", propose)
     running = Batch(model, requests, 3, "lookup", None, None)
     found = {each.index: each.ids for each in running.run()}
@@ -197,6 +198,7 @@ def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
     said = plain_run(model, [5, 6, 7], 40)
     monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
     monkeypatch.setattr(Lookup, "match_length", 16)
+    monkeypatch.setattr(Lookup, "place", 0)
     for end in (1, 2, 5, 9, 30):
         shape = replace(model.weights.model, eos_token_id=said[end])
         wanted = said[: said.index(said[end]) + 1]
@@ -226,6 +228,7 @@ def test_wrong_proposals_leave_no_trace(prepared, monkeypatch: pytest.MonkeyPatc
     said = plain_run(model, [5, 6, 7], 30)
     monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
     monkeypatch.setattr(Lookup, "match_length", 16)
+    monkeypatch.setattr(Lookup, "place", 0)
 
     def propose(self: Lookup, count: int) -> list[int]:
         done = len(self._ids) - 3
@@ -245,6 +248,7 @@ def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.Monke
     said = plain_run(model, [5, 6, 7], 20)
     monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
     monkeypatch.setattr(Lookup, "match_length", 16)
+    monkeypatch.setattr(Lookup, "place", 0)
     propose_from(said, monkeypatch)
     forward_all, spoilt = Model.forward_all, []
 

@@ -8,34 +8,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.lookup import LONGEST, SHORTEST, Lookup
+from runner.lookup import LONGEST, Lookup
 
 
-def searched(ids: list[int]) -> tuple[int, int]:
-    """(length, end) of the longest suffix that stands earlier, where it stands last; by trying everything."""
-    for length in range(min(LONGEST, len(ids) - 1), SHORTEST - 1, -1):
+def searched(ids: list[int]) -> tuple[int, int | None]:
+    """(length, end) of the longest suffix that stands earlier, where it stands last; by trying everything.
+
+    Where there is none, the place beside which the text has been running since there was one.
+    """
+    for length in range(min(LONGEST, len(ids) - 1), 0, -1):
         for end in range(len(ids) - 1, length - 1, -1):
             if ids[end - length : end] == ids[-length:]:
                 return length, end
-    return 0, 0
+    before = searched(ids[:-1])[1] if ids else None
+    return 0, None if before is None else before + 1
 
 
-@given(st.lists(st.integers(0, 3), max_size=60), st.integers(0, 20))
+@given(st.lists(st.integers(0, 3) | st.integers(0, 50), max_size=60), st.integers(0, 20))
 def test_the_latest_place_of_the_longest_suffix(ids: list[int], count: int) -> None:
     lookup = Lookup(ids[: len(ids) // 2])
     for token in ids[len(ids) // 2 :]:
         lookup.append(token)
-    length, end = searched(ids)
-    assert lookup.match_length == length
+    length, place = searched(ids)
+    assert (lookup.match_length, lookup.place) == (length, place)
     proposed = lookup.propose(count)
-    if not length:
+    if place is None:
         assert proposed == []
         return
     grown = list(ids)
     for token in proposed:  # each is what followed, in the text with those before it
-        assert token == grown[end]
+        assert token == grown[place]
         grown.append(token)
-        end += 1
+        place += 1
     assert len(proposed) == count
 
 
@@ -44,7 +48,18 @@ def test_a_loop_is_gone_on_with() -> None:
     assert Lookup([5, 5, 5]).propose(3) == [5, 5, 5]
 
 
-@pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 4], [1, 2, 3, 1]])
+def test_a_replaced_word_does_not_end_a_repetition() -> None:
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    lookup = Lookup([*text, 1, 2, 3])
+    assert (lookup.match_length, lookup.propose(3)) == (3, [4, 5, 6])
+    for new in (40, 50):
+        lookup.append(new)
+    assert (lookup.match_length, lookup.propose(3)) == (0, [6, 7, 8])
+    lookup.append(6)
+    assert (lookup.match_length, lookup.propose(2)) == (1, [7, 8])
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 4]])
 def test_nothing_is_proposed_where_nothing_comes_again(ids: list[int]) -> None:
     lookup = Lookup(ids)
     assert lookup.match_length == 0
