@@ -241,8 +241,8 @@ def _run_all(
             named = {} if prompt.id is None else {"id": prompt.id}
             report = _report(found, model.tokenizer.decode(found.ids), found.seconds)
             line.clear()
+            done += 1  # an interruption while it is made durable finds it written
             write(prompt.index, {**named, "prompt": prompt.text, **report})
-            done += 1
     except KeyboardInterrupt:
         line.clear()
         print(f"interrupted: {done} of {len(prompts)} prompts are done", file=sys.stderr)
