@@ -29,15 +29,16 @@ SCRATCH_NBYTES = 2**19  # of memory that a task has for itself on each thread
 WORDS = 32
 # The words of a table. The turn is odd while a task is open, and grows with each.
 TURN, SIGNED_IN, FUNCTION = range(3)
-SHARE, FAILED, ARGUMENTS = range(
-    3, 6
-)  # for the function: the next share, whether it failed, what it works on
+# For the function: the next share, whether it failed, what it works on.
+SHARE, FAILED, ARGUMENTS = range(3, 6)
 
 TABLE = INDEX.as_pointer()
 TASK = ir.FunctionType(VOID, [TABLE, BYTES])  # the table, and the calling thread's scratch memory
 
 # How long to look for the next task. Between two of a pass that waits for no disk there is less than this.
 LOOKING_SECONDS = 0.001
+# Who was woken looks for longer at first: the task is about to be opened, by a thread that may have to wait for a core.
+_WOKEN_TIMES = 500
 _LOOKS_TO_TIME = 5_000
 
 
@@ -82,7 +83,7 @@ class _Worker:
 
     def __init__(self, table: ctypes.Array[ctypes.c_int64], code: _Code) -> None:
         self._table, self._code = table, code
-        self._calls = SimpleQueue[bool]()
+        self._calls = SimpleQueue[int | None]()
         self._sleeps = True
         thread = threading.Thread(target=self._work, daemon=True)
         thread.start()
@@ -92,17 +93,21 @@ class _Worker:
         """Have it look; nothing if it does."""
         if self._sleeps:
             self._sleeps = False
-            self._calls.put(True)
+            self._calls.put(self._table[TURN])
 
     def _work(self) -> None:
-        seen = 0
-        while self._calls.get():
-            seen = self._code.look(ctypes.addressof(self._table), seen, self._code.looks, _scratch())
+        table, looks, seen = ctypes.addressof(self._table), self._code.looks, 0
+        while (turn := self._calls.get()) is not None:
+            first = looks * _WOKEN_TIMES if self._table[TURN] == turn else looks
+            seen = self._code.look(table, seen, first, looks, _scratch())
             self._sleeps = True
+            # A task that was opened meanwhile, by a caller who took this thread to be looking.
+            while self._table[TURN] % 2 and self._table[TURN] != seen:
+                seen = self._code.look(table, seen, looks, looks, _scratch())
 
     def _end(self, thread: threading.Thread) -> None:
         """Before the interpreter goes: it would end the thread inside of foreign code, which aborts the process."""
-        self._calls.put(False)
+        self._calls.put(None)
         thread.join()
 
 
@@ -120,12 +125,12 @@ def _scratch() -> int:
 class _Code:
     """`run(table, scratch)` opens the task, takes part, closes it, and waits for the others.
 
-    `look(table, seen, looks, scratch)` takes part in each task that is open, but for the turn `seen`, and returns the
-    last turn when it has looked `looks` times in vain.
+    `look(table, seen, first, looks, scratch)` takes part in each task that is open, but for the turn `seen`, and
+    returns the last turn when it has looked in vain, `first` times or, after a task, `looks` times.
     """
 
     run: Callable[[int, int], None]
-    look: Callable[[int, int, int, int], int]
+    look: Callable[[int, int, int, int, int], int]
     looks: int  # that take `LOOKING_SECONDS` on this processor
     engine: llvm.ExecutionEngine  # the code lives as long as it does
 
@@ -138,12 +143,14 @@ def _code() -> _Code:
     engine = compiled(module)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     run = ctypes.CFUNCTYPE(None, pointer, pointer)(engine.get_function_address("run"))
-    look = ctypes.CFUNCTYPE(number, pointer, number, number, pointer)(engine.get_function_address("look"))
+    look = ctypes.CFUNCTYPE(number, pointer, number, number, number, pointer)(
+        engine.get_function_address("look")
+    )
     empty = (ctypes.c_int64 * WORDS)()
 
     def seconds() -> float:
         began = time.perf_counter()
-        look(ctypes.addressof(empty), 0, _LOOKS_TO_TIME, 0)
+        look(ctypes.addressof(empty), 0, _LOOKS_TO_TIME, 0, 0)
         return time.perf_counter() - began
 
     looks = round(_LOOKS_TO_TIME * LOOKING_SECONDS / min(seconds() for _ in range(3)))
@@ -176,12 +183,12 @@ def _emit_run(module: ir.Module) -> None:
 
 
 def _emit_look(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(INDEX, [TABLE, INDEX, INDEX, BYTES]), "look")
-    table, seen, looks, scratch = function.args
+    function = ir.Function(module, ir.FunctionType(INDEX, [TABLE, INDEX, INDEX, INDEX, BYTES]), "look")
+    table, seen, first, looks, scratch = function.args
     b = ir.IRBuilder(function.append_basic_block())
     last, left = b.alloca(INDEX), b.alloca(INDEX)
     b.store(seen, last)
-    b.store(looks, left)
+    b.store(first, left)
     head, idle, done = (b.append_basic_block(name) for name in ("head", "idle", "done"))
     b.branch(head)
     b.position_at_end(head)

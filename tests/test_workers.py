@@ -121,6 +121,25 @@ def test_nobody_is_late(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not late
 
 
+def test_nobody_is_missed(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread takes part in each task, also where it was about to sleep when the task was opened."""
+    monkeypatch.setattr(runner.workers, "LOOKING_SECONDS", 0.0)
+    monkeypatch.setattr(runner.workers, "_WOKEN_TIMES", 10**9)
+    crew, all_here, alone = Workers(3), threading.Barrier(3), []
+
+    @Task
+    def task(*_) -> None:
+        try:
+            all_here.wait(10)
+        except threading.BrokenBarrierError:
+            alone.append(1)
+
+    for number in range(300):
+        crew.run(address(task), [], shared=True)
+        time.sleep(number % 7 * 1e-5)
+        assert not alone
+
+
 def test_who_has_nothing_to_do_sleeps() -> None:
     crew = Workers(3)
 
