@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,17 @@ def test_nobody_is_late(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not late
 
 
-def test_nobody_is_missed(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every thread takes part in each task, also where it was about to sleep when the task was opened."""
-    monkeypatch.setattr(runner.workers, "LOOKING_SECONDS", 0.0)
-    monkeypatch.setattr(runner.workers, "_WOKEN_TIMES", 10**9)
+def test_nobody_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every thread takes part in each task, also one that was about to sleep when it was opened."""
+    code = runner.workers._code()
+
+    def look_and_dawdle(table: int, seen: int, first: int, looks: int, scratch: int) -> int:
+        seen = code.look(table, seen, first, 1, scratch)
+        time.sleep(0.005)
+        return seen
+
+    monkeypatch.setattr(runner.workers, "_code", lambda: replace(code, look=look_and_dawdle))
+    monkeypatch.setattr(runner.workers, "_WOKEN_TIMES", 10**6)
     crew, all_here, alone = Workers(3), threading.Barrier(3), []
 
     @Task
@@ -134,9 +142,9 @@ def test_nobody_is_missed(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
         except threading.BrokenBarrierError:
             alone.append(1)
 
-    for number in range(300):
+    for number in range(50):
         crew.run(address(task), [], shared=True)
-        time.sleep(number % 7 * 1e-5)
+        time.sleep(number % 10 * 0.001)
         assert not alone
 
 
