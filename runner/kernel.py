@@ -45,10 +45,9 @@ class Kernel:
         N = weight.shape[-2]
         if weight.shape != (*B, N, K) or out.shape != (*B, T, N):
             raise ValueError(f"a product of {[*x.shape]} and {[*weight.shape]} does not give {[*out.shape]}")
-        place, step, stride, dense = _laid_out(weight)
-        if dense != 1 or x.stride(-1) != 1 or out.stride(-1) != 1:
+        if not (x.stride(-1) == weight.stride(-1) == out.stride(-1) == 1):
             raise ValueError("the rows of a product must be dense")
-        self._run(self._plain, (place, step, stride), x, out)
+        self._run(self._plain, _laid_out(weight), x, out)
 
     def accumulate_coded(
         self, x: torch.Tensor, coded: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
@@ -79,14 +78,14 @@ class Kernel:
         # processor with faster and slower cores too.
         share = N // (SHARES_A_THREAD * self._workers.count) if shared else N
         share = max(1, share // OUTPUTS_IN_CACHE) * OUTPUTS_IN_CACHE if share < N else N
-        arguments = (*weight, *_laid_out(x)[:3], *_laid_out(out)[:3], B, T, N, K, share)
+        arguments = (*weight, *_laid_out(x), *_laid_out(out), B, T, N, K, share)
         return self._workers.run(product.address, arguments, shared=shared)
 
 
-def _laid_out(tensor: torch.Tensor) -> tuple[int, int, int, int]:
-    """Where a tensor [B, rows, columns] or [rows, columns] is, and the strides of the three."""
+def _laid_out(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where a tensor [B, rows, columns] or [rows, columns] is, and its strides over B and rows."""
     strides = tensor.stride()
-    return (tensor.data_ptr(), *strides) if len(strides) == 3 else (tensor.data_ptr(), 0, *strides)
+    return tensor.data_ptr(), strides[0] if len(strides) == 3 else 0, strides[-2]
 
 
 def _ascends(offsets: torch.Tensor, end: int) -> bool:

@@ -16,7 +16,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -109,7 +110,6 @@ class Stream:
         with shared.changed:
             if shared.resident == resident and len(shared.slots) == (slots if streamed else 0):
                 return
-            shared.at_rest = False
             shared.kept = {index: slot for index, slot in shared.kept.items() if index in resident}
             shared.counted &= resident
             shared.resident = resident
@@ -121,15 +121,21 @@ class Stream:
             shared.slots, shared.free = fresh, list(fresh)
             shared.restart(0)
 
-    def piece(self, index: int) -> _InUse:
-        """A context: the weights of piece `index` [rows, K], for as long as it lasts.
+    @contextmanager
+    def piece(self, index: int) -> Iterator[torch.Tensor]:
+        """The weights of piece `index` [rows, K], for as long as the context lasts.
 
-        Out of turn, the stream begins anew there. Entering it raises `BloomdeskError` where the file cannot be read,
-        or has changed since it was opened.
+        Out of turn, the stream begins anew there. Raises `BloomdeskError` where the file cannot be read, or has changed
+        since it was opened.
         """
-        return _InUse(self, index)
+        weights, slot = self._take(index)
+        try:
+            yield weights
+        finally:
+            if slot:
+                self._release(slot)
 
-    def take(self, index: int) -> tuple[torch.Tensor, Slot | None]:
+    def _take(self, index: int) -> tuple[torch.Tensor, Slot | None]:
         """Begin to use a piece; without a slot there is nothing to release."""
         shared = self._shared
         if shared.at_rest:
@@ -175,8 +181,7 @@ class Stream:
             shared.traffic.bytes_loaded += shared.pieces[index].nbytes
         return found
 
-    def release(self, slot: Slot) -> None:
-        """End the use of a piece."""
+    def _release(self, slot: Slot) -> None:
         shared = self._shared
         with shared.changed:
             shared.position += 1
@@ -184,7 +189,6 @@ class Stream:
             if len(shared.kept) < len(shared.pieces):
                 shared.changed.notify_all()
             shared.in_use = False
-            shared.at_rest = len(shared.counted) == len(shared.pieces)
 
     def _start(self) -> None:
         while len(self._threads) < self._readers:
@@ -194,29 +198,12 @@ class Stream:
 
 
 @dataclass
-class _InUse:
-    """A piece while a pass uses it."""
-
-    stream: Stream
-    index: int
-
-    def __enter__(self) -> torch.Tensor:
-        weights, self._slot = self.stream.take(self.index)
-        return weights
-
-    def __exit__(self, *_: object) -> None:
-        if self._slot:
-            self.stream.release(self._slot)
-
-
-@dataclass
 class _Shared:
     """What the pass and the readers share; `changed` guards it.
 
     Pieces are counted on through all passes: number `n` is piece `n % len(pieces)`. `position` is the one in use or
     next to be, `claimed` the next that a reader will take on. A claim of an older `epoch` is of no use any more.
-    `in_use` stays set where an interruption came between taking a piece and releasing it. Once `at_rest`, all pieces
-    are there for good, and pieces are handed out without any of this.
+    `in_use` stays set where an interruption came between taking a piece and releasing it.
     """
 
     pieces: tuple[Piece, ...]
@@ -233,7 +220,6 @@ class _Shared:
     reading: int = 0
     reading_since: float = 0.0
     in_use: bool = False
-    at_rest: bool = False
     failed: bool = False  # and nothing is read until a pass asks again
     stopped: bool = False
     traffic: Traffic = field(default_factory=Traffic)
@@ -241,6 +227,11 @@ class _Shared:
 
     def __post_init__(self) -> None:
         self.resident = frozenset(range(len(self.pieces)))
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether all pieces are there for good: then they are handed out without any of this."""
+        return len(self.counted) == len(self.pieces)
 
     def stop(self) -> None:
         with self.changed:

@@ -159,7 +159,7 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
                 raise KeyboardInterrupt
             index = index if how[0] else 0
         elif kind == "lose":  # an interruption between taking and releasing
-            stream.take(index)
+            stream._take(index)
             index = index if how[0] else 0
         elif kind == "arrange":
             stream.arrange(*how)
@@ -233,7 +233,7 @@ def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
     assert not stream._shared.slots
     assert stream._shared.at_rest  # and pieces are handed out in any order, with nothing to wait for
     promptly(lambda: [shelf.check(stream, index) for index in (5, 2, 2, 12, 0)])
-    assert stream.take(3)[1] is None
+    assert stream._take(3)[1] is None
     stream.arrange(frozenset({1}), 2)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(2)])
     assert stream.traffic.bytes_streamed == 2 * (shelf.nbytes - shelf.pieces[1].nbytes)
@@ -285,7 +285,7 @@ def test_after_an_interruption_a_pass_begins_anew(
             with pytest.raises(KeyboardInterrupt), stream.piece(place):
                 raise KeyboardInterrupt
         elif how == "lost":  # it came between taking the piece and releasing it
-            stream.take(place)
+            stream._take(place)
 
     for _ in range(4):
         promptly(interrupted)
