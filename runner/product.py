@@ -164,17 +164,19 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
     at = offset(b)
     weights = source(module, b, function)
     element = weights.tile_type.pointee
-    tiles = {(rows, n): _tile(module, element, rows, n) for rows, most in TILES.items() for n in (most, 1)}
-    if source.in_memory:
-        whole_rows = b.icmp_signed("<=", K, index(COLUMN_CHUNK))
-        for rows, most in TILES.items():
-            ahead = _tile(module, element, rows, most, ahead=True)
-            tiles[rows, most] = b.select(whole_rows, ahead, tiles[rows, most])
+    tiles = {
+        (rows, n): _tile(module, element, rows, n, fetches_ahead=source.in_memory and n == most)
+        for rows, most in TILES.items()
+        for n in (most, 1)
+    }
+    ahead = index(0)
+    if source.in_memory:  # the processor by itself fetches long rows well enough
+        ahead = b.select(b.icmp_signed("<=", K, index(COLUMN_CHUNK)), weights.stride, ahead)
 
     def tile(rows: int, outputs: int, t: ir.Value, n: ir.Value, k: ir.Value, columns: ir.Value) -> None:
         b.call(
             tiles[rows, outputs],
-            [weights.row(n), weights.stride, at(x, t, x_stride, k), x_stride,
+            [weights.row(n), weights.stride, ahead, at(x, t, x_stride, k), x_stride,
              at(out, t, out_stride, n), out_stride, columns],
         )  # fmt: skip
 
@@ -209,16 +211,16 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
     return function
 
 
-def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, ahead: bool = False) -> ir.Function:
+def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, fetches_ahead: bool) -> ir.Function:
     """`rows` x `outputs` sums over one chunk of columns, all of them in registers, added to `out` at its end.
 
-    With `ahead` it has the processor fetch the weights of the next outputs meanwhile.
+    One that fetches ahead has the weights of the next outputs brought into the cache meanwhile, at a stride of `ahead`.
     """
-    types = [stored.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, INDEX]
-    function = ir.Function(module, ir.FunctionType(VOID, types), f"tile_{rows}_{outputs}{'_ahead' * ahead}")
+    types = [stored.as_pointer(), INDEX, INDEX, SINGLE.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, INDEX]
+    function = ir.Function(module, ir.FunctionType(VOID, types), f"tile_{rows}_{outputs}")
     function.linkage = "internal"
     function.attributes.add("noinline")  # the registers are counted for one tile
-    weight, weight_stride, x, x_stride, out, out_stride, K = function.args
+    weight, weight_stride, ahead, x, x_stride, out, out_stride, K = function.args
     b = ir.IRBuilder(function.append_basic_block())
     at = offset(b)
     weight_rows = [at(weight, index(n), weight_stride, index(0)) for n in range(outputs)]
@@ -231,8 +233,8 @@ def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, ahead:
         b.store(ir.Constant(vector, [0.0] * LANES), slot)
     whole = b.and_(K, index(-LANES))
     with loop(b, index(0), whole, LANES) as k:
-        for n in range(outputs if ahead else 0):
-            _fetch(b, at(weight, index(outputs + n), weight_stride, k))
+        for n in range(outputs if fetches_ahead else 0):
+            _fetch(b, at(weight, index(outputs + n), ahead, k))
         weights = [_widened(b, _load(b, row, k, LANES)) for row in weight_rows]
         for t, row in enumerate(x_rows):
             values = _load(b, row, k, LANES)
