@@ -15,7 +15,7 @@ import pytest
 import runner
 from runner import family
 from runner.prepared import block_file, load_manifest
-from scripts import bench_batch, bench_growth, bench_speculation, bench_true_size
+from scripts import bench_batch, bench_growth, bench_product, bench_speculation, bench_true_size
 from scripts.bench_true_size import share_for
 from scripts.miniature_texts import draw_texts
 from scripts.peers import forms
@@ -187,3 +187,14 @@ def test_the_room_that_forms_take(made: Path, tmp_path: Path) -> None:
     assert forms.bytes_to_make(tmp_path, None, made, None, ["hub"]) == 2 * there
     (tmp_path / "hub").mkdir()
     assert 12.0e9 < forms.bytes_to_make(tmp_path, None, None, "bloom-3b", ["hub"]) < 12.1e9
+
+
+def test_products_of_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "product.json"
+    given = ["--mb", "2", "--rounds", "1", "--threads", "2", "--rows", "1,3", "--columns", "72,300"]
+    bench_product.main([*given, "--json", str(out)])
+    measured = json.loads(out.read_text())["measured"]
+    assert [(each["rows"], each["columns"]) for each in measured] == [(1, 72), (3, 72), (1, 300), (3, 300)]
+    ways = {"bloomdesk, threads: 1", "bloomdesk, threads: 2", "torch, threads: 2", "the memory"}
+    assert all(set(each["rates"]) == ways and min(each["rates"].values()) > 0 for each in measured)
+    assert capsys.readouterr().out.count("| rows | 1 | 3 |") == 2
