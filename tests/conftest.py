@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner import pieces
 from scripts import make_checkpoint
+from tests.streaming import Shelf, arrangement, logits_of, make_shelf, opened
 from toolkit.convert import convert
 
 # For tensors this small, more threads only wait for each other; here, and in the processes that tests start.
@@ -70,3 +72,25 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = source.parent / "draft"
     convert(source, directory)
     return source, directory
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return make_shelf(tmp_path / "part.safetensors")
+
+
+@pytest.fixture(scope="session")
+def logits_in_ram(prepared) -> Callable[[Path], torch.Tensor]:
+    """Logits with everything resident and matrices in one piece each."""
+    known: dict[Path, torch.Tensor] = {}
+
+    def of(directory: Path) -> torch.Tensor:
+        if directory not in known:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(pieces, "LARGEST_PIECE", 2**40)
+                model = opened(directory)
+            known[directory] = logits_of(model, *arrangement(model.weights, "resident"))
+            assert known[directory].isfinite().all()
+        return known[directory]
+
+    return of
