@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from runner import pieces
+from runner.prepared import LOSSLESS
 from scripts import make_checkpoint
+from tests.lossless import make as make_source
 from tests.streaming import Shelf, arrangement, logits_of, make_shelf, opened
 from toolkit.convert import convert
 
@@ -94,3 +97,17 @@ def logits_in_ram(prepared) -> Callable[[Path], torch.Tensor]:
         return known[directory]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(source, lossless directory); copy it before changing it."""
+    base = tmp_path_factory.mktemp("coded")
+    convert(make_source(base / "source"), base / "out", coding=LOSSLESS)
+    return base / "source", base / "out"
+
+
+@pytest.fixture
+def coded_copy(coded: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A lossless directory of the test's own."""
+    return Path(shutil.copytree(coded[1], tmp_path / "bloom"))

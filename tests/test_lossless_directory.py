@@ -1,16 +1,10 @@
-"""Lossless directories: every bit comes back, damage is found and mended, and nothing unproven gets in place."""
+"""Lossless directories: every bit comes back, a part says how it is coded, and a directory has one form."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,67 +16,20 @@ from safetensors.torch import load_file
 
 from runner.errors import BloomdeskError
 from runner.header import read_header
-from runner.lossless import decode_strips
-from runner.prepared import (
-    LOSSLESS,
-    PLAIN,
-    STRIPS_SUFFIX,
-    Manifest,
-    PartRecord,
-    load_manifest,
-    read_strips,
-)
-from scripts.local_hub import Fault, LocalHub
-from scripts.make_checkpoint import Layout, bloom_shapes, from_state, old_config, synthetic, write_repo
+from runner.prepared import LOSSLESS, PLAIN, STRIPS_SUFFIX, Manifest, PartRecord, load_manifest
+from scripts.make_checkpoint import bloom_shapes, from_state, old_config, synthetic, write_repo
+from tests.lossless import content, decoded, flip, make
 from tests.test_cli import refused, run
 from tests.test_shards import LAYOUTS, data, reference
-from toolkit import coded_part, encoder, strips, wire
+from toolkit import coded_part, strips
 from toolkit.convert import carry_out, convert, plan_conversion
-from toolkit.destination import STAGING
 from toolkit.export import export
 from toolkit.info import inspect
-from toolkit.manifest_backup import write_backup
 from toolkit.naming import name_table
-from toolkit.parts import part_size
-from toolkit.prepare import plan_preparation, prepare
-from toolkit.repair import forget, plan_from_hub, plan_from_source
-from toolkit.room import room_to_prepare
 from toolkit.strips import chunk_nbytes, strip_groups
 from toolkit.verify import verify
 
-SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 300}
-REPO = "me/bloom"
 BLOCK = "block_01.safetensors"
-MATRIX = "mlp.dense_h_to_4h.weight"
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def make(directory: Path, layout: Layout = LAYOUTS["bloom"], **changes: object) -> Path:
-    synthetic(directory, **{**SHAPE, **changes}, layout=layout)
-    return directory
-
-
-def flip(path: Path, position: int, bit: int = 1) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= bit
-    path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(source, lossless directory); copy it before changing it."""
-    base = tmp_path_factory.mktemp("coded")
-    convert(make(base / "source"), base / "out", coding=LOSSLESS)
-    return base / "source", base / "out"
-
-
-@pytest.fixture
-def bloom(coded: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A lossless directory of the test's own."""
-    return Path(shutil.copytree(coded[1], tmp_path / "bloom"))
 
 
 def patterns(shape: tuple[int, ...], kind: str) -> torch.Tensor:
@@ -126,6 +73,8 @@ KINDS = [
     "noise",
     "all exponents in one row",
 ]
+
+
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "random": make,
     "in one file": lambda path: make(path, LAYOUTS["single bin"]),
@@ -136,22 +85,6 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "one column": lambda path: make(path, hidden_size=1, heads=1, vocab_size=4),
     "more than a panel": lambda path: make(path, hidden_size=1028, heads=4, blocks=1, vocab_size=50),
 }
-
-
-def decoded(directory: Path) -> Iterator[tuple[str, str, bytes]]:
-    """(part, name, bits) of every matrix, by safetensors and the decoder alone."""
-    for file, record in load_manifest(directory).parts.items():
-        with safe_open(directory / file, framework="pt") as part:
-            assert set(part.keys()) == {tensor.name for tensor in record.tensors}
-            for tensor in record.decoded:
-                rows, columns = tensor.shape
-                table, coded = part.get_tensor(tensor.name + STRIPS_SUFFIX), part.get_tensor(tensor.name)
-                assert table.dtype == torch.int64 and coded.dtype == torch.uint8
-                offsets = read_strips(data(table), rows, columns, len(coded))
-                assert list(offsets) == table.tolist()
-                out = bytearray(rows * columns * 2)
-                decode_strips(bytes(data(coded)), offsets, rows, columns, out)
-                yield file, tensor.name, bytes(out)
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -297,13 +230,13 @@ def test_other_dtypes_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_has_one_form(coded: tuple[Path, Path], bloom: Path, tmp_path: Path) -> None:
+def test_a_directory_has_one_form(coded: tuple[Path, Path], coded_copy: Path, tmp_path: Path) -> None:
     source, _ = coded
-    before = content(bloom)
+    before = content(coded_copy)
     with pytest.raises(BloomdeskError, match="begun with --lossless") as caught:
-        convert(source, bloom)
+        convert(source, coded_copy)
     assert "add --lossless" in caught.value.hint
-    assert content(bloom) == before
+    assert content(coded_copy) == before
     convert(source, tmp_path / "plain")
     with pytest.raises(BloomdeskError, match="begun without --lossless") as caught:
         convert(source, tmp_path / "plain", coding=LOSSLESS)
@@ -325,8 +258,8 @@ def test_a_directory_without_parts_takes_either_form(
     assert load_manifest(out).coding == then and verify(out).sound
 
 
-def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(coded: tuple[Path, Path], bloom: Path) -> None:
-    source, out = coded[0], bloom
+def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(coded: tuple[Path, Path], coded_copy: Path) -> None:
+    source, out = coded[0], coded_copy
     before = content(out)
     assert convert(source, out, coding=LOSSLESS).written == ()
     (out / "block_00.safetensors").unlink()
@@ -347,317 +280,6 @@ def test_delete_source(coded: tuple[Path, Path], tmp_path: Path) -> None:
     assert not list(source.glob("*.bin"))
     for file in load_manifest(coded[1]).parts:
         assert (tmp_path / "out" / file).read_bytes() == (coded[1] / file).read_bytes()
-
-
-def wrong_encoder(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], None]) -> None:
-    """An encoder that is right but for what `change` does to what it makes of the second block's larger matrices."""
-    right = encoder.encode_strips
-    calls = []
-
-    def encode(rows: bytearray, columns: int) -> tuple[bytes, list[int]]:
-        coded, lengths = right(rows, columns)
-        calls.append(len(rows))
-        made = bytearray(coded)
-        if calls.count(4 * 64 * 64 * 2) == 3:  # dense_h_to_4h and dense_4h_to_h of block 0, then of block 1
-            change(made)
-        return bytes(made), lengths
-
-    monkeypatch.setattr(encoder, "encode_strips", encode)
-
-
-def swap_low_bytes(made: bytearray) -> None:
-    made[:] = made[::-1]
-
-
-@pytest.mark.parametrize("change", [swap_low_bytes, lambda made: made.__setitem__(slice(40, 60), bytes(20))])
-def test_what_does_not_decode_to_the_source_is_never_put_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], None]
-) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
-    wrong_encoder(monkeypatch, change)
-    with pytest.raises(
-        BloomdeskError, match=f"{BLOCK} does not read back from the disk as the bits"
-    ) as caught:
-        convert(source, out, coding=LOSSLESS)
-    assert "check the disk" in caught.value.hint
-    assert list(load_manifest(out).parts) == ["embedding.safetensors", "block_00.safetensors"]
-    assert not list(out.glob("*.incomplete")) and not (out / BLOCK).exists()
-    monkeypatch.undo()
-    convert(source, out, coding=LOSSLESS)
-    assert verify(out).sound
-
-
-@pytest.mark.parametrize("share", [0.0, 0.03, 0.12, 0.2, 0.5, 0.9, 0.999999])
-def test_what_the_disk_got_wrong_is_never_put_in_place(
-    coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
-    """One bit of the file, from the header to the last vector, between writing and reading back."""
-    out, real = tmp_path / "out", os.fsync
-
-    def lossy(descriptor: int) -> None:
-        real(descriptor)
-        half = out / f"{BLOCK}.incomplete"
-        if half.exists() and os.path.samestat(os.fstat(descriptor), half.stat()):
-            flip_in_place(half, int(share * half.stat().st_size))
-
-    monkeypatch.setattr(os, "fsync", lossy)
-    with pytest.raises(BloomdeskError, match=f"{BLOCK} does not read back"):
-        convert(coded[0], out, coding=LOSSLESS)
-    assert not (out / BLOCK).exists() and BLOCK not in load_manifest(out).parts
-
-
-def flip_in_place(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 16]))
-
-
-@pytest.mark.parametrize("failing", [1, 3, 6, 9])
-def test_an_error_at_any_write_leaves_nothing_that_counts(
-    coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    out, writes, real = tmp_path / "out", [], os.fsync
-
-    def full(descriptor: int) -> None:
-        writes.append(descriptor)
-        if len(writes) > 3 * failing:
-            raise OSError(28, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BloomdeskError, match="the disk is full"):
-        convert(coded[0], out, coding=LOSSLESS)
-    monkeypatch.undo()
-    assert not [damage for damage in verify(out).damage if damage.file in load_manifest(out).parts]
-    convert(coded[0], out, coding=LOSSLESS)
-    assert content(out) == content(coded[1])
-
-
-def test_each_kind_of_damage_is_named(bloom: Path) -> None:
-    entries = read_header(bloom / BLOCK).tensors
-    for name in (MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"):
-        for position in (entries[name].start, entries[name].end - 1):
-            flip(bloom / BLOCK, position)
-            assert [(item.file, item.tensor) for item in verify(bloom).damage] == [(BLOCK, name)]
-            assert verify(bloom, quick=True).sound
-            flip(bloom / BLOCK, position)
-    for position in (3, 40, 4095):
-        flip(bloom / BLOCK, position)
-        for quick in (False, True):
-            (damage,) = verify(bloom, quick=quick).damage
-            assert (damage.file, damage.tensor) == (BLOCK, None) and "header" in damage.what
-        flip(bloom / BLOCK, position)
-    assert verify(bloom, sample=0.3, seed=1).sound
-    (bloom / BLOCK).write_bytes((bloom / BLOCK).read_bytes()[:-100])
-    assert "expected" in verify(bloom, quick=True).damage[0].what
-
-
-def damage_everything(directory: Path) -> None:
-    """In the offsets of strips, in coded bytes, in a header, cut, gone."""
-    flip(directory / BLOCK, read_header(directory / BLOCK).tensors[MATRIX + STRIPS_SUFFIX].start + 9)
-    block = directory / "block_00.safetensors"
-    flip(block, read_header(block).tensors[MATRIX].start + 100)
-    flip(directory / "final_layernorm.safetensors", 50)
-    embedding = directory / "embedding.safetensors"
-    embedding.write_bytes(embedding.read_bytes()[:-3])
-    (directory / "block_02.safetensors").unlink()
-
-
-def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], bloom: Path) -> None:
-    source, out = coded
-    damage_everything(bloom)
-    report = verify(bloom)
-    assert {item.file for item in report.damage} == set(load_manifest(out).parts)
-    known = forget(bloom, report.damage, source)
-    assert known.coding == LOSSLESS
-    carry_out(plan_from_source(bloom, source, known))
-    assert content(bloom) == content(out)
-
-
-def test_an_interrupted_repair_is_gone_on_with(coded: tuple[Path, Path], bloom: Path) -> None:
-    source, out = coded
-    damage_everything(bloom)
-    forget(bloom, verify(bloom).damage, source)
-    known = forget(bloom, verify(bloom).damage, source)
-    assert not load_manifest(bloom).parts and len(known.parts) == 5
-    carry_out(plan_from_source(bloom, source, known))
-    assert content(bloom) == content(out)
-
-
-@pytest.mark.parametrize("name", [MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"])
-def test_a_damaged_tensor_is_never_exported(bloom: Path, tmp_path: Path, name: str) -> None:
-    entry = read_header(bloom / BLOCK).tensors[name]
-    flip(bloom / BLOCK, (entry.start + entry.end) // 2)
-    words = f"{BLOCK} is damaged and was not exported: {name.removesuffix(STRIPS_SUFFIX)}"
-    with pytest.raises(BloomdeskError, match=words) as caught:
-        export(bloom, tmp_path / "out")
-    assert "bloomdesk repair" in caught.value.hint
-    assert not (tmp_path / "out" / "model-00003-of-00005.safetensors").exists()
-
-
-def with_bytes(directory: Path, changed: dict[str, bytes]) -> None:
-    """The block with other bytes in some of its tensors, of any length, and a manifest that believes all of it."""
-    manifest = load_manifest(directory)
-    record, old = manifest.parts[BLOCK], (directory / BLOCK).read_bytes()
-    entries = read_header(directory / BLOCK).tensors
-    tensors, body = [], b""
-    for tensor in record.tensors:
-        own = changed.get(tensor.name, old[entries[tensor.name].start : entries[tensor.name].end])
-        shape = (len(own),) if tensor.dtype == "U8" else tensor.shape
-        tensors.append(replace(tensor, shape=shape, xxh3_128=xxhash.xxh3_128_hexdigest(own)))
-        body += own
-    record = replace(record, tensors=tuple(tensors))
-    whole = record.header + body
-    record = replace(record, size=len(whole), xxh3_128=xxhash.xxh3_128_hexdigest(whole))
-    (directory / BLOCK).write_bytes(whole)
-    forged = manifest.with_part(record)
-    (directory / "manifest.json").write_text(forged.to_json())
-    write_backup(directory, forged)
-
-
-def test_a_forged_part_gives_an_error_or_the_right_bits(
-    coded: tuple[Path, Path], bloom: Path, tmp_path: Path
-) -> None:
-    """Every hash of what is stored is right, so only decoding can tell."""
-    export(coded[1], tmp_path / "expected")
-    right = (tmp_path / "expected" / "model-00003-of-00005.safetensors").read_bytes()
-    original, manifest = (bloom / BLOCK).read_bytes(), (bloom / "manifest.json").read_text()
-    entries, chance, refusals = read_header(bloom / BLOCK).tensors, random.Random(5), 0
-    for number in range(40):
-        table, coded_bytes = (
-            bytearray(original[entries[name].start : entries[name].end])
-            for name in (MATRIX + STRIPS_SUFFIX, MATRIX)
-        )
-        forge(table, coded_bytes, chance, number % 5)
-        with_bytes(bloom, {MATRIX + STRIPS_SUFFIX: bytes(table), MATRIX: bytes(coded_bytes)})
-        assert verify(bloom).sound
-        out = tmp_path / f"out{number}"
-        try:
-            export(bloom, out)
-        except BloomdeskError as error:
-            assert "was not exported" in error.message and error.message.isprintable()
-            refusals += 1
-        else:
-            assert (out / "model-00003-of-00005.safetensors").read_bytes() == right
-        (bloom / BLOCK).write_bytes(original)
-        (bloom / "manifest.json").write_text(manifest)
-    assert refusals > 25
-
-
-def forge(table: bytearray, coded_bytes: bytearray, chance: random.Random, kind: int) -> None:
-    if kind == 0:  # an offset of its own
-        at = 8 * chance.randrange(len(table) // 8)
-        table[at : at + 8] = chance.choice((0, 1, -1, 2**40, 2**63 - 1, 17)).to_bytes(
-            8, "little", signed=True
-        )
-    elif kind == 1:  # bits of the coded bytes
-        for _ in range(chance.randrange(1, 5)):
-            coded_bytes[chance.randrange(len(coded_bytes))] ^= 1 << chance.randrange(8)
-    elif kind == 2:  # noise
-        start = chance.randrange(len(coded_bytes))
-        noise = chance.randbytes(min(chance.choice((4, 16, 500)), len(coded_bytes) - start))
-        coded_bytes[start : start + len(noise)] = noise
-    elif kind == 3:  # longer at its end, with a table that says so
-        coded_bytes += chance.randbytes(16 * chance.randrange(1, 20))
-        table[-8:] = len(coded_bytes).to_bytes(8, "little")
-    else:  # shorter at its end
-        del coded_bytes[-16 * chance.randrange(1, 8) :]
-        table[-8:] = len(coded_bytes).to_bytes(8, "little")
-
-
-def test_a_size_that_the_file_lacks_is_refused(bloom: Path) -> None:
-    manifest = load_manifest(bloom)
-    record = manifest.parts[BLOCK]
-    tensors = [replace(t, shape=(t.shape[0] + 16,)) if t.name == MATRIX else t for t in record.tensors]
-    forged = manifest.with_part(replace(record, tensors=tuple(tensors), size=record.size + 16))
-    (bloom / "manifest.json").write_text(forged.to_json())
-    assert BLOCK in {item.file for item in verify(bloom, quick=True).damage}
-
-
-def test_sizes_are_estimated_from_above() -> None:
-    """As weights of true shapes take 0.67 to 0.70, and coded bytes are known only when they are there."""
-    from runner.family import SHAPES, VOCABULARY
-    from runner.prepared import Hyperparameters, part_specs
-
-    hidden, heads, blocks = SHAPES["bloom"]
-    model = Hyperparameters(hidden, heads, blocks, VOCABULARY, "BF16")
-    plain = sum(part_size(spec, "BF16") for spec in part_specs(model))
-    estimate = sum(part_size(spec, "BF16", LOSSLESS) for spec in part_specs(model))
-    assert 0.70 < estimate / plain < 0.73
-    assert 0.70 < room_to_prepare(model, LOSSLESS) / room_to_prepare(model) < 0.73
-
-
-@pytest.fixture
-def hub(coded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    monkeypatch.setattr(wire, "WAITS", (0.01,) * 5)
-    with LocalHub({REPO: coded[0]}) as local:
-        monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
-        yield local
-
-
-def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = prepare(REPO, out, coding=LOSSLESS)
-    assert done.bytes_written == sum((out / file).stat().st_size for file in done.written)
-    parts = load_manifest(coded[1]).parts
-    for file in parts:
-        assert (out / file).read_bytes() == (coded[1] / file).read_bytes()
-    before = content(out)
-    assert not prepare(REPO, out, coding=LOSSLESS).written
-    with pytest.raises(BloomdeskError, match="begun with --lossless"):
-        plan_preparation(REPO, out)
-    damage_everything(out)
-    known = forget(out, verify(out).damage, None)
-    from toolkit.prepare import carry_out as carry_out_preparation
-
-    assert set(carry_out_preparation(plan_from_hub(out, known)).written) == set(parts)
-    assert content(out) == before
-
-
-def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
-    """SIGKILL while a part is coded and while one is compared, with a drop on the line."""
-    hub.fail("pytorch_model_00002-of-00005.bin", Fault(drop_after=40_000, times=1))
-    code = """if 1:
-        import os, signal, sys
-        from pathlib import Path
-        from toolkit.prepare import prepare
-        def progress(file, done, total):
-            if file == sys.argv[3] and done * 3 > total * int(sys.argv[4]):
-                os.kill(os.getpid(), signal.SIGKILL)
-        prepare(sys.argv[1], Path(sys.argv[2]), progress=progress, coding="lossless")
-    """
-    for number, third in ((0, 1), (1, 2)):
-        file = f"block_0{number}.safetensors"
-        command = [sys.executable, "-c", code, REPO, str(tmp_path / "out"), file, str(third)]
-        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1])
-        assert done.returncode == -signal.SIGKILL
-        recorded = load_manifest(tmp_path / "out").parts
-        assert len(recorded) == number + 1 and not (tmp_path / "out" / file).exists()
-        assert not [item for item in verify(tmp_path / "out").damage if item.file in recorded]
-    prepare(REPO, tmp_path / "out", coding=LOSSLESS)
-    prepare(REPO, tmp_path / "undisturbed", coding=LOSSLESS)
-    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_prepare_of_other_dtypes_is_refused_and_can_go_on_plain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
-) -> None:
-    """Four bytes show in the sizes; which two they are the first shard tells, and it need not come twice."""
-    make(tmp_path / "repo", dtype=dtype)
-    with LocalHub({REPO: tmp_path / "repo"}) as local:
-        monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
-        out = tmp_path / "out"
-        with pytest.raises(BloomdeskError, match="lossless form"):
-            prepare(REPO, out, coding=LOSSLESS)
-        assert out.exists() == (dtype == "float16")
-        staged = out / STAGING / "pytorch_model_00001-of-00005.bin"
-        assert staged.exists() == (dtype == "float16")
-        done = prepare(REPO, out)
-        assert verify(out).sound and load_manifest(out).coding == PLAIN
-        assert (done.resumed > 0) == (dtype == "float16")
 
 
 def test_info(coded: tuple[Path, Path], tmp_path: Path) -> None:
@@ -692,14 +314,14 @@ def test_the_commands(coded: tuple[Path, Path], tmp_path: Path) -> None:
     assert content(out) == content(coded[1])
 
 
-def test_a_record_of_a_coded_part_is_not_taken_for_a_plain_one(bloom: Path) -> None:
-    manifest = load_manifest(bloom)
+def test_a_record_of_a_coded_part_is_not_taken_for_a_plain_one(coded_copy: Path) -> None:
+    manifest = load_manifest(coded_copy)
     body = json.loads(manifest.to_json())
     assert body["format_version"] == 2 and body["coding"] == LOSSLESS
     plain: dict[str, PartRecord] = {
         file: replace(record, decoded=()) for file, record in manifest.parts.items()
     }
     with pytest.raises(BloomdeskError, match="not a sound manifest"):
-        Manifest.from_json(replace(manifest, parts=plain).to_json(), bloom / "manifest.json")
+        Manifest.from_json(replace(manifest, parts=plain).to_json(), coded_copy / "manifest.json")
     with pytest.raises(BloomdeskError, match="not a sound manifest"):
-        Manifest.from_json(replace(manifest, coding=PLAIN).to_json(), bloom / "manifest.json")
+        Manifest.from_json(replace(manifest, coding=PLAIN).to_json(), coded_copy / "manifest.json")
