@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -30,12 +30,10 @@ from runner.cli import generate as run_generation
 from runner.cli import plan as run_plan
 from runner.errors import BloomdeskError
 from runner.prepared import LOSSLESS, PLAIN
+from toolkit.terminal import WorkProgress, gigabytes
+from toolkit.wording import damage_lines, download_lines, info_lines, intention, pace, report_lines, traffic
 
 if TYPE_CHECKING:
-    from toolkit.download import Plan
-    from toolkit.info import Info
-    from toolkit.prepare import PreparationPlan
-    from toolkit.terminal import WorkProgress
     from toolkit.verify import VerifyReport
 
 app = typer.Typer(
@@ -105,33 +103,18 @@ def download(
 
         plan = plan_download(repo, directory, revision)
         if dry_run:
-            return _print_plan(plan)
+            _print_lines(download_lines(plan))
+            return 0 if plan.fits else 1
         start = time.monotonic()
         with _bars("downloading", plan.work) as progress:
             done = carry_out(plan, progress, connections)
         print(
             f"{done.revision} is in {directory}: {len(done.fetched)} files fetched, {len(done.kept)} kept, every one "
-            f"checked against its hash ({_traffic(done.received, done.resumed, time.monotonic() - start)})"
+            f"checked against its hash ({traffic(done.received, done.resumed, time.monotonic() - start)})"
         )
         return 0
 
     finish(context, body)
-
-
-def _traffic(received: int, resumed: int, seconds: float) -> str:
-    """ "352.49 GB in 8 h 20 min, 11.8 MB/s; 1.20 GB were there already"."""
-    from toolkit.terminal import gigabytes
-
-    there = f"; {gigabytes(resumed)} were there already" if resumed else ""
-    return _pace(received, seconds) + there
-
-
-def _pace(count: int, seconds: float) -> str:
-    """ "4.93 GB in 10 s, 493 MB/s"."""
-    from toolkit.terminal import duration, gigabytes
-
-    rate = f", {count / seconds / 1e6:,.3g} MB/s" if count and seconds else ""
-    return f"{gigabytes(count)} in {duration(seconds)}{rate}"
 
 
 @app.command()
@@ -147,62 +130,27 @@ def prepare(
 
     def body() -> int:
         from toolkit.prepare import carry_out, plan_preparation
-        from toolkit.terminal import gigabytes
 
         plan = plan_preparation(repo, destination, revision, _coding(lossless))
-        print(f"{plan.revision} into {destination}: {_intention(plan)}", file=sys.stderr)
+        print(f"{plan.revision} into {destination}: {intention(plan)}", file=sys.stderr)
         with _bars("preparing", plan.work) as progress:
             done = carry_out(plan, progress, connections)
         print(
             f"{destination} is complete: {len(done.written)} parts written ({gigabytes(done.bytes_written)}), "
-            f"{len(done.kept)} kept; shards: {_traffic(done.received, done.resumed, done.seconds)}"
+            f"{len(done.kept)} kept; shards: {traffic(done.received, done.resumed, done.seconds)}"
         )
         return 0
 
     finish(context, body)
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
 def _coding(lossless: bool) -> str:
     return LOSSLESS if lossless else PLAIN
-
-
-def _print_plan(plan: Plan) -> int:
-    from toolkit.terminal import gigabytes
-
-    for planned in plan.files:
-        print(f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}")
-    print(f"{plan.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}")
-    verdict = (
-        "it fits" if plan.fits else f"it does not fit: {gigabytes(plan.to_fetch - plan.free)} too little"
-    )
-    print(
-        f"still to fetch: {gigabytes(plan.to_fetch)}, free in {plan.directory}: {gigabytes(plan.free)}: {verdict}"
-    )
-    return 0 if plan.fits else 1
-
-
-_STATES = {
-    "sound": "  (there)",
-    "unchecked": "  (there, to be checked)",
-    "partial": "  (begun)",
-    "absent": "",
-}
-
-
-def _intention(plan: PreparationPlan) -> str:
-    """What is there, what will be made, and what that takes of the disk."""
-    from toolkit.terminal import gigabytes
-
-    there, to_make = len(plan.manifest.parts), len(plan.schedule.needs)
-    if not to_make:
-        return f"all {there} parts are there"
-    cut = ", because blocks are cut across shards" if plan.shards_at_a_time > 2 else ""
-    about = "" if plan.manifest.coding == PLAIN else "about "
-    return (
-        f"{there} parts are there, {to_make} to be made; "
-        f"{about}{gigabytes(plan.peak_bytes)} of disk at the fullest moment, "
-        f"with at most {plan.shards_at_a_time} shards beside the parts{cut}"
-    )
 
 
 @app.command()
@@ -220,14 +168,13 @@ def convert(
 
     def body() -> int:
         from toolkit.convert import carry_out, plan_conversion
-        from toolkit.terminal import gigabytes
 
         plan = plan_conversion(source, destination, delete_source=delete_source, coding=_coding(lossless))
         with _bars("converting", plan.work) as progress:
             done = carry_out(plan, progress)
         print(
             f"{destination} is complete: {len(done.written)} parts written "
-            f"({_pace(done.bytes_written, done.seconds)}), {len(done.kept)} kept"
+            f"({pace(done.bytes_written, done.seconds)}), {len(done.kept)} kept"
             + (f"; {gigabytes(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else "")
         )
         return 0
@@ -259,7 +206,7 @@ def verify(
             }
             print(json.dumps(shown))
         else:
-            _print_report(report, time.monotonic() - start)
+            _print_lines(report_lines(report, time.monotonic() - start))
         return 0 if report.sound else 1
 
     finish(context, body, failure=2)
@@ -285,32 +232,6 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
         return carry_out(plan, progress)
 
 
-def _damage_lines(report: VerifyReport) -> list[str]:
-    return [
-        f"{damage.file}{f': {damage.tensor}' if damage.tensor else ''}: {damage.what}"
-        for damage in report.damage
-    ]
-
-
-def _print_report(report: VerifyReport, seconds: float) -> None:
-    for line in _damage_lines(report):
-        print(line)
-    for leftover in report.leftovers:
-        print(f"{leftover}: left over from an interrupted conversion; the next one replaces it")
-    how = f"all of {_pace(report.bytes_read, seconds)}"
-    if report.sample is not None:
-        how = f"headers and {report.share:.1%} of the bytes at random: {_pace(report.bytes_read, seconds)}"
-    if report.quick:
-        how = "sizes and headers"
-    checked = f"{report.files_checked} files checked ({how})"
-    if report.sound:
-        print(f"{report.directory} is sound: {checked}")
-    else:
-        files = len({damage.file for damage in report.damage})
-        print(f"{report.directory} is damaged: {files} files, see above; {checked}")
-        print(f"  next: bloomdesk repair {report.directory}")
-
-
 @app.command()
 def repair(
     context: typer.Context,
@@ -329,10 +250,9 @@ def repair(
         start = time.monotonic()
         report = _check(directory)
         if report.sound:
-            _print_report(report, time.monotonic() - start)
+            _print_lines(report_lines(report, time.monotonic() - start))
             return 0
-        for line in _damage_lines(report):
-            print(line)
+        _print_lines(damage_lines(report))
         known = forget(directory, report.damage, source)
         with ExitStack() as stack:
             if source is not None:
@@ -351,8 +271,6 @@ def repair(
 
 
 def _bars(verb: str, total: int) -> WorkProgress:
-    from toolkit.terminal import WorkProgress
-
     return WorkProgress(verb, total, sys.stderr)
 
 
@@ -372,7 +290,7 @@ def export(
             done = carry_out(plan, progress)
         print(
             f"{destination} holds the checkpoint: {len(done.written)} shards written "
-            f"({_pace(done.bytes_written, done.seconds)}), {len(done.kept)} kept"
+            f"({pace(done.bytes_written, done.seconds)}), {len(done.kept)} kept"
         )
         return 0
 
@@ -390,45 +308,10 @@ def info(context: typer.Context, directory: Prepared, as_json: Json = False) -> 
         if as_json:
             print(json.dumps(found.as_json()))
             return 0
-        _print_info(found)
+        _print_lines(info_lines(found))
         return 0
 
     finish(context, body)
-
-
-def _print_info(found: Info) -> None:
-    from toolkit.terminal import gigabytes, parameters
-
-    manifest, model = found.manifest, found.manifest.model
-    source = manifest.source
-    state = (
-        "complete"
-        if not manifest.missing
-        else f"not complete: {len(manifest.missing)} files are still to be made"
-    )
-    rows = {
-        "source": f"{source.repo} at {source.commit}" if source.repo else "a local checkpoint",
-        "state": state,
-        "model": f"{parameters(found.parameters)}, {model.dtype}",
-        "shape": f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads, "
-        f"vocabulary {model.vocab_size:,}",
-        "files": f"{len(manifest.parts)} parts and {len(manifest.companions)} small files, {gigabytes(found.bytes)}",
-        "stored": _stored(found),
-        "a pass reads": gigabytes(found.pass_bytes),
-        "KV cache": f"{gigabytes(found.kv_cache_bytes_per_token)} for each token of prompt and output",
-    }
-    for name, value in rows.items():
-        print(f"{name:>12}  {value}")
-
-
-def _stored(found: Info) -> str:
-    """ "plain", or "lossless, 0.672 of the 352.49 GB that plain weights take"."""
-    from toolkit.terminal import gigabytes
-
-    coding = found.manifest.coding
-    if coding == PLAIN:
-        return coding
-    return f"{coding}, {found.ratio:.3f} of the {gigabytes(found.plain_bytes)} that plain weights take"
 
 
 @app.command()
