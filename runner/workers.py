@@ -5,7 +5,8 @@ a task the others keep looking for a while, in machine code and without the inte
 
 A task is its function's address and arguments in the words of a table that all threads share; the function takes the
 table and counts its shares off in there. Who takes part signs in first and then looks whether the task is still open;
-who closes it does so first and then waits until all have signed out. So nobody is late.
+who closes it does so first and then waits until all have signed out. So nobody is late. Who opens it does so first and
+then wakes those that sleep; who goes to sleep says so first and then looks whether a task is open. So nobody misses it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ TASK = ir.FunctionType(VOID, [TABLE, BYTES])  # the table, and the calling threa
 
 # How long to look for the next task. Between two of a pass that waits for no disk there is less than this.
 LOOKING_SECONDS = 0.001
-# Who was woken looks for longer at first: the task is about to be opened, by a thread that may have to wait for a core.
-_WOKEN_TIMES = 500
 _LOOKS_TO_TIME = 5_000
 
 
@@ -66,12 +65,16 @@ class Workers:
         """
         shared = shared and self.count > 1 and self._taken.acquire(blocking=False)
         table = self._table if shared else (ctypes.c_int64 * WORDS)()
+        here, scratch, code = ctypes.addressof(table), _scratch(), self._code
         try:
             table[FUNCTION : ARGUMENTS + len(arguments)] = [function, 0, 0, *arguments]
-            if shared:
-                for other in self._others:
-                    other.wake()
-            self._code.run(ctypes.addressof(table), _scratch())
+            try:
+                code.open(here)
+                if shared:
+                    for other in self._others:
+                        other.wake()
+            finally:  # what is open is closed, also when an interrupt comes in between
+                code.finish(here, scratch)
             return bool(table[FAILED])
         finally:
             if shared:
@@ -83,32 +86,30 @@ class _Worker:
 
     def __init__(self, table: ctypes.Array[ctypes.c_int64], code: _Code) -> None:
         self._table, self._code = table, code
-        self._calls = SimpleQueue[int | None]()
+        self._calls = SimpleQueue[bool]()
         self._sleeps = True
-        thread = threading.Thread(target=self._work, daemon=True)
-        thread.start()
-        atexit.register(self._end, thread)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
 
     def wake(self) -> None:
         """Have it look; nothing if it does."""
         if self._sleeps:
             self._sleeps = False
-            self._calls.put(self._table[TURN])
+            self._calls.put(True)
 
     def _work(self) -> None:
-        table, looks, seen = ctypes.addressof(self._table), self._code.looks, 0
-        while (turn := self._calls.get()) is not None:
-            first = looks * _WOKEN_TIMES if self._table[TURN] == turn else looks
-            seen = self._code.look(table, seen, first, looks, _scratch())
+        table, seen = ctypes.addressof(self._table), 0
+        while self._calls.get():
+            seen = self._code.look(table, seen, self._code.looks, _scratch())
             self._sleeps = True
-            # A task that was opened meanwhile, by a caller who took this thread to be looking.
             while self._table[TURN] % 2 and self._table[TURN] != seen:
-                seen = self._code.look(table, seen, looks, looks, _scratch())
+                seen = self._code.look(table, seen, self._code.looks, _scratch())
 
-    def _end(self, thread: threading.Thread) -> None:
+    def _end(self) -> None:
         """Before the interpreter goes: it would end the thread inside of foreign code, which aborts the process."""
-        self._calls.put(None)
-        thread.join()
+        self._calls.put(False)
+        self._thread.join()
 
 
 _of_thread = threading.local()
@@ -123,14 +124,15 @@ def _scratch() -> int:
 
 @dataclass(frozen=True)
 class _Code:
-    """`run(table, scratch)` opens the task, takes part, closes it, and waits for the others.
+    """`open(table)` opens the task; `finish(table, scratch)` takes part, closes it, and waits for the others.
 
-    `look(table, seen, first, looks, scratch)` takes part in each task that is open, but for the turn `seen`, and
-    returns the last turn when it has looked in vain, `first` times or, after a task, `looks` times.
+    `look(table, seen, looks, scratch)` takes part in each task that is open, but for the turn `seen`, and returns the
+    last turn when it has looked in vain `looks` times.
     """
 
-    run: Callable[[int, int], None]
-    look: Callable[[int, int, int, int, int], int]
+    open: Callable[[int], None]
+    finish: Callable[[int, int], None]
+    look: Callable[[int, int, int, int], int]
     looks: int  # that take `LOOKING_SECONDS` on this processor
     engine: llvm.ExecutionEngine  # the code lives as long as it does
 
@@ -138,23 +140,23 @@ class _Code:
 @cache
 def _code() -> _Code:
     module = new_module()
-    _emit_run(module)
+    _emit_open(module)
+    _emit_finish(module)
     _emit_look(module)
     engine = compiled(module)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    run = ctypes.CFUNCTYPE(None, pointer, pointer)(engine.get_function_address("run"))
-    look = ctypes.CFUNCTYPE(number, pointer, number, number, number, pointer)(
-        engine.get_function_address("look")
-    )
+    open_ = ctypes.CFUNCTYPE(None, pointer)(engine.get_function_address("open"))
+    finish = ctypes.CFUNCTYPE(None, pointer, pointer)(engine.get_function_address("finish"))
+    look = ctypes.CFUNCTYPE(number, pointer, number, number, pointer)(engine.get_function_address("look"))
     empty = (ctypes.c_int64 * WORDS)()
 
     def seconds() -> float:
         began = time.perf_counter()
-        look(ctypes.addressof(empty), 0, _LOOKS_TO_TIME, 0, 0)
+        look(ctypes.addressof(empty), 0, _LOOKS_TO_TIME, 0)
         return time.perf_counter() - began
 
     looks = round(_LOOKS_TO_TIME * LOOKING_SECONDS / min(seconds() for _ in range(3)))
-    return _Code(run, look, max(1, looks), engine)
+    return _Code(open_, finish, look, max(1, looks), engine)
 
 
 def _word(b: ir.IRBuilder, table: ir.Value, place: int) -> ir.Value:
@@ -166,13 +168,20 @@ def _take_part(b: ir.IRBuilder, table: ir.Value, scratch: ir.Value) -> None:
     b.call(task, [table, scratch])
 
 
-def _emit_run(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(VOID, [TABLE, BYTES]), "run")
+def _emit_open(module: ir.Module) -> None:
+    function = ir.Function(module, ir.FunctionType(VOID, [TABLE]), "open")
+    b = ir.IRBuilder(function.append_basic_block())
+    b.atomic_rmw("or", _word(b, function.args[0], TURN), index(1), "seq_cst")
+    b.ret_void()
+
+
+def _emit_finish(module: ir.Module) -> None:
+    function = ir.Function(module, ir.FunctionType(VOID, [TABLE, BYTES]), "finish")
     table, scratch = function.args
     b = ir.IRBuilder(function.append_basic_block())
-    b.atomic_rmw("add", _word(b, table, TURN), index(1), "seq_cst")
     _take_part(b, table, scratch)
-    b.atomic_rmw("add", _word(b, table, TURN), index(1), "seq_cst")
+    turn = b.load_atomic(_word(b, table, TURN), "seq_cst", 8)
+    b.store_atomic(b.add(b.or_(turn, index(1)), index(1)), _word(b, table, TURN), "seq_cst", 8)
     wait, done = b.append_basic_block("wait"), b.append_basic_block("done")
     b.branch(wait)
     b.position_at_end(wait)
@@ -183,13 +192,13 @@ def _emit_run(module: ir.Module) -> None:
 
 
 def _emit_look(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(INDEX, [TABLE, INDEX, INDEX, INDEX, BYTES]), "look")
-    table, seen, first, looks, scratch = function.args
+    function = ir.Function(module, ir.FunctionType(INDEX, [TABLE, INDEX, INDEX, BYTES]), "look")
+    table, seen, looks, scratch = function.args
     b = ir.IRBuilder(function.append_basic_block())
     last, left = b.alloca(INDEX), b.alloca(INDEX)
     b.store(seen, last)
-    b.store(first, left)
-    head, idle, done = (b.append_basic_block(name) for name in ("head", "idle", "done"))
+    b.store(looks, left)
+    head, done = b.append_basic_block("head"), b.append_basic_block("done")
     b.branch(head)
     b.position_at_end(head)
     turn = b.load_atomic(_word(b, table, TURN), "seq_cst", 8)
@@ -206,9 +215,7 @@ def _emit_look(module: ir.Module) -> None:
         with nothing:
             _pause(b)
             b.store(b.sub(b.load(left), index(1)), left)
-    b.cbranch(b.icmp_signed(">", b.load(left), index(0)), head, idle)
-    b.position_at_end(idle)
-    b.branch(done)
+    b.cbranch(b.icmp_signed(">", b.load(left), index(0)), head, done)
     b.position_at_end(done)
     b.ret(b.load(last))
 
