@@ -70,9 +70,9 @@ def test_a_long_text_costs_no_more_a_token() -> None:
     """Loops are the worst case of a search."""
 
     def seconds(count: int) -> float:
-        began = time.process_time()
+        began = time.thread_time()
         lookup = Lookup([7, 8] * (count // 2))
         assert lookup.match_length == LONGEST
-        return time.process_time() - began
+        return time.thread_time() - began
 
     assert seconds(40_000) < 40 * seconds(4_000) + 0.1
