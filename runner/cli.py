@@ -11,22 +11,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
-    from runner.batch import Batch
-    from runner.bench import Bench
     from runner.continuation import Continuation
     from runner.decode import Generation
-    from runner.forecast import Forecast
-    from runner.plan import Plan
     from runner.prepared import Hyperparameters
     from runner.prompts import Prompt
-    from runner.rates import Rates
 
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 DEFAULT_NEW_TOKENS = 64
@@ -78,6 +73,7 @@ def _generate_one(
     draft: Path | None,
 ) -> int:
     import runner
+    from runner import wording
     from runner.budget import parse_size
     from runner.terminal import Terminal
 
@@ -86,7 +82,7 @@ def _generate_one(
     generation = model.generate(
         prompt, max_new_tokens=max_new_tokens, speculate=speculate, draft=draft, on_part=terminal.note
     )
-    _note(_chosen(generation.batch))
+    _note(wording.chosen(generation.batch))
     stream = model.tokenizer.stream()
     show = (lambda text: terminal.clear()) if as_json else terminal.write
     start = time.perf_counter()
@@ -103,7 +99,7 @@ def _generate_one(
         print(json.dumps({"prompt": prompt, **_report(generation, text, seconds)}, ensure_ascii=False))
     else:
         print()
-        _note(_summary(generation, seconds))
+        _note(wording.summary(generation, seconds))
     return status
 
 
@@ -129,44 +125,6 @@ def _note(line: str) -> None:
     """A line for whoever sits at a terminal."""
     if sys.stderr.isatty():
         print(f"({line})", file=sys.stderr)
-
-
-def _chosen(batch: Batch) -> str:
-    """What a generation makes of the RAM and its options."""
-    from runner.budget import shown_size
-
-    capacity = batch.capacity
-    shares = capacity.shares
-    kept = "all weights stay"
-    if shares.streamed_bytes:
-        kept = f"{shown_size(shares.resident_bytes)} of weights stay, "
-        kept += f"{shown_size(shares.streamed_bytes)} are read in each pass"
-    return (
-        f"RAM {shown_size(shares.total)}: {kept}; batch {capacity.batch}; speculation {batch.speculation}; "
-        "set them with --ram, --batch, --speculate"
-    )
-
-
-def _summary(generation: Generation, seconds: float) -> str:
-    tokens = len(generation.ids)
-    pace = f"{seconds / tokens:.3g} s a token, " if tokens else ""
-    reason = {"eos": "the model ended its text", "length": "the limit of new tokens was reached"}
-    end = reason.get(generation.stop_reason or "", "interrupted")
-    return f"{tokens} tokens, {pace}{_work(generation.batch)}; {end}"
-
-
-def _work(batch: Batch) -> str:
-    """Passes, what they read, and what speculation came to."""
-    traffic = batch.model.weights.stream.traffic
-    text = f"{batch.bytes_read / 1e9:,.1f} GB of weights read in {batch.passes} passes"
-    if traffic.reading_seconds:
-        text += f" at {traffic.bytes_fetched / traffic.reading_seconds / 1e9:,.2f} GB/s"
-    if batch.proposed:
-        text += f", {batch.tokens / batch.passes:.2f} tokens a pass, "
-        text += f"{batch.accepted} of {batch.proposed} proposed tokens right"
-    if batch.drafting_seconds:
-        text += f", {batch.drafting_seconds:.3g} s of drafting"
-    return text
 
 
 def _generate_all(
@@ -213,6 +171,7 @@ def _run_all(
 ) -> int:
     """Continue all these prompts, and `write` each result as soon as it is there; the exit status."""
     import runner
+    from runner import wording
     from runner.batch import Batch
     from runner.budget import parse_size
     from runner.terminal import StatusLine
@@ -233,7 +192,7 @@ def _run_all(
         line.show(f"{counts} [part {part} of {parts}]")
 
     running = Batch(model, requests, batch, speculate, draft, on_part)
-    _note(_chosen(running))
+    _note(wording.chosen(running))
     start = time.perf_counter()
     try:
         for found in running.run():
@@ -250,15 +209,14 @@ def _run_all(
     finally:
         line.clear()
     seconds = time.perf_counter() - start
-    _note(
-        f"{done} prompts, {running.tokens} tokens, {running.tokens / seconds:.3g} tokens a second, {_work(running)}"
-    )
+    rate = f"{running.tokens / seconds:.3g} tokens a second"
+    _note(f"{done} prompts, {running.tokens} tokens, {rate}, {wording.work(running)}")
     return 0
 
 
 def bench(directory: Path, ram: str | None, tokens: int, prompt_tokens: int, as_json: bool = False) -> int:
     """Print what a few tokens took beside the least that they could; the exit status."""
-    from runner import bench
+    from runner import bench, wording
     from runner.budget import parse_size
     from runner.terminal import Terminal
 
@@ -270,35 +228,13 @@ def bench(directory: Path, ram: str | None, tokens: int, prompt_tokens: int, as_
     if as_json:
         print(json.dumps(found.as_json()))
     else:
-        _print_bench(found)
+        _print_lines(wording.bench_lines(found))
     return 0
 
 
-def _print_bench(found: Bench) -> None:
-    from runner.budget import shown_size
-
-    run, predicted = found.run, found.forecast
-    each = ", ".join(_shown_seconds(seconds) for seconds in run.pass_seconds)
-    counted = "not counted by this system"
-    if run.bytes_read_per_token is not None:
-        counted = f"{shown_size(round(run.bytes_read_per_token))} by the system's count"
-    saw = f"; it came at {_shown_rate(run.stream_rate)}" if run.stream_rate else ""
-    waited = _shown_seconds(run.waiting_seconds)
-    peak = f"{shown_size(run.peak_bytes)} at most" if run.peak_bytes is not None else "not known"
-    rows = {
-        "measured": f"{_shown_seconds(found.seconds_per_token)} a token, {found.percent_of_limit:.0f}% of the limit",
-        "limit": f"{_shown_seconds(found.limit_seconds)} a token",
-        "rates": _shown_rates(found.rates),
-        "each token": each,
-        "prompt": f"{_shown_seconds(run.prompt_seconds)} for {run.prompt_tokens} tokens, everything cold",
-        "streamed": f"{shown_size(round(run.streamed_bytes_per_pass))} a token, {counted}{saw}",
-        "waited": f"{waited} of {_shown_seconds(sum(run.pass_seconds))} for the disk",
-        "memory": f"{peak}, of {shown_size(run.ram)}",
-        "forecast": f"{_shown_seconds(predicted.seconds_per_token)} a token, "
-        f"{predicted.seconds_per_token / found.seconds_per_token:.2f} of what was measured; "
-        f"{_shown_seconds(predicted.prompt_seconds)} for the prompt",
-    }
-    _print_rows(rows)
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def plan(
@@ -311,7 +247,7 @@ def plan(
     room_to_prepare: Callable[[Hyperparameters], int] | None = None,
 ) -> int:
     """Print what to expect of a model on this machine; the exit status, 1 where the disk is too small for it."""
-    from runner import plan
+    from runner import plan, wording
     from runner.budget import parse_size
 
     found = plan.plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
@@ -322,96 +258,8 @@ def plan(
     if as_json:
         print(json.dumps({**found.as_json(), "bytes_to_prepare": room, "fits": fits}))
     else:
-        _print_plan(found, room, fits)
+        _print_lines(wording.plan_lines(found, room, fits))
     return 0 if fits else 1
-
-
-def _print_plan(found: Plan, room: int, fits: bool) -> None:
-    from runner.budget import shown_size
-
-    form, expected = found.form, found.form.forecast
-    disk = f"{shown_size(form.disk_bytes)} there"
-    if found.name:
-        verdict = "it fits" if fits else f"{shown_size(room - found.free_bytes)} too little"
-        disk = f"{shown_size(form.disk_bytes)}, and {shown_size(room)} while it is prepared"
-        disk += f"; {shown_size(found.free_bytes)} are free: {verdict}"
-    shares = expected.shares
-    parts = {
-        "program": shares.process,
-        "KV cache": shares.cache,
-        "a pass": shares.activations,
-        "reading ahead": shares.read_ahead,
-        "weights that stay": shares.resident_bytes,
-    }
-    used = ", ".join(f"{name} {shown_size(count)}" for name, count in parts.items())
-    rows = {
-        "model": f"{found.name or 'the one that is there'}, in {found.directory}",
-        "disk": disk,
-        "rates": _shown_rates(found.rates),
-        "RAM": f"{shown_size(shares.total)}: {used}",
-        "each token": f"{_shown_seconds(expected.seconds_per_token)}, "
-        f"with {shown_size(shares.streamed_bytes)} from the disk",
-        "prompt": f"{_shown_seconds(expected.prompt_seconds)} for {found.prompt_tokens} tokens, "
-        "with all weights from the disk",
-    }
-    if found.lossless:
-        other = found.lossless
-        rows["lossless"] = (
-            f"{_shown_seconds(other.forecast.seconds_per_token)} a token, {shown_size(other.disk_bytes)} of disk; "
-            f"here the {found.advice} form is the faster one"
-            + (": prepare it with --lossless" if found.advice != form.coding else "")
-        )
-    _print_rows(rows)
-    columns = [
-        "with RAM of",
-        "stays",
-        "streamed",
-        "a token",
-        "prompt",
-        *(["lossless"] if found.lossless else []),
-    ]
-    print("\n" + "".join(f"{column:>12}" for column in columns))
-    for ram, forecast in form.others.items():
-        line = f"{shown_size(ram):>12}" + _forecast_cells(forecast)
-        if found.lossless:
-            line += _token_cell(found.lossless.with_ram(ram))
-        print(line)
-
-
-def _forecast_cells(found: Forecast | None) -> str:
-    from runner.budget import shown_size
-
-    if found is None:
-        return f"{'too little':>12}{'':>36}"
-    sizes = (found.shares.resident_bytes, found.shares.streamed_bytes)
-    cells = "".join(f"{shown_size(size):>12}" for size in sizes)
-    return cells + _token_cell(found) + f"{_shown_seconds(found.prompt_seconds):>12}"
-
-
-def _token_cell(found: Forecast | None) -> str:
-    return f"{_shown_seconds(found.seconds_per_token) if found else '':>12}"
-
-
-def _print_rows(rows: Mapping[str, str]) -> None:
-    for name, value in rows.items():
-        print(f"{name:>12}  {value}")
-
-
-def _shown_seconds(seconds: float) -> str:
-    """ "0.123 s", "1.23 s", "12.3 s", "123 s"."""
-    digits = max(0, 3 - len(str(int(seconds)))) if seconds >= 1 else 3
-    return f"{seconds:,.{digits}f} s"
-
-
-def _shown_rate(rate: float) -> str:
-    return f"{rate / 1e9:,.2f} GB/s"
-
-
-def _shown_rates(rates: Rates) -> str:
-    return (
-        f"disk {_shown_rate(rates.disk)}, memory {_shown_rate(rates.memory)}, "
-        f"lossless {_shown_rate(rates.decoded)}, {rates.compute / 1e9:,.1f} billion multiply-adds/s"
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from runner.errors import BloomdeskError
+from runner.lock import lock
 from runner.prompts import Prompt
 
 _BEGINNING = b'{"index": '  # of every line
@@ -23,12 +24,15 @@ class Results:
     """
 
     def __init__(self, path: Path, prompts: Sequence[Prompt]) -> None:
-        """Raises `BloomdeskError` where the file cannot be used, or holds anything but results of these prompts."""
+        """Raises `BloomdeskError` where the file cannot be used, is in another process's use, or holds anything but
+        results of these prompts.
+        """
         self._path = path
         with self._worded("opened"):
             is_new = not path.exists()
             self._file = path.open("ab", buffering=0)  # nothing is left to be written when it is closed
             try:
+                lock(self._file.fileno(), path)
                 self.done = self._read({prompt.key: prompt for prompt in prompts})
                 if is_new:
                     _make_durable(path.absolute().parent)

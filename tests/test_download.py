@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from runner.errors import BloomdeskError
+from runner.lock import sole_writer
 from scripts.local_hub import Fault, LocalHub, Repo
 from tests.bloom_repos import (
     BIN_INDEX,
@@ -32,7 +33,6 @@ from tests.bloom_repos import (
 )
 from toolkit import hub
 from toolkit.download import carry_out, download, plan_download
-from toolkit.lock import sole_writer
 from toolkit.record import RECORD, load_record
 
 pytest_plugins = ("tests.network",)

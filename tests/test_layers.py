@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNNER_MAY_IMPORT = {"runner", "torch", "tokenizers", "llvmlite", "psutil"} | set(sys.stdlib_module_names)
 PREPARED_MAY_IMPORT = {"runner.errors", "runner.header"}
 TOOLKIT_MAY_IMPORT_OF_RUNNER = {
-    "runner.prepared", "runner.header", "runner.errors", "runner.cli", "runner.lossless"
+    "runner.prepared", "runner.header", "runner.errors", "runner.lock", "runner.cli", "runner.lossless"
 }  # fmt: skip
 ENCODER_MAY_IMPORT_TOO = {"runner.emit", "runner.panel"}
 

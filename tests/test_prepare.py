@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from runner import BloomdeskError
+from runner.lock import sole_writer
 from runner.prepared import load_manifest
 from scripts.local_hub import Fault, LocalHub
 from scripts.make_checkpoint import Layout, synthetic
@@ -23,7 +24,6 @@ from toolkit import disk, wire
 from toolkit.convert import convert
 from toolkit.destination import STAGING
 from toolkit.download import download
-from toolkit.lock import sole_writer
 from toolkit.prepare import carry_out, plan_preparation, prepare
 from toolkit.staging import Schedule
 

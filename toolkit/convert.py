@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.lock import sole_writer
 from runner.prepared import PLAIN, Hyperparameters, Manifest, Source, SourceShard
 from toolkit import destination as target
 from toolkit.checksum import ShardHashes
 from toolkit.config import read_config
 from toolkit.disk import disk_errors
 from toolkit.durable import TEMPORARY_SUFFIX
-from toolkit.lock import sole_writer
 from toolkit.manifest_backup import write_backup
 from toolkit.naming import Assignment, assign
 from toolkit.parts import PlannedPart, check_coding, check_lm_head, check_shape, plan_part, write_part

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from runner.errors import BloomdeskError
+from runner.lock import sole_writer
 from toolkit import hub, wire
 from toolkit.digest import hash_file
 from toolkit.disk import disk_errors, free_bytes
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.hub import HubFile, Revision
-from toolkit.lock import sole_writer
 from toolkit.progress import Progress, silent
 from toolkit.record import DownloadRecord, load_record, save_record
 from toolkit.transfer import CONNECTIONS, Transfer, fetch

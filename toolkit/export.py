@@ -25,12 +25,12 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.header import encode_header, open_regular, read_small
+from runner.lock import sole_writer
 from runner.prepared import CompanionRecord, Manifest, PartRecord, TensorRecord, load_manifest
 from toolkit.destination import LARGEST_COMPANION, require_room
 from toolkit.disk import disk_errors
 from toolkit.durable import TEMPORARY_SUFFIX, durable_file, write_durably
 from toolkit.incomplete import settle
-from toolkit.lock import sole_writer
 from toolkit.naming import name_table
 from toolkit.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.progress import Progress, silent

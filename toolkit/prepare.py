@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.lock import sole_writer
 from runner.prepared import (
     COMPANIONS,
     EMBEDDING,
@@ -37,7 +38,6 @@ from toolkit.digest import hash_file
 from toolkit.disk import disk_errors
 from toolkit.durable import TEMPORARY_SUFFIX
 from toolkit.hub import HubFile, Revision
-from toolkit.lock import sole_writer
 from toolkit.manifest_backup import write_backup
 from toolkit.naming import Assignment, assign
 from toolkit.parts import (

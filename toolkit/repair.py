@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.lock import sole_writer
 from runner.prepared import COMPANIONS, MANIFEST_BACKUP, Manifest, load_manifest
 from toolkit import convert, prepare
 from toolkit.convert import ConversionPlan
 from toolkit.destination import write_manifest
 from toolkit.disk import disk_errors
-from toolkit.lock import sole_writer
 from toolkit.manifest_backup import recover_manifest
 from toolkit.prepare import PreparationPlan
 from toolkit.verify import Damage

@@ -1,13 +1,31 @@
-"""One writer at a time for a directory; the lock goes with the process, however that ends."""
+"""One writer at a time for a file or a directory; the lock goes with the process, however that ends."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}  # what systems say of another's lock
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Hold the open file `path` until it is closed. Raises `BloomdeskError` where another process holds it.
+
+    On a file system that knows no locks this does nothing.
+    """
+    try:
+        _lock(descriptor)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise BloomdeskError(
+                f"{path}: another bloomdesk is writing there",
+                "wait until it has ended, or end it, and run this again",
+            ) from None
 
 
 @contextmanager
@@ -19,13 +37,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
     """
     descriptor = _open(directory)
     try:
-        try:
-            _lock(descriptor)
-        except OSError:
-            raise BloomdeskError(
-                f"{directory}: another bloomdesk is writing there",
-                "wait until it has ended, or end it, and run this again",
-            ) from None
+        lock(descriptor, directory)
         yield
     finally:
         os.close(descriptor)
@@ -34,10 +46,15 @@ def sole_writer(directory: Path) -> Iterator[None]:
 if os.name == "nt":
     import msvcrt
 
+    _PLACE = (
+        2**31 - 2
+    )  # of the byte that is locked, which nobody else could write: beyond all that is in the file
+
     def _open(directory: Path) -> int:
         return os.open(directory / ".bloomdesk.lock", os.O_RDWR | os.O_CREAT)
 
     def _lock(descriptor: int) -> None:
+        os.lseek(descriptor, _PLACE, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 else:
