@@ -32,10 +32,13 @@ MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
 ASKED_AT_ONCE = 128 * 2**10  # the kernel may leave undone what is more than its readahead
 
 
-def through_calls(path: Path, past_the_cache: bool) -> Iterator[Read]:
-    """Reads into memory of our own; one reader for each thread."""
+def through_calls(path: Path, past_the_cache: bool, small_pages: bool = False) -> Iterator[Read]:
+    """Reads into memory of our own, in huge pages unless said; one reader for each thread."""
     while True:
-        memory = memoryview(system.anonymous(LARGEST_PIECE))
+        own = system.anonymous(LARGEST_PIECE)
+        if small_pages:
+            own.madvise(mmap.MADV_NOHUGEPAGE)
+        memory = memoryview(own)
         file = system.open_for_streaming(path, past_the_cache=past_the_cache)
 
         def read(start: int, nbytes: int, file=file, memory=memory) -> None:
@@ -103,6 +106,7 @@ def main() -> None:
     for threads in (1, 2, 4):
         for name, make in (
             ("past the page cache", partial(through_calls, given.file, True)),
+            ("the same into small pages", partial(through_calls, given.file, True, small_pages=True)),
             ("through the page cache", partial(through_calls, given.file, False)),
             ("mapped, MADV_POPULATE_READ", partial(through_a_mapping, given.file, True)),
             ("mapped, touched", partial(through_a_mapping, given.file, False)),
