@@ -103,11 +103,13 @@ def share_out(
     pieces: Sequence[int],
     slot_nbytes: int,
     draft: int = 0,
+    keep: frozenset[int] = frozenset(),
 ) -> Budget:
     """Share `total` bytes out, for pieces of these sizes in the order of a pass.
 
     What stays resident is spread evenly over the pass, so that the disk is never idle while resident pieces are
-    computed. Raises `BloomdeskError` where not even streaming everything fits.
+    computed; the pieces `keep`, which are in RAM already, go on staying where they fit. Raises `BloomdeskError` where
+    not even streaming everything fits.
     """
     weights = sum(pieces)
     spare = total - process - cache - activations - draft - MARGIN
@@ -128,25 +130,31 @@ def share_out(
             f"tokens{without}",
         )
     slots = min(MOST_SLOTS, max(FEWEST_SLOTS, spare // 8 // slot_nbytes))
-    resident = spread(pieces, spare - slots * slot_nbytes)
+    resident = spread(pieces, spare - slots * slot_nbytes, keep)
     kept = sum(pieces[index] for index in resident)
     return Budget(
         total, process, cache, activations, draft, slots, slot_nbytes, resident, kept, weights - kept
     )
 
 
-def spread(sizes: Sequence[int], room: int) -> frozenset[int]:
-    """Indices of pieces that together fit into `room`, as evenly spread as their sizes allow."""
-    share = min(1.0, max(0, room) / sum(sizes))
-    chosen: set[int] = set()
+def spread(sizes: Sequence[int], room: int, keep: frozenset[int] = frozenset()) -> frozenset[int]:
+    """Indices of pieces that together fit into `room`, as evenly spread as their sizes allow.
+
+    Those of `keep` are among them if all of these fit, and the others are spread beside them.
+    """
+    kept = sum(sizes[index] for index in keep)
+    chosen = set(keep) if kept <= room else set()
+    room -= kept if chosen else 0
+    open_sizes = {index: size for index, size in enumerate(sizes) if index not in chosen}
+    share = min(1.0, max(0, room) / max(1, sum(open_sizes.values())))
     credit = 0.0
-    for index, size in enumerate(sizes):
+    for index, size in open_sizes.items():
         credit += size * share
         if credit >= size / 2 and size <= room:
             chosen.add(index)
             credit -= size
             room -= size
-    for index, size in enumerate(sizes):  # what rounding left over
+    for index, size in open_sizes.items():  # what rounding left over
         if index not in chosen and size <= room:
             chosen.add(index)
             room -= size

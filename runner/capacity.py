@@ -85,9 +85,9 @@ class Planner:
             ) from error
 
     def without_draft(self, found: Capacity) -> Capacity:
-        """The same once the draft has gone."""
+        """The same once the draft has gone; what stays now goes on staying."""
         self._draft_bytes = None
-        return self._capacity(found.batch, found.rows, found.logit_rows)
+        return self._capacity(found.batch, found.rows, found.logit_rows, found.shares.resident)
 
     def _worth(self, found: Capacity) -> float:
         """Tokens for each byte of weights that is computed with; one read from the disk counts for several."""
@@ -130,7 +130,9 @@ class Planner:
             self._shape, rows, self._capacities[0], self._dtype.itemsize, logit_rows
         )
 
-    def _capacity(self, batch: int, rows: int, logit_rows: int) -> Capacity:
+    def _capacity(
+        self, batch: int, rows: int, logit_rows: int, keep: frozenset[int] = frozenset()
+    ) -> Capacity:
         cache = sum(KVCache.nbytes(self._shape, each, self._dtype) for each in self._capacities[:batch])
         shares = budget.share_out(
             self._model.ram,
@@ -140,6 +142,7 @@ class Planner:
             self._pieces,
             max(map(slot_bytes, self._pieces)),
             self._draft_bytes(batch, self._capacities[0]) if self._draft_bytes else 0,
+            keep,
         )
         return Capacity(batch, cache, rows, logit_rows, shares)
 

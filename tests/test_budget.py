@@ -207,6 +207,18 @@ def test_pieces_of_one_size_alternate_as_evenly_as_can_be(count: int, data: st.D
     assert longest <= 2 * -(-kept // (count - kept)) + 1
 
 
+@given(SIZES, st.floats(0, 1), st.integers(0, 2**32))
+def test_more_room_moves_nothing_that_stays(sizes: list[int], part: float, more: int) -> None:
+    room = int(sum(sizes) * part)
+    before = spread(sizes, room)
+    after = spread(sizes, room + more, before)
+    assert before <= after
+    left = room + more - sum(sizes[index] for index in after)
+    assert left >= 0 and all(sizes[index] > left for index in range(len(sizes)) if index not in after)
+    less = sum(sizes[index] for index in before) - 1
+    assert spread(sizes, less, before) == spread(sizes, less)
+
+
 @pytest.mark.parametrize("room", [-5, 0])
 def test_without_room_nothing_stays(room: int) -> None:
     assert spread([3, 4, 5], room) == frozenset()

@@ -158,12 +158,13 @@ def test_one_that_is_useless_is_given_up_for_what_then_stays(
     wanted = plain(model, [Request([5, 6, 7], 60)])[0]
     monkeypatch.setattr(Draft, "nbytes", lambda self, *_: 1_000_000)
     generation = model.generate([5, 6, 7], max_new_tokens=60, speculate="off", draft=other)
-    before = generation.streamed_bytes_per_pass
+    before, stayed = generation.streamed_bytes_per_pass, generation.batch.capacity.shares.resident
     assert before > 0 and generation.batch.speculation == "draft"
     assert list(generation) == wanted
     assert generation.batch.speculation == "off"
     assert generation.streamed_bytes_per_pass < before - 300_000
     assert generation.batch.capacity.shares.draft == 0
+    assert stayed and stayed < generation.batch.capacity.shares.resident  # none is read anew
     assert generation.passes >= 16
 
 
