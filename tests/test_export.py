@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from runner.errors import BloomdeskError
 from runner.header import read_header
+from runner.lock import sole_writer
 from runner.prepared import COMPANIONS, load_manifest
 from scripts.make_checkpoint import synthetic
 from tests.conftest import PreparedFactory
-from toolkit import disk, lock, readahead
+from toolkit import disk, readahead
 from toolkit import export as module
 from toolkit.convert import convert
 from toolkit.export import INDEX, export
@@ -310,5 +311,5 @@ def test_a_kill_leaves_nothing_that_counts(made: Path, tmp_path: Path) -> None:
 
 def test_one_writer_at_a_time(made: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with lock.sole_writer(tmp_path / "out"), pytest.raises(BloomdeskError, match="another bloomdesk"):
+    with sole_writer(tmp_path / "out"), pytest.raises(BloomdeskError, match="another bloomdesk"):
         export(made, tmp_path / "out")
