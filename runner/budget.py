@@ -142,9 +142,8 @@ def spread(sizes: Sequence[int], room: int, keep: frozenset[int] = frozenset()) 
 
     Those of `keep` are among them if all of these fit, and the others are spread beside them.
     """
-    kept = sum(sizes[index] for index in keep)
-    chosen = set(keep) if kept <= room else set()
-    room -= kept if chosen else 0
+    chosen = set(keep) if sum(sizes[index] for index in keep) <= room else set()
+    room -= sum(sizes[index] for index in chosen)
     open_sizes = {index: size for index, size in enumerate(sizes) if index not in chosen}
     share = min(1.0, max(0, room) / max(1, sum(open_sizes.values())))
     credit = 0.0

@@ -228,11 +228,12 @@ def bench(directory: Path, ram: str | None, tokens: int, prompt_tokens: int, as_
     if as_json:
         print(json.dumps(found.as_json()))
     else:
-        _print_lines(wording.bench_lines(found))
+        print_lines(wording.bench_lines(found))
     return 0
 
 
-def _print_lines(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
+    """One after another, each as soon as it is there."""
     for line in lines:
         print(line)
 
@@ -258,7 +259,7 @@ def plan(
     if as_json:
         print(json.dumps({**found.as_json(), "bytes_to_prepare": room, "fits": fits}))
     else:
-        _print_lines(wording.plan_lines(found, room, fits))
+        print_lines(wording.plan_lines(found, room, fits))
     return 0 if fits else 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 
-_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}  # what systems say of another's lock
+_HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}  # what systems say of another's lock
 
 
 def lock(descriptor: int, path: Path) -> None:
@@ -46,9 +46,8 @@ def sole_writer(directory: Path) -> Iterator[None]:
 if os.name == "nt":
     import msvcrt
 
-    _PLACE = (
-        2**31 - 2
-    )  # of the byte that is locked, which nobody else could write: beyond all that is in the file
+    # Of the byte that is locked, beyond all that is in the file: nobody could write it, the holder included.
+    _PLACE = 2**31 - 2
 
     def _open(directory: Path) -> int:
         return os.open(directory / ".bloomdesk.lock", os.O_RDWR | os.O_CREAT)

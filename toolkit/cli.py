@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from runner.cli import (
     PROMPTS_HELP,
     SPECULATE_HELP,
     guarded,
+    print_lines,
 )
 from runner.cli import bench as run_bench
 from runner.cli import generate as run_generation
@@ -103,7 +104,7 @@ def download(
 
         plan = plan_download(repo, directory, revision)
         if dry_run:
-            _print_lines(download_lines(plan))
+            print_lines(download_lines(plan))
             return 0 if plan.fits else 1
         start = time.monotonic()
         with _bars("downloading", plan.work) as progress:
@@ -142,11 +143,6 @@ def prepare(
         return 0
 
     finish(context, body)
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(line)
 
 
 def _coding(lossless: bool) -> str:
@@ -206,7 +202,7 @@ def verify(
             }
             print(json.dumps(shown))
         else:
-            _print_lines(report_lines(report, time.monotonic() - start))
+            print_lines(report_lines(report, time.monotonic() - start))
         return 0 if report.sound else 1
 
     finish(context, body, failure=2)
@@ -250,9 +246,9 @@ def repair(
         start = time.monotonic()
         report = _check(directory)
         if report.sound:
-            _print_lines(report_lines(report, time.monotonic() - start))
+            print_lines(report_lines(report, time.monotonic() - start))
             return 0
-        _print_lines(damage_lines(report))
+        print_lines(damage_lines(report))
         known = forget(directory, report.damage, source)
         with ExitStack() as stack:
             if source is not None:
@@ -308,7 +304,7 @@ def info(context: typer.Context, directory: Prepared, as_json: Json = False) -> 
         if as_json:
             print(json.dumps(found.as_json()))
             return 0
-        _print_lines(info_lines(found))
+        print_lines(info_lines(found))
         return 0
 
     finish(context, body)
