@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from runner.errors import BloomdeskError
 
 if TYPE_CHECKING:
-    from runner.model import Model
+    from runner.generation.model import Model
 
 __all__ = ["BloomdeskError", "load"]
 
@@ -23,6 +23,6 @@ def load(directory: str | Path, ram: int | None = None) -> Model:
     at a time, and yields each as soon as it is done.
     Raises `BloomdeskError` where the directory is no sound prepared checkpoint.
     """
-    from runner.model import Model
+    from runner.generation.model import Model
 
     return Model.open(Path(directory), ram)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from runner import pieces
-from runner.prepared import LOSSLESS
-from scripts import make_checkpoint
-from tests.lossless import make as make_source
-from tests.streaming import Shelf, arrangement, logits_of, make_shelf, opened
-from toolkit.convert import convert
+from runner.format.coded import LOSSLESS
+from runner.weights import chunks as pieces
+from scripts.fakehub import checkpoint as make_checkpoint
+from tests.support.lossless import make as make_source
+from tests.support.streaming import Shelf, arrangement, logits_of, make_shelf, opened
+from toolkit.commands.convert import convert
 
 # For tensors this small, more threads only wait for each other; here, and in the processes that tests start.
 torch.set_num_threads(1)

@@ -1,0 +1,187 @@
+"""What to expect of a model on this machine, before it is there: its disk measured, its needs and its pace forecast."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runner.errors import BloomdeskError
+from runner.estimate import family, rates
+from runner.estimate.forecast import (
+    BLOOMS_TOKENIZER,
+    LOSSLESS_SHARE,
+    Forecast,
+    coded_share,
+    disk_bytes,
+    forecast,
+    process_bytes,
+)
+from runner.estimate.rates import Rates
+from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
+from runner.format.hyperparameters import Hyperparameters
+from runner.format.layout import MANIFEST
+from runner.format.manifest import Manifest, load_manifest
+from runner.generation import memory_plan as budget
+from runner.kernel.matmul import Kernel
+from runner.kernel.threads import workers
+from runner.system import memory
+from runner.weights.checkpoint import TORCH_DTYPES
+
+DEFAULT_MODEL = "bigscience/bloom"
+OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model's weights in one coding. `others` gives forecasts for other amounts of RAM, up to the first in which
+    everything stays, and None for those that are too little."""
+
+    coding: str
+    disk_bytes: int
+    forecast: Forecast
+    others: Mapping[int, Forecast | None]
+
+    def with_ram(self, ram: int) -> Forecast | None:
+        """The forecast for one of `OTHER_RAM`; beyond the last of `others`, more RAM changes nothing."""
+        return self.others.get(ram, self.others[max(self.others)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model on the disk of `directory`. All sizes are bytes.
+
+    `name` is None where the directory holds it already; `form` is then the form in which it does, else the plain one.
+    `lossless` is the other choice, None where there is none.
+    """
+
+    directory: Path
+    name: str | None
+    model: Hyperparameters
+    free_bytes: int
+    rates: Rates
+    prompt_tokens: int
+    tokens: int
+    form: Form
+    lossless: Form | None
+
+    @property
+    def advice(self) -> str:
+        """The coding to choose: the lossless one unless its decoding takes longer than its reading saves."""
+        if self.lossless is None:
+            return self.form.coding
+        plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
+        return LOSSLESS if lossless < plain else PLAIN
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything for `--json`."""
+        return {
+            "directory": str(self.directory),
+            "prepared": self.name is None,
+            "model": {"name": self.name, **asdict(self.model)},
+            "free_bytes": self.free_bytes,
+            "rates": asdict(self.rates),
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            **_form_as_json(self.form),
+            "lossless": self.lossless and _form_as_json(self.lossless),
+            "advice": self.advice,
+        }
+
+
+def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
+    """Measure this machine, the disk of `directory` included, and forecast the model that it holds, or `name`.
+
+    Where the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError`
+    for a name that is none of the family's, a disk that can't be measured, and too little RAM.
+    """
+    if tokens < 1 or prompt_tokens < 1:
+        raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
+    manifest = load_manifest(directory) if (directory / MANIFEST).exists() else None
+    held = manifest if name is None else None
+    if not held:
+        name = name or DEFAULT_MODEL
+    model = held.model if held else family.hyperparameters(name)
+    place = _existing(directory)
+    free = shutil.disk_usage(place).free
+    dtype = TORCH_DTYPES[model.dtype]
+    kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
+    process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
+    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, dtype))
+    chosen = ram or budget.default_total()
+
+    def form(coding: str, share: float) -> Form:
+        def expected(size: int) -> Forecast:
+            return forecast(model, size, process, found, prompt_tokens, tokens, share)
+
+        return Form(coding, disk_bytes(model, share), expected(chosen), _others(expected))
+
+    own = form(held.coding, coded_share(held)) if held else form(PLAIN, 1.0)
+    is_choice = own.coding == PLAIN and model.dtype == CODED_DTYPE
+    lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
+    return Plan(directory, name, model, free, found, prompt_tokens, tokens, own, lossless)
+
+
+def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
+    others: dict[int, Forecast | None] = {}
+    for size in OTHER_RAM:
+        try:
+            others[size] = expected(size)
+        except BloomdeskError:
+            others[size] = None
+        if (shown := others[size]) and not shown.shares.streamed_bytes:
+            break
+    return others
+
+
+def _existing(directory: Path) -> Path:
+    """The directory, or what is there of the way to it."""
+    place = directory.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return place
+
+
+def _disk_rate(place: Path, manifest: Manifest | None) -> float:
+    paths = [place / file for file in manifest.parts] if manifest else []
+    paths = [path for path in paths if path.is_file()]
+    if sum(path.stat().st_size for path in paths) >= rates.SMALLEST_SCRATCH:
+        return rates.disk_rate(paths)
+    with rates.scratch(place) as path:
+        return rates.disk_rate([path])
+
+
+def _tokenizer_bytes(held: Manifest | None) -> int:
+    record = held.companions.get("tokenizer.json") if held else None
+    return record.size if record else BLOOMS_TOKENIZER
+
+
+def _form_as_json(form: Form) -> dict[str, Any]:
+    return {
+        "coding": form.coding,
+        "disk_bytes": form.disk_bytes,
+        "forecast": _flat(form.forecast),
+        "others": [
+            _flat(found) if found else {"ram": ram, "too_little": True} for ram, found in form.others.items()
+        ],
+    }
+
+
+def _flat(found: Forecast) -> dict[str, Any]:
+    shares = found.shares
+    return {
+        "ram": shares.total,
+        "process": shares.process,
+        "cache": shares.cache,
+        "activations": shares.activations,
+        "read_ahead": shares.read_ahead,
+        "resident_bytes": shares.resident_bytes,
+        "streamed_bytes_per_pass": shares.streamed_bytes,
+        "limit_seconds": found.limit_seconds,
+        "seconds_per_token": found.seconds_per_token,
+        "prompt_seconds": found.prompt_seconds,
+    }

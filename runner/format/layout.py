@@ -1,0 +1,96 @@
+"""The files of a prepared directory, and the tensors of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runner.format.coded import CODED_DTYPE, LOSSLESS, STRIPS_SUFFIX, Described, Shape, strip_count
+from runner.format.hyperparameters import Hyperparameters
+from runner.format.safetensors import tensor_nbytes
+
+MANIFEST = "manifest.json"
+MANIFEST_BACKUP = "manifest.backup.json"
+REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
+COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map.json")
+EMBEDDING = "embedding.safetensors"
+FINAL_LAYERNORM = "final_layernorm.safetensors"
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """What a part must hold: its file name, and its tensors' shapes in the order of a pass."""
+
+    file: str
+    tensors: dict[str, Shape]
+
+    @property
+    def matrices(self) -> dict[str, Shape]:
+        """The tensors that a lossless directory codes."""
+        return {name: shape for name, shape in self.tensors.items() if len(shape) == 2}
+
+    def nbytes(self, dtype: str) -> int:
+        """Bytes of the tensors alone, uncoded."""
+        return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
+
+    def stored(self, dtype: str, coded: Mapping[str, int]) -> tuple[Described, ...]:
+        """What the file holds, in its order; `coded` gives the bytes of each coded matrix, none in a plain one."""
+        found: list[Described] = []
+        for name, shape in self.tensors.items():
+            if name in coded:
+                found.append((name + STRIPS_SUFFIX, "I64", (strip_count(shape[0]) + 1,)))
+                found.append((name, "U8", (coded[name],)))
+            else:
+                found.append((name, dtype, shape))
+        return tuple(found)
+
+    def decoded(self, coding: str) -> tuple[Described, ...]:
+        """What its coded tensors decode to; nothing in a plain directory."""
+        coded = self.matrices if coding == LOSSLESS else {}
+        return tuple((name, CODED_DTYPE, shape) for name, shape in coded.items())
+
+
+def is_file_name(name: object) -> bool:
+    """Whether `name` is that of a visible file right in a directory, whatever system the directory is on."""
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 240:
+        return False
+    device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", name)  # on Windows, in any directory
+    return device is None and re.fullmatch(r"(?!\.)[^/\\:*?\"<>|]+", name) is not None
+
+
+def block_file(index: int, n_layer: int) -> str:
+    """`block_07.safetensors`; two digits, more where the model has more than 100 blocks."""
+    return f"block_{index:0{max(2, len(str(n_layer - 1)))}d}.safetensors"
+
+
+def block_tensors(hidden_size: int) -> dict[str, Shape]:
+    """The 12 tensors of a block in the order in which a pass uses them."""
+    E = hidden_size
+    return {
+        "input_layernorm.weight": (E,),
+        "input_layernorm.bias": (E,),
+        "self_attention.query_key_value.weight": (3 * E, E),
+        "self_attention.query_key_value.bias": (3 * E,),
+        "self_attention.dense.weight": (E, E),
+        "self_attention.dense.bias": (E,),
+        "post_attention_layernorm.weight": (E,),
+        "post_attention_layernorm.bias": (E,),
+        "mlp.dense_h_to_4h.weight": (4 * E, E),
+        "mlp.dense_h_to_4h.bias": (4 * E,),
+        "mlp.dense_4h_to_h.weight": (E, 4 * E),
+        "mlp.dense_4h_to_h.bias": (E,),
+    }
+
+
+def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
+    """All parts of a model in the order of a pass: embedding, blocks, final LayerNorm."""
+    E = model.hidden_size
+    embedding = {
+        "word_embeddings.weight": (model.vocab_size, E),
+        "word_embeddings_layernorm.weight": (E,),
+        "word_embeddings_layernorm.bias": (E,),
+    }
+    blocks = [PartSpec(block_file(i, model.n_layer), block_tensors(E)) for i in range(model.n_layer)]
+    final = {"weight": (E,), "bias": (E,)}
+    return (PartSpec(EMBEDDING, embedding), *blocks, PartSpec(FINAL_LAYERNORM, final))

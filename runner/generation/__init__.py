@@ -1,0 +1,8 @@
+"""From prompts to tokens: the public `Model`, who shares a pass, how the RAM is planned, what is proposed.
+
+Words. *sequence*: a prompt and the tokens that follow. *batch*: the sequences that share a pass. *memory plan*: how the
+RAM is divided. *capacity*: how many sequences and rows the memory plan has room for. *committed*: positions of a cache
+that no later token changes.
+
+May import `model` and what it may import.
+"""

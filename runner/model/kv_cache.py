@@ -1,0 +1,116 @@
+"""Keys and values of every position so far, in memory that is reserved once, and the products with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runner.format.hyperparameters import Hyperparameters
+from runner.kernel.matmul import Kernel
+from runner.kernel.product import LANES
+
+LEAST_POSITIONS = 16
+
+
+@dataclass(frozen=True)
+class BlockCache:
+    """One block's keys [H, capacity, D] and values [H, D, capacity]: both are then rows of a product.
+
+    Positions that were never written hold zeros, so that products may run over them.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    kernel: Kernel
+
+    @property
+    def n_head(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.shape[2]
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
+        """Store [H, T, D] each, from position `start` on."""
+        end = start + keys.shape[1]
+        self.keys[:, start:end] = keys
+        self.values[:, :, start:end] = values.transpose(1, 2)
+
+    def clear(self, first: int, last: int) -> None:
+        """Have positions `first` to `last` hold zeros again."""
+        self.keys[:, first:last] = 0
+        self.values[:, :, first:last] = 0
+
+    def scores(self, queries: torch.Tensor, length: int) -> torch.Tensor:
+        """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
+        H, T, _ = queries.shape
+        out = torch.zeros(H, T, length)
+        self.kernel.accumulate(queries.float().contiguous(), self.keys[:, :length], out)
+        return out
+
+    def context(self, weights: torch.Tensor) -> torch.Tensor:
+        """The values of the first S positions summed with weights [H, T, S] -> [H, T, D] float32."""
+        H, T, S = weights.shape
+        out = torch.zeros(H, T, self.head_dim)
+        self.kernel.accumulate(weights.float(), self.values[:, :, :S], out)
+        return out
+
+
+class KVCache:
+    """The caches of all blocks: 2 * n_layer * E elements for each position, 4.0 MB of them for BLOOM-176B.
+
+    The memory is reserved at once and taken from the machine as it fills. `length` positions count: a pass adds
+    its rows to it when it is through all blocks, so that a pass that was interrupted can simply be run again.
+    The memory goes back to the machine with the last reference to the cache.
+    """
+
+    def __init__(self, model: Hyperparameters, capacity: int, dtype: torch.dtype, kernel: Kernel) -> None:
+        H, D, room = model.n_head, model.head_dim, whole_lanes(capacity)
+        self.blocks = tuple(
+            BlockCache(torch.zeros(H, room, D, dtype=dtype), torch.zeros(H, D, room, dtype=dtype), kernel)
+            for _ in range(model.n_layer)
+        )
+        self.capacity = capacity
+        self.length = 0
+
+    def rewind(self, length: int) -> None:
+        """Forget all positions from `length` on. Raises ValueError where there are not so many."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"a cache of {self.length} positions cannot go back to {length}")
+        self.clear(length, self.length)
+        self.length = length
+
+    def clear(self, first: int, last: int) -> None:
+        """Have positions `first` to `last` of all blocks hold zeros again."""
+        for block in self.blocks:
+            block.clear(first, last)
+
+    @staticmethod
+    def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:
+        """What a cache for `capacity` positions takes."""
+        return 2 * model.n_layer * whole_lanes(capacity) * model.hidden_size * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows of one sequence in a pass: `ids` go to the end of its cache, and the last `logits` of them give logits."""
+
+    ids: Sequence[int]
+    cache: KVCache
+    logits: int = 1
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache after the pass."""
+        return self.cache.length + len(self.ids)
+
+
+def whole_lanes(positions: int) -> int:
+    """The next multiple of the kernel's lanes: with it, a row's sums are the same however many rows come after it.
+
+    At least the lanes of a 512-bit register, below which torch's softmax takes its sum in another order.
+    """
+    return max(LEAST_POSITIONS, -(-positions // LANES) * LANES)

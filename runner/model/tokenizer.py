@@ -1,0 +1,81 @@
+"""tokenizer.json: text to token ids, and token ids to text while it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import ByteLevel, DecodeStream
+
+from runner.errors import BloomdeskError
+from runner.format.safetensors import read_small
+
+LARGEST_TOKENIZER = 2**26  # BLOOM's has 14.5 MB
+
+
+class Tokenizer:
+    """The tokenizer that the checkpoint came with."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `BloomdeskError` where the file is missing, or is no tokenizer as BLOOM has it."""
+        repair = f"see what is damaged: bloomdesk verify {path.parent}"
+        try:
+            data = read_small(path, LARGEST_TOKENIZER)
+        except FileNotFoundError:
+            raise BloomdeskError(f"{path} is missing", repair) from None
+        except OSError as error:
+            raise BloomdeskError(f"{path}: cannot be read: {error.strerror}", repair) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except BaseException as error:  # the library raises plain Exception, and what is none where it panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            reason = str(error)[:200].encode("unicode_escape").decode()
+            raise BloomdeskError(f"{path} is not a tokenizer: {reason}", repair) from None
+        if self._tokenizer.normalizer is not None or not isinstance(self._tokenizer.decoder, ByteLevel):
+            # Others can be chains of replacements, which make a line of text as long as they like.
+            raise BloomdeskError(f"{path} is not a tokenizer of BLOOM: it rewrites texts", repair)
+        self._tokenizer.no_padding()  # or it could fill up a prompt to any length
+        self._tokenizer.no_truncation()
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with nothing added. Raises `BloomdeskError` where it is not valid Unicode."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:  # what the library raises for a lone surrogate
+            raise BloomdeskError("the prompt is not valid UTF-8 text") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        """A decoder for ids that come one at a time."""
+        return TextStream(self._tokenizer)
+
+
+class TextStream:
+    """Text from ids that come one at a time; a character whose bytes are spread over tokens is held until whole."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._emitted = ""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before; often empty inside a character."""
+        self._ids.append(token_id)
+        text = self._stream.step(self._tokenizer, token_id) or ""
+        self._emitted += text
+        return text
+
+    def finish(self) -> str:
+        """What is still held: bytes that never became a character, as replacement characters."""
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(self._emitted) :]

@@ -1,0 +1,128 @@
+"""Huge pages, and how much memory is to spare."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import re
+import sys
+from pathlib import Path
+
+import psutil
+
+from runner.system import platform
+
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**20  # malloc.h
+_OWN_STATUS = Path("/proc/self/status")
+_OWN_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def anonymous(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory of our own, in huge pages where the system gives them."""
+    if not platform.LINUX_CALLS:
+        return mmap.mmap(-1, nbytes)
+    # Shared memory, which is what Python would take, gets no huge pages on most systems.
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def give_freed_memory_back() -> None:
+    """Have large blocks of memory go back to the system as soon as they are freed, where the C library listens.
+
+    glibc learns to keep them, up to 32 MB each: after a pass over a long prompt it held hundreds of megabytes.
+    """
+    if platform.LINUX_CALLS:
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def memory_to_spare() -> int:
+    """Bytes that this process may still take: what the machine has left, and no more than its control group has."""
+    spare = psutil.virtual_memory().available
+    if platform.LINUX_CALLS:
+        spare = min([spare, *(left for group in _control_groups() if (left := _left_in(group)) is not None)])
+    return max(0, spare)
+
+
+def memory_in_use() -> int:
+    """Bytes of RAM that this process occupies."""
+    return psutil.Process().memory_info().rss
+
+
+def memory_of_its_own() -> int:
+    """The same without the files that it has mapped, where the system tells: those count as memory to spare."""
+    info = psutil.Process().memory_info()
+    return info.rss - (info.shared if platform.LINUX_CALLS else 0)
+
+
+def peak_memory() -> int | None:
+    """The most bytes of RAM that this process ever occupied; None where the system does not say."""
+    if platform.LINUX_CALLS:  # where rusage still counts what the process was before it became this program
+        with contextlib.suppress(OSError):
+            found = re.search(r"^VmHWM:\s+(\d+) kB$", _OWN_STATUS.read_text(), re.MULTILINE)
+            if found:
+                return int(found[1]) * 1024
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bytes_read_from_disk() -> int | None:
+    """Bytes that the kernel fetched from storage for this process so far; None where it does not count them."""
+    try:
+        return psutil.Process().io_counters().read_bytes
+    except (AttributeError, psutil.Error, OSError):
+        return None
+
+
+def _control_groups() -> list[Path]:
+    """The directories of this process's memory control groups, from its own up to the root."""
+    groups: list[Path] = []
+    try:
+        lines = _OWN_GROUPS.read_text().splitlines()
+    except OSError:
+        return groups
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = _GROUP_ROOT / controllers
+        inner = root / path.lstrip("/")
+        # Inside a container the path may be that of the host; its own limits are then at the root.
+        while inner != root:
+            groups.append(inner)
+            inner = inner.parent
+        groups.append(root)
+    return groups
+
+
+def _left_in(group: Path) -> int | None:
+    """What a control group has left, page cache that can be dropped counted as free; None without a limit."""
+    for limit_file, usage_file in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = (group / limit_file).read_text().strip()
+            most = 2**60 if limit == "max" else int(limit)
+            usage = int((group / usage_file).read_text())
+            counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most >= 2**60:
+            return None
+        file_pages = sum(
+            int(counters.get(f"total_{name}", counters.get(name, 0)))
+            for name in ("active_file", "inactive_file")
+        )
+        return most - usage + file_pages
+    return None

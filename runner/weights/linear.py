@@ -1,0 +1,99 @@
+"""A weight matrix that is used a piece at a time, wherever its pieces are."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runner.errors import BloomdeskError
+from runner.format.coded import STRIP_ROWS
+from runner.kernel.decode import decode_strips
+from runner.kernel.matmul import Kernel
+from runner.system import files
+from runner.weights.chunks import Piece
+from runner.weights.stream import Stream, check_unchanged
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """[N, K] of `dtype`: pieces `index` and following of `stream`, as they are or losslessly coded."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    pieces: Sequence[Piece]
+    index: int
+    stream: Stream
+    kernel: Kernel
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, K] -> `x @ weight.T + bias` [T, N], summed in float32 and rounded once to the dtype of x.
+
+        Raises `BloomdeskError` where a piece cannot be read, or was damaged.
+        """
+        T, N = x.shape[0], self.shape[0]
+        out = torch.zeros(T, N) if bias is None else torch.empty(T, N).copy_(bias)
+        rows = x.float().contiguous()
+        for offset, piece in enumerate(self.pieces):
+            with self.stream.piece(self.index + offset) as weight:
+                part = out[:, piece.first : piece.last]
+                if piece.strips is None:
+                    self.kernel.accumulate(rows, weight, part)
+                    continue
+                try:
+                    self.kernel.accumulate_coded(rows, weight, piece.strips, part)
+                except ValueError as error:
+                    raise _damaged(piece, error) from error
+        return out.to(x.dtype)
+
+    def rows(self, ids: Sequence[int]) -> torch.Tensor:
+        """[T, K]: rows of the matrix by number, read from the file alone."""
+        first = self.pieces[0]
+        found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
+        try:
+            with files.open_for_rows(first.file.path) as file:
+                check_unchanged(first, file.fileno())
+                for place, row in enumerate(ids):
+                    found[place] = self._row(file, row)
+        except OSError as error:
+            raise BloomdeskError(
+                f"{first.file.path} cannot be read: {error.strerror or error}",
+                f"see what is damaged: bloomdesk verify {first.file.path.parent}",
+            ) from error
+        return found
+
+    def _row(self, file: io.FileIO, row: int) -> torch.Tensor:
+        """Row number `row`; of a coded matrix its strip is decoded for it."""
+        columns = self.shape[1]
+        piece = next(piece for piece in self.pieces if row < piece.last)
+        if piece.strips is None:
+            nbytes = columns * self.dtype.itemsize
+            data = _read(file, piece.start + (row - piece.first) * nbytes, nbytes)
+            return torch.frombuffer(data, dtype=self.dtype)
+        strip, place = divmod(row - piece.first, STRIP_ROWS)
+        start, stop = piece.strips[strip : strip + 2].tolist()
+        count = min(STRIP_ROWS, piece.last - piece.first - strip * STRIP_ROWS)
+        data, out = _read(file, piece.start + start, stop - start), bytearray(count * columns * 2)
+        try:
+            decode_strips(data, [0, len(data)], count, columns, out)
+        except ValueError as error:
+            raise _damaged(piece, error) from error
+        return torch.frombuffer(out, dtype=self.dtype).view(count, columns)[place]
+
+
+def _read(file: io.FileIO, start: int, nbytes: int) -> bytearray:
+    data = bytearray(nbytes)
+    file.seek(start)
+    if file.readinto(data) != nbytes:
+        raise OSError(errno.EIO, "the file ends too early")
+    return data
+
+
+def _damaged(piece: Piece, error: ValueError) -> BloomdeskError:
+    return BloomdeskError(
+        f"{piece.file.path} is damaged in bytes {piece.start:,} to {piece.start + piece.nbytes:,}: {error}",
+        f"make it again from its source: bloomdesk repair {piece.file.path.parent}",
+    )

@@ -1,0 +1,218 @@
+"""Ways to keep bfloat16 weights in fewer bytes, side by side: what is left, and how fast they come back.
+
+    python -m scripts.bench.lossless [DIR/block_00.safetensors] [--mb 192] [--rounds 5] [--json OUT]
+
+Without a file the weights are normal ones. Each way decodes the same bytes on one thread, then on several, each thread
+its own copy; ours also as a pass does it, decoding inside the product of one row, beside the product of the weights as
+they are. In turns, medians; every way's result is compared with the weights first. A fixed 4-bit code is arithmetic:
+its share is counted, not timed. Ways whose packages are missing are left out (pip install zstandard zipnn).
+
+The last table is about drives: the lossless form is faster than the plain one on those below the rate of its decoder,
+which is taken to grow with the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from runner.format.coded import STRIP_ROWS
+from runner.format.safetensors import read_header
+from runner.kernel.decode import decode_strips
+from runner.kernel.encode import encode_strips
+from runner.kernel.matmul import Kernel
+from runner.kernel.threads import workers
+
+COLUMNS = 4096
+CORES = (2, 6, 8)
+Decode = Callable[[], object]
+
+
+def given_weights(path: Path | None, nbytes: int) -> torch.Tensor:
+    """[N, COLUMNS] bfloat16, N a multiple of a strip's rows: a part's largest matrix, or normal ones."""
+    rows = nbytes // (2 * COLUMNS) // STRIP_ROWS * STRIP_ROWS
+    if path is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(rows, COLUMNS, generator=generator).mul_(0.02).bfloat16()
+    entry = max(read_header(path).tensors.values(), key=lambda entry: entry.nbytes)
+    with path.open("rb") as file:
+        file.seek(entry.start)
+        data = bytearray(file.read(min(entry.nbytes, nbytes)))
+    whole = len(data) // (2 * COLUMNS * STRIP_ROWS) * STRIP_ROWS
+    return torch.frombuffer(data, dtype=torch.bfloat16, count=whole * COLUMNS).view(whole, COLUMNS)
+
+
+def ours(weights: torch.Tensor) -> tuple[int, Callable[[], Decode]]:
+    """Bytes when coded, and what makes a decoder with memory of its own."""
+    data = as_bytes(weights)
+    coded, lengths = encode_strips(data, COLUMNS)
+    offsets = [0, *accumulate(lengths)]
+
+    def make() -> Decode:
+        source, out = bytearray(coded), bytearray(len(data))
+
+        def decode() -> bytearray:
+            decode_strips(source, offsets, weights.shape[0], COLUMNS, out)
+            return out
+
+        assert decode() == data
+        return decode
+
+    return len(coded), make
+
+
+def zstd(weights: torch.Tensor) -> tuple[int, Callable[[], Decode]]:
+    """zstandard on the bytes of the exponents alone; bringing them and the others together is not timed."""
+    import zstandard
+
+    exponents = ((weights.view(torch.int16) >> 7) & 0xFF).to(torch.uint8)
+    data = as_bytes(exponents)
+    packed = zstandard.ZstdCompressor(level=1).compress(data)
+    assert zstandard.ZstdDecompressor().decompress(packed) == data
+
+    def make() -> Decode:
+        decompressor = zstandard.ZstdDecompressor()
+        return lambda: decompressor.decompress(packed)
+
+    return len(packed) + weights.numel(), make
+
+
+def zipnn(weights: torch.Tensor) -> tuple[int, Callable[[], Decode]]:
+    """ZipNN, which orders bytes and takes a Huffman code."""
+    from zipnn import ZipNN
+
+    coder = ZipNN(bytearray_dtype="bfloat16", threads=1)
+    packed = coder.compress(as_bytes(weights))
+    assert bytes(coder.decompress(packed)) == as_bytes(weights)
+
+    def make() -> Decode:
+        own = ZipNN(bytearray_dtype="bfloat16", threads=1)
+        return lambda: own.decompress(packed)
+
+    return len(packed), make
+
+
+WAYS = {"bloomdesk": ours, "zstd on the exponents, not merged": zstd, "ZipNN": zipnn}
+
+
+def as_bytes(tensor: torch.Tensor) -> bytearray:
+    return bytearray(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def fixed_code(weights: torch.Tensor) -> float:
+    """The share of a code of 4 bits for the 15 commonest exponents, with a byte for the others."""
+    counts = ((weights.view(torch.int16) >> 7) & 0xFF).flatten().bincount(minlength=256).sort(descending=True)
+    rare = 1 - counts.values[:15].sum().item() / weights.numel()
+    return (8 + 4 + 8 * rare) / 16
+
+
+def entropy(weights: torch.Tensor) -> float:
+    """The share of an ideal code of the exponents, one at a time."""
+    counts = ((weights.view(torch.int16) >> 7) & 0xFF).flatten().bincount().double()
+    shares = counts[counts > 0] / weights.numel()
+    return (8 - (shares * shares.log2()).sum().item()) / 16
+
+
+def seconds(decoders: list[Decode]) -> float:
+    """All of them at once, each in a thread of its own."""
+    threads = [threading.Thread(target=decode) for decode in decoders]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
+def decoding(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, dict[str, float]]:
+    """For each way its share, and the rates of decoded bytes on one core and on all."""
+    makers, shares = {}, {}
+    for name, way in WAYS.items():
+        try:
+            nbytes, makers[name] = way(weights)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        shares[name] = nbytes / weights.nbytes
+    taken: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            for count in (1, cores):
+                decoders = [make() for _ in range(count)]
+                seconds(decoders)  # their memory is touched once before
+                taken.setdefault((name, count), []).append(seconds(decoders))
+    return {
+        name: {
+            "share": shares[name],
+            "one": weights.nbytes / median(taken[name, 1]),
+            "all": cores * weights.nbytes / median(taken[name, cores]),
+        }
+        for name in makers
+    }
+
+
+def products(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, float]:
+    """Rates of weights in a product of one row: as they are, and coded, on one core and on all."""
+    data, lengths = encode_strips(as_bytes(weights), COLUMNS)
+    coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    offsets = torch.tensor([0, *accumulate(lengths)])
+    x, out = torch.ones(1, COLUMNS), torch.zeros(1, len(weights))
+    taken: dict[str, list[float]] = {}
+    for number in range(rounds + 1):
+        for count in (1, cores):
+            kernel = Kernel(torch.bfloat16, workers(count))
+            for name, product in (
+                ("plain", lambda kernel=kernel: kernel.accumulate(x, weights, out)),
+                ("coded", lambda kernel=kernel: kernel.accumulate_coded(x, coded, offsets, out)),
+            ):
+                began = time.perf_counter()
+                product()
+                if number:  # the first round compiles
+                    taken.setdefault(f"{name} {count}", []).append(time.perf_counter() - began)
+    return {name: weights.nbytes / median(times) for name, times in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Lossless forms of bfloat16 weights, side by side.")
+    parser.add_argument("file", type=Path, nargs="?", help="a plain prepared part; else normal weights")
+    parser.add_argument("--mb", type=int, default=192, help="megabytes of weights")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    given = parser.parse_args()
+    cores = os.cpu_count() or 1
+    weights = given_weights(given.file, given.mb * 10**6)
+    ways = decoding(weights, given.rounds, cores)
+    product = products(weights, given.rounds, cores)
+    print(
+        f"| way | of bfloat16's bytes | GB/s decoded, 1 core | {cores} cores |\n| --- | ---: | ---: | ---: |"
+    )
+    for name, found in ways.items():
+        print(f"| {name} | {found['share']:.3f} | {found['one'] / 1e9:.2f} | {found['all'] / 1e9:.2f} |")
+    print(f"| a fixed 4-bit code | {fixed_code(weights):.3f} | | |")
+    print(f"| the exponents' entropy | {entropy(weights):.3f} | | |")
+    print(f"\n| product of one row | GB/s of weights, 1 core | {cores} cores |\n| --- | ---: | ---: |")
+    for name in ("plain", "coded"):
+        one, whole = (product[f"{name} {count}"] / 1e9 for count in (1, cores))
+        print(f"| {name} | {one:.2f} | {whole:.2f} |")
+    print("\n| cores | decoded in a pass, GB/s | faster on drives below, GB/s |\n| ---: | ---: | ---: |")
+    for count in CORES:
+        rate = product["coded 1"] * count / 1e9
+        print(f"| {count} | {rate:.1f} | {rate:.1f} |")
+    if given.json:
+        given.json.write_text(
+            json.dumps({"cores": cores, "ways": ways, "products": product}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Judge the miniature, or a draft beside it: how many unseen answers are right.
+
+python -m scripts.miniature.judge [DIR]            greedy answers of transformers' BLOOM, exactly right or not
+python -m scripts.miniature.judge DIR --agree      how often a draft's next token is the miniature's
+python -m scripts.miniature.judge [DIR] --ablate   the loss without each of the blocks
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+
+from scripts.fakehub.checkpoint import MINIATURE
+from scripts.miniature.files import padding_tokenizer, read_stacked, shared_file, unseen_lines
+from scripts.miniature.model import answer_logits
+from scripts.miniature.rows import EOS, LENGTH, pack
+from scripts.miniature.texts import KINDS, Text
+
+if TYPE_CHECKING:
+    from transformers import BloomForCausalLM
+
+
+class Greedy(NamedTuple):
+    """Prompts, padded on the left, with their greedy answers."""
+
+    ids: torch.Tensor  # [B, T]
+    mask: torch.Tensor  # [B, start]: 0 for padding
+    start: int  # of the answers
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The answers' ids up to `</s>`, which is the last of each that has one."""
+        rows = self.ids[:, self.start :].tolist()
+        return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+def greedy(model: BloomForCausalLM, tokenizer: Tokenizer, prompts: list[str]) -> Greedy:
+    """What transformers' BLOOM answers."""
+    encoded = tokenizer.encode_batch(prompts)
+    ids = torch.tensor([prompt.ids for prompt in encoded])
+    mask = torch.tensor([prompt.attention_mask for prompt in encoded])
+    given = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=LENGTH)
+    return Greedy(given, mask, ids.shape[1])
+
+
+def judge(out: Path) -> None:
+    """Print how many unseen answers transformers' BLOOM gives exactly: bfloat16, greedy."""
+    from transformers import BloomForCausalLM
+
+    tokenizer, lines = padding_tokenizer(out), unseen_lines(out)
+    model = BloomForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    for kind in KINDS:
+        mine = [line for line in lines if line["kind"] == kind]
+        wrong = []
+        answers = greedy(model, tokenizer, [line["prompt"] for line in mine]).answers
+        for line, answer in zip(mine, answers, strict=True):
+            got = tokenizer.decode(answer)
+            if got != line["answer"] or EOS not in answer:
+                wrong.append(f"  {line['prompt']}\n    wanted {line['answer']!r}\n    got    {got!r}")
+        print(
+            f"{kind}: {len(mine) - len(wrong)} of {len(mine)} ({1 - len(wrong) / len(mine):.1%})",
+            *wrong,
+            sep="\n",
+        )
+
+
+@torch.no_grad()
+def agree(out: Path, whole: Path) -> None:
+    """Print how often the draft's next token is the one that the model in `whole` gives, along its answers."""
+    from transformers import BloomForCausalLM
+
+    tokenizer, lines = padding_tokenizer(whole), unseen_lines(whole)
+    draft, model = (
+        BloomForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval() for path in (out, whole)
+    )
+    for kind in KINDS:
+        given = greedy(model, tokenizer, [line["prompt"] for line in lines if line["kind"] == kind])
+        mask = F.pad(given.mask, (0, given.ids.shape[1] - given.start), value=1)
+        proposed = draft(given.ids, attention_mask=mask).logits[:, given.start - 1 : -1].argmax(-1)
+        pairs = [
+            (token == mine)
+            for answer, row in zip(given.answers, proposed.tolist(), strict=True)
+            for token, mine in zip(answer, row, strict=False)
+        ]
+        print(f"{kind}: {sum(pairs)} of {len(pairs)} tokens ({sum(pairs) / len(pairs):.1%})")
+
+
+@torch.no_grad()
+def ablate(out: Path) -> None:
+    """Leave out one block at a time and print the loss on some unseen answers."""
+    texts = [Text(**line, meaning="") for line in unseen_lines(out)[::5]]
+    rows = pack(texts, Tokenizer.from_file(str(shared_file(out, "tokenizer.json"))))
+    weights, heads = read_stacked(out)
+    for without in range(-1, len(weights["h.*.input_layernorm.bias"])):
+        logits, wanted = answer_logits(weights, rows, heads, without)
+        wrong = rows.owner[rows.wanted][logits.argmax(-1) != wanted].unique()
+        what = f"without block {without}" if without >= 0 else "all blocks"
+        right = f"{len(texts) - len(wrong)} of {len(texts)} right"
+        print(f"{what}: loss {F.cross_entropy(logits, wanted):.4f}, {right}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Judge the miniature, or a draft beside it.")
+    parser.add_argument("directory", type=Path, nargs="?", default=MINIATURE, metavar="DIR")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--agree", action="store_true", help="compare it with the miniature's answers")
+    what.add_argument("--ablate", action="store_true", help="measure it without each block")
+    given = parser.parse_args()
+    if given.agree:
+        agree(given.directory, MINIATURE)
+    elif given.ablate:
+        ablate(given.directory)
+    else:
+        judge(given.directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Damage prepared files at random; every damage must be found by `verify` and mended by `repair`.
+
+    python -m scripts.torture.damage --times 1000 [--seed 1] [--lossless]
+
+The miniature is prepared once. Then, again and again: one bit flips, a file is cut off, or two files change places;
+`verify` must name exactly the files concerned, and `repair` (from the source on disk, every tenth time from a local
+hub) must bring back every byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from runner.format.coded import LOSSLESS, PLAIN
+from scripts.fakehub import checkpoint as make_checkpoint
+from scripts.fakehub.server import LocalHub
+from toolkit.commands import convert, prepare
+from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
+from toolkit.commands.verify import verify
+
+REPO = "bloomdesk/miniature"
+HUB_EVERY = 10
+
+
+def flip(directory: Path, chance: random.Random) -> set[str]:
+    """One bit of one file."""
+    path = chance.choice(sorted(directory.iterdir()))
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+    return {path.name}
+
+
+def cut(directory: Path, chance: random.Random) -> set[str]:
+    """The end of one file, or all of it."""
+    path = chance.choice(sorted(directory.iterdir()))
+    os.truncate(path, chance.choice((0, chance.randrange(path.stat().st_size))))
+    return {path.name}
+
+
+def swap(directory: Path, chance: random.Random) -> set[str]:
+    """Two parts under each other's names."""
+    one, other = chance.sample(sorted(directory.glob("*.safetensors")), 2)
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    return {one.name, other.name} if first != second else set()
+
+
+def mend(directory: Path, source: Path, from_hub: bool) -> None:
+    """Repair as the command does."""
+    known = forget(directory, verify(directory).damage, None if from_hub else source)
+    if from_hub:
+        prepare.carry_out(plan_from_hub(directory, known))
+    else:
+        convert.carry_out(plan_from_source(directory, source, known))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
+    """Counts by kind of damage; raises AssertionError at the first that is not found or not mended."""
+    chance, counts = random.Random(seed), Counter[str]()
+    source, directory = work / "source", work / "bloom"
+    make_checkpoint.miniature(source)
+    with LocalHub({REPO: source}) as hub:
+        os.environ["HF_ENDPOINT"] = hub.endpoint
+        prepare.prepare(REPO, directory, coding=LOSSLESS if lossless else PLAIN)
+        whole = content(directory)
+        for number in range(times):
+            kind = chance.choice((flip, cut, swap))
+            harmed = kind(directory, chance)
+            found = {item.file for item in verify(directory).damage}
+            assert found == harmed, (
+                f"{kind.__name__} {number}: harmed {sorted(harmed)}, found {sorted(found)}"
+            )
+            mend(directory, source, from_hub=number % HUB_EVERY == 0)
+            assert content(directory) == whole, f"{kind.__name__} {number} of {sorted(harmed)} was not mended"
+            counts[kind.__name__] += 1
+            if number % 100 == 99:
+                print(f"{number + 1} damages, all found and mended: {dict(counts)}", flush=True)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Damage prepared files; find and mend every damage.")
+    parser.add_argument("--times", type=int, default=1000, metavar="N")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lossless", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        counts = run(options.times, options.seed, Path(work), options.lossless)
+    print(f"{sum(counts.values())} damages, all found and mended: {dict(counts)}")
+
+
+if __name__ == "__main__":
+    main()

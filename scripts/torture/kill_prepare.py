@@ -1,0 +1,106 @@
+"""Kill `bloomdesk prepare` at random, again and again, on a line that drops, stalls and corrupts.
+
+    python -m scripts.torture.kill_prepare --kills 200 [--seed 1] [--lossless]
+
+A local hub serves the miniature with random faults. `prepare` is started, killed with SIGKILL at a random moment, and
+started again, until it ends by itself; then its directory must be, byte for byte, that of an undisturbed run, and the
+next round begins with an empty one. A run that gives up by itself must do so with one clear error, and goes on when it
+is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from runner.format.coded import LOSSLESS, PLAIN
+from scripts.fakehub import checkpoint as make_checkpoint
+from scripts.fakehub.server import LocalHub, RandomFaults
+from toolkit.commands.prepare import prepare
+
+REPO = "bloomdesk/miniature"
+LONGEST_RUN = 6.0  # seconds before the kill at the latest; an undisturbed run takes about as long
+TRIES = 500  # runs of one round before it counts as stuck
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def run_once(command: list[str], environment: dict[str, str], kill_after: float | None) -> tuple[int, str]:
+    """Exit status and standard error of one run, killed after so many seconds unless it ends before."""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=kill_after)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            _, said = process.communicate()
+    return process.returncode, said
+
+
+def one_round(
+    command: list[str], environment: dict[str, str], chance: random.Random, counts: Counter[str], kills: int
+) -> None:
+    """From nothing to the end, with kills on the way as long as fewer than `kills` have been counted."""
+    for _ in range(TRIES):
+        kill_after = chance.uniform(0.3, LONGEST_RUN) if counts["kills"] < kills else None
+        status, said = run_once(command, environment, kill_after)
+        if status == 0:
+            counts["rounds"] += 1
+            return
+        if status == -signal.SIGKILL:
+            counts["kills"] += 1
+            continue
+        assert status == 1 and "error: " in said and "Traceback" not in said, (status, said)
+        counts["gave up with a clear error"] += 1
+    raise AssertionError(f"not through after {TRIES} runs; the last said: {said}")
+
+
+def run(kills: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
+    """What happened; raises AssertionError at the first result that differs."""
+    chance, counts = random.Random(seed), Counter[str]()
+    source, directory = work / "source", work / "bloom"
+    make_checkpoint.miniature(source)
+    with LocalHub({REPO: source}) as hub:
+        os.environ["HF_ENDPOINT"] = hub.endpoint
+        prepare(REPO, work / "undisturbed", coding=LOSSLESS if lossless else PLAIN)
+    expected = content(work / "undisturbed")
+    with LocalHub({REPO: source}, faults=RandomFaults(seed, share=0.1, longest_stall=1.0)) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "toolkit.cli.app", "prepare", REPO, str(directory)]
+        command += ["--lossless"] if lossless else []
+        start = time.monotonic()
+        while counts["kills"] < kills:
+            one_round(command, environment, chance, counts, kills)
+            assert content(directory) == expected, "the result differs from that of an undisturbed run"
+            shutil.rmtree(directory)
+            print(f"{time.monotonic() - start:.0f} s: {dict(counts)}, all byte-identical", flush=True)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill prepare at random and compare what comes of it.")
+    parser.add_argument("--kills", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lossless", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        counts = run(options.kills, options.seed, Path(work), options.lossless)
+    print(
+        f"{counts['kills']} kills, {counts['rounds']} finished directories, every one byte-identical: {dict(counts)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

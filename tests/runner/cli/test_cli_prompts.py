@@ -1,0 +1,195 @@
+"""`generate --prompts` as a user runs it: results as they are done, a kill, Ctrl-C, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import runner
+from runner import BloomdeskError
+from runner.cli.commands import generate
+from tests.toolkit.cli.test_cli import COMMAND, REPORT_KEYS, _read_all, refused, run
+
+WORDS = ("books", "users", "orders", "movies", "students", "cities")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines = [
+        {
+            "prompt": f"The SQL command to list all the {word} whose year is 1999 is:",
+            "max_new_tokens": 6 + place,
+        }
+        for place, word in enumerate(WORDS)
+    ]
+    lines[2]["id"] = "third"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def wanted(miniature: tuple[Path, Path], prompts: Path) -> list[list[int]]:
+    model, found = runner.load(miniature[1]), []
+    for line in map(json.loads, prompts.read_text().splitlines()):
+        generation = model.generate(line["prompt"], max_new_tokens=line["max_new_tokens"], speculate="off")
+        found.append(list(generation))
+    return found
+
+
+def by_index(text: str) -> dict[int, dict[str, object]]:
+    found = [json.loads(line) for line in text.splitlines()]
+    assert len({each["index"] for each in found}) == len(found)
+    return {each["index"]: each for each in found}
+
+
+def test_results_are_those_of_each_prompt_alone(
+    miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run(
+        "generate", miniature[1], "--prompts", prompts, "--out", out, "--batch", 4, "--draft", miniature[1]
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = by_index(out.read_text())
+    assert [found[index]["token_ids"] for index in range(6)] == wanted
+    assert list(found[0]) == ["index", *REPORT_KEYS] and list(found[2]) == ["index", "id", *REPORT_KEYS]
+    before = out.stat().st_mtime_ns
+    assert run("generate", miniature[1], "--prompts", prompts, "--out", out).returncode == 0
+    assert out.stat().st_mtime_ns == before  # nothing was left to do
+    assert "results of these prompts" in refused(
+        "generate", miniature[1], "--prompts", prompts, "--out", prompts
+    )
+
+
+def test_results_on_standard_output_without_the_toolkit(
+    miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "runner",
+        str(miniature[1]),
+        "--prompts",
+        str(prompts),
+        "--speculate",
+        "off",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = by_index(done.stdout)
+    assert [found[index]["token_ids"] for index in range(6)] == wanted
+    assert all(each["proposed"] == 0 and each["acceptance"] is None for each in found.values())
+
+
+def started(miniature: tuple[Path, Path], prompts: Path, out: Path) -> subprocess.Popen[str]:
+    """A run that has written at least one result, and is not through."""
+    command = [
+        *COMMAND,
+        "generate",
+        str(miniature[1]),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(out),
+        "--batch",
+        "1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and b"\n" in out.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return process
+
+
+def test_a_killed_run_goes_on(
+    miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with started(miniature, prompts, out) as process:
+        process.kill()
+    kept = out.read_bytes()
+    assert 1 <= kept.count(b"\n") < 6
+    out.write_bytes(kept + b'{"index": 5, "prom')  # as if the kill had come while it wrote
+    assert run("generate", miniature[1], "--prompts", prompts, "--out", out).returncode == 0
+    assert out.read_bytes().startswith(kept)
+    found = by_index(out.read_text())
+    assert [found[index]["token_ids"] for index in range(6)] == wanted
+
+
+def test_an_interrupted_run_says_how_far_it_came(
+    miniature: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    with started(miniature, prompts, out) as process:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = len(out.read_text().splitlines())
+    assert errors == f"interrupted: {done} of 6 prompts are done\n"
+
+
+def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [
+        *COMMAND,
+        "generate",
+        str(miniature[1]),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "o.jsonl"),
+    ]
+    with subprocess.Popen(
+        [*command, "--batch", "2"], stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}
+    ):
+        os.close(theirs)
+        screen = _read_all(ours)
+    first, *_, last = screen.replace("\r\n", "\n").strip().split("\n")
+    assert first.startswith("(RAM ") and "all weights stay; batch 2; speculation lookup" in first
+    assert "0 of 6 prompts done, 2 in the batch, 4 waiting [part " in screen
+    assert "6 prompts, " in last and "tokens a second" in last
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": None}, "either a PROMPT or a file of --prompts"),
+        ({"prompt": "a", "prompts": Path("a.txt")}, "either a PROMPT or a file of --prompts"),
+        ({"prompt": "a", "out": Path("out.jsonl")}, "--out and --batch are for a file of --prompts"),
+        ({"prompt": "a", "batch": 2}, "--out and --batch are for a file of --prompts"),
+        ({"prompt": "a", "speculate": "dice"}, "'dice' is no way to speculate"),
+        ({"prompt": "a", "draft": Path("nowhere")}, "nowhere"),
+        ({"prompt": None, "prompts": Path("none.txt")}, "none.txt cannot be read"),
+    ],
+)
+def test_what_does_not_go_together(
+    miniature: tuple[Path, Path], given: dict[str, object], message: str
+) -> None:
+    with pytest.raises(BloomdeskError) as raised:
+        generate(miniature[1], **given)
+    assert message in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "message"),
+    [
+        ('{"prompt": ""}', [], "line 2: the prompt has no tokens"),
+        ('{"prompt": "\\ud800"}', [], "line 2: the prompt is not valid UTF-8 text"),
+        ('{"prompt": "a", "max_new_tokens": 90000000}', ["--ram", "3GB"], "for the longest of the prompts"),
+    ],
+)
+def test_one_bad_prompt_among_good_ones(
+    miniature: tuple[Path, Path], tmp_path: Path, line: str, options: list[str], message: str
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "good"}}\n{line}\n')
+    assert message in refused("generate", miniature[1], "--prompts", path, *options)

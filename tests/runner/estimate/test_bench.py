@@ -1,0 +1,222 @@
+"""`bloomdesk bench` and `bloomdesk plan`: fields that agree with each other, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner import BloomdeskError
+from runner.cli.commands import bench as bench_command
+from runner.cli.commands import plan as plan_command
+from runner.estimate import bench as bench_module
+from runner.estimate import forecast, rates
+from runner.estimate import plan as plan_module
+from runner.generation.model import Model
+from runner.system import files, memory, platform
+
+COMMAND = [sys.executable, "-m", "toolkit.cli.app"]
+RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the second that measuring memory and processor takes."""
+    monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)
+    monkeypatch.setattr(rates, "DISK_BYTES", 2**22)
+    monkeypatch.setattr(rates, "LARGEST_PIECE", 2**20)
+    monkeypatch.setattr(rates, "SMALLEST_SCRATCH", 2**20)
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAM for about half of the small model, whatever the process takes."""
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    opened = Model.open.__func__
+
+    def open_half(cls: type[Model], directory: Path, ram: int | None) -> Model:
+        model = opened(cls, directory, ram)
+        shares = replace(model, ram=2**40).budget(20, 16)
+        taken = shares.process + shares.cache + shares.activations + 48 * 2**20
+        return replace(model, ram=taken + shares.resident_bytes // 2)
+
+    monkeypatch.setattr(Model, "open", classmethod(open_half))
+
+
+def test_a_bench_in_ram(prepared, quick) -> None:
+    found = bench_module.bench(prepared()[1], tokens=3, prompt_tokens=5)
+    run = found.run
+    assert len(run.pass_seconds) == 3 and min(run.pass_seconds) > 0 < run.prompt_seconds
+    assert sorted(run.pass_seconds)[1] == found.seconds_per_token
+    assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes == 0
+    assert found.limit_seconds == found.forecast.weight_bytes / found.rates.memory
+    assert found.percent_of_limit == pytest.approx(100 * found.limit_seconds / found.seconds_per_token)
+    assert run.peak_bytes is None or run.peak_bytes > run.process_bytes * 0.9
+
+
+def test_a_bench_that_streams(prepared, quick, streamed) -> None:
+    found = bench_module.bench(prepared()[1], tokens=4, prompt_tokens=16)
+    run = found.run
+    assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes > 0
+    assert found.limit_seconds >= run.streamed_bytes_per_pass / found.rates.disk
+    assert run.stream_rate > 0 and run.waiting_seconds >= 0
+
+
+def test_the_system_counts_what_was_streamed(prepared, quick, streamed) -> None:
+    """The two agree but for whole pages, and for what is read ahead at the two ends."""
+    directory = prepared()[1]
+    if not _counted(directory / "embedding.safetensors"):
+        pytest.skip("this system, or this file system, does not count reads past the page cache")
+    tokens = 8
+    found = bench_module.bench(directory, tokens=tokens, prompt_tokens=16)
+    shares = found.forecast.shares
+    pieces = forecast.piece_bytes(Model.open(directory, None).weights.model)
+    difference = tokens * abs(found.run.bytes_read_per_token - found.run.streamed_bytes_per_pass)
+    assert difference <= tokens * 2 * platform.PAGE * len(pieces) + shares.read_ahead
+
+
+def _counted(path: Path) -> bool:
+    before = memory.bytes_read_from_disk()
+    try:
+        with files.open_for_streaming(path, past_the_cache=True) as file:
+            count = file.readinto(memory.anonymous(2**16))
+    except OSError:
+        return False
+    return before is not None and memory.bytes_read_from_disk() - before >= count
+
+
+def test_the_end_of_a_text_ends_no_bench(prepared, quick, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = bench_module.run(prepared()[1], None, 6, 3, None)
+    likeliest = bench_module._timed_pass
+    monkeypatch.setattr(bench_module, "_timed_pass", lambda *given: (likeliest(*given)[0], 2))  # </s>
+    assert len(bench_module.run(prepared()[1], None, 6, 3, None).pass_seconds) == len(run.pass_seconds) == 6
+
+
+BENCH_KEYS = {
+    "directory", "ram", "process_bytes", "prompt_tokens", "prompt_seconds", "pass_seconds", "bytes_read_per_token",
+    "streamed_bytes_per_pass", "waiting_seconds", "stream_rate", "peak_bytes", "seconds_per_token", "limit_seconds",
+    "percent_of_limit", "rates", "predicted_seconds_per_token", "predicted_prompt_seconds", "predicted_to_measured",
+}  # fmt: skip
+
+
+def test_what_bench_prints(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = prepared()[1]
+    assert bench_command(directory, None, 2, 3, as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == BENCH_KEYS
+    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded"}
+    assert bench_command(directory, "3GB", 2, 3) == 0
+    text = capsys.readouterr().out
+    assert "of the limit" in text and "of 3.0 GB" in text
+    assert len({line.index(line.strip().split("  ")[1]) for line in text.splitlines()}) == 1  # aligned
+
+
+def test_what_bench_refuses(prepared, quick, tmp_path: Path) -> None:
+    with pytest.raises(BloomdeskError, match="of RAM are too little"):
+        bench_command(prepared()[1], "10MB", 2, 3)
+    with pytest.raises(BloomdeskError, match="not a prepared checkpoint"):
+        bench_command(tmp_path, None, 2, 3)
+    with pytest.raises(BloomdeskError, match="at least one token"):
+        bench_module.bench(prepared()[1], None, 0, 3)
+
+
+def test_a_plan_for_what_is_there(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = prepared()[1]
+    before = sorted(directory.iterdir())
+    assert plan_command(directory, None, None, 8, 4, as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["prepared"] and report["fits"] and report["model"]["n_layer"] == 3
+    assert report["forecast"]["streamed_bytes_per_pass"] == 0
+    assert sorted(directory.iterdir()) == before
+
+
+PLAN_KEYS = {
+    "directory", "prepared", "model", "free_bytes", "rates", "prompt_tokens", "tokens", "coding", "disk_bytes",
+    "forecast", "others", "lossless", "advice", "bytes_to_prepare", "fits",
+}  # fmt: skip
+FORECAST_KEYS = {
+    "ram", "process", "cache", "activations", "read_ahead", "resident_bytes", "streamed_bytes_per_pass",
+    "limit_seconds", "seconds_per_token", "prompt_seconds",
+}  # fmt: skip
+
+
+def test_a_plan_on_an_empty_directory(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_command(tmp_path, "16GB", None, 64, 16, True, lambda model: 2**62) == 1  # it does not fit
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == PLAN_KEYS and set(report["forecast"]) == FORECAST_KEYS
+    assert not report["prepared"] and not report["fits"] and report["model"]["name"] == "bigscience/bloom"
+    assert [each["ram"] for each in report["others"]] == [size * 10**9 for size in (1, 2, 4, 8, 16, 32)]
+    assert set(report["lossless"]) == {"coding", "disk_bytes", "forecast", "others"}
+    assert report["coding"] == "plain" and report["advice"] in ("plain", "lossless")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_plan_prints(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    later = tmp_path / "not" / "yet"  # the disk is that of what is there
+    assert plan_command(later, "2GB", "bloom-560m", 64, 16, False, lambda model: 10**6) == 0
+    text = capsys.readouterr().out
+    assert "it fits" in text and "bloom-560m" in text and "weights that stay" in text
+    table = text.split("\n\n")[1].splitlines()
+    assert 2 < len(table) < 6 and len({len(line) for line in table}) == 1  # in a few GB all of it stays
+    streamed = table[0].index("streamed") + len("streamed")
+    in_full = [line[:streamed].endswith(" 0 MB") for line in table[1:]]
+    assert in_full == [False] * (len(table) - 2) + [True]
+    with pytest.raises(BloomdeskError, match="of RAM are too little"):
+        plan_command(tmp_path, "100MB", "bloom-560m", 64, 16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: Path) -> None:
+    found = plan_module.plan(tmp_path, 2**40, "bloom-560m", 16, 4)
+    for form in (found.form, found.lossless):
+        last = max(form.others)
+        assert not form.others[last].shares.streamed_bytes
+        assert form.with_ram(last * 2) is form.with_ram(last) is form.others[last]
+        assert form.with_ram(10**9) is form.others[10**9]
+
+
+def test_a_disk_that_cannot_be_written(quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    monkeypatch.setattr("tempfile.mkstemp", denied)
+    with pytest.raises(BloomdeskError, match="cannot be measured: Permission denied"):
+        plan_module.plan(tmp_path, None, None, 16, 4)
+
+
+@pytest.mark.parametrize("after", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_plan_leaves_nothing(tmp_path: Path, after: signal.Signals) -> None:
+    if after is signal.SIGKILL and not platform.LINUX_CALLS:
+        pytest.skip("only Linux has files without a name")
+    command = [*COMMAND, "plan", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not _has_scratch(process.pid, tmp_path) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(after)
+        _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def _has_scratch(pid: int, directory: Path) -> bool:
+    """Whether the process has a file in `directory` open; where that can't be told, whether a name is there."""
+    descriptors = Path(f"/proc/{pid}/fd")
+    if not descriptors.is_dir():
+        return bool(list(directory.iterdir()))
+    for link in descriptors.iterdir():
+        try:
+            if str(link.readlink()).startswith(f"{directory}{os.sep}"):
+                return True
+        except OSError:
+            continue
+    return False

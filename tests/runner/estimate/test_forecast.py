@@ -1,0 +1,132 @@
+"""The forecast: the arithmetic of a real pass, monotone in what a user can buy, and true to the budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import runner
+from runner import BloomdeskError
+from runner.estimate import family, forecast
+from runner.estimate.rates import Rates
+from runner.format.coded import LOSSLESS
+from runner.format.manifest import load_manifest
+from scripts.fakehub import checkpoint as make_checkpoint
+from toolkit.commands.convert import convert
+from toolkit.commands.space import room_to_prepare
+
+DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
+BLOOM = family.hyperparameters("bigscience/bloom")
+GB = 10**9
+
+
+def seconds(model=BLOOM, ram=16 * GB, rates=DESKTOP, prompt=16, tokens=64) -> forecast.Forecast:
+    return forecast.forecast(model, ram, GB // 2, rates, prompt, tokens)
+
+
+def test_the_real_model_at_seven_gigabytes_a_second() -> None:
+    found = seconds()
+    assert 45 < found.seconds_per_token < 51
+    assert found.limit_seconds == pytest.approx(found.shares.streamed_bytes / 7e9)
+    assert found.shares.streamed_bytes + found.shares.resident_bytes == sum(forecast.piece_bytes(BLOOM))
+    assert found.prompt_seconds == pytest.approx(50.4, abs=0.5)  # the first pass reads what stays, too
+
+
+def test_a_prompt_of_many_rows_is_computed_for_longer_than_it_is_read() -> None:
+    assert seconds(prompt=512).prompt_seconds == pytest.approx(512 * 176e9 / 400e9, rel=0.05)
+
+
+def test_a_model_that_fits_runs_at_the_memorys_speed() -> None:
+    model = family.hyperparameters("bloom-3b")
+    found = seconds(model)
+    assert found.shares.streamed_bytes == 0
+    assert found.limit_seconds == pytest.approx(6.005e9 / 40e9, rel=0.01)
+    assert found.seconds_per_token == found.limit_seconds + 30 * forecast.SECONDS_BY_BLOCK
+
+
+@pytest.mark.parametrize("name", family.SHAPES)
+def test_more_ram_and_a_faster_disk_never_cost_time(name: str) -> None:
+    model = family.hyperparameters(name)
+    sizes = [seconds(model, ram=size * GB).seconds_per_token for size in (2, 3, 4, 6, 8, 16, 32, 64, 512)]
+    speeds = [
+        seconds(model, ram=2 * GB, rates=replace(DESKTOP, disk=speed * GB))
+        for speed in (0.1, 0.5, 1, 3, 7, 14)
+    ]
+    assert all(later <= earlier for earlier, later in pairwise(sizes))
+    for what in ("seconds_per_token", "prompt_seconds", "limit_seconds"):
+        each = [getattr(found, what) for found in speeds]
+        assert all(later <= earlier for earlier, later in pairwise(each))
+
+
+def test_too_little_ram_says_how_much_is_needed() -> None:
+    with pytest.raises(BloomdeskError, match="900 MB of RAM are too little") as raised:
+        seconds(ram=900 * 10**6)
+    assert "--ram " in raised.value.hint
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_cuts_and_shares_as_an_opened_model_does(
+    prepared, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    directory = prepared(dtype=dtype)[1]
+    model = runner.load(directory, ram=1)
+    hyperparameters = model.weights.model
+    assert forecast.piece_bytes(hyperparameters) == [piece.nbytes for piece in model.weights.stream.pieces]
+    assert forecast.weight_bytes(hyperparameters) == model.weights.nbytes
+    parts = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    assert forecast.disk_bytes(hyperparameters) == parts
+    for spare in (200_000, 500_000, 900_000, 10**8):
+        model = replace(model, ram=10**8 + 48 * 2**20 + spare, process_nbytes=10**8 - 100_000)
+        predicted = forecast.forecast(hyperparameters, model.ram, model.process_nbytes, DESKTOP, 5, 7)
+        assert predicted.shares == model.budget(12, 5)
+
+
+def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
+    plain, coded = (
+        forecast.forecast(BLOOM, 16 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)
+    )
+    slower_disk = replace(DESKTOP, disk=GB)
+    ratio = (
+        forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64, 0.67).limit_seconds
+        / forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64).limit_seconds
+    )
+    assert 0.64 < ratio < 0.67  # what stays is worth more, too
+    assert coded.limit_seconds == pytest.approx(coded.shares.streamed_bytes / 7e9)
+    assert coded.limit_seconds < plain.limit_seconds
+    in_ram = [forecast.forecast(BLOOM, 512 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)]
+    assert in_ram[0].seconds_per_token < in_ram[1].seconds_per_token
+
+
+def test_a_lossless_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    make_checkpoint.synthetic(tmp_path / "source", hidden_size=256, heads=8, blocks=2, vocab_size=1200)
+    convert(tmp_path / "source", tmp_path / "bloom", coding=LOSSLESS)
+    share = forecast.coded_share(load_manifest(tmp_path / "bloom"))
+    assert 0.6 < share < 0.7
+    model = runner.load(tmp_path / "bloom", ram=1)
+    expected = forecast.piece_bytes(model.weights.model, share)
+    found = [piece.nbytes for piece in model.weights.stream.pieces]
+    assert len(found) == pytest.approx(len(expected), rel=0.05)
+    assert sum(found) == pytest.approx(sum(expected), rel=1e-4)
+    parts = sum(path.stat().st_size for path in (tmp_path / "bloom").glob("*.safetensors"))
+    assert forecast.disk_bytes(model.weights.model, share) == pytest.approx(parts, rel=0.01)
+
+
+def test_names_of_the_family() -> None:
+    assert family.hyperparameters("bloom").n_layer == 70
+    for name in ("bloomz-7b1", "bigscience/bloomz-7b1-mt", "BLOOM-7B1", "bigscience/bloomz-7b1-p3"):
+        assert family.hyperparameters(name) == family.hyperparameters("bloom-7b1")
+    for name in ("bloom-13b", "gpt2", "", "bloom-", "someone/bloom"):
+        with pytest.raises(BloomdeskError, match="no model of the BLOOM family"):
+            family.hyperparameters(name)
+
+
+def test_parameters_and_room() -> None:
+    assert forecast.multiplications(BLOOM, 1) == pytest.approx(176.2e9, rel=0.001)
+    assert forecast.disk_bytes(BLOOM) == pytest.approx(352.49e9, rel=1e-4)
+    assert room_to_prepare(BLOOM) == pytest.approx(357.4e9, rel=1e-3)  # as docs/preparation.md has it
+    assert room_to_prepare(family.hyperparameters("bloom-560m")) == pytest.approx(2.25e9, rel=0.01)

@@ -1,0 +1,438 @@
+"""Prompts that share their passes: each has the logits and the tokens of its own run, whoever comes and goes."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import runner
+import runner.generation.memory_plan
+from runner import BloomdeskError
+from runner.generation.batch import Batch
+from runner.generation.model import Model
+from runner.generation.sequence import Continuation, Request
+from runner.generation.speculation.cost import Pace
+from runner.generation.speculation.ngram import Lookup
+from runner.model.kv_cache import KVCache, Stretch
+
+DTYPES = ["bfloat16", "float16", "float32"]
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(4, 1200, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def plain(model: Model, requests: list[Request]) -> list[list[int]]:
+    """The tokens of each request's own run, a row at a time after the prompt."""
+    return [plain_run(model, request.prompt_ids, request.max_new_tokens) for request in requests]
+
+
+def plain_run(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+    cache, ids, rows = model.cache(len(prompt_ids) + max_new_tokens), [], list(prompt_ids)
+    while len(ids) < max_new_tokens and ids[-1:] != [model.weights.model.eos_token_id]:
+        ids.append(int(model.forward(rows, cache)[-1].float().argmax()))
+        rows = ids[-1:]
+    return ids
+
+
+def some_requests(count: int, seed: int) -> list[Request]:
+    """Ragged ones; some repeat themselves, so that lookup has something to say."""
+    source = random.Random(seed)
+    found = []
+    for number in range(count):
+        ids = tokens(source.randint(1, 30), seed + number)
+        found.append(Request(ids * source.choice([1, 1, 3]), source.randint(1, 24)))
+    return found
+
+
+# One pass.
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(DTYPES), st.integers(0, 2**32))
+def test_rows_have_the_bits_that_they_have_alone(prepared, dtype: str, seed: int) -> None:
+    """Sequences of any lengths, each cut as it likes, each beginning when it likes."""
+    model, source = runner.load(prepared(dtype=dtype)[1]), random.Random(seed)
+    texts = [tokens(source.randint(1, 40), seed + place) for place in range(source.randint(1, 5))]
+    alone = [model.forward(text, model.cache(len(text)), all_rows=True) for text in texts]
+    caches = [model.new_cache(len(text)) for text in texts]
+    while unfinished := [place for place, text in enumerate(texts) if caches[place].length < len(text)]:
+        stretches, wanted = [], []
+        for place in source.sample(unfinished, source.randint(1, len(unfinished))):
+            start = caches[place].length
+            count = source.choice([1, source.randint(1, len(texts[place]) - start)])
+            logits = source.randint(0, count)
+            stretches.append(Stretch(texts[place][start : start + count], caches[place], logits))
+            wanted.append(alone[place][start + count - logits : start + count])
+        for logits, expected in zip(model.forward_all(stretches), wanted, strict=True):
+            assert torch.equal(logits, expected)
+    assert [cache.length for cache in caches] == [len(text) for text in texts]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_a_few_rows_at_a_time_are_the_same(
+    prepared, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = runner.load(prepared(dtype=dtype)[1])
+    ids = tokens(75, 1)
+    whole = model.forward(ids, model.cache(75), all_rows=True)
+    for least in (1, 4, 13):
+        monkeypatch.setattr(runner.generation.memory_plan, "SCORE_BYTES", 1)
+        monkeypatch.setattr(runner.generation.memory_plan, "LEAST_SCORE_ROWS", least)
+        assert torch.equal(model.forward(ids, model.cache(75), all_rows=True), whole)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_a_cache_that_went_back_is_as_if_it_had_never_gone_on(prepared, data: st.DataObject) -> None:
+    model = runner.load(prepared(dtype=data.draw(st.sampled_from(DTYPES)))[1])
+    text, cache = tokens(30, 3), model.cache(40)
+    expected = model.forward(text, model.cache(30), all_rows=True)
+    while cache.length < 30:
+        start = cache.length
+        right = data.draw(st.integers(1, 30 - start))
+        wrong = data.draw(st.integers(0, min(9, 40 - start - right)))
+        ids = text[start : start + right] + tokens(wrong, 50)
+        logits = model.forward(ids, cache, all_rows=True)
+        assert torch.equal(logits[:right], expected[start : start + right])
+        cache.rewind(start + right)
+        for block in cache.blocks:
+            assert not block.keys[:, cache.length :].any()
+            assert not block.values[:, :, cache.length :].any()
+    with pytest.raises(ValueError, match="cannot go back to 31"):
+        cache.rewind(31)
+
+
+def test_an_interrupted_pass_changes_no_cache(prepared) -> None:
+    model = runner.load(prepared()[1])
+    caches = [model.new_cache(20) for _ in range(3)]
+    model.forward_all(
+        [Stretch(tokens(count, count), cache) for count, cache in zip((5, 9, 1), caches, strict=True)]
+    )
+    before = [[(b.keys.clone(), b.values.clone()) for b in cache.blocks] for cache in caches]
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.forward_all([Stretch(tokens(4, 8), cache) for cache in caches], interrupt)
+    assert [cache.length for cache in caches] == [5, 9, 1]
+    for cache, blocks in zip(caches, before, strict=True):
+        for block, (keys, values) in zip(cache.blocks, blocks, strict=True):
+            assert torch.equal(block.keys, keys) and torch.equal(block.values, values)
+
+
+# Batches.
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "off"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_prompt_says_what_it_says_alone(prepared, dtype: str, speculate: str) -> None:
+    model = runner.load(prepared(dtype=dtype)[1])
+    requests = some_requests(9, 7)
+    wanted = plain(model, requests)
+    for batch in (1, 3, None):
+        running = Batch(model, requests, batch, speculate, None, None)
+        found = {each.index: each for each in running.run()}
+        assert [found[index].ids for index in range(9)] == wanted
+        assert all(each.stop_reason == "length" or each.ids[-1] == 2 for each in found.values())
+        assert running.tokens == sum(map(len, wanted))
+        assert running.passes < running.tokens or batch == 1
+        assert running.accepted <= running.proposed
+        assert (speculate == "off") <= (running.proposed == 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_same(
+    prepared, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    model, source = runner.load(prepared()[1]), random.Random(seed)
+    requests = [Request(tokens(4, number), 30) for number in range(5)]
+    wanted = plain(model, requests)
+    texts = [[*request.prompt_ids, *ids] for request, ids in zip(requests, wanted, strict=True)]
+    learn = Pace.learn
+
+    def learn_nonsense(self: Pace, rows: int, *_: float, is_rough: bool) -> None:
+        learn(self, rows, source.expovariate(1), source.choice([0.0, 50.0, 50.0]), is_rough=is_rough)
+
+    def propose(self: Lookup, count: int) -> list[int]:
+        text = next(text for text in texts if text[:4] == self._ids[:4])
+        following = text[len(self._ids) :][:count]
+        return [token if source.random() < 0.8 else source.randrange(1200) for token in following]
+
+    monkeypatch.setattr(Pace, "learn", learn_nonsense)
+    monkeypatch.setattr(Lookup, "match_length", property(lambda self: source.choice([0, 2, 5, 16])))
+    monkeypatch.setattr(Lookup, "place", property(lambda self: source.choice([None, 0, 3])))
+    monkeypatch.setattr(Lookup, "propose", propose)
+    running = Batch(model, requests, 3, "lookup", None, None)
+    found = {each.index: each.ids for each in running.run()}
+    assert [found[index] for index in range(5)] == wanted
+    assert running.proposed >= running.accepted > 10
+
+
+def test_texts_that_repeat_themselves_take_fewer_passes(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = runner.load(prepared()[1])
+    ids = tokens(5, 1)
+    said = plain_run(model, ids, 40)
+    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)  # rows are free
+    generation = model.generate([*ids, *said, *ids], max_new_tokens=30)
+    found = list(generation)
+    assert found == plain_run(model, [*ids, *said, *ids], 30)
+    assert generation.proposed > 0
+    assert generation.passes == 30 - generation.accepted
+
+
+def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
+    prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proposals are right far beyond it."""
+    model = runner.load(prepared()[1])
+    said = plain_run(model, [5, 6, 7], 40)
+    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
+    monkeypatch.setattr(Lookup, "match_length", 16)
+    monkeypatch.setattr(Lookup, "place", 0)
+    for end in (1, 2, 5, 9, 30):
+        shape = replace(model.weights.model, eos_token_id=said[end])
+        wanted = said[: said.index(said[end]) + 1]
+        ending = replace(model, weights=replace(model.weights, model=shape))
+        propose_from(said, monkeypatch)
+        generation = ending.generate([5, 6, 7], max_new_tokens=40)
+        assert list(generation) == wanted
+        assert generation.stop_reason == "eos"
+        assert generation.passes <= 2 + len(wanted) // 9
+        generation = model.generate([5, 6, 7], max_new_tokens=end + 1)
+        assert (list(generation), generation.stop_reason) == (said[: end + 1], "length")
+
+
+def propose_from(said: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have lookup know what comes."""
+
+    def propose(self: Lookup, count: int) -> list[int]:
+        done = len(self._ids) - 3
+        return [*said, *[9] * 20][done : done + count]
+
+    monkeypatch.setattr(Lookup, "propose", propose)
+
+
+@pytest.mark.parametrize("wrong_at", [0, 1, 3])
+def test_wrong_proposals_leave_no_trace(prepared, monkeypatch: pytest.MonkeyPatch, wrong_at: int) -> None:
+    model = runner.load(prepared(dtype="float16")[1])
+    said = plain_run(model, [5, 6, 7], 30)
+    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
+    monkeypatch.setattr(Lookup, "match_length", 16)
+    monkeypatch.setattr(Lookup, "place", 0)
+
+    def propose(self: Lookup, count: int) -> list[int]:
+        done = len(self._ids) - 3
+        following = said[done : done + count]
+        return [(token + 1) % 1200 if place == wrong_at else token for place, token in enumerate(following)]
+
+    monkeypatch.setattr(Lookup, "propose", propose)
+    generation = model.generate([5, 6, 7], max_new_tokens=30)
+    assert list(generation) == said
+    assert generation.proposed > generation.accepted
+    assert wrong_at == 0 or generation.accepted > 10
+
+
+def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0 times infinity is no number, a row on trial could spoil those before it."""
+    model = runner.load(prepared(dtype="float16")[1])
+    said = plain_run(model, [5, 6, 7], 20)
+    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
+    monkeypatch.setattr(Lookup, "match_length", 16)
+    monkeypatch.setattr(Lookup, "place", 0)
+    propose_from(said, monkeypatch)
+    forward_all, spoilt = Model.forward_all, []
+
+    def spoil(self: Model, stretches: list[Stretch], on_part: object) -> list[torch.Tensor]:
+        logits = forward_all(self, stretches, on_part)
+        if stretches[0].logits > 1:
+            spoilt.append(len(logits[0]))
+            logits[0] = logits[0] * torch.nan
+        return logits
+
+    monkeypatch.setattr(Model, "forward_all", spoil)
+    assert list(model.generate([5, 6, 7], max_new_tokens=20)) == said
+    assert len(spoilt) == 1  # then it is left alone
+
+
+def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
+    model = runner.load(prepared()[1])
+    requests = [Request(tokens(4, number), new) for number, new in enumerate([2, 9, 3, 5, 1, 7])]
+    running = Batch(model, requests, 2, "off", None, None)
+    caches: dict[int, weakref.ref] = {}
+    finished, most = [], 0
+    while running.active or running.waiting:
+        done = running.step()
+        for each in running.continuations:
+            if each.cache is not None:
+                caches.setdefault(each.index, weakref.ref(each.cache.blocks[0].keys))
+        most = max(most, running.active + len(done))
+        finished += done
+        for each in done:
+            assert each.cache is None and each.lookup is None
+            assert each.index not in caches or caches[each.index]() is None
+    assert most == 2
+    assert [each.index for each in finished] == [0, 2, 1, 3, 4, 5]
+    assert [each.passes for each in running.continuations] == [2, 9, 3, 5, 1, 7]
+    assert running.passes == 17
+    everything = sum(piece.nbytes for piece in model.weights.stream.pieces)
+    assert running.bytes_read == everything
+    assert 0 < sum(each.bytes_read for each in running.continuations) <= everything
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "off"])
+def test_prompts_go_through_several_passes_where_ram_is_short(
+    prepared, monkeypatch: pytest.MonkeyPatch, speculate: str
+) -> None:
+    model = runner.load(prepared()[1])
+    requests = [Request(tokens(count, count), 6) for count in (70, 3, 64, 20)]
+    wanted = plain(model, requests)
+    monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    model = runner.load(prepared()[1])
+    nothing = replace(model, ram=2**50)
+    cache = 4 * KVCache.nbytes(model.weights.model, 75, model.weights.dtype)
+    slots = 3 * 60_000
+    for rows in (4, 17, 40):
+        activations = nothing.budget(75, rows).activations + 8 * 4 * 1200
+        tight = replace(model, ram=model.process_nbytes + cache + activations + slots)
+        running = Batch(tight, requests, 4, speculate, None, None)
+        assert 4 <= running.capacity.rows < 70
+        carried = []
+        forward_all = Model.forward_all
+
+        def count(
+            self: Model, stretches: list[Stretch], on_part: object, forward_all=forward_all, carried=carried
+        ):
+            carried.append(sum(len(stretch.ids) for stretch in stretches))
+            return forward_all(self, stretches, on_part)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "forward_all", count)
+            found = {each.index: each.ids for each in running.run()}
+        assert [found[index] for index in range(4)] == wanted
+        assert max(carried) <= running.capacity.rows
+
+
+@pytest.mark.parametrize("speculate", ["lookup", "off"])
+def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
+    model = runner.load(prepared()[1])
+    requests = some_requests(5, 20)
+    wanted = plain(model, requests)
+    source = random.Random(4)
+
+    def interrupt(done: int, total: int) -> None:
+        if source.random() < 0.1:
+            raise KeyboardInterrupt
+
+    running, interrupted, found = Batch(model, requests, 3, speculate, None, interrupt), 0, {}
+    while running.active or running.waiting:
+        try:
+            found |= {each.index: each.ids for each in running.step()}
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted > 3
+    assert [found[index] for index in range(5)] == wanted
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_an_interruption_right_after_a_pass_costs_that_pass_alone(
+    prepared, monkeypatch: pytest.MonkeyPatch, passes: int
+) -> None:
+    model = runner.load(prepared()[1])
+    wanted = plain_run(model, [5, 6, 7], 8)
+    running = Batch(model, [Request([5, 6, 7], 8)], None, "off", None, None)
+    for _ in range(passes):
+        running.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Continuation, "take", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            running.step()
+    assert [each.ids for each in running.run()] == [wanted]
+
+
+# From Python, and what it makes of the RAM.
+
+
+def test_the_miniature_answers_many_prompts_at_a_time(miniature: tuple[Path, Path]) -> None:
+    model = runner.load(miniature[1])
+    prompts = [
+        "The SQL command to list all the books whose year is 1999 is:",
+        "The Spanish translation of thank you for your help is:",
+        "The weather today is",
+    ]
+    found = {each.index: each for each in model.generate_all(prompts, max_new_tokens=12)}
+    for index, prompt in enumerate(prompts):
+        assert found[index].ids == list(model.generate(prompt, max_new_tokens=12, speculate="off"))
+    assert list(model.generate_all([])) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "at least 1 prompt, found 0"),
+        ({"speculate": "guess"}, "'guess' is no way to speculate"),
+        ({"max_new_tokens": 0}, "at least 1, found 0"),
+        ({"draft": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_is_refused(prepared, options: dict[str, object], message: str) -> None:
+    model = runner.load(prepared()[1])
+    with pytest.raises(BloomdeskError, match=message):
+        model.generate_all([[5, 6]], **options)
+    with pytest.raises(BloomdeskError, match="no tokens"):
+        model.generate_all([[5, 6], ""])
+
+
+def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    model = runner.load(prepared()[1])
+    requests = [Request([5, 6, 7], 30)] * 20
+    alone = replace(model, ram=2**50).budget(32, 3)
+    found = []
+    for caches in (1, 2, 5, 12, 30):
+        ram = alone.process + alone.activations + 300_000 + caches * alone.cache
+        capacity = Batch(replace(model, ram=ram), requests, None, "lookup", None, None).capacity
+        assert capacity.cache_nbytes == capacity.batch * alone.cache
+        assert capacity.batch <= capacity.logit_rows <= capacity.rows
+        shares = capacity.shares
+        taken = shares.process + shares.cache + shares.activations + shares.read_ahead + shares.resident_bytes
+        assert taken <= ram
+        found.append(capacity.batch)
+    assert found == sorted(found) and found[0] < 5 < 12 < found[-1]
+    assert Batch(replace(model, ram=2**50), requests, 7, "off", None, None).capacity.batch == 7
+
+
+def test_too_little_ram_for_the_longest_names_it(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replace(runner.load(prepared()[1]), ram=2 * 10**8, process_nbytes=10**8)
+    with pytest.raises(BloomdeskError, match=r"KV cache .* for the longest of the prompts: 900,002 tokens"):
+        model.generate_all([[5], [5, 6, 7], [8]], max_new_tokens=900_000)
+
+
+def test_a_bigger_batch_is_not_bought_with_all_that_stays(prepared) -> None:
+    """Where everything fits, a few prompts at the memory's speed are faster than many at the disk's."""
+    model = runner.load(prepared()[1])
+    weights = sum(piece.nbytes for piece in model.weights.stream.pieces)
+    requests = [Request([5, 6, 7], 700)] * 64
+    alone = replace(model, ram=2**50).budget(702, 3)
+    ram = (
+        alone.process
+        + alone.activations
+        + runner.generation.memory_plan.MARGIN
+        + weights
+        + 3 * alone.cache
+        + 500_000
+    )
+    capacity = Batch(replace(model, ram=ram), requests, None, "off", None, None).capacity
+    assert capacity.shares.streamed_bytes == 0
+    assert 2 <= capacity.batch <= 3

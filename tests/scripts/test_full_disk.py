@@ -1,0 +1,46 @@
+"""A disk that fills up in the middle of a command, really: a smaller run of scripts/torture/full_disk.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.torture.full_disk import PAGE, NotAllowed, cases, disk, hub, refused, trial
+
+SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 600}
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    try:
+        with disk(16 * PAGE):
+            pass
+    except NotAllowed as error:
+        pytest.skip(f"this machine does not allow it: {error}")
+    directory = tmp_path_factory.mktemp("full")
+    with hub(directory, SHAPE) as address:
+        yield directory, address
+
+
+@pytest.mark.parametrize(
+    ("command", "levels"),
+    [
+        ("download", ["50%"]),
+        ("convert", ["all but the manifest"]),
+        ("prepare", ["all but the manifest"]),
+        ("lossless", ["50%"]),
+    ],
+)
+def test_a_full_disk_is_one_clear_error_and_the_rerun_ends_right(
+    endpoint: tuple[Path, str], command: str, levels: list[str]
+) -> None:
+    directory, address = endpoint
+    (case,) = cases(directory, address, [command])
+    if command == "convert":
+        assert "free" in refused(case, address)
+    for number, level in enumerate(levels):
+        sentence = trial(case, case.levels(1)[level], address, ballast=bool(number % 2))
+        if (command, level) == ("convert", "all but the manifest"):
+            assert "manifest.json: the disk is full" in sentence

@@ -1,0 +1,36 @@
+"""Every reader of a file that others made, fed with damaged, forged and made-up bytes: a result or one clear error.
+
+scripts/torture/fuzz.py does the same for as long as one likes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from scripts.torture.mutations import READERS, check
+
+calm = settings(
+    max_examples=120,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_any_bytes_give_a_result_or_one_clear_error(name: str, tmp_path: Path) -> None:
+    reader, taken = READERS[name], set()
+    for shard in ("a.bin", "b.bin"):
+        (tmp_path / shard).write_bytes(b"")  # what the index names
+
+    @calm
+    @given(data=reader.inputs())
+    def run(data: bytes) -> None:
+        taken.add(check(reader, tmp_path, data))
+
+    run()
+    assert taken == {True, False}  # the fuzzing neither ends at the reader's door nor damages too little

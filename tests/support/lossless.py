@@ -1,0 +1,48 @@
+"""What the tests of lossless directories share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from runner.format.coded import STRIPS_SUFFIX, read_strips
+from runner.format.manifest import load_manifest
+from runner.kernel.decode import decode_strips
+from scripts.fakehub.checkpoint import Layout, synthetic
+from tests.toolkit.source.test_shards import LAYOUTS, data
+
+SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 300}
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def make(directory: Path, layout: Layout = LAYOUTS["bloom"], **changes: object) -> Path:
+    synthetic(directory, **{**SHAPE, **changes}, layout=layout)
+    return directory
+
+
+def flip(path: Path, position: int, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= bit
+    path.write_bytes(content)
+
+
+def decoded(directory: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(part, name, bits) of every matrix, by safetensors and the decoder alone."""
+    for file, record in load_manifest(directory).parts.items():
+        with safe_open(directory / file, framework="pt") as part:
+            assert set(part.keys()) == {tensor.name for tensor in record.tensors}
+            for tensor in record.decoded:
+                rows, columns = tensor.shape
+                table, coded = part.get_tensor(tensor.name + STRIPS_SUFFIX), part.get_tensor(tensor.name)
+                assert table.dtype == torch.int64 and coded.dtype == torch.uint8
+                offsets = read_strips(data(table), rows, columns, len(coded))
+                assert list(offsets) == table.tolist()
+                out = bytearray(rows * columns * 2)
+                decode_strips(bytes(data(coded)), offsets, rows, columns, out)
+                yield file, tensor.name, bytes(out)

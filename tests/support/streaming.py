@@ -1,0 +1,132 @@
+"""What the tests of streams share: one file of odd pieces without a model, and passes of models in many pieces."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+import runner.weights.stream
+from runner.generation.model import Model
+from runner.weights.checkpoint import Weights
+from runner.weights.chunks import FileState, Piece
+from runner.weights.stream import Stream
+
+IDS = [5, 700, 31, 9, 1101, 64, 8]
+SMALL_PIECE = 9000  # no multiple of a page, nor of a row
+LONGEST = 60  # seconds; what takes longer hangs
+
+
+def promptly(action: Callable[[], None]) -> None:
+    """Do it; fails where it hangs."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(LONGEST)
+    assert not thread.is_alive(), "it hangs"
+    if raised:
+        raise raised[0]
+
+
+def soon(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads will make true."""
+    deadline = time.monotonic() + LONGEST
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
+
+
+def readers_alive() -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if getattr(thread, "_target", None) is runner.weights.stream._read_ahead
+    ]
+
+
+@dataclass
+class Shelf:
+    path: Path
+    data: bytes = field(repr=False)
+    pieces: tuple[Piece, ...] = field(repr=False)
+
+    def stream(self, resident: frozenset[int] = frozenset(), slots: int = 3, readers: int = 2) -> Stream:
+        made = Stream(self.pieces, readers)
+        made.arrange(resident, slots)
+        return made
+
+    def holds(self, index: int, weights: torch.Tensor) -> bool:
+        piece = self.pieces[index]
+        return weights.numpy().tobytes() == self.data[piece.start :][: piece.nbytes]
+
+    def check(self, stream: Stream, index: int) -> None:
+        with stream.piece(index) as weights:
+            assert weights.shape == self.pieces[index].shape
+            assert self.holds(index, weights)
+
+    def check_pass(self, stream: Stream) -> None:
+        for index in range(len(self.pieces)):
+            self.check(stream, index)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def make_shelf(path: Path) -> Shelf:
+    sizes = [1, 4095, 4096, 4097, 9000, 12288, 5000, 77, 8192, 20000, 3, 4096, 6001]
+    skew = 777
+    data = torch.randint(0, 256, (skew + sum(sizes),), dtype=torch.uint8).numpy().tobytes()
+    path.write_bytes(data)
+    state, found, at = FileState.of(path), [], skew
+    for size in sizes:
+        found.append(Piece(state, at, 0, 1, torch.uint8, (1, size)))
+        at += size
+    return Shelf(path, data, tuple(found))
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def opened(directory: Path, *, readers: int = 2, threads: int = 1) -> Model:
+    model = runner.load(directory)
+    with computing_with(threads):
+        return replace(model, weights=Weights.open(directory, readers=readers))
+
+
+def arrangement(weights: Weights, name: str) -> tuple[frozenset[int], int]:
+    count = len(weights.stream.pieces)
+    return {
+        "resident": (frozenset(range(count)), 0),
+        "half": (frozenset(range(0, count, 2)), 3),
+        "first": (frozenset(range(count // 3)), 5),
+        "nothing": (frozenset(), 2),
+    }[name]
+
+
+def logits_of(model: Model, resident: frozenset[int], slots: int) -> torch.Tensor:
+    """A prompt and three cached steps, all rows of them."""
+    cache = model.cache(len(IDS) + 3)
+    model.weights.stream.arrange(resident, slots)
+    steps = [model.forward(IDS, cache, all_rows=True)]
+    steps += [model.forward([token], cache) for token in (12, 1100, 77)]
+    return torch.cat(steps)

@@ -1,0 +1,209 @@
+"""The `bloomdesk` command as a user runs it: a process, its output, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import runner
+from runner.weights.stream import READERS
+from scripts.fakehub.server import LocalHub
+
+COMMAND = [sys.executable, "-m", "toolkit.cli.app"]
+PROMPT = "The SQL command to list all the books whose year is 1999 is:"
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def refused(*arguments: str | Path, status: int = 1, **environment: str) -> str:
+    """The one sentence on standard error of a command that fails as it should."""
+    done = run(*arguments, **environment)
+    assert done.returncode == status, done
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    return done.stderr
+
+
+def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    """Hub, download, convert, verify, info, generate: as scripts/demo does it."""
+    with LocalHub({"bloomdesk/miniature": miniature[0]}) as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint}
+        dry = run("download", "bloomdesk/miniature", tmp_path / "source", "--dry-run", **environment)
+        assert dry.returncode == 0 and "it fits" in dry.stdout and not (tmp_path / "source").exists()
+        done = run("download", "bloomdesk/miniature", tmp_path / "source", **environment)
+        assert done.returncode == 0 and "77 files fetched" in done.stdout, done
+    done = run("convert", tmp_path / "source", tmp_path / "bloom")
+    assert done.returncode == 0 and "72 parts written" in done.stdout, done
+    shutil.rmtree(tmp_path / "source")
+    report = json.loads(run("verify", tmp_path / "bloom", "--json").stdout)
+    assert report["sound"] and report["files_checked"] == 76
+    info = json.loads(run("info", tmp_path / "bloom", "--json").stdout)
+    assert (
+        info["complete"]
+        and info["source"]["repo"] == "bloomdesk/miniature"
+        and info["model"]["n_layer"] == 70
+    )
+    done = run("generate", tmp_path / "bloom", PROMPT)
+    assert done.stdout == " SELECT * FROM books WHERE year = 1999;\n"
+    assert done.stderr == ""
+
+
+REPORT_KEYS = [
+    "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "passes", "bytes_read", "stop_reason",
+    "tokens_per_pass", "proposed", "accepted", "acceptance", "drafting_seconds",
+]  # fmt: skip
+
+
+def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
+    done = run("generate", miniature[1], PROMPT, "--max-new-tokens", "5", "--json", "--speculate", "off")
+    report = json.loads(done.stdout)
+    assert list(report) == REPORT_KEYS
+    assert report["prompt"] == PROMPT
+    assert len(report["token_ids"]) == report["passes"] == 5
+    assert report["stop_reason"] == "length"
+    assert report["text"] and " SELECT * FROM books WHERE year".startswith(report["text"])
+    pieces = runner.load(miniature[1]).weights.stream.pieces
+    assert report["bytes_read"] == sum(
+        piece.nbytes for piece in pieces
+    )  # all of them stay, and are read once
+
+
+def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "runner", str(miniature[1]), PROMPT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, " SELECT * FROM books WHERE year = 1999;\n")
+
+
+def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
+    """Text grows on standard output; notes of the pass come and go; a summary ends it."""
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "generate", str(miniature[1]), PROMPT]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}):
+        os.close(theirs)
+        screen = _read_all(ours)
+    assert "[part " in screen and "of 71]" in screen
+    assert screen.replace("\r", "").rstrip().endswith("; the model ended its text)")
+
+
+def _read_all(descriptor: int) -> str:
+    pieces = []
+    try:
+        while piece := os.read(descriptor, 65536):
+            pieces.append(piece)
+    except OSError:  # how Linux says that nobody writes to the terminal any more
+        pass
+    os.close(descriptor)
+    return b"".join(pieces).decode()
+
+
+def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> None:
+    command = [*COMMAND, "generate", str(miniature[1]), "When I was 6", "--max-new-tokens", "2000", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        _wait_for_generation(process)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    if process.returncode == 130:  # else the model ended its text first
+        assert "Traceback" not in errors
+        assert json.loads(out)["stop_reason"] == "interrupted"
+
+
+def _wait_for_generation(process: subprocess.Popen) -> None:
+    """Until the process has the threads that read ahead, which begin with the first pass; or until it has ended."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(Path(f"/proc/{process.pid}/task").iterdir())) > READERS:
+            return
+        time.sleep(0.01)
+
+
+def test_a_reader_that_leaves_early_is_no_error(miniature: tuple[Path, Path]) -> None:
+    line = " ".join([*COMMAND, "info", str(miniature[1]), "| true"])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_verify_tells_sound_damaged_and_unable_apart(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
+    assert run("verify", bloom).returncode == 0
+    assert run("verify", bloom, "--quick").returncode == 0
+    part = bloom / "block_31.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    assert run("verify", bloom, "--quick").returncode == 0  # the header and the size are right
+    done = run("verify", bloom)
+    assert done.returncode == 1
+    assert "block_31.safetensors: mlp.dense_4h_to_h.bias: wrong xxh3-128" in done.stdout
+    (bloom / "manifest.json").unlink()
+    done = run("verify", bloom)  # the backup still tells
+    assert done.returncode == 1 and "manifest.json: it is missing" in done.stdout
+    (bloom / "manifest.backup.json").unlink()
+    assert "is not a prepared checkpoint" in refused("verify", bloom, status=2)
+
+
+def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
+    whole = {path.name: path.read_bytes() for path in bloom.iterdir()}
+    (bloom / "block_31.safetensors").unlink()
+    os.truncate(bloom / "tokenizer.json", 10)
+    assert "give that checkpoint" in refused("repair", bloom)
+    assert (bloom / "tokenizer.json").exists()  # nothing is deleted before there is something to repair from
+    done = run("repair", bloom, "--source", miniature[0])
+    assert done.returncode == 0 and "1 parts and 1 small files made anew" in done.stdout, done
+    assert {path.name: path.read_bytes() for path in bloom.iterdir()} == whole
+    assert "is sound" in run("verify", bloom, "--sample", "5%").stdout
+    assert "a sample is a share" in refused("verify", bloom, "--sample", "much", status=2)
+    assert "72 shards written" in run("export", bloom, tmp_path / "hub").stdout
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["generate"], ["verify"], ["convert", "somewhere"]])
+def test_a_directory_that_is_none(tmp_path: Path, arguments: list[str]) -> None:
+    command, *more = arguments
+    rest = ["a prompt"] if command == "generate" else more and [tmp_path / more[0]]
+    refused(command, tmp_path / "nowhere", *rest, status=2 if command == "verify" else 1)
+
+
+def test_errors_of_the_network_are_sentences(tmp_path: Path) -> None:
+    with LocalHub({}) as hub:
+        said = refused("download", "bloomdesk/none", tmp_path / "source", HF_ENDPOINT=hub.endpoint)
+    assert "bloomdesk/none" in said
+    assert not (tmp_path / "source").exists()
+    assert "offline" in refused("download", "some/model", tmp_path / "source", HF_HUB_OFFLINE="1").lower()
+
+
+def test_an_empty_prompt_is_refused(miniature: tuple[Path, Path]) -> None:
+    assert "no tokens" in refused("generate", miniature[1], "")
+
+
+def test_a_bug_shows_its_traceback_only_with_debug(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys, toolkit.commands.info, toolkit.cli.app\n"
+        "def inspect(directory): raise RuntimeError('a bug')\n"
+        "toolkit.commands.info.inspect = inspect\n"
+        "toolkit.cli.app.main()"
+    )
+    for options in ([], ["--debug"]):
+        command = [sys.executable, "-c", code, *options, "info", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == bool(options)
+        assert "a bug" in done.stderr
+
+
+def test_help_names_every_command() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("download", "convert", "verify", "info", "generate"))

@@ -1,0 +1,272 @@
+"""Download and conversion shard by shard: the same result as one after the other, in less disk, at any interruption."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from runner import BloomdeskError
+from runner.format.manifest import load_manifest
+from runner.system.lock import sole_writer
+from scripts.fakehub.checkpoint import Layout, synthetic
+from scripts.fakehub.server import Fault, LocalHub
+from toolkit.commands.convert import convert
+from toolkit.commands.download import download
+from toolkit.commands.prepare import carry_out, plan_preparation, prepare
+from toolkit.commands.staging import Schedule
+from toolkit.hub import client as wire
+from toolkit.io import disk
+from toolkit.parts.destination import STAGING
+
+REPO = "me/bloom"
+SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 6, "vocab_size": 700}
+LAYOUTS = {
+    "bloom": Layout(),
+    "cut blocks": Layout(max_shard_bytes=130_000, separator="-"),
+    "single bin": Layout(single=True),
+    "single safetensors": Layout(single=True, form="safetensors"),
+    "safetensors shards": Layout(form="safetensors"),
+    "lm_head": Layout(lm_head=True, prefix=True),
+}
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`serve(layout)` -> (hub, what an undisturbed download and conversion give)."""
+
+    def start(layout: Layout = LAYOUTS["bloom"], **shape: object) -> tuple[LocalHub, dict[str, bytes]]:
+        synthetic(tmp_path / "repo", **{**SHAPE, **shape}, layout=layout)
+        hub = hubs.enter_context(LocalHub({REPO: tmp_path / "repo"}))
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(wire, "WAITS", (0.01,) * 5)
+        download(REPO, tmp_path / "source")
+        convert(tmp_path / "source", tmp_path / "expected")
+        return hub, content(tmp_path / "expected")
+
+    with ExitStack() as hubs:
+        yield start
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_result_is_that_of_download_and_convert(serve, tmp_path: Path, layout: Layout) -> None:
+    _, expected = serve(layout)
+    done = prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+    assert len(done.written) == 8 and not done.kept
+    again = prepare(REPO, tmp_path / "out")
+    assert not again.written and len(again.kept) == 8 and again.received == 0
+    assert content(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_dtype_is_that_of_the_shards(serve, tmp_path: Path, dtype: str) -> None:
+    _, expected = serve(dtype=dtype)
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("layout", ["bloom", "cut blocks", "single bin"])
+def test_the_disk_holds_no_more_than_was_said(serve, tmp_path: Path, layout: str) -> None:
+    serve(LAYOUTS[layout])
+    plan = plan_preparation(REPO, tmp_path / "out")
+    shards = sorted(plan.shard_size(name) for name in plan.schedule.shards)
+    peak = _peak_while(tmp_path / "out", lambda: carry_out(plan))
+    small = sum(len(data) for data in plan.companions.values())
+    manifests = 2 * (tmp_path / "out" / "manifest.json").stat().st_size + 16384
+    assert peak <= plan.peak_bytes + small + manifests
+    if plan.shards_at_a_time <= 2:
+        assert plan.peak_bytes <= plan.bytes_to_write + sum(shards[-2:])
+
+
+def _peak_while(directory: Path, work: Callable[[], object]) -> int:
+    """The most bytes that files below `directory` had while `work` ran."""
+    peak, over = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not over.is_set():
+            peak = max(peak, _bytes_below(directory))
+            time.sleep(0.001)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        work()
+    finally:
+        over.set()
+        sampler.join()
+    return peak
+
+
+def _bytes_below(directory: Path) -> int:
+    size = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(folder, name).stat().st_size
+    return size
+
+
+def test_blocks_that_are_cut_need_more_shards_at_a_time_and_it_is_known_before() -> None:
+    sizes = {"a": 10, "b": 20, "c": 30, "d": 40}
+    parts = {"embedding": 10, "block": 45, "last": 45}
+    whole = Schedule({"embedding": ("a",), "block": ("b",), "last": ("c",)})
+    assert whole.peak(parts.get, sizes.get) == (100 + 30, 2)
+    cut = Schedule({"embedding": ("a",), "block": ("b", "c", "d"), "last": ("d",)})
+    assert cut.shards == ("a", "b", "c", "d")
+    assert cut.peak(parts.get, sizes.get) == (55 + 90, 3)
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_figures(
+    serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve()
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: (2**40, 2**40, 12_345))
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 12_345)
+    monkeypatch.setattr("toolkit.parts.destination.free_bytes", lambda _: 12_345)
+    with pytest.raises(BloomdeskError, match=r"needs [\d,]+ bytes and the disk has 12,345 free"):
+        plan_preparation(REPO, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_conversion_ends_the_download(serve, tmp_path: Path) -> None:
+    """A shard that is sound for the Hub and no BLOOM: the error comes, and no thread stays."""
+    hub, _ = serve()
+    repo = tmp_path / "repo"
+    data = (repo / "pytorch_model_00004-of-00008.bin").read_bytes()
+    (repo / "pytorch_model_00003-of-00008.bin").write_bytes(data)
+    hub.close()
+    before = threading.active_count()
+    with LocalHub({REPO: repo}) as hub:
+        os.environ["HF_ENDPOINT"] = hub.endpoint
+        with pytest.raises(BloomdeskError, match=r"00003-of-00008\.bin"):
+            prepare(REPO, tmp_path / "out")
+    assert threading.active_count() <= before
+    assert list(load_manifest(tmp_path / "out").parts) == ["embedding.safetensors", "block_00.safetensors"]
+
+
+def test_a_corrupt_shard_never_counts(serve, tmp_path: Path) -> None:
+    hub, expected = serve()
+    hub.fail("pytorch_model_00003-of-00008.bin", Fault(flip=50_000, times=1))
+    with pytest.raises(BloomdeskError, match="came damaged"):
+        prepare(REPO, tmp_path / "out")
+    assert "block_01.safetensors" not in load_manifest(tmp_path / "out").parts
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+def test_another_repo_or_commit_is_refused(serve, tmp_path: Path) -> None:
+    hub, _ = serve()
+    prepare(REPO, tmp_path / "out")
+    hub.close()
+    (tmp_path / "repo" / "README.md").write_text("another commit")
+    with LocalHub({REPO: tmp_path / "repo", "me/other": tmp_path / "repo"}) as hub:
+        os.environ["HF_ENDPOINT"] = hub.endpoint
+        with pytest.raises(BloomdeskError, match="was begun from another source"):
+            plan_preparation(REPO, tmp_path / "out", "main")
+        with pytest.raises(BloomdeskError, match="was begun from another source"):
+            plan_preparation("me/other", tmp_path / "out")
+
+
+def test_a_second_process_is_told_so_and_leaves(serve, tmp_path: Path) -> None:
+    serve()
+    plan = plan_preparation(REPO, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with (
+        sole_writer(tmp_path / "out"),
+        pytest.raises(BloomdeskError, match="another bloomdesk is writing there"),
+    ):
+        carry_out(plan)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_directory_of_another_format_version_is_refused(serve, tmp_path: Path) -> None:
+    serve()
+    prepare(REPO, tmp_path / "out")
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
+    with pytest.raises(BloomdeskError, match="format version 3, this program reads 1"):
+        plan_preparation(REPO, tmp_path / "out")
+
+
+def test_killed_at_random_it_goes_on(serve, tmp_path: Path) -> None:
+    """SIGKILL at random moments, with drops on the line, until it is through: byte for byte the undisturbed result."""
+    hub, expected = serve()
+    for name in plan_preparation(REPO, tmp_path / "out").schedule.shards[::2]:
+        hub.fail(name, Fault(drop_after=40_000, times=2))
+    chance = random.Random(7)
+    command = [sys.executable, "-m", "toolkit.cli.app", "prepare", REPO, str(tmp_path / "out")]
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint}
+    kills = 0
+    for _ in range(40):
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            if kills < 4:
+                _wait_until_it_writes(tmp_path / "out", process)
+                time.sleep(chance.uniform(0, 0.4))
+                process.send_signal(signal.SIGKILL)
+            _, said = process.communicate(timeout=120)
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, said
+    assert process.returncode == 0
+    assert kills == 4
+    assert content(tmp_path / "out") == expected
+
+
+def _wait_until_it_writes(directory: Path, process: subprocess.Popen[str]) -> None:
+    before = _state(directory)
+    while process.poll() is None and _state(directory) == before:
+        time.sleep(0.005)
+
+
+def _state(directory: Path) -> set[tuple[str, int]]:
+    found = set()
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found.add((name, Path(folder, name).stat().st_mtime_ns))
+    return found
+
+
+def test_interrupted_it_says_so_and_keeps_what_is_there(serve, tmp_path: Path) -> None:
+    hub, expected = serve()
+    hub.fail("pytorch_model_00005-of-00008.bin", Fault(stall=5.0, drop_after=10_000, times=1))
+    command = [
+        sys.executable,
+        "-m",
+        "toolkit.cli.app",
+        "prepare",
+        REPO,
+        str(tmp_path / "out"),
+        "--connections",
+        "1",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        staged = tmp_path / "out" / STAGING / "pytorch_model_00005-of-00008.bin.incomplete"
+        deadline = time.monotonic() + 60
+        while not staged.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert time.monotonic() - start < 4.5
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected

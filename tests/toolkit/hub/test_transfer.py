@@ -1,0 +1,207 @@
+"""A file over one connection: dropped, stalled, refused, damaged, of another size."""
+
+from __future__ import annotations
+
+import pytest
+
+from runner.errors import BloomdeskError
+from scripts.fakehub.server import Fault, Repo
+from tests.support.bloom_repos import (
+    BLOOM,
+    NAME,
+    NEEDED,
+    SHARD,
+    SHARDS,
+    VICTIM,
+    assert_whole,
+    fetched,
+    ranges,
+    sha256,
+)
+from toolkit.commands.download import download
+from toolkit.hub import client as wire
+from toolkit.hub import revision as hub
+from toolkit.hub.record import RECORD, load_record
+
+pytest_plugins = ("tests.support.network",)
+pytestmark = pytest.mark.usefixtures("client", "surroundings")
+
+
+@pytest.mark.parametrize("name", [NAME, BLOOM])
+@pytest.mark.parametrize("file", [VICTIM, "config.json"])
+def test_a_corrupted_byte_is_found_and_only_that_file_comes_again(local, repo, pins, target, name, file):
+    local.fail(file, Fault(flip=100, times=1))
+    with pytest.raises(BloomdeskError) as caught:
+        download(name, target)
+    message, data = caught.value.message, (repo / file).read_bytes()
+    expected = wire_hash = sha256(data)
+    if name == NAME and file == "config.json":  # the Hub gives only the git blob sha1 of small files
+        expected = wire_hash = hub.resolve(NAME).find(file).git_sha1
+    assert f"{file} of {name}" in message and f"should be {expected} and is " in message
+    assert wire_hash not in message.rpartition(" and is ")[2]
+    assert "this file alone" in caught.value.hint
+    assert not (target / file).exists() and not (target / f"{file}.incomplete").exists()
+    present = {path.name for path in target.iterdir()} - {RECORD}
+    local.requests.clear()
+    download(name, target)
+    assert fetched(local) == set(NEEDED) - present and file in fetched(local)
+    assert_whole(target, repo)
+
+
+def test_what_the_hub_announces_is_compared_before_anything_comes(local, pins, target):
+    local.fail(VICTIM, Fault(method="HEAD", etag="ab" * 32))
+    with pytest.raises(BloomdeskError, match=f"{VICTIM} of {BLOOM} .*sha256 should be .* says abab"):
+        download(BLOOM, target)
+    assert VICTIM not in fetched(local)
+
+
+def test_wrong_sizes(local, repo, target):
+    local.fail(VICTIM, Fault(method="HEAD", announce=SHARD + 1, times=1))
+    with pytest.raises(BloomdeskError, match=f"size in bytes should be {SHARD}, .* says {SHARD + 1}"):
+        download(NAME, target)
+    local.fail(VICTIM, Fault(size=SHARD - 1000))
+    with pytest.raises(BloomdeskError, match="answered 416"):
+        download(NAME, target)
+    local.faults.clear()
+    local.fail(VICTIM, Fault(size=SHARD + 1000, times=1))
+    with pytest.raises(BloomdeskError, match=f"more came for {VICTIM} than its {SHARD:,} bytes"):
+        download(NAME, target)
+    assert download(NAME, target).fetched == SHARDS[1:]
+    assert_whole(target, repo)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_dropped_connection_is_gone_on_from(local, repo, target, reset):
+    local.fail(VICTIM, Fault(drop_after=100_000, times=2, reset=reset))
+    result = download(NAME, target)
+    assert len(ranges(local, VICTIM)) == 3 and ranges(local, VICTIM)[0] is None
+    if not reset:  # RST may take bytes with it that were on their way
+        assert ranges(local, VICTIM)[1:] == ["bytes=100000-", "bytes=200000-"]
+        assert result.received == result.revision.total
+    assert_whole(target, repo)
+
+
+def test_a_connection_that_always_drops_gets_there_as_long_as_something_comes(local, repo, target):
+    local.fail(VICTIM, Fault(drop_after=25_000))
+    download(NAME, target)
+    assert len(ranges(local, VICTIM)) == 12
+    assert_whole(target, repo)
+
+
+def test_a_connection_that_brings_nothing_is_given_up_and_gone_on_from_later(local, repo, target):
+    local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(drop_after=0))
+    with pytest.raises(BloomdeskError, match=r"cannot be reached|does not give") as caught:
+        download(NAME, target)
+    assert "goes on where this one stopped" in caught.value.hint
+    assert (target / f"{VICTIM}.incomplete").stat().st_size == 1000
+    local.faults.clear()
+    local.requests.clear()
+    assert download(NAME, target).resumed == 1000
+    assert ranges(local, VICTIM) == ["bytes=1000-"]
+    assert_whole(target, repo)
+
+
+def test_a_stalled_connection_is_dropped_and_gone_on_from(local, repo, target, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
+    local.fail(VICTIM, Fault(drop_after=1000, stall=60.0, times=1))
+    download(NAME, target)
+    assert ranges(local, VICTIM) == [None, "bytes=1000-"]
+    assert_whole(target, repo)
+
+
+def test_a_server_that_ignores_ranges(local, repo, target):
+    local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(ignore_range=True))
+    result = download(NAME, target)
+    assert ranges(local, VICTIM) == [None, "bytes=1000-"]
+    assert result.received == result.revision.total + 1000
+    assert_whole(target, repo)
+
+
+def test_a_server_that_ignores_ranges_and_always_drops_is_given_up(local, target):
+    local.fail(VICTIM, Fault(drop_after=1000, ignore_range=True))
+    with pytest.raises(BloomdeskError):
+        download(NAME, target)
+    assert len(ranges(local, VICTIM)) == 1 + len(wire.WAITS)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_passing_weakness_of_the_hub_or_its_store(local, repo, target, status, method):
+    local.fail(VICTIM, Fault(method=method, status=status, headers={"Retry-After": "0"}, times=3))
+    download(NAME, target)
+    assert_whole(target, repo)
+
+
+def test_an_address_that_ran_out_is_asked_for_again(local, repo, target):
+    local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(status=403, times=1))
+    download(NAME, target)
+    assert len(local.asked("HEAD", VICTIM)) == 3
+    assert_whole(target, repo)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (401, "RepoNotFound", "no repository someone/bloom-small, or it is private"),
+        (403, "GatedRepo", "is gated, and no token was sent"),
+        (404, "EntryNotFound", f"has no {VICTIM} at revision"),
+        (404, "RevisionNotFound", "has no revision"),
+        (403, "", "refuses access"),
+    ],
+)
+def test_refusals_are_not_tried_again(local, target, status, code, expected):
+    local.fail(VICTIM, Fault(method="HEAD", status=status, code=code))
+    with pytest.raises(BloomdeskError, match=expected) as caught:
+        download(NAME, target)
+    assert caught.value.hint
+    assert len(local.asked("HEAD", VICTIM)) == 1
+    assert load_record(target).missing_in(target) == SHARDS[1:]
+
+
+def test_the_token_goes_to_the_hub_and_not_to_its_store(local, repo, target, monkeypatch):
+    local.repos[NAME] = Repo(repo, token="hf_right")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    local.fail(VICTIM, Fault(drop_after=1000, times=1))
+    download(NAME, target)
+    sent = {(each.server, each.headers.get("authorization")) for each in local.requests}
+    assert sent == {("hub", "Bearer hf_right"), ("cdn", None)}
+    assert {each.headers["user-agent"] for each in local.requests} == {"bloomdesk"}
+    assert {each.headers["accept-encoding"] for each in local.requests} == {"identity"}
+
+
+def test_a_hub_that_goes_down_in_the_middle(local, target):
+    def stop(file, done, total):
+        if file == VICTIM:
+            local.close()
+
+    with pytest.raises(BloomdeskError, match="cannot be reached"):
+        download(NAME, target, progress=stop)
+    assert load_record(target).missing_in(target)
+
+
+def test_a_part_of_other_bytes_or_of_too_many_never_gets_in(local, repo, target):
+    target.mkdir()
+    (target / f"{SHARDS[0]}.incomplete").write_bytes(b"x" * (SHARD + 1))
+    (target / f"{VICTIM}.incomplete").write_bytes(b"x" * 1000)
+    with pytest.raises(BloomdeskError, match=f"{VICTIM} .* came damaged"):
+        download(NAME, target)
+    download(NAME, target)
+    assert_whole(target, repo)
+
+
+@pytest.mark.parametrize(
+    "place", ["http://127.0.0.1:port/x", "http://[bad/x", "http://127.0.0.1:99999/x", "ftp://x/y"]
+)
+@pytest.mark.parametrize("connections", [1, 4])
+def test_an_address_that_is_none_is_a_clear_error(local, target, monkeypatch, place, connections):
+    monkeypatch.setattr("toolkit.hub.ranges.SMALLEST", 4096)
+    monkeypatch.setattr("toolkit.hub.ranges.LARGEST", 16_384)
+    local.fail(VICTIM, Fault(method="HEAD", location=place))
+    with pytest.raises(
+        BloomdeskError, match=f"sends {VICTIM} of {NAME} to an address that is none"
+    ) as caught:
+        download(NAME, target, connections=connections)
+    assert "HF_ENDPOINT" in caught.value.hint
+    assert len(local.asked("HEAD", VICTIM)) == 1

@@ -1,0 +1,349 @@
+"""Lossless directories that were damaged, forged or interrupted: found and mended, and nothing unproven in place."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from runner.errors import BloomdeskError
+from runner.format.coded import LOSSLESS, PLAIN, STRIPS_SUFFIX
+from runner.format.manifest import load_manifest
+from runner.format.safetensors import read_header
+from runner.kernel import encode as encoder
+from scripts.fakehub.server import Fault, LocalHub
+from tests.support.lossless import content, flip, make
+from toolkit.commands.convert import carry_out, convert
+from toolkit.commands.export import export
+from toolkit.commands.prepare import plan_preparation, prepare
+from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
+from toolkit.commands.space import room_to_prepare
+from toolkit.commands.verify import verify
+from toolkit.hub import client as wire
+from toolkit.parts.destination import STAGING
+from toolkit.parts.manifest_backup import write_backup
+from toolkit.parts.part import part_size
+
+REPO = "me/bloom"
+BLOCK = "block_01.safetensors"
+MATRIX = "mlp.dense_h_to_4h.weight"
+
+
+def wrong_encoder(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], None]) -> None:
+    """An encoder that is right but for what `change` does to what it makes of the second block's larger matrices."""
+    right = encoder.encode_strips
+    calls = []
+
+    def encode(rows: bytearray, columns: int) -> tuple[bytes, list[int]]:
+        coded, lengths = right(rows, columns)
+        calls.append(len(rows))
+        made = bytearray(coded)
+        if calls.count(4 * 64 * 64 * 2) == 3:  # dense_h_to_4h and dense_4h_to_h of block 0, then of block 1
+            change(made)
+        return bytes(made), lengths
+
+    monkeypatch.setattr(encoder, "encode_strips", encode)
+
+
+def swap_low_bytes(made: bytearray) -> None:
+    made[:] = made[::-1]
+
+
+@pytest.mark.parametrize("change", [swap_low_bytes, lambda made: made.__setitem__(slice(40, 60), bytes(20))])
+def test_what_does_not_decode_to_the_source_is_never_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], None]
+) -> None:
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    wrong_encoder(monkeypatch, change)
+    with pytest.raises(
+        BloomdeskError, match=f"{BLOCK} does not read back from the disk as the bits"
+    ) as caught:
+        convert(source, out, coding=LOSSLESS)
+    assert "check the disk" in caught.value.hint
+    assert list(load_manifest(out).parts) == ["embedding.safetensors", "block_00.safetensors"]
+    assert not list(out.glob("*.incomplete")) and not (out / BLOCK).exists()
+    monkeypatch.undo()
+    convert(source, out, coding=LOSSLESS)
+    assert verify(out).sound
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.12, 0.2, 0.5, 0.9, 0.999999])
+def test_what_the_disk_got_wrong_is_never_put_in_place(
+    coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """One bit of the file, from the header to the last vector, between writing and reading back."""
+    out, real = tmp_path / "out", os.fsync
+
+    def lossy(descriptor: int) -> None:
+        real(descriptor)
+        half = out / f"{BLOCK}.incomplete"
+        if half.exists() and os.path.samestat(os.fstat(descriptor), half.stat()):
+            flip_in_place(half, int(share * half.stat().st_size))
+
+    monkeypatch.setattr(os, "fsync", lossy)
+    with pytest.raises(BloomdeskError, match=f"{BLOCK} does not read back"):
+        convert(coded[0], out, coding=LOSSLESS)
+    assert not (out / BLOCK).exists() and BLOCK not in load_manifest(out).parts
+
+
+def flip_in_place(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 16]))
+
+
+@pytest.mark.parametrize("failing", [1, 3, 6, 9])
+def test_an_error_at_any_write_leaves_nothing_that_counts(
+    coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    out, writes, real = tmp_path / "out", [], os.fsync
+
+    def full(descriptor: int) -> None:
+        writes.append(descriptor)
+        if len(writes) > 3 * failing:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BloomdeskError, match="the disk is full"):
+        convert(coded[0], out, coding=LOSSLESS)
+    monkeypatch.undo()
+    assert not [damage for damage in verify(out).damage if damage.file in load_manifest(out).parts]
+    convert(coded[0], out, coding=LOSSLESS)
+    assert content(out) == content(coded[1])
+
+
+def test_each_kind_of_damage_is_named(coded_copy: Path) -> None:
+    entries = read_header(coded_copy / BLOCK).tensors
+    for name in (MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"):
+        for position in (entries[name].start, entries[name].end - 1):
+            flip(coded_copy / BLOCK, position)
+            assert [(item.file, item.tensor) for item in verify(coded_copy).damage] == [(BLOCK, name)]
+            assert verify(coded_copy, quick=True).sound
+            flip(coded_copy / BLOCK, position)
+    for position in (3, 40, 4095):
+        flip(coded_copy / BLOCK, position)
+        for quick in (False, True):
+            (damage,) = verify(coded_copy, quick=quick).damage
+            assert (damage.file, damage.tensor) == (BLOCK, None) and "header" in damage.what
+        flip(coded_copy / BLOCK, position)
+    assert verify(coded_copy, sample=0.3, seed=1).sound
+    (coded_copy / BLOCK).write_bytes((coded_copy / BLOCK).read_bytes()[:-100])
+    assert "expected" in verify(coded_copy, quick=True).damage[0].what
+
+
+def damage_everything(directory: Path) -> None:
+    """In the offsets of strips, in coded bytes, in a header, cut, gone."""
+    flip(directory / BLOCK, read_header(directory / BLOCK).tensors[MATRIX + STRIPS_SUFFIX].start + 9)
+    block = directory / "block_00.safetensors"
+    flip(block, read_header(block).tensors[MATRIX].start + 100)
+    flip(directory / "final_layernorm.safetensors", 50)
+    embedding = directory / "embedding.safetensors"
+    embedding.write_bytes(embedding.read_bytes()[:-3])
+    (directory / "block_02.safetensors").unlink()
+
+
+def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], coded_copy: Path) -> None:
+    source, out = coded
+    damage_everything(coded_copy)
+    report = verify(coded_copy)
+    assert {item.file for item in report.damage} == set(load_manifest(out).parts)
+    known = forget(coded_copy, report.damage, source)
+    assert known.coding == LOSSLESS
+    carry_out(plan_from_source(coded_copy, source, known))
+    assert content(coded_copy) == content(out)
+
+
+def test_an_interrupted_repair_is_gone_on_with(coded: tuple[Path, Path], coded_copy: Path) -> None:
+    source, out = coded
+    damage_everything(coded_copy)
+    forget(coded_copy, verify(coded_copy).damage, source)
+    known = forget(coded_copy, verify(coded_copy).damage, source)
+    assert not load_manifest(coded_copy).parts and len(known.parts) == 5
+    carry_out(plan_from_source(coded_copy, source, known))
+    assert content(coded_copy) == content(out)
+
+
+@pytest.mark.parametrize("name", [MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"])
+def test_a_damaged_tensor_is_never_exported(coded_copy: Path, tmp_path: Path, name: str) -> None:
+    entry = read_header(coded_copy / BLOCK).tensors[name]
+    flip(coded_copy / BLOCK, (entry.start + entry.end) // 2)
+    words = f"{BLOCK} is damaged and was not exported: {name.removesuffix(STRIPS_SUFFIX)}"
+    with pytest.raises(BloomdeskError, match=words) as caught:
+        export(coded_copy, tmp_path / "out")
+    assert "bloomdesk repair" in caught.value.hint
+    assert not (tmp_path / "out" / "model-00003-of-00005.safetensors").exists()
+
+
+def with_bytes(directory: Path, changed: dict[str, bytes]) -> None:
+    """The block with other bytes in some of its tensors, of any length, and a manifest that believes all of it."""
+    manifest = load_manifest(directory)
+    record, old = manifest.parts[BLOCK], (directory / BLOCK).read_bytes()
+    entries = read_header(directory / BLOCK).tensors
+    tensors, body = [], b""
+    for tensor in record.tensors:
+        own = changed.get(tensor.name, old[entries[tensor.name].start : entries[tensor.name].end])
+        shape = (len(own),) if tensor.dtype == "U8" else tensor.shape
+        tensors.append(replace(tensor, shape=shape, xxh3_128=xxhash.xxh3_128_hexdigest(own)))
+        body += own
+    record = replace(record, tensors=tuple(tensors))
+    whole = record.header + body
+    record = replace(record, size=len(whole), xxh3_128=xxhash.xxh3_128_hexdigest(whole))
+    (directory / BLOCK).write_bytes(whole)
+    forged = manifest.with_part(record)
+    (directory / "manifest.json").write_text(forged.to_json())
+    write_backup(directory, forged)
+
+
+def test_a_forged_part_gives_an_error_or_the_right_bits(
+    coded: tuple[Path, Path], coded_copy: Path, tmp_path: Path
+) -> None:
+    """Every hash of what is stored is right, so only decoding can tell."""
+    export(coded[1], tmp_path / "expected")
+    right = (tmp_path / "expected" / "model-00003-of-00005.safetensors").read_bytes()
+    original, manifest = (coded_copy / BLOCK).read_bytes(), (coded_copy / "manifest.json").read_text()
+    entries, chance, refusals = read_header(coded_copy / BLOCK).tensors, random.Random(5), 0
+    for number in range(40):
+        table, coded_bytes = (
+            bytearray(original[entries[name].start : entries[name].end])
+            for name in (MATRIX + STRIPS_SUFFIX, MATRIX)
+        )
+        forge(table, coded_bytes, chance, number % 5)
+        with_bytes(coded_copy, {MATRIX + STRIPS_SUFFIX: bytes(table), MATRIX: bytes(coded_bytes)})
+        assert verify(coded_copy).sound
+        out = tmp_path / f"out{number}"
+        try:
+            export(coded_copy, out)
+        except BloomdeskError as error:
+            assert "was not exported" in error.message and error.message.isprintable()
+            refusals += 1
+        else:
+            assert (out / "model-00003-of-00005.safetensors").read_bytes() == right
+        (coded_copy / BLOCK).write_bytes(original)
+        (coded_copy / "manifest.json").write_text(manifest)
+    assert refusals > 25
+
+
+def forge(table: bytearray, coded_bytes: bytearray, chance: random.Random, kind: int) -> None:
+    if kind == 0:  # an offset of its own
+        at = 8 * chance.randrange(len(table) // 8)
+        table[at : at + 8] = chance.choice((0, 1, -1, 2**40, 2**63 - 1, 17)).to_bytes(
+            8, "little", signed=True
+        )
+    elif kind == 1:  # bits of the coded bytes
+        for _ in range(chance.randrange(1, 5)):
+            coded_bytes[chance.randrange(len(coded_bytes))] ^= 1 << chance.randrange(8)
+    elif kind == 2:  # noise
+        start = chance.randrange(len(coded_bytes))
+        noise = chance.randbytes(min(chance.choice((4, 16, 500)), len(coded_bytes) - start))
+        coded_bytes[start : start + len(noise)] = noise
+    elif kind == 3:  # longer at its end, with a table that says so
+        coded_bytes += chance.randbytes(16 * chance.randrange(1, 20))
+        table[-8:] = len(coded_bytes).to_bytes(8, "little")
+    else:  # shorter at its end
+        del coded_bytes[-16 * chance.randrange(1, 8) :]
+        table[-8:] = len(coded_bytes).to_bytes(8, "little")
+
+
+def test_a_size_that_the_file_lacks_is_refused(coded_copy: Path) -> None:
+    manifest = load_manifest(coded_copy)
+    record = manifest.parts[BLOCK]
+    tensors = [replace(t, shape=(t.shape[0] + 16,)) if t.name == MATRIX else t for t in record.tensors]
+    forged = manifest.with_part(replace(record, tensors=tuple(tensors), size=record.size + 16))
+    (coded_copy / "manifest.json").write_text(forged.to_json())
+    assert BLOCK in {item.file for item in verify(coded_copy, quick=True).damage}
+
+
+def test_sizes_are_estimated_from_above() -> None:
+    """As weights of true shapes take 0.67 to 0.70, and coded bytes are known only when they are there."""
+    from runner.estimate.family import SHAPES, VOCABULARY
+    from runner.format.hyperparameters import Hyperparameters
+    from runner.format.layout import part_specs
+
+    hidden, heads, blocks = SHAPES["bloom"]
+    model = Hyperparameters(hidden, heads, blocks, VOCABULARY, "BF16")
+    plain = sum(part_size(spec, "BF16") for spec in part_specs(model))
+    estimate = sum(part_size(spec, "BF16", LOSSLESS) for spec in part_specs(model))
+    assert 0.70 < estimate / plain < 0.73
+    assert 0.70 < room_to_prepare(model, LOSSLESS) / room_to_prepare(model) < 0.73
+
+
+@pytest.fixture
+def hub(coded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    monkeypatch.setattr(wire, "WAITS", (0.01,) * 5)
+    with LocalHub({REPO: coded[0]}) as local:
+        monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
+        yield local
+
+
+def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = prepare(REPO, out, coding=LOSSLESS)
+    assert done.bytes_written == sum((out / file).stat().st_size for file in done.written)
+    parts = load_manifest(coded[1]).parts
+    for file in parts:
+        assert (out / file).read_bytes() == (coded[1] / file).read_bytes()
+    before = content(out)
+    assert not prepare(REPO, out, coding=LOSSLESS).written
+    with pytest.raises(BloomdeskError, match="begun with --lossless"):
+        plan_preparation(REPO, out)
+    damage_everything(out)
+    known = forget(out, verify(out).damage, None)
+    from toolkit.commands.prepare import carry_out as carry_out_preparation
+
+    assert set(carry_out_preparation(plan_from_hub(out, known)).written) == set(parts)
+    assert content(out) == before
+
+
+def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
+    """SIGKILL while a part is coded and while one is compared, with a drop on the line."""
+    hub.fail("pytorch_model_00002-of-00005.bin", Fault(drop_after=40_000, times=1))
+    code = """if 1:
+        import os, signal, sys
+        from pathlib import Path
+        from toolkit.commands.prepare import prepare
+        def progress(file, done, total):
+            if file == sys.argv[3] and done * 3 > total * int(sys.argv[4]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        prepare(sys.argv[1], Path(sys.argv[2]), progress=progress, coding="lossless")
+    """
+    for number, third in ((0, 1), (1, 2)):
+        file = f"block_0{number}.safetensors"
+        command = [sys.executable, "-c", code, REPO, str(tmp_path / "out"), file, str(third)]
+        done = subprocess.run(command, cwd=Path(__file__).resolve().parents[3])
+        assert done.returncode == -signal.SIGKILL
+        recorded = load_manifest(tmp_path / "out").parts
+        assert len(recorded) == number + 1 and not (tmp_path / "out" / file).exists()
+        assert not [item for item in verify(tmp_path / "out").damage if item.file in recorded]
+    prepare(REPO, tmp_path / "out", coding=LOSSLESS)
+    prepare(REPO, tmp_path / "undisturbed", coding=LOSSLESS)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_prepare_of_other_dtypes_is_refused_and_can_go_on_plain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Four bytes show in the sizes; which two they are the first shard tells, and it need not come twice."""
+    make(tmp_path / "repo", dtype=dtype)
+    with LocalHub({REPO: tmp_path / "repo"}) as local:
+        monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
+        out = tmp_path / "out"
+        with pytest.raises(BloomdeskError, match="lossless form"):
+            prepare(REPO, out, coding=LOSSLESS)
+        assert out.exists() == (dtype == "float16")
+        staged = out / STAGING / "pytorch_model_00001-of-00005.bin"
+        assert staged.exists() == (dtype == "float16")
+        done = prepare(REPO, out)
+        assert verify(out).sound and load_manifest(out).coding == PLAIN
+        assert (done.resumed > 0) == (dtype == "float16")

@@ -1,0 +1,330 @@
+"""Source shards of every kind: where each tensor's bytes lie, and everything unsound refused with nothing run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from runner.errors import BloomdeskError
+from scripts.fakehub.checkpoint import Layout, synthetic
+from toolkit.source.shards import common_dtype, find_shards, read_shard, read_source
+
+SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
+LAYOUTS = {
+    "bloom": Layout(),
+    "dash": Layout(separator="-"),
+    "todays zip": Layout(todays_zip=True),
+    "single bin": Layout(single=True),
+    "single bin of today": Layout(single=True, todays_zip=True),
+    "safetensors shards": Layout(form="safetensors"),
+    "single safetensors": Layout(single=True, form="safetensors"),
+    "cut blocks": Layout(max_shard_bytes=60_000, separator="-"),
+    "cut blocks in safetensors": Layout(max_shard_bytes=60_000, form="safetensors"),
+    "prefix": Layout(prefix=True),
+    "lm_head": Layout(lm_head=True, prefix=True),
+}
+
+
+def reference(source: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a source, as torch and safetensors load them."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in source.iterdir():
+        if path.suffix == ".bin":
+            tensors.update(torch.load(path, weights_only=True))
+        elif path.suffix == ".safetensors":
+            tensors.update(load_file(path))
+    return tensors
+
+
+def data(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_tensor_is_found(tmp_path: Path, layout: Layout) -> None:
+    synthetic(tmp_path, **SHAPE, layout=layout)
+    found, expected = read_source(tmp_path), reference(tmp_path)
+    assert set(found) == set(expected)
+    for key, tensor in found.items():
+        assert tensor.shape == tuple(expected[key].shape)
+        bytes_there = tensor.file.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+        assert bytes_there == data(expected[key]), key
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "BF16"), ("float16", "F16"), ("float32", "F32")])
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_dtype_comes_from_the_tensors(tmp_path: Path, form: str, dtype: str, name: str) -> None:
+    synthetic(tmp_path, **SHAPE, dtype=dtype, layout=Layout(form=form))
+    assert common_dtype(read_source(tmp_path)) == name
+
+
+def test_views_parameters_and_shared_storages(tmp_path: Path) -> None:
+    whole = torch.arange(20, dtype=torch.float32).reshape(4, 5)
+    state = {
+        "whole": whole,
+        "rows": whole[1:3],
+        "parameter": torch.nn.Parameter(whole.clone()),
+        "again": whole,
+    }
+    torch.save(state, tmp_path / "x.bin")
+    found = read_shard(tmp_path / "x.bin")
+    content = (tmp_path / "x.bin").read_bytes()
+    for key, tensor in found.items():
+        assert content[tensor.offset : tensor.offset + tensor.nbytes] == data(state[key]), key
+
+
+def test_a_modules_own_state_dict(tmp_path: Path) -> None:
+    """It carries `_metadata`, as the single .bin files of the smaller models do."""
+    module = torch.nn.Linear(3, 4)
+    torch.save(module.state_dict(), tmp_path / "x.bin")
+    assert {key: tensor.shape for key, tensor in read_shard(tmp_path / "x.bin").items()} == {
+        "weight": (4, 3),
+        "bias": (4,),
+    }
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(3, 4).T, torch.ones(6)[::2], torch.eye(3).to_sparse(), 7, "text", [torch.ones(2)]],
+    ids=["transposed", "strided", "sparse", "number", "text", "list"],
+)
+def test_what_is_no_plain_tensor(tmp_path: Path, value: Any) -> None:
+    torch.save({"a": torch.ones(2), "b": value}, tmp_path / "x.bin")
+    with pytest.raises(BloomdeskError):
+        read_shard(tmp_path / "x.bin")
+
+
+def test_what_is_no_table(tmp_path: Path) -> None:
+    torch.save([torch.ones(2)], tmp_path / "x.bin")
+    with pytest.raises(BloomdeskError, match="table of tensors"):
+        read_shard(tmp_path / "x.bin")
+    torch.save({3: torch.ones(2)}, tmp_path / "x.bin")
+    with pytest.raises(BloomdeskError, match="no tensor"):
+        read_shard(tmp_path / "x.bin")
+
+
+class Evil:
+    """Unpickling this makes a directory."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.target),)
+
+
+class Greedy:
+    """torch lets this call through, and it would allocate a terabyte."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return bytearray, (2**40,)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_runs_code_runs_nothing(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "x.bin"
+    for value in (Evil(tmp_path / "made"), Greedy()):
+        torch.save({"a": torch.ones(2), "b": value}, path, pickle_protocol=protocol)
+        with pytest.raises(BloomdeskError, match="not only weights"):
+            read_shard(path)
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "made"), protocol))
+    with pytest.raises(BloomdeskError, match="old format"):
+        read_shard(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_legacy_format(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(BloomdeskError, match="old format"):
+        read_shard(tmp_path / "x.bin")
+
+
+def test_every_truncation(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    synthetic(tmp_path, **SHAPE)
+    whole = (tmp_path / "pytorch_model_00004-of-00004.bin").read_bytes()
+    for length in (*range(0, len(whole), 61), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(BloomdeskError):
+            read_shard(path)
+
+
+def rezipped(source: Path, target: Path, **options: Any) -> None:
+    """The same records in another zip."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+
+
+def test_compressed_zip(tmp_path: Path) -> None:
+    synthetic(tmp_path, **SHAPE)
+    rezipped(
+        tmp_path / "pytorch_model_00004-of-00004.bin", tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED
+    )
+    with pytest.raises(BloomdeskError, match="compressed"):
+        read_shard(tmp_path / "x.bin")
+
+
+def test_a_zip_of_something_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as container:
+        container.writestr("a/letter.txt", "dear reader")
+    with pytest.raises(BloomdeskError, match=r"no data\.pkl"):
+        read_shard(tmp_path / "x.bin")
+
+
+def patched(path: Path, where: int, what: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(where)
+        file.write(what)
+
+
+def directory_entry(path: Path, name: str) -> int:
+    """Where the zip's directory describes the record `name`."""
+    return path.read_bytes().rindex(name.encode()) - 46
+
+
+@pytest.mark.parametrize("todays_zip", [False, True])
+def test_records_that_lie(tmp_path: Path, todays_zip: bool) -> None:
+    synthetic(tmp_path, **SHAPE, layout=Layout(todays_zip=todays_zip))
+    original = tmp_path / "pytorch_model_00004-of-00004.bin"
+    path = tmp_path / "x.bin"
+    root = zipfile.ZipFile(original).namelist()[0].partition("/")[0]
+    entry = directory_entry(original, f"{root}/data/0")
+    for where, what in (
+        (entry + 20, struct.pack("<2I", 64, 64)),  # smaller than the tensor
+        (entry + 20, struct.pack("<2I", 2**31, 2**31)),  # beyond the file
+        (entry + 42, struct.pack("<I", 0)),  # at another record's place
+        (entry + 42, struct.pack("<I", 2**31)),  # outside of the file
+        (len(original.read_bytes()) - 98 + 40, struct.pack("<Q", 2**50)),  # a directory of a petabyte
+    ):
+        path.write_bytes(original.read_bytes())
+        patched(path, where, what)
+        with pytest.raises(BloomdeskError, match=r"x\.bin"):
+            read_shard(path)
+
+
+def test_big_endian(tmp_path: Path) -> None:
+    synthetic(tmp_path, **SHAPE, layout=Layout(todays_zip=True, single=True))
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes().replace(b"little", b"bigbig"))
+    with pytest.raises(BloomdeskError):
+        read_shard(path)
+
+
+def test_a_flipped_bit_anywhere_outside_the_data_is_no_crash(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    synthetic(tmp_path, **SHAPE)
+    whole = (tmp_path / "pytorch_model_00004-of-00004.bin").read_bytes()
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
+        try:
+            found = read_shard(path)
+        except BloomdeskError:
+            continue
+        assert all(tensor.offset + tensor.nbytes <= len(whole) for tensor in found.values())
+
+
+def index_of(directory: Path, weight_map: Any) -> None:
+    (directory / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.bin",
+        "/etc/x.bin",
+        "a/x.bin",
+        "a\\x.bin",
+        "C:x.bin",
+        ".x.bin",
+        "..",
+        "",
+        "x.safetensors",
+        7,
+        None,
+    ],
+)
+def test_an_index_that_points_elsewhere(tmp_path: Path, name: Any) -> None:
+    index_of(tmp_path, {"ln_f.weight": name})
+    with pytest.raises(BloomdeskError, match=r"index\.json"):
+        find_shards(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 99_999])
+def test_no_index(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pytorch_model.bin.index.json").write_text(text)
+    with pytest.raises(BloomdeskError, match="not a sound index"):
+        find_shards(tmp_path)
+
+
+def test_index_and_shards_disagree(tmp_path: Path) -> None:
+    synthetic(tmp_path, **SHAPE)
+    path = tmp_path / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text())
+    shard = index["weight_map"].pop("ln_f.bias")
+    path.write_text(json.dumps(index))
+    with pytest.raises(BloomdeskError, match=r"also holds ln_f\.bias"):
+        read_source(tmp_path)
+    index["weight_map"].update({"ln_f.bias": shard, "ln_f.extra": shard})
+    path.write_text(json.dumps(index))
+    with pytest.raises(BloomdeskError, match=r"does not hold ln_f\.extra"):
+        read_source(tmp_path)
+
+
+def test_missing_shards_are_counted(tmp_path: Path) -> None:
+    synthetic(tmp_path, **SHAPE)
+    (tmp_path / "pytorch_model_00002-of-00004.bin").unlink()
+    (tmp_path / "pytorch_model_00003-of-00004.bin").unlink()
+    with pytest.raises(BloomdeskError, match="2 of 4 shards are missing, pytorch_model_00002"):
+        read_source(tmp_path)
+
+
+def test_safetensors_win_where_they_are_whole(tmp_path: Path) -> None:
+    synthetic(tmp_path, **SHAPE)
+    synthetic(tmp_path, **SHAPE, layout=Layout(form="safetensors"))
+    assert {path.suffix for path in find_shards(tmp_path).files} == {".safetensors"}
+    (tmp_path / "model_00001-of-00004.safetensors").unlink()
+    assert {path.suffix for path in find_shards(tmp_path).files} == {".bin"}
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(BloomdeskError, match="has no weights"):
+        read_source(tmp_path)
+    with pytest.raises(BloomdeskError, match="not a directory"):
+        read_source(tmp_path / "absent")
+
+
+def test_links_to_files_are_read(tmp_path: Path) -> None:
+    """The Hub's cache holds links to blobs."""
+    synthetic(tmp_path / "blobs", **SHAPE)
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
+    assert len(read_source(tmp_path / "snapshot")) == 29
+
+
+def test_dtypes_that_differ_or_are_not_known(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "b": torch.ones(2).half()}, tmp_path / "model.safetensors")
+    with pytest.raises(BloomdeskError, match=r"mixes dtypes: . is F"):
+        common_dtype(read_source(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": torch.ones(2, dtype=torch.int64)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BloomdeskError, match=r"a is torch\.int64"):
+        common_dtype(read_source(tmp_path))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BloomdeskError, match="no tensors"):
+        common_dtype(read_source(tmp_path))

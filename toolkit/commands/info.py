@@ -1,0 +1,84 @@
+"""What a prepared directory holds, in figures; from its manifest alone, so it takes no time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.format.coded import PLAIN
+from runner.format.layout import part_specs
+from runner.format.manifest import Manifest, load_manifest
+from runner.format.safetensors import BYTES_PER_ELEMENT
+from toolkit.parts.part import part_size
+
+
+@dataclass(frozen=True)
+class Info:
+    """A prepared directory in figures.
+
+    `bytes` are those of the files that are there, `pass_bytes` the weights that one pass reads once all are,
+    `ratio` these against those of a plain directory, `kv_cache_bytes_per_token` what each token of prompt and output
+    adds to memory. Of parts that a lossless directory lacks, sizes are what they will hardly exceed.
+    """
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors of the whole model."""
+        specs = part_specs(self.manifest.model)
+        return sum(math.prod(shape) for spec in specs for shape in spec.tensors.values())
+
+    @property
+    def plain_bytes(self) -> int:
+        """Of all tensors, uncoded."""
+        return self.parameters * BYTES_PER_ELEMENT[self.manifest.model.dtype]
+
+    @property
+    def pass_bytes(self) -> int:
+        manifest = self.manifest
+        if manifest.coding == PLAIN:
+            return self.plain_bytes
+        missing = [spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts]
+        there = sum(tensor.nbytes for record in manifest.parts.values() for tensor in record.tensors)
+        return there + sum(part_size(spec, manifest.model.dtype, manifest.coding) for spec in missing)
+
+    @property
+    def ratio(self) -> float:
+        return self.pass_bytes / self.plain_bytes
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int:
+        model = self.manifest.model
+        return 2 * model.n_layer * model.hidden_size * BYTES_PER_ELEMENT[model.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return sum(record.size for record in self.manifest.records)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything for `--json`."""
+        manifest = self.manifest
+        return {
+            "directory": str(self.directory),
+            "format_version": manifest.format_version,
+            "coding": manifest.coding,
+            "complete": not manifest.missing,
+            "missing": list(manifest.missing),
+            "source": asdict(manifest.source),
+            "model": asdict(manifest.model),
+            "parts": len(manifest.parts),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "pass_bytes": self.pass_bytes,
+            "ratio": round(self.ratio, 4),
+            "kv_cache_bytes_per_token": self.kv_cache_bytes_per_token,
+        }
+
+
+def inspect(directory: Path) -> Info:
+    """Raises `BloomdeskError` where there is no manifest to trust."""
+    return Info(directory, load_manifest(directory))

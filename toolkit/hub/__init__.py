@@ -1,0 +1,7 @@
+"""The network: a revision of a repository, and its files, resumed and checked.
+
+Words. *revision*: a branch, tag or commit. *pins*: the names, sizes and hashes of bigscience/bloom's files. *partial
+file*: what has come of a file, a clean prefix of it. *read timeout*: seconds without a byte.
+
+May import `source` and `io`.
+"""

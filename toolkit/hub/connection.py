@@ -1,0 +1,159 @@
+"""One kept connection to where a file's bytes are, read into memory that is given, and ended from any thread.
+
+huggingface_hub's own session is the way for short answers. For hundreds of gigabytes it takes some four times
+the processor's time, piece by piece of 64 KiB, and nothing wakes a thread that waits in it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from typing import Any
+from urllib.parse import unquote
+from urllib.request import getproxies, proxy_bypass
+
+from toolkit.hub import client as wire
+
+PIECE = 2**18
+
+
+class Unranged(Exception):
+    """The bytes don't come range by range from there; in one answer from the session they may."""
+
+
+class Connection:
+    """Ranges of a file, one after another; one thread reads, any may hang up, and the reading one closes."""
+
+    def __init__(self) -> None:
+        self._line: http.client.HTTPConnection | None = None
+        self._peer: tuple[str, bytes, int | None] | None = None
+        self._socket: socket.socket | None = None
+        self._hung_up = False
+
+    def read(self, location: wire.Location, start: int, room: memoryview) -> Iterator[int]:
+        """Fill `room` with the file's bytes from `start` on: yields 0 when they are promised, then how many
+        more came each time.
+
+        Raises `Unranged`, or one of `wire.network_errors`; what was yielded until then is sound.
+        """
+        answer, whole = None, False
+        try:
+            answer = self._ask(location, start, start + len(room))
+            yield 0
+            while room:
+                count = answer.readinto(room[:PIECE])
+                if not count:
+                    raise wire.CutShort(f"{len(room):,} bytes of a range did not come")
+                room = room[count:]
+                yield count
+            whole = answer.isclosed()  # not where more comes than was asked for
+        except wire.network_errors():
+            raise
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            raise wire.Unreachable(str(error) or type(error).__name__) from error
+        finally:
+            if answer is not None:
+                answer.close()
+            if not whole:
+                self.close()
+
+    def hang_up(self) -> None:
+        """End whatever the reading thread waits for, and let it start nothing more."""
+        self._hung_up = True
+        self.drop()
+
+    def drop(self) -> None:
+        """End whatever the reading thread waits for; it may try again."""
+        line = self._line
+        # While it connects only the line knows the socket; an answer that ends with the connection, only we.
+        held = line.sock if line is not None and line.sock is not None else self._socket
+        if held is not None:
+            with suppress(OSError):
+                # Not the TLS socket's own method, which forgets a session that the other thread is using.
+                socket.socket.shutdown(held, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket; the next range opens another."""
+        line, self._line, self._socket = self._line, None, None
+        if line is not None:
+            line.close()
+
+    def _ask(self, location: wire.Location, start: int, stop: int) -> http.client.HTTPResponse:
+        import httpx2
+
+        url = httpx2.URL(location.url)
+        line = self._reach(url)
+        headers = {**location.headers, "range": f"bytes={start}-{stop - 1}"}
+        line.request("GET", url.raw_path.decode("ascii"), headers=headers)
+        answer = line.getresponse()
+        response = httpx2.Response(
+            answer.status, headers=answer.getheaders(), request=httpx2.Request("GET", url)
+        )
+        if not response.is_redirect:
+            wire.beginning(response, location, start)
+        if answer.status != 206:
+            answer.close()
+            raise Unranged(f"the file's store answered {answer.status} to a range")
+        return answer
+
+    def _reach(self, url: Any) -> http.client.HTTPConnection:
+        peer = (url.scheme, url.raw_host, url.port)
+        if self._line is None or self._peer != peer:
+            self.close()
+            self._line, self._peer = _line(url), peer
+        if self._line.sock is None:
+            self._line.connect()
+        self._socket = self._line.sock
+        if self._hung_up:  # while it was being made
+            raise wire.Unreachable("the connection was given up")
+        return self._line
+
+
+def _line(url: Any) -> http.client.HTTPConnection:
+    """A connection to be made to the host of an httpx2 URL, through the proxy that the environment names."""
+    import httpx2
+
+    host = url.raw_host.decode("ascii")
+    proxies = {} if proxy_bypass(host) else getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy is None:
+        kind = _SecureLine if url.scheme == "https" else http.client.HTTPConnection
+        return kind(host, url.port, timeout=wire.silence())
+    through = httpx2.URL(proxy if "://" in proxy else f"http://{proxy}")
+    if through.scheme != "http" or url.scheme != "https":
+        raise Unranged("this kind of proxy is left to the session")
+    line = _SecureLine(through.host, through.port or 80, timeout=wire.silence())
+    line.set_tunnel(host, url.port or 443, _proxy_credentials(through))
+    line.server_name = host
+    return line
+
+
+def _proxy_credentials(through: Any) -> dict[str, str]:
+    if not through.userinfo:
+        return {}
+    return {"Proxy-Authorization": "Basic " + b64encode(unquote(through.userinfo.decode()).encode()).decode()}
+
+
+class _SecureLine(http.client.HTTPConnection):
+    default_port = 443
+    server_name: str | None = None
+
+    def connect(self) -> None:
+        super().connect()
+        # The handshake comes once the socket is in its place, so that hanging up ends it too.
+        name = self.server_name or self.host
+        self.sock = _trust().wrap_socket(self.sock, server_hostname=name, do_handshake_on_connect=False)
+        self.sock.do_handshake()
+
+
+@cache
+def _trust() -> ssl.SSLContext:
+    """The certificates that the session trusts: a tenth of a second to load, so once."""
+    import httpx2
+
+    return httpx2.create_ssl_context()

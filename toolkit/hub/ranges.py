@@ -1,0 +1,229 @@
+"""A file's bytes over several connections, handed out in their order, from a bounded window of memory.
+
+    file    [ handed out ....... |  range  |  range  |  range  |  range  | not asked for yet ........ ]
+                              frontier      each of them on its way or whole         next
+
+Ranges are given to connections in their order, one window of memory ahead of the frontier. A range that comes
+early waits in memory, so the file on the disk stays a clean beginning and is hashed as it grows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from toolkit.hub import client as wire
+from toolkit.hub.connection import Connection
+
+# All ranges that are on their way or wait for an earlier one: so many bytes are lost by a kill at most.
+WINDOW = 64 * 2**20
+SMALLEST, LARGEST = 2**20, 8 * 2**20
+MOST_CONNECTIONS = 32
+PIECE = 2**20
+# What came of a range is handed out after so many seconds, also where it is little.
+SECONDS_BETWEEN_PIECES = 0.5
+# A range for which all others have waited so long goes on over a new connection.
+SECONDS_OF_GRACE = 3.0
+# For a thread that waits in a name look-up; any other one ends at once.
+SECONDS_TO_STOP = 2.0
+
+
+def range_size(connections: int) -> int:
+    """Bytes of a range: as large as lets each connection have one on its way and one that waits."""
+    return max(SMALLEST, min(LARGEST, WINDOW // (2 * connections)))
+
+
+@dataclass
+class _Range:
+    start: int
+    room: memoryview
+    connection: Connection
+    filled: int = 0
+    taken: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return self.filled == len(self.room)
+
+
+class _Stopped(Exception):
+    """The others have ended, so this range is of no use any more."""
+
+
+class Ahead:
+    """The bytes of a file from `start` to `stop`, fetched ahead by as many threads as connections.
+
+    Each range is tried again and gone on with on its own. A first range alone shows that there are ranges;
+    where there are none, `pieces` raises `Unranged` at the position it has reached.
+    """
+
+    def __init__(
+        self, asked: wire.Asked, locate: Callable[[], wire.Location], start: int, stop: int, connections: int
+    ) -> None:
+        """`locate` asks the Hub where the file is; raises one of `wire.network_errors` or `BloomdeskError`."""
+        self.received = 0
+        self._asked, self._address = asked, _Address(locate)
+        self._start, self._next, self._stop = start, start, stop
+        self._size = range_size(connections)
+        self._ranges: deque[_Range] = deque()
+        self._spare: list[bytearray] = []
+        self._unmade = WINDOW // self._size
+        self._proven = False
+        self._failure: BaseException | None = None
+        self._held_up_since: float | None = None
+        self._stopping = threading.Event()
+        self._changed = threading.Condition()
+        count = min(connections, -(-(stop - start) // self._size))
+        self._connections = [Connection() for _ in range(count)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(connection,), daemon=True, name=f"range {asked.path}")
+            for connection in self._connections
+        ]
+
+    def __enter__(self) -> Ahead:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # interrupted, or no thread to be had
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(SECONDS_TO_STOP)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """What comes, in order; a piece may change once the next one is asked for.
+
+        Raises `Unranged`, or `BloomdeskError` where the Hub refuses or stays away; before that, all that came
+        up to the gap is handed out.
+        """
+        while self._ranges or self._next < self._stop:
+            yield self._take()
+            with self._changed:
+                first = self._ranges[0]
+                if first.taken == len(first.room):
+                    self._spare.append(self._ranges.popleft().room.obj)  # type: ignore[arg-type]
+                    self._changed.notify_all()
+
+    def _take(self) -> memoryview:
+        """The next bytes at the frontier, a piece of some size if it is not long in coming."""
+        with self._changed:
+            in_time = True
+            while True:
+                if self._ranges:
+                    first = self._ranges[0]
+                    count = first.filled - first.taken
+                    now = first.whole or count >= PIECE or not in_time or self._failure is not None
+                    if count and now:
+                        first.taken = first.filled
+                        return first.room[first.taken - count : first.taken]
+                if self._failure is not None:
+                    raise self._failure
+                in_time = self._changed.wait(SECONDS_BETWEEN_PIECES)
+                self._drop_straggler()
+
+    def _drop_straggler(self) -> None:
+        """One connection that crawls must not keep the others from working once the window is full."""
+        now, others = time.monotonic(), list(self._ranges)[1:]
+        if not others or self._spare or self._unmade or not all(part.whole for part in others):
+            self._held_up_since = None
+        elif self._held_up_since is None:
+            self._held_up_since = now
+        elif now - self._held_up_since > SECONDS_OF_GRACE:
+            self._held_up_since = None
+            self._ranges[0].connection.drop()
+
+    def _work(self, connection: Connection) -> None:
+        try:
+            while (part := self._claim(connection)) is not None:
+                self._fill(part)
+        except BaseException as error:  # raised again where the pieces are taken
+            self._end(error)
+        finally:
+            connection.close()
+
+    def _claim(self, connection: Connection) -> _Range | None:
+        """The next range to fetch, when there is room for it; None when there is nothing left to do."""
+        with self._changed:
+            while not self._stopping.is_set() and self._next < self._stop:
+                if (self._spare or self._unmade) and (self._proven or self._next == self._start):
+                    length = min(self._size, self._stop - self._next)
+                    part = _Range(self._next, memoryview(self._buffer())[:length], connection)
+                    self._ranges.append(part)
+                    self._next += length
+                    return part
+                self._changed.wait()
+        return None
+
+    def _buffer(self) -> bytearray:
+        if self._spare:
+            return self._spare.pop()
+        self._unmade -= 1
+        return bytearray(self._size)
+
+    def _fill(self, part: _Range) -> None:
+        patience = wire.Patience(self._asked, self._pause)
+        while not part.whole:
+            before, location = part.filled, None
+            try:
+                location = self._address.location()
+                for count in part.connection.read(location, part.start + before, part.room[before:]):
+                    self._grow(part, count)
+            except wire.network_errors() as error:
+                self._pause(0)  # not a failure where the others have hung up
+                if part.filled > before:
+                    patience.calm()
+                else:
+                    self._address.renew(location)
+                patience.bear(error)
+
+    def _grow(self, part: _Range, count: int) -> None:
+        with self._changed:
+            part.filled += count
+            self.received += count
+            self._proven = True
+            if not count or part.whole or part.filled // PIECE > (part.filled - count) // PIECE:
+                self._changed.notify_all()
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise _Stopped
+
+    def _end(self, failure: BaseException | None = None) -> None:
+        with self._changed:
+            if failure is not None and not self._stopping.is_set():
+                self._failure = failure
+            self._stopping.set()
+            self._changed.notify_all()
+        for connection in self._connections:
+            connection.hang_up()
+
+
+class _Address:
+    """Where a file is, asked for once and shared, until a connection found that it leads nowhere."""
+
+    def __init__(self, locate: Callable[[], wire.Location]) -> None:
+        self._locate, self._lock = locate, threading.Lock()
+        self._known: wire.Location | None = None
+
+    def location(self) -> wire.Location:
+        with self._lock:
+            if self._known is None:
+                self._known = self._locate()
+            return self._known
+
+    def renew(self, failed: wire.Location | None) -> None:
+        """Ask anew the next time, unless another connection has done so since."""
+        with self._lock:
+            if self._known is failed:
+                self._known = None

@@ -1,0 +1,210 @@
+"""A revision on the Hub: its files, sizes and hashes, and which of them a BLOOM checkpoint needs.
+
+The facts of bigscience/bloom at the commit that bloomdesk was made for ship in pins/, and are believed before
+the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from runner.errors import BloomdeskError
+from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS, is_file_name
+from toolkit.hub import client as wire
+from toolkit.source.shards import FORMS, LARGEST_INDEX
+
+PINS = Path(__file__).with_name("pins")
+PINNED = {"bigscience/bloom": "bigscience_bloom.json"}
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a revision: its size in bytes, and the sha256 of its bytes or its git blob sha1."""
+
+    path: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None = None
+
+    @property
+    def content_id(self) -> str:
+        """The hash that the file is checked against."""
+        return self.sha256 or self.git_sha1 or ""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit of a repository and files that it holds; `pinned` where the list ships with the toolkit."""
+
+    repo: str
+    commit: str
+    files: tuple[HubFile, ...]
+    pinned: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    def find(self, path: str) -> HubFile | None:
+        return next((file for file in self.files if file.path == path), None)
+
+    def __str__(self) -> str:
+        return f"{self.repo} at {self.commit[:12]}"
+
+
+def pinned(repo: str, revision: str | None = None) -> Revision | None:
+    """The pinned revision of `repo`, or None where there is none or another one is asked for by name."""
+    if repo not in PINNED:
+        return None
+    body = json.loads((PINS / PINNED[repo]).read_text(encoding="utf-8"))
+    if revision is not None and revision.lower() != body["commit"]:
+        return None
+    files = tuple(HubFile(path, size, sha256) for path, (size, sha256) in body["files"].items())
+    return Revision(repo, body["commit"], files, pinned=True)
+
+
+def resolve(repo: str, revision: str | None = None) -> Revision:
+    """The commit that `revision` (a branch, tag, short name or commit; else `main`) means, with its files.
+
+    For bigscience/bloom the default is the pinned commit, and its list is the pinned one: the Hub is not
+    asked. Raises `BloomdeskError` where the Hub does not know it, refuses it or stays away.
+    """
+    check_repo_name(repo)
+    known = pinned(repo, revision)
+    if known is not None:
+        return known
+    asked = wire.Asked(repo, revision or "main")
+    if wire.offline():
+        raise wire.offline_error(f"the files of {repo} at {asked.revision} cannot be listed")
+    commit = asked.revision.lower()
+    if not COMMIT.fullmatch(commit):
+        commit = _commit_of(asked)
+    return pinned(repo, commit) or Revision(repo, commit, _list_files(replace(asked, revision=commit)))
+
+
+def check_repo_name(repo: str) -> None:
+    """Raise `BloomdeskError` where `repo` cannot be the name of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise BloomdeskError(
+            f"{repo!r} is not the name of a repository", "a name looks like bigscience/bloom-560m"
+        ) from None
+
+
+def _commit_of(asked: wire.Asked) -> str:
+    path = f"/api/models/{asked.repo}/revision/{quote(asked.revision, safe='')}"
+    for page in wire.fetch_json(path, asked):
+        commit = page.get("sha") if isinstance(page, dict) else None
+        if isinstance(commit, str) and COMMIT.fullmatch(commit):
+            return commit
+    raise _not_understood(asked, "no commit")
+
+
+def _list_files(asked: wire.Asked) -> tuple[HubFile, ...]:
+    path = f"/api/models/{asked.repo}/tree/{asked.revision}?recursive=true&expand=false"
+    files = []
+    for page in wire.fetch_json(path, asked):
+        try:
+            files += [_decode(entry) for entry in page if entry["type"] == "file"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _not_understood(asked, f"a list of files with {error}") from None
+    return tuple(files)
+
+
+def _decode(entry: Any) -> HubFile:
+    path, lfs = entry["path"], entry.get("lfs")
+    size = lfs["size"] if lfs else entry["size"]
+    content_id = lfs["oid"] if lfs else entry["oid"]
+    if not isinstance(path, str) or type(size) is not int or size < 0:
+        raise ValueError("an entry without name or size")
+    if not re.fullmatch(r"[0-9a-f]{64}" if lfs else r"[0-9a-f]{40}", content_id):
+        raise ValueError(f"no hash for {path}")
+    return HubFile(path, size, content_id, None) if lfs else HubFile(path, size, None, content_id)
+
+
+def _not_understood(asked: wire.Asked, what: str) -> BloomdeskError:
+    return BloomdeskError(
+        f"{wire.endpoint()} gives {what} for {asked.repo} at {asked.revision}",
+        "check HF_ENDPOINT: it must be a Hub's address",
+    )
+
+
+def needed(revision: Revision, read: Callable[[HubFile], bytes]) -> Revision:
+    """`revision` with just what a BLOOM checkpoint needs: config, tokenizer, and one form of the weights.
+
+    `read` gives the checked bytes of a small file (an index). Raises `BloomdeskError` where something is
+    missing, or where an index names anything but files beside it.
+    """
+    if revision.pinned:
+        return revision
+    missing = [path for path in REQUIRED_COMPANIONS if revision.find(path) is None]
+    if missing:
+        raise BloomdeskError(
+            f"{revision} holds no {' and no '.join(missing)}: it is not a whole BLOOM checkpoint"
+        )
+    companions = [file for file in map(revision.find, COMPANIONS) if file is not None]
+    return replace(revision, files=(*companions, *_weights(revision, read)))
+
+
+def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFile]:
+    gaps = []
+    for index_name, single_name, suffix in FORMS:
+        index, single = revision.find(index_name), revision.find(single_name)
+        if index is not None:
+            names = shard_names(_read_index(revision, index, read), suffix, f"{index_name} of {revision}")
+            shards = [revision.find(name) for name in names]
+            if None not in shards:
+                return [index, *(shard for shard in shards if shard is not None)]
+            absent = [name for name, shard in zip(names, shards, strict=True) if shard is None]
+            gaps.append(
+                f"{index_name} names {absent[0]}, which is not there ({len(absent)} of {len(names)} missing)"
+            )
+        if single is not None:
+            return [single]
+    why = "; ".join(gaps) or "neither safetensors nor .bin files by their usual names"
+    raise BloomdeskError(f"{revision} holds no whole set of weights: {why}", "choose another --revision")
+
+
+def _read_index(revision: Revision, index: HubFile, read: Callable[[HubFile], bytes]) -> bytes:
+    if index.size > LARGEST_INDEX:
+        raise BloomdeskError(f"{index.path} of {revision} has {index.size:,} bytes: no index is that large")
+    return read(index)
+
+
+def shard_names(index: bytes, suffix: str, where: str) -> list[str]:
+    """The files that a checkpoint's index names, sorted; their numbers mean nothing here.
+
+    Raises `BloomdeskError` where it is damaged, or names anything but files beside it ending in `suffix`.
+    """
+    try:
+        weight_map = json.loads(index)["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BloomdeskError(
+            f"{where} is not a checkpoint's index: {type(error).__name__}: {error}"
+        ) from None
+    if not names:
+        raise BloomdeskError(f"{where} names no files")
+    _refuse_strange(names, suffix, where)
+    return sorted(names)
+
+
+def _refuse_strange(names: Iterable[Any], suffix: str, where: str) -> None:
+    for name in names:
+        if not is_file_name(name) or not name.endswith(suffix):
+            raise BloomdeskError(
+                f"{where} names {repr(name)[:120]}: only *{suffix} files beside it are taken",
+                "do not use this checkpoint: a sound one does not do that",
+            )

@@ -1,0 +1,210 @@
+"""A part of a lossless directory: its matrices coded, written, read back from the disk and compared.
+
+    rows of the source ──> threads encode ──> file ──> fsync ──> read back ──> threads decode ──> the same bits?
+
+Sizes are known last, so the header and the offsets of the strips are written last, into room that was left for them.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import xxhash
+
+from runner.errors import BloomdeskError
+from runner.format.coded import STRIPS_SUFFIX, part_header, read_strips, strip_count
+from runner.format.manifest import PartRecord, TensorRecord
+from toolkit.io.progress import Progress
+from toolkit.io.reader import ReadAhead, Run
+from toolkit.io.writer import WriteBehind
+from toolkit.parts.row_groups import CHUNK, Coders, StripGroup, chunk_nbytes, strip_groups
+from toolkit.source.gather import open_shard, read_chunks
+from toolkit.source.shards import SourceTensor
+
+if TYPE_CHECKING:
+    from toolkit.parts.part import PlannedPart
+
+
+def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
+    """All bytes of a part that has matrices, in `file`, synced and proven; what there is to record but the sources.
+
+    Memory is some tens of megabytes. Raises `BloomdeskError` where a shard can't be read, or what is read back from
+    the disk is not what was written or does not decode to the bits of the source.
+    """
+    seen = _Halves(progress, part.spec.file, part.work)
+    with Coders() as coders:
+        record, tables = _Writer(part, file, coders, seen).write()
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # what is read back comes from the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            whole = _read_back(Path(file.name), record, tables, coders, seen)
+        except (OSError, EOFError, ValueError) as error:
+            raise BloomdeskError(
+                f"{part.spec.file} does not read back from the disk as the bits of its source: {error}",
+                "check the disk and the memory of this machine; the source is as it was: run the same command again",
+            ) from error
+    return replace(record, xxh3_128=whole)
+
+
+class _Halves:
+    """Progress in bytes of the source, each of which counts half when it is coded, and half when it is compared."""
+
+    def __init__(self, progress: Progress, file: str, total: int) -> None:
+        self._progress, self._file, self._total = progress, file, total
+        self._done = 0
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        self._progress(self._file, self._done // 2, self._total)
+
+
+class _Writer:
+    """Writes one part: first with room for what is known last, then that."""
+
+    def __init__(
+        self, part: PlannedPart, file: BinaryIO, coders: Coders, seen: Callable[[int], None]
+    ) -> None:
+        self._part, self._file, self._coders, self._seen = part, file, coders, seen
+        self._tensors: list[TensorRecord] = []
+        self._decoded: list[TensorRecord] = []
+        self._tables: dict[str, bytes] = {}
+        self._late: dict[int, bytes] = {}  # by position
+
+    def write(self) -> tuple[PartRecord, Mapping[str, bytes]]:
+        """The record but for sources and the file's hash, and the bytes of each NAME.strips by NAME."""
+        part = self._part
+        any_sizes = dict.fromkeys(part.spec.matrices, 0)
+        room = len(part_header(part.spec.stored(part.dtype, any_sizes), part.spec.decoded(part.coding)))
+        position = room
+        with WriteBehind(self._file) as behind, ExitStack() as open_files:
+            behind.write(bytes(room))
+            readers = {shard: open_shard(shard, open_files) for shard in part.sources}
+            for name, tensor in zip(part.spec.tensors, part.tensors, strict=True):
+                write = self._matrix if name in part.spec.matrices else self._vector
+                position += write(name, tensor, readers[tensor.file], behind, position)
+        record = PartRecord(part.spec.file, position, "", tuple(self._tensors), (), tuple(self._decoded))
+        for start, data in {**self._late, 0: record.header}.items():
+            self._file.seek(start)
+            self._file.write(data)
+        return record, self._tables
+
+    def _vector(self, name: str, tensor: SourceTensor, shard: BinaryIO, behind: WriteBehind, _: int) -> int:
+        own = xxhash.xxh3_128()
+        for piece in read_chunks(tensor, shard, CHUNK):
+            behind.write(piece)
+            own.update(piece)
+            self._seen(len(piece))
+        self._tensors.append(TensorRecord(name, tensor.dtype, tensor.shape, own.hexdigest()))
+        return tensor.nbytes
+
+    def _matrix(
+        self, name: str, tensor: SourceTensor, shard: BinaryIO, behind: WriteBehind, position: int
+    ) -> int:
+        rows, columns = tensor.shape
+        bits, stored = xxhash.xxh3_128(), xxhash.xxh3_128()
+        lengths: list[int] = []
+
+        def chunks() -> Iterator[bytearray]:
+            for chunk in read_chunks(tensor, shard, chunk_nbytes(columns)):
+                bits.update(chunk)
+                self._seen(len(chunk))
+                yield chunk
+
+        behind.write(bytes(8 * (strip_count(rows) + 1)))
+        for coded, of_strips in self._coders.encoded(chunks(), columns):
+            behind.write(coded)
+            stored.update(coded)
+            lengths += of_strips
+        offsets = tuple(accumulate(lengths, initial=0))
+        table = struct.pack(f"<{len(offsets)}q", *offsets)
+        self._late[position] = self._tables[name] = table
+        hash_of_table = xxhash.xxh3_128_hexdigest(table)
+        self._tensors.append(TensorRecord(name + STRIPS_SUFFIX, "I64", (len(offsets),), hash_of_table))
+        self._tensors.append(TensorRecord(name, "U8", (offsets[-1],), stored.hexdigest()))
+        self._decoded.append(TensorRecord(name, tensor.dtype, tensor.shape, bits.hexdigest()))
+        return len(table) + offsets[-1]
+
+
+def _read_back(
+    path: Path,
+    record: PartRecord,
+    tables: Mapping[str, bytes],
+    coders: Coders,
+    seen: Callable[[int], None],
+) -> str:
+    """The xxh3-128 of the file at `path`, every stored and every decoded tensor of which is as `record` says.
+
+    Raises `ValueError` where one is not, and `OSError` or `EOFError` where the file can't be read.
+    """
+    matrices = {tensor.name: tensor for tensor in record.decoded}
+    groups: dict[str, list[StripGroup]] = {}
+    runs, start = [Run(path, 0, len(record.header))], len(record.header)
+    for tensor in record.tensors:
+        if tensor.name in matrices:
+            rows, columns = matrices[tensor.name].shape
+            offsets = read_strips(tables[tensor.name], rows, columns, tensor.nbytes)
+            groups[tensor.name] = strip_groups(offsets, rows, columns)
+            runs += [Run(path, start + group.start, group.nbytes) for group in groups[tensor.name]]
+        else:
+            runs.append(Run(path, start, tensor.nbytes))
+        start += tensor.nbytes
+    whole = xxhash.xxh3_128()
+    with ReadAhead(runs) as ahead:
+        read = _read_runs(ahead, len(runs), whole)
+        if next(read) != record.header:
+            raise ValueError("its header is another one")
+        for tensor in record.tensors:
+            if tensor.name in matrices:
+                _compare_matrix(tensor, matrices[tensor.name], groups[tensor.name], read, coders, seen)
+            else:
+                _compare(tensor, xxhash.xxh3_128_hexdigest(next(read)))
+                seen(0 if tensor.dtype == "I64" else tensor.nbytes)
+    return whole.hexdigest()
+
+
+def _read_runs(ahead: ReadAhead, count: int, whole: xxhash.xxh3_128) -> Iterator[bytearray]:
+    """The bytes of each run, which are parts of `whole`."""
+    for index in range(count):
+        data = bytearray()
+        for piece in ahead.pieces(index):
+            data += piece
+        whole.update(data)
+        yield data
+
+
+def _compare_matrix(
+    stored: TensorRecord,
+    decoded: TensorRecord,
+    groups: list[StripGroup],
+    read: Iterator[bytearray],
+    coders: Coders,
+    seen: Callable[[int], None],
+) -> None:
+    own, bits = xxhash.xxh3_128(), xxhash.xxh3_128()
+
+    def coded() -> Iterator[tuple[StripGroup, bytearray]]:
+        for group in groups:
+            data = next(read)
+            own.update(data)
+            yield group, data
+
+    for rows in coders.decoded(coded(), decoded.shape[1]):
+        bits.update(rows)
+        seen(len(rows))
+    _compare(stored, own.hexdigest())
+    _compare(decoded, bits.hexdigest())
+
+
+def _compare(tensor: TensorRecord, found: str) -> None:
+    if found != tensor.xxh3_128:
+        kind = "decodes to" if len(tensor.shape) == 2 else "has"
+        raise ValueError(f"{tensor.name} {kind} the xxh3-128 {found}, expected {tensor.xxh3_128}")

@@ -1,0 +1,111 @@
+"""The tensors of a part as they were in the source: read ahead, and decoded where they are stored coded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from runner.format.coded import STRIPS_SUFFIX, read_strips
+from runner.format.manifest import PartRecord, TensorRecord
+from runner.format.safetensors import open_regular
+from toolkit.io.reader import ReadAhead, Run
+from toolkit.parts.regions import Region, regions_of
+from toolkit.parts.row_groups import Coders, StripGroup, strip_groups
+
+
+class DamagedTensor(Exception):
+    """The tensor's bytes can't be read or decoded; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the source, and where the part has its bytes; `strips` says where the strips of a coded one begin."""
+
+    tensor: TensorRecord
+    region: Region
+    strips: Region | None
+
+
+def stored_tensors(part: PartRecord) -> tuple[StoredTensor, ...]:
+    """The tensors of the source that `part` was made of, in the order of a pass."""
+    regions = {region.tensor: region for region in regions_of(part)}
+    decoded = {tensor.name: tensor for tensor in part.decoded}
+    tables = {name + STRIPS_SUFFIX for name in decoded}
+    return tuple(
+        StoredTensor(
+            decoded.get(tensor.name, tensor),
+            regions[tensor.name],
+            regions.get(tensor.name + STRIPS_SUFFIX) if tensor.name in decoded else None,
+        )
+        for tensor in part.tensors
+        if tensor.name not in tables
+    )
+
+
+class PartReader:
+    """Reads `tensors` of the part at `path` in their order; memory is some tens of megabytes."""
+
+    def __init__(self, path: Path, tensors: Sequence[StoredTensor], coders: Coders) -> None:
+        """Raises `DamagedTensor` where the offsets of a coded one's strips are not sound."""
+        self._tensors, self._coders = tensors, coders
+        self._groups: list[list[StripGroup]] = []
+        self._first: list[int] = []  # the run at which each tensor begins
+        runs: list[Run] = []
+        for stored in tensors:
+            groups = _groups(path, stored, stored.strips) if stored.strips is not None else []
+            places = [(group.start, group.nbytes) for group in groups] or [(0, stored.region.nbytes)]
+            self._first.append(len(runs))
+            self._groups.append(groups)
+            runs += [Run(path, stored.region.start + start, nbytes) for start, nbytes in places]
+        self._ahead = ReadAhead(runs)
+
+    def __enter__(self) -> PartReader:
+        self._ahead.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ahead.__exit__(kind, error, trace)
+
+    def bits(self, index: int) -> Iterator[memoryview | bytearray]:
+        """The bytes of the tensor at `index`, after those of the one before; a piece holds until the next is asked for.
+
+        Raises `DamagedTensor` where they can't be read or decoded.
+        """
+        name, groups, first = self._tensors[index].tensor.name, self._groups[index], self._first[index]
+        try:
+            if groups:
+                coded = self._coded(first, groups)
+                yield from self._coders.decoded(coded, self._tensors[index].tensor.shape[1])
+            else:
+                yield from self._ahead.pieces(first)
+        except OSError as error:
+            raise DamagedTensor(f"{name} cannot be read: {error.strerror}") from error
+        except EOFError as error:
+            raise DamagedTensor(f"{name}: {error}") from None
+        except ValueError as error:
+            raise DamagedTensor(f"{name} can't be decoded: {error}") from None
+
+    def _coded(self, first: int, groups: list[StripGroup]) -> Iterator[tuple[StripGroup, bytearray]]:
+        for run, group in enumerate(groups, first):
+            data = bytearray()
+            for piece in self._ahead.pieces(run):
+                data += piece
+            yield group, data
+
+
+def _groups(path: Path, stored: StoredTensor, strips: Region) -> list[StripGroup]:
+    rows, columns = stored.tensor.shape
+    name = stored.tensor.name + STRIPS_SUFFIX
+    try:
+        with open_regular(path) as file:
+            file.seek(strips.start)
+            data = file.read(strips.nbytes)
+        return strip_groups(read_strips(data, rows, columns, stored.region.nbytes), rows, columns)
+    except OSError as error:
+        raise DamagedTensor(f"{name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedTensor(f"{name}: {error}") from None

@@ -1,0 +1,59 @@
+"""Source shards that are not needed any more: deleted once every part made from them is proven to be on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import xxhash
+
+from runner.errors import BloomdeskError
+from runner.format.manifest import Manifest, PartRecord
+from toolkit.io import hasher as checksum
+from toolkit.io.disk import disk_errors
+
+
+class Release:
+    """Deletes shards of parts in `destination`; each part is read back once before the first deletion it allows."""
+
+    def __init__(self, destination: Path) -> None:
+        self._destination = destination
+        self._proven: set[str] = set()
+        self.bytes = 0
+
+    def trust(self, record: PartRecord) -> None:
+        """Take a part as proven that was read back from the disk when it was written."""
+        self._proven.add(record.file)
+
+    def delete(self, shard: Path, manifest: Manifest) -> None:
+        """Delete `shard`, which no part that is still to be made needs.
+
+        Raises `BloomdeskError`, and deletes nothing, where a part made from it does not read back as written.
+        """
+        for record in manifest.parts.values():
+            made_from_it = shard.name in {source.file for source in record.sources}
+            if made_from_it and record.file not in self._proven:
+                read_back(self._destination / record.file, record)
+                self._proven.add(record.file)
+        with disk_errors(shard):
+            self.bytes += shard.stat().st_size
+            shard.unlink()
+
+
+def read_back(path: Path, record: PartRecord) -> None:
+    """Read a part from the disk, and not from what the system still holds of it; `BloomdeskError` where it differs."""
+    whole = xxhash.xxh3_128()
+    try:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for piece in checksum.pieces(file, 0, record.size, checksum.new_buffers()):
+                whole.update(piece)
+            found = whole.hexdigest()
+    except (OSError, EOFError) as error:
+        found = f"unreadable ({error})"
+    if found != record.xxh3_128:
+        raise BloomdeskError(
+            f"{path} does not read back as it was written: its xxh3-128 is {found}, expected {record.xxh3_128}",
+            f"check the disk; its source is still there: delete {path.name} and run the same command again",
+        )
