@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runner.format.coded import LOSSLESS
-from runner.weights import chunks as pieces
+from runner.weights import chunks as chunks
 from scripts.fakehub import checkpoint as make_checkpoint
 from tests.support.lossless import make as make_source
 from tests.support.streaming import Shelf, arrangement, logits_of, make_shelf, opened
@@ -84,13 +84,13 @@ def shelf(tmp_path: Path) -> Shelf:
 
 @pytest.fixture(scope="session")
 def logits_in_ram(prepared) -> Callable[[Path], torch.Tensor]:
-    """Logits with everything resident and matrices in one piece each."""
+    """Logits with everything resident and matrices in one chunk each."""
     known: dict[Path, torch.Tensor] = {}
 
     def of(directory: Path) -> torch.Tensor:
         if directory not in known:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pieces, "LARGEST_PIECE", 2**40)
+                patch.setattr(chunks, "LARGEST_CHUNK", 2**40)
                 model = opened(directory)
             known[directory] = logits_of(model, *arrangement(model.weights, "resident"))
             assert known[directory].isfinite().all()
@@ -103,7 +103,7 @@ def logits_in_ram(prepared) -> Callable[[Path], torch.Tensor]:
 def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(source, lossless directory); copy it before changing it."""
     base = tmp_path_factory.mktemp("coded")
-    convert(make_source(base / "source"), base / "out", coding=LOSSLESS)
+    convert(make_source(base / "source"), base / "out", form=LOSSLESS)
     return base / "source", base / "out"
 
 

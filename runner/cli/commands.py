@@ -246,7 +246,7 @@ def plan(
     tokens: int,
     prompt_tokens: int,
     as_json: bool = False,
-    room_to_prepare: Callable[[Hyperparameters], int] | None = None,
+    space_to_prepare: Callable[[Hyperparameters], int] | None = None,
 ) -> int:
     """Print what to expect of a model on this machine; the exit status, 1 where the disk is too small for it."""
     from runner.cli import report as wording
@@ -255,8 +255,8 @@ def plan(
 
     found = plan.plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
     room = found.form.disk_bytes
-    if found.name and room_to_prepare:
-        room = room_to_prepare(found.model)
+    if found.name and space_to_prepare:
+        room = space_to_prepare(found.model)
     fits = found.name is None or found.free_bytes >= room
     if as_json:
         print(json.dumps({**found.as_json(), "bytes_to_prepare": room, "fits": fits}))

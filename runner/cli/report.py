@@ -111,7 +111,7 @@ def plan_lines(found: Plan, room: int, fits: bool) -> Iterator[str]:
         rows["lossless"] = (
             f"{_shown_seconds(other.forecast.seconds_per_token)} a token, {shown_size(other.disk_bytes)} of disk; "
             f"here the {found.advice} form is the faster one"
-            + (": prepare it with --lossless" if found.advice != form.coding else "")
+            + (": prepare it with --lossless" if found.advice != form.form else "")
         )
     yield from _rows(rows)
     columns = [

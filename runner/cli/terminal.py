@@ -15,7 +15,7 @@ class Terminal:
     """Writes text to `out`, and notes to `notes` where that is a terminal.
 
     A note stands behind the text on the same line and is gone before more text comes. Where it would not fit
-    there it is left out: a terminal that scrolls would otherwise keep pieces of it.
+    there it is left out: a terminal that scrolls would otherwise keep chunks of it.
     """
 
     def __init__(self, out: TextIO, notes: TextIO) -> None:

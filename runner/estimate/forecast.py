@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runner.estimate.rates import Rates
-from runner.format.coded import strip_count
+from runner.format.coded import row_group_count
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import part_specs
 from runner.format.manifest import Manifest
@@ -53,18 +53,18 @@ def weight_bytes(model: Hyperparameters) -> int:
 
 def disk_bytes(model: Hyperparameters, share: float = 1.0) -> int:
     """Bytes of all parts; a header takes up one page, and matrices `share` of what they are uncoded."""
-    specs, vectors = part_specs(model), weight_bytes(model) - sum(piece_bytes(model))
-    return len(specs) * DATA_ALIGNMENT + vectors + sum(piece_bytes(model, share))
+    specs, vectors = part_specs(model), weight_bytes(model) - sum(chunk_bytes(model))
+    return len(specs) * DATA_ALIGNMENT + vectors + sum(chunk_bytes(model, share))
 
 
-def piece_bytes(model: Hyperparameters, share: float = 1.0) -> list[int]:
-    """Bytes of the pieces of all matrices, in the order of a pass; of coded ones, as if every strip had the same."""
+def chunk_bytes(model: Hyperparameters, share: float = 1.0) -> list[int]:
+    """Bytes of the chunks of all matrices, in the order of a pass; coded row groups are taken to be of one size."""
     embedding, *others = part_specs(model)
     found = []
     for spec in (*others, embedding):
         for shape in spec.matrices.values():
             nbytes = round(share * tensor_nbytes(model.dtype, shape))
-            units = strip_count(shape[0]) if share < 1 else shape[0]
+            units = row_group_count(shape[0]) if share < 1 else shape[0]
             cuts = row_ranges(units, nbytes)
             found += [nbytes * last // units - nbytes * first // units for first, last in cuts]
     return found
@@ -86,7 +86,7 @@ def coded_share(manifest: Manifest) -> float:
 
 def process_bytes(model: Hyperparameters, in_use: int, tokenizer_json: int = BLOOMS_TOKENIZER) -> int:
     """What the process will hold before any matrix, where it holds `in_use` bytes without tokenizer and model."""
-    vectors = weight_bytes(model) - sum(piece_bytes(model))
+    vectors = weight_bytes(model) - sum(chunk_bytes(model))
     return in_use + vectors + TOKENIZER_MEMORY * tokenizer_json
 
 
@@ -109,12 +109,12 @@ def forecast(
     `share` is what is left of a matrix's bytes, below 1 where it is losslessly coded. Raises `BloomdeskError` where the
     RAM is too little.
     """
-    pieces = piece_bytes(model, share)
-    shared = shares(model, pieces, ram, process, prompt_tokens + new_tokens, prompt_tokens)
+    chunks = chunk_bytes(model, share)
+    shared = shares(model, chunks, ram, process, prompt_tokens + new_tokens, prompt_tokens)
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
     least = limit(weights, shared.streamed_bytes, rates, share)
     prompt = max(
-        limit(weights, sum(pieces), rates, share), multiplications(model, prompt_tokens) / rates.compute
+        limit(weights, sum(chunks), rates, share), multiplications(model, prompt_tokens) / rates.compute
     )
     return Forecast(shared, weights, share, least, least + between, prompt + between)
 

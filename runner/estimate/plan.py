@@ -38,10 +38,10 @@ OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
 
 @dataclass(frozen=True)
 class Form:
-    """A model's weights in one coding. `others` gives forecasts for other amounts of RAM, up to the first in which
+    """A model's weights in one form. `others` gives forecasts for other amounts of RAM, up to the first in which
     everything stays, and None for those that are too little."""
 
-    coding: str
+    form: str
     disk_bytes: int
     forecast: Forecast
     others: Mapping[int, Forecast | None]
@@ -71,9 +71,9 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        """The coding to choose: the lossless one unless its decoding takes longer than its reading saves."""
+        """The form to choose: the lossless one unless its decoding takes longer than its reading saves."""
         if self.lossless is None:
-            return self.form.coding
+            return self.form.form
         plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
         return LOSSLESS if lossless < plain else PLAIN
 
@@ -114,14 +114,14 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, dtype))
     chosen = ram or budget.default_total()
 
-    def form(coding: str, share: float) -> Form:
+    def form(form: str, share: float) -> Form:
         def expected(size: int) -> Forecast:
             return forecast(model, size, process, found, prompt_tokens, tokens, share)
 
-        return Form(coding, disk_bytes(model, share), expected(chosen), _others(expected))
+        return Form(form, disk_bytes(model, share), expected(chosen), _others(expected))
 
-    own = form(held.coding, coded_share(held)) if held else form(PLAIN, 1.0)
-    is_choice = own.coding == PLAIN and model.dtype == CODED_DTYPE
+    own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
+    is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
     lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
     return Plan(directory, name, model, free, found, prompt_tokens, tokens, own, lossless)
 
@@ -162,7 +162,7 @@ def _tokenizer_bytes(held: Manifest | None) -> int:
 
 def _form_as_json(form: Form) -> dict[str, Any]:
     return {
-        "coding": form.coding,
+        "coding": form.form,
         "disk_bytes": form.disk_bytes,
         "forecast": _flat(form.forecast),
         "others": [

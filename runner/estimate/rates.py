@@ -18,11 +18,11 @@ from statistics import median
 import torch
 
 from runner.errors import BloomdeskError
-from runner.format.coded import STRIP_ROWS
+from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.matmul import Kernel
 from runner.kernel.panel import CODES, GROUP, HEADER
 from runner.system import files, memory, platform
-from runner.weights.chunks import LARGEST_PIECE
+from runner.weights.chunks import LARGEST_CHUNK
 from runner.weights.stream import READERS
 
 COLUMNS = 4096
@@ -31,7 +31,7 @@ COMPUTE_ROWS = 64
 ROUNDS = 5
 DISK_SECONDS = 3.0
 DISK_BYTES = 2**30
-SMALLEST_SCRATCH = LARGEST_PIECE  # one of less says nothing about a disk
+SMALLEST_SCRATCH = LARGEST_CHUNK  # one of less says nothing about a disk
 _WRITING_SECONDS = 5.0  # a slow disk need not take all of it
 
 
@@ -53,8 +53,8 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
 
     It ends with the files, or after so many seconds or bytes. Raises `BloomdeskError` where one cannot be read.
     """
-    pieces: Iterator[tuple[Path, int]] = iter(
-        [(path, start) for path in paths for start in range(0, path.stat().st_size, LARGEST_PIECE)]
+    chunks: Iterator[tuple[Path, int]] = iter(
+        [(path, start) for path in paths for start in range(0, path.stat().st_size, LARGEST_CHUNK)]
     )
     lock, over = threading.Lock(), threading.Event()
     counts = [0] * READERS
@@ -64,16 +64,16 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
         buffer = memoryview(buffers[number])
         while time.perf_counter() < deadline and sum(counts) < nbytes and not over.is_set():
             with lock:
-                piece = next(pieces, None)
-            if piece is None:
+                chunk = next(chunks, None)
+            if chunk is None:
                 return
             try:
-                counts[number] += _read(*piece, buffer)
+                counts[number] += _read(*chunk, buffer)
             except OSError as error:
                 failures.append(error)
                 over.set()
 
-    buffers = [_touched(LARGEST_PIECE) for _ in counts]
+    buffers = [_touched(LARGEST_CHUNK) for _ in counts]
     for path in paths:
         with io.FileIO(path) as file:
             files.forget(file, 0, path.stat().st_size)
@@ -121,8 +121,8 @@ def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
 
 
 def _fill_with_noise(path: Path, nbytes: int, *, past_the_cache: bool) -> None:
-    buffer = memory.anonymous(LARGEST_PIECE)
-    buffer.write(os.urandom(LARGEST_PIECE))  # a disk that compresses gains nothing
+    buffer = memory.anonymous(LARGEST_CHUNK)
+    buffer.write(os.urandom(LARGEST_CHUNK))  # a disk that compresses gains nothing
     deadline = time.perf_counter() + _WRITING_SECONDS
     with files.open_for_writing(path, past_the_cache=past_the_cache) as file:
         while file.tell() < nbytes and time.perf_counter() < deadline:
@@ -138,21 +138,21 @@ def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, floa
     """
     buffer = memory.anonymous(MEMORY_BYTES)
     weight = torch.frombuffer(buffer, dtype=dtype).view(-1, COLUMNS).fill_(0.01)
-    few = weight[: LARGEST_PIECE // (COLUMNS * dtype.itemsize)]
+    few = weight[: LARGEST_CHUNK // (COLUMNS * dtype.itemsize)]
     one_row = _seconds(lambda x, out: kernel.accumulate(x, weight, out), 1, len(weight))
     many_rows = _seconds(lambda x, out: kernel.accumulate(x, few, out), COMPUTE_ROWS, len(few))
-    coded, strips, rows = _coded_noise(buffer)
-    decoded = _seconds(lambda x, out: kernel.accumulate_coded(x, coded, strips, out), 1, rows)
+    coded, row_groups, rows = _coded_noise(buffer)
+    decoded = _seconds(lambda x, out: kernel.accumulate_coded(x, coded, row_groups, out), 1, rows)
     decoded_bytes = rows * COLUMNS * torch.bfloat16.itemsize
     return weight.nbytes / one_row, COMPUTE_ROWS * few.numel() / many_rows, decoded_bytes / decoded
 
 
 def _coded_noise(buffer: mmap.mmap) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Coded bytes that fill `memory` as they may be in a real matrix, their strips, and how many rows they are.
+    """Coded bytes that fill `memory` as they may be in a real matrix, their row groups, and how many rows they are.
 
     In random codes each one in four is an escape, which normal weights come near.
     """
-    weights = STRIP_ROWS * COLUMNS
+    weights = ROW_GROUP_ROWS * COLUMNS
     counts = [weights // 4**level for level in (1, 2, 3)]
     header = torch.zeros(HEADER, dtype=torch.uint8)
     header[:12] = torch.tensor(counts, dtype=torch.int32).view(torch.uint8)
@@ -162,7 +162,7 @@ def _coded_noise(buffer: mmap.mmap) -> tuple[torch.Tensor, torch.Tensor, int]:
     coded = torch.frombuffer(buffer, dtype=torch.uint8, count=count * nbytes).view(count, nbytes)
     coded[:] = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
     coded[:, :HEADER] = header
-    return coded.flatten(), torch.arange(count + 1) * nbytes, count * STRIP_ROWS
+    return coded.flatten(), torch.arange(count + 1) * nbytes, count * ROW_GROUP_ROWS
 
 
 def _seconds(product: Callable[[torch.Tensor, torch.Tensor], None], rows: int, outputs: int) -> float:
@@ -200,7 +200,7 @@ def _fill(file: io.FileIO, start: int, buffer: memoryview) -> int:
 
 
 def _touched(nbytes: int) -> mmap.mmap:
-    """Memory whose pages are there already, as those of a slot are after its first use."""
+    """Memory whose pages are there already, as those of a buffer are after its first use."""
     buffer = memory.anonymous(nbytes)
     for start in range(0, nbytes, platform.PAGE):
         buffer[start] = 0

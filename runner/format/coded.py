@@ -12,42 +12,42 @@ from runner.format.safetensors import encode_header
 PLAIN, LOSSLESS = "plain", "lossless"
 # What is fixed of the coding; runner/kernel/decode.py knows the rest.
 CODED_DTYPE = "BF16"
-STRIP_ROWS = 12
+ROW_GROUP_ROWS = 12
 PANEL_COLUMNS = 4096
 CODING_KEY = "bloomdesk.lossless"  # in a part's __metadata__
 CODING_VERSION = 1
-STRIPS_SUFFIX = ".strips"
+ROW_GROUPS_SUFFIX = ".strips"
 CODED_ALIGNMENT = 16
 LARGEST_CODED = 10**14  # no matrix comes near; its digits are the room that a header keeps for a size
 Shape = tuple[int, ...]
 Described = tuple[str, str, Shape]  # a tensor's name, dtype and shape
 
 
-def strip_count(rows: int) -> int:
-    """Strips of a coded matrix: `STRIP_ROWS` rows each, the last one what is left."""
-    return -(-rows // STRIP_ROWS)
+def row_group_count(rows: int) -> int:
+    """Strips of a coded matrix: `ROW_GROUP_ROWS` rows each, the last one what is left."""
+    return -(-rows // ROW_GROUP_ROWS)
 
 
-def largest_strip(columns: int) -> int:
-    """Bytes that no coded strip exceeds: twice those of its rows, and a page for each panel."""
-    return 2 * STRIP_ROWS * columns * 2 + 4096 * -(-columns // PANEL_COLUMNS)
+def largest_row_group(columns: int) -> int:
+    """Bytes that no coded row group exceeds: twice those of its rows, and a page for each panel."""
+    return 2 * ROW_GROUP_ROWS * columns * 2 + 4096 * -(-columns // PANEL_COLUMNS)
 
 
-def read_strips(data: bytes | bytearray | memoryview, rows: int, columns: int, nbytes: int) -> array[int]:
-    """The offsets of the strips of a coded matrix [rows, columns] of `nbytes` bytes, from the bytes of NAME.strips.
+def read_row_groups(data: bytes | bytearray | memoryview, rows: int, columns: int, nbytes: int) -> array[int]:
+    """The offsets of the row groups of a coded matrix [rows, columns] of `nbytes` bytes, from the bytes of NAME.strips.
 
-    Raises `ValueError` where they are not those of strips that lie one after another, each of a size that it can have.
+    Raises `ValueError` unless they are those of row groups that lie one after another, each of a possible size.
     """
     offsets = array("q")
     offsets.frombytes(data)
     if sys.byteorder == "big":
         offsets.byteswap()
-    if len(offsets) != strip_count(rows) + 1 or offsets[0] != 0 or offsets[-1] != nbytes:
-        raise ValueError("its strips do not begin and end where the coded bytes do")
-    largest = largest_strip(columns)
+    if len(offsets) != row_group_count(rows) + 1 or offsets[0] != 0 or offsets[-1] != nbytes:
+        raise ValueError("its row groups do not begin and end where the coded bytes do")
+    largest = largest_row_group(columns)
     for index in range(len(offsets) - 1):
         if not 0 < offsets[index + 1] - offsets[index] <= largest:
-            raise ValueError(f"strip {index:,} cannot have {offsets[index + 1] - offsets[index]:,} bytes")
+            raise ValueError(f"row group {index:,} cannot have {offsets[index + 1] - offsets[index]:,} bytes")
     return offsets
 
 
@@ -59,7 +59,7 @@ def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) 
     if not decoded:
         return encode_header(stored)
     tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, dtype, shape in decoded}
-    coding = {"version": CODING_VERSION, "tensors": tensors}
-    metadata = {CODING_KEY: json.dumps(coding, separators=(",", ":"))}
+    form = {"version": CODING_VERSION, "tensors": tensors}
+    metadata = {CODING_KEY: json.dumps(form, separators=(",", ":"))}
     largest = [(name, dtype, (LARGEST_CODED,) if name in tensors else shape) for name, dtype, shape in stored]
     return encode_header(stored, metadata, room=len(encode_header(largest, metadata)))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runner.format.coded import CODED_DTYPE, LOSSLESS, STRIPS_SUFFIX, Described, Shape, strip_count
+from runner.format.coded import CODED_DTYPE, LOSSLESS, ROW_GROUPS_SUFFIX, Described, Shape, row_group_count
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.safetensors import tensor_nbytes
 
@@ -39,15 +39,15 @@ class PartSpec:
         found: list[Described] = []
         for name, shape in self.tensors.items():
             if name in coded:
-                found.append((name + STRIPS_SUFFIX, "I64", (strip_count(shape[0]) + 1,)))
+                found.append((name + ROW_GROUPS_SUFFIX, "I64", (row_group_count(shape[0]) + 1,)))
                 found.append((name, "U8", (coded[name],)))
             else:
                 found.append((name, dtype, shape))
         return tuple(found)
 
-    def decoded(self, coding: str) -> tuple[Described, ...]:
+    def decoded(self, form: str) -> tuple[Described, ...]:
         """What its coded tensors decode to; nothing in a plain directory."""
-        coded = self.matrices if coding == LOSSLESS else {}
+        coded = self.matrices if form == LOSSLESS else {}
         return tuple((name, CODED_DTYPE, shape) for name, shape in coded.items())
 
 

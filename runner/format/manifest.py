@@ -9,8 +9,8 @@
       config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json   as the source has them
 
 Tensors lie in each part in the order in which a pass uses them. The manifest is rewritten after each part, so
-"complete" is derived from it. In a lossless directory each matrix NAME is coded, strip by strip, and stands as two
-tensors: NAME.strips says where each strip begins in NAME. docs/format.md is the long form.
+"complete" is derived from it. In a lossless directory each matrix NAME is coded, row group by row group, and stored
+as two tensors: NAME.strips says where each row group begins in NAME. docs/format.md is the long form.
 """
 
 from __future__ import annotations
@@ -118,17 +118,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json: what the directory holds so far, by file name; `coding` is that of all parts."""
+    """manifest.json: what the directory holds so far, by file name; `form` is that of all parts."""
 
     model: Hyperparameters
     source: Source
     parts: Mapping[str, PartRecord] = field(default_factory=dict)
     companions: Mapping[str, CompanionRecord] = field(default_factory=dict)
-    coding: str = PLAIN
+    form: str = PLAIN
 
     @property
     def format_version(self) -> int:
-        return FORMAT_VERSIONS[self.coding]
+        return FORMAT_VERSIONS[self.form]
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -156,7 +156,7 @@ class Manifest:
         body = {
             "format": FORMAT,
             "format_version": self.format_version,
-            **({} if self.coding == PLAIN else {"coding": self.coding}),
+            **({} if self.form == PLAIN else {"coding": self.form}),
             "source": asdict(self.source),
             "model": asdict(self.model),
             "parts": [self._part_body(record) for record in self.parts.values()],
@@ -166,7 +166,7 @@ class Manifest:
 
     def _part_body(self, record: PartRecord) -> dict[str, Any]:
         body = asdict(record)
-        if self.coding == PLAIN:
+        if self.form == PLAIN:
             del body["decoded"]
         return body
 
@@ -237,17 +237,17 @@ def _unsound(where: Path, why: str) -> BloomdeskError:
 
 def _decode(body: dict[str, Any]) -> Manifest:
     model = Hyperparameters(**body["model"])
-    coding = body["coding"] if body["format_version"] != FORMAT_VERSIONS[PLAIN] else PLAIN
-    if FORMAT_VERSIONS.get(coding) != body["format_version"]:
-        raise ValueError(f"its coding is {quoted(coding)}")
-    if coding == LOSSLESS and model.dtype != CODED_DTYPE:
-        raise ValueError(f"its coding is lossless, and its dtype is {model.dtype}")
+    form = body["coding"] if body["format_version"] != FORMAT_VERSIONS[PLAIN] else PLAIN
+    if FORMAT_VERSIONS.get(form) != body["format_version"]:
+        raise ValueError(f"its form is {quoted(form)}")
+    if form == LOSSLESS and model.dtype != CODED_DTYPE:
+        raise ValueError(f"its form is lossless, and its dtype is {model.dtype}")
     source = Source(**body["source"])
     for text in (source.repo, source.commit):
         if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) < 200):
             raise ValueError("it does not say where it came from")
     specs = {spec.file: spec for spec in part_specs(model)}
-    parts = [_decode_part(entry, specs, model.dtype, coding) for entry in body["parts"]]
+    parts = [_decode_part(entry, specs, model.dtype, form) for entry in body["parts"]]
     companions = [CompanionRecord(**entry) for entry in body["companions"]]
     for record in (*parts, *companions):
         _check_record(record)
@@ -262,23 +262,23 @@ def _decode(body: dict[str, Any]) -> Manifest:
         source,
         {record.file: record for record in parts},
         {record.file: record for record in companions},
-        coding,
+        form,
     )
 
 
-def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str, coding: str) -> PartRecord:
+def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str, form: str) -> PartRecord:
     spec = specs[entry["file"]]
-    known = {item.name for item in fields(PartRecord)} - ({"decoded"} if coding == PLAIN else set())
+    known = {item.name for item in fields(PartRecord)} - ({"decoded"} if form == PLAIN else set())
     if set(entry) != known:
         raise ValueError(f"{spec.file} is recorded with unknown fields")
     tensors = _decode_tensors(entry["tensors"])
-    decoded = _decode_tensors(entry["decoded"]) if coding != PLAIN else ()
-    names = {name for name, _, _ in spec.decoded(coding)}
+    decoded = _decode_tensors(entry["decoded"]) if form != PLAIN else ()
+    names = {name for name, _, _ in spec.decoded(form)}
     coded = {tensor.name: tensor.shape[0] for tensor in tensors if tensor.name in names and tensor.shape}
     described = tuple(tensor.described for tensor in tensors)
     if set(coded) != names or described != spec.stored(dtype, coded):
         raise ValueError(f"{spec.file} does not list the tensors that the model needs")
-    if tuple(tensor.described for tensor in decoded) != spec.decoded(coding):
+    if tuple(tensor.described for tensor in decoded) != spec.decoded(form):
         raise ValueError(f"{spec.file} does not list what its tensors decode to")
     if not all(0 < size <= LARGEST_CODED and size % CODED_ALIGNMENT == 0 for size in coded.values()):
         raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")

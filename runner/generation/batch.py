@@ -18,7 +18,7 @@ from runner.generation.speculation.cost import Pace
 from runner.generation.speculation.draft_model import Draft
 from runner.generation.speculation.policy import MOST_PROPOSED
 from runner.generation.speculation.proposer import Proposals, Trial
-from runner.model.kv_cache import Stretch
+from runner.model.kv_cache import Segment
 
 if TYPE_CHECKING:
     from runner.generation.model import Model, OnPart
@@ -117,22 +117,22 @@ class Batch:
         for each in self._active:  # an interruption may have come right after a pass
             each.cache.rewind(min(each.cache.length, each.settled))
         ready = [each for each in self._active if each.ids]
-        stretches = self._prompt_stretches(len(ready))
-        other_rows = sum(len(stretch.ids) for stretch in stretches.values())
+        segments = self._prompt_segments(len(ready))
+        other_rows = sum(len(segment.ids) for segment in segments.values())
         room = min(self.capacity.rows - len(ready) - other_rows, self.capacity.logit_rows - len(self._active))
         trials = self._proposals.make(ready, other_rows, max(0, room))
-        stretches |= {each: each.stretch(trial.tokens) for each, trial in trials.items()}
-        logits, nbytes = self._pass(stretches)
+        segments |= {each: each.segment(trial.tokens) for each, trial in trials.items()}
+        logits, nbytes = self._pass(segments)
         accepted = {
             each: self._take(each, rows, trials.get(each, Trial()))
-            for each, rows in zip(stretches, logits, strict=True)
+            for each, rows in zip(segments, logits, strict=True)
         }
         self._proposals.learn([(trial, accepted[each]) for each, trial in trials.items()], other_rows)
         seconds = time.perf_counter() - began
-        for each in stretches:
+        for each in segments:
             each.passes += 1
-            each.seconds += seconds / len(stretches)
-            each.bytes_read += nbytes // len(stretches)
+            each.seconds += seconds / len(segments)
+            each.bytes_read += nbytes // len(segments)
         if self._proposals.retire_draft(len(ready), self.model.weights.stream.streamed_bytes):
             self.capacity = self._planner.without_draft(self.capacity)
             self._arrange()
@@ -140,7 +140,7 @@ class Batch:
 
     def _arrange(self) -> None:
         shares = self.capacity.shares
-        self.model.weights.stream.arrange(shares.resident, shares.slots)
+        self.model.weights.stream.arrange(shares.resident, shares.buffers)
 
     def _admit(self) -> None:
         """Let those in for whom there is room, in their order."""
@@ -159,28 +159,28 @@ class Batch:
             self._proposals.leave(each)
         return finished
 
-    def _prompt_stretches(self, ready: int) -> dict[Continuation, Stretch]:
+    def _prompt_segments(self, ready: int) -> dict[Continuation, Segment]:
         """The next rows of prompts that are not through, as far as a pass has room beside `ready` rows of others."""
         room = self.capacity.rows - ready
-        stretches = {}
+        segments = {}
         for each in self._active:
             if not each.ids and room:
-                stretches[each] = each.prompt_stretch(room)
-                room -= len(stretches[each].ids)
-        return stretches
+                segments[each] = each.prompt_segment(room)
+                room -= len(segments[each].ids)
+        return segments
 
-    def _pass(self, stretches: Mapping[Continuation, Stretch]) -> tuple[list[torch.Tensor], int]:
+    def _pass(self, segments: Mapping[Continuation, Segment]) -> tuple[list[torch.Tensor], int]:
         """Logits for each, and the bytes that the pass took from the files."""
         stream = self.model.weights.stream
         traffic = stream.traffic
         read, loaded, waited = traffic.bytes_read, traffic.bytes_loaded, traffic.waiting_seconds
         fetched, reading = traffic.bytes_fetched, traffic.reading_seconds
         began = time.perf_counter()
-        logits = self.model.forward_all(list(stretches.values()), self._on_part)
+        logits = self.model.forward_all(list(segments.values()), self._on_part)
         computing = time.perf_counter() - began - (traffic.waiting_seconds - waited)
         fetched, reading = traffic.bytes_fetched - fetched, traffic.reading_seconds - reading
         disk_seconds = stream.streamed_bytes * reading / fetched if fetched else self._pace.disk_seconds
-        rows = sum(len(stretch.ids) for stretch in stretches.values())
+        rows = sum(len(segment.ids) for segment in segments.values())
         # What comes into RAM to stay makes a pass slower than all later ones.
         is_rough = traffic.bytes_loaded > loaded
         self._pace.learn(rows, max(0.0, computing), disk_seconds, is_rough=is_rough)

@@ -12,7 +12,7 @@ from runner.generation.memory_plan import Budget
 from runner.generation.sequence import Request
 from runner.generation.speculation.cost import SLOPE
 from runner.model.kv_cache import KVCache
-from runner.weights.stream import slot_bytes
+from runner.weights.stream import buffer_bytes
 
 if TYPE_CHECKING:
     from runner.generation.model import Model
@@ -52,7 +52,7 @@ class Planner:
     ) -> None:
         self._model = model
         self._shape, self._dtype = model.weights.model, model.weights.dtype
-        self._pieces = [piece.nbytes for piece in model.weights.stream.pieces]
+        self._chunks = [chunk.nbytes for chunk in model.weights.stream.chunks]
         self._prompts = sorted((len(request.prompt_ids) for request in requests), reverse=True)
         self._capacities = sorted((request.capacity for request in requests), reverse=True)
         self._proposals = proposals
@@ -91,7 +91,7 @@ class Planner:
 
     def _worth(self, found: Capacity) -> float:
         """Tokens for each byte of weights that is computed with; one read from the disk counts for several."""
-        computed = sum(self._pieces) * (1 + SLOPE * (found.batch - 1))
+        computed = sum(self._chunks) * (1 + SLOPE * (found.batch - 1))
         return found.batch / max(computed, MEMORY_TO_DISK * found.shares.streamed_bytes)
 
     def _fitting(self, batch: int) -> Capacity:
@@ -139,8 +139,8 @@ class Planner:
             self._model.process_nbytes,
             cache,
             self._activations(rows, logit_rows),
-            self._pieces,
-            max(map(slot_bytes, self._pieces)),
+            self._chunks,
+            max(map(buffer_bytes, self._chunks)),
             self._draft_bytes(batch, self._capacities[0]) if self._draft_bytes else 0,
             keep,
         )

@@ -12,7 +12,7 @@ from runner.system import memory
 
 # Of what the machine has to spare, so that it stays a machine to work on.
 DEFAULT_SHARE = 0.9
-FEWEST_SLOTS, MOST_SLOTS = 3, 16
+FEWEST_BUFFERS, MOST_BUFFERS = 3, 16
 # What the process takes beside what is counted: compiled code, threads, page tables, the text so far.
 MARGIN = 48 * 2**20
 # Bytes for each element: float32 sums, their rounded form, and what an activation function makes of them on its way.
@@ -66,22 +66,22 @@ def activation_bytes(
 
 @dataclass(frozen=True)
 class Budget:
-    """Where `total` bytes go. `resident` holds the indices of the pieces that stay."""
+    """Where `total` bytes go. `resident` holds the indices of the chunks that stay."""
 
     total: int
     process: int
     cache: int
     activations: int
     draft: int  # a draft model with all that is its own
-    slots: int
-    slot_nbytes: int
+    buffers: int
+    buffer_nbytes: int
     resident: frozenset[int]
     resident_bytes: int
     streamed_bytes: int  # in each pass
 
     @property
     def read_ahead(self) -> int:
-        return self.slots * self.slot_nbytes
+        return self.buffers * self.buffer_nbytes
 
     @property
     def unused(self) -> int:
@@ -100,23 +100,23 @@ def share_out(
     process: int,
     cache: int,
     activations: int,
-    pieces: Sequence[int],
-    slot_nbytes: int,
+    chunks: Sequence[int],
+    buffer_nbytes: int,
     draft: int = 0,
     keep: frozenset[int] = frozenset(),
 ) -> Budget:
-    """Share `total` bytes out, for pieces of these sizes in the order of a pass.
+    """Share `total` bytes out, for chunks of these sizes in the order of a pass.
 
-    What stays resident is spread evenly over the pass, so that the disk is never idle while resident pieces are
-    computed; the pieces `keep`, which are in RAM already, go on staying where they fit. Raises `BloomdeskError` where
+    What stays resident is spread evenly over the pass, so that the disk is never idle while resident chunks are
+    computed; the chunks `keep`, which are in RAM already, go on staying where they fit. Raises `BloomdeskError` where
     not even streaming everything fits.
     """
-    weights = sum(pieces)
+    weights = sum(chunks)
     spare = total - process - cache - activations - draft - MARGIN
     if spare >= weights:
-        everything = frozenset(range(len(pieces)))
+        everything = frozenset(range(len(chunks)))
         return Budget(total, process, cache, activations, draft, 0, 0, everything, weights, 0)
-    ahead = min(FEWEST_SLOTS * slot_nbytes, weights)
+    ahead = min(FEWEST_BUFFERS * buffer_nbytes, weights)
     needed = total - spare + ahead
     if needed > total:
         drafting, without = "", ""
@@ -129,16 +129,16 @@ def share_out(
             f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
             f"tokens{without}",
         )
-    slots = min(MOST_SLOTS, max(FEWEST_SLOTS, spare // 8 // slot_nbytes))
-    resident = spread(pieces, spare - slots * slot_nbytes, keep)
-    kept = sum(pieces[index] for index in resident)
+    buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, spare // 8 // buffer_nbytes))
+    resident = spread(chunks, spare - buffers * buffer_nbytes, keep)
+    kept = sum(chunks[index] for index in resident)
     return Budget(
-        total, process, cache, activations, draft, slots, slot_nbytes, resident, kept, weights - kept
+        total, process, cache, activations, draft, buffers, buffer_nbytes, resident, kept, weights - kept
     )
 
 
 def spread(sizes: Sequence[int], room: int, keep: frozenset[int] = frozenset()) -> frozenset[int]:
-    """Indices of pieces that together fit into `room`, as evenly spread as their sizes allow.
+    """Indices of chunks that together fit into `room`, as evenly spread as their sizes allow.
 
     Those of `keep` are among them if all of these fit, and the others are spread beside them.
     """

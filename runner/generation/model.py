@@ -17,28 +17,28 @@ from runner.generation.decode import Generation
 from runner.generation.memory_plan import Budget
 from runner.generation.sequence import Continuation, Request
 from runner.model import bloom
-from runner.model.kv_cache import KVCache, Stretch, whole_lanes
+from runner.model.kv_cache import KVCache, Segment, whole_lanes
 from runner.model.tokenizer import Tokenizer
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES, Weights
-from runner.weights.stream import slot_bytes
+from runner.weights.stream import buffer_bytes
 
 # Called after each part of a pass with the parts done and the parts in all.
 OnPart = Callable[[int, int], None]
 
 
 def shares(
-    model: Hyperparameters, pieces: Sequence[int], ram: int, process_nbytes: int, capacity: int, rows: int
+    model: Hyperparameters, chunks: Sequence[int], ram: int, process_nbytes: int, capacity: int, rows: int
 ) -> Budget:
-    """How `ram` bytes are shared out for a model whose matrices are in pieces of these sizes; see `Model.budget`."""
+    """How `ram` bytes are shared out for a model whose matrices are in chunks of these sizes; see `Model.budget`."""
     dtype = TORCH_DTYPES[model.dtype]
     return budget.share_out(
         ram,
         process_nbytes,
         KVCache.nbytes(model, capacity, dtype),
         budget.activation_bytes(model, rows, capacity, dtype.itemsize),
-        pieces,
-        max(map(slot_bytes, pieces)),
+        chunks,
+        max(map(buffer_bytes, chunks)),
     )
 
 
@@ -67,8 +67,8 @@ class Model:
 
         Raises `BloomdeskError` where it is too little for that.
         """
-        pieces = [piece.nbytes for piece in self.weights.stream.pieces]
-        return shares(self.weights.model, pieces, self.ram, self.process_nbytes, capacity, rows)
+        chunks = [chunk.nbytes for chunk in self.weights.stream.chunks]
+        return shares(self.weights.model, chunks, self.ram, self.process_nbytes, capacity, rows)
 
     def cache(self, capacity: int, rows: int | None = None) -> KVCache:
         """An empty KV cache for `capacity` positions, with the RAM shared out for it.
@@ -76,7 +76,7 @@ class Model:
         A pass may have up to `rows` rows; without it, as many as the cache has positions.
         """
         shared = self.budget(capacity, capacity if rows is None else rows)
-        self.weights.stream.arrange(shared.resident, shared.slots)
+        self.weights.stream.arrange(shared.resident, shared.buffers)
         return self.new_cache(capacity)
 
     def new_cache(self, capacity: int) -> KVCache:
@@ -87,50 +87,50 @@ class Model:
         self, ids: Sequence[int], cache: KVCache, *, all_rows: bool = False, on_part: OnPart | None = None
     ) -> torch.Tensor:
         """One pass over one sequence, see `forward_all`: logits [1, V] of the last row, or [T, V] with `all_rows`."""
-        return self.forward_all([Stretch(ids, cache, len(ids) if all_rows else 1)], on_part)[0]
+        return self.forward_all([Segment(ids, cache, len(ids) if all_rows else 1)], on_part)[0]
 
     @torch.inference_mode()
-    def forward_all(self, stretches: Sequence[Stretch], on_part: OnPart | None = None) -> list[torch.Tensor]:
-        """One pass: append each stretch's ids to its cache and return its logits [n, V], in the model's dtype.
+    def forward_all(self, segments: Sequence[Segment], on_part: OnPart | None = None) -> list[torch.Tensor]:
+        """One pass: append each segment's ids to its cache and return its logits [n, V], in the model's dtype.
 
         They have the bits that the sequence's own pass would give. A pass that an exception ended has changed no
         cache. Raises ValueError where a cache has no room, and `BloomdeskError` where a part cannot be read or was
         changed since it was opened.
         """
-        for stretch in stretches:
-            if stretch.length > stretch.cache.capacity:
-                raise ValueError(f"{stretch.length} positions do not fit a cache of {stretch.cache.capacity}")
+        for segment in segments:
+            if segment.length > segment.cache.capacity:
+                raise ValueError(f"{segment.length} positions do not fit a cache of {segment.cache.capacity}")
         try:
             with _one_thread():
-                logits = self._forward(stretches, on_part)
+                logits = self._forward(segments, on_part)
         except BaseException:
-            for stretch in stretches:
-                stretch.cache.clear(stretch.cache.length, stretch.length)
+            for segment in segments:
+                segment.cache.clear(segment.cache.length, segment.length)
             raise
-        for stretch in stretches:
-            stretch.cache.length = stretch.length
+        for segment in segments:
+            segment.cache.length = segment.length
         return logits
 
-    def _forward(self, stretches: Sequence[Stretch], on_part: OnPart | None) -> list[torch.Tensor]:
+    def _forward(self, segments: Sequence[Segment], on_part: OnPart | None) -> list[torch.Tensor]:
         model, weights = self.weights.model, self.weights
-        longest = max(stretch.length for stretch in stretches)
+        longest = max(segment.length for segment in segments)
         alibi = bloom.alibi_bias(model.n_head, whole_lanes(longest), weights.dtype)
         views, first = [], 0
-        for stretch in stretches:
-            count, start = len(stretch.ids), stretch.cache.length
+        for segment in segments:
+            count, start = len(segment.ids), segment.cache.length
             views.append(bloom.View.of(first, count, start, model.n_head, weights.dtype))
             first += count
-        x = bloom.embed([i for stretch in stretches for i in stretch.ids], weights.embedding, model)
-        blocks = zip(weights.blocks, *(stretch.cache.blocks for stretch in stretches), strict=True)
+        x = bloom.embed([i for segment in segments for i in segment.ids], weights.embedding, model)
+        blocks = zip(weights.blocks, *(segment.cache.blocks for segment in segments), strict=True)
         for index, (block, *caches) in enumerate(blocks):
             x = bloom.block_forward(x, block, caches, views, alibi, model)
             if on_part:
                 on_part(index + 1, model.n_layer + 1)
-        counts = [stretch.logits for stretch in stretches]
+        counts = [segment.logits for segment in segments]
         kept = torch.cat(
             [x[view.last - count : view.last] for view, count in zip(views, counts, strict=True)]
         )
-        if not len(kept):  # nothing but pieces of prompts; the head is not even read
+        if not len(kept):  # nothing but chunks of prompts; the head is not even read
             return list(kept.new_empty(0, model.vocab_size).split(counts))
         logits = bloom.head(kept, weights.final_layernorm, weights.embedding, model.layer_norm_epsilon)
         if on_part:

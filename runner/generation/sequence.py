@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from runner.generation.speculation.ngram import Lookup
-from runner.model.kv_cache import KVCache, Stretch
+from runner.model.kv_cache import KVCache, Segment
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Continuation:
         """Positions of the cache that the next token leaves as they are, once the prompt is through."""
         return len(self.prompt_ids) + len(self.ids) - 1
 
-    def prompt_stretch(self, most: int) -> Stretch:
+    def prompt_segment(self, most: int) -> Segment:
         """The next rows of the prompt, up to `most`."""
         done = self.cache.length
         ids = self.prompt_ids[done : done + most]
-        return Stretch(ids, self.cache, 1 if done + len(ids) == len(self.prompt_ids) else 0)
+        return Segment(ids, self.cache, 1 if done + len(ids) == len(self.prompt_ids) else 0)
 
-    def stretch(self, proposed: Sequence[int]) -> Stretch:
+    def segment(self, proposed: Sequence[int]) -> Segment:
         """The last token's row, and one for each that is proposed to follow."""
-        return Stretch([self.ids[-1], *proposed], self.cache, 1 + len(proposed))
+        return Segment([self.ids[-1], *proposed], self.cache, 1 + len(proposed))
 
     def take(self, likeliest: Sequence[int], proposed: Sequence[int], eos: int | None) -> int:
         """Add what a pass gave: the likeliest token after each row, of which the first is certain; how many it took.

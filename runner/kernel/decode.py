@@ -1,7 +1,7 @@
-"""The lossless form of a bfloat16 matrix: strips of 12 rows, each a chain of panels of up to 4,096 columns.
+"""The lossless form of a bfloat16 matrix: row groups of 12 rows, each a chain of panels of up to 4,096 columns.
 
-A strip is found by its offset, so any rows can be decoded alone. What is inside a panel is in panel.py; a pass decodes
-panels where it multiplies, in product.py.
+A row group is found by its offset, so any rows can be decoded alone. panel.py knows what is inside a panel; a pass
+decodes panels where it multiplies, in product.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from runner.format.coded import PANEL_COLUMNS, STRIP_ROWS, strip_count
+from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
 
 if TYPE_CHECKING:
     from llvmlite import ir
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 ELEMENT = 2  # bytes of a weight
 
 
-def decode_strips(coded: object, offsets: Sequence[int], rows: int, columns: int, out: object) -> None:
-    """The bfloat16 bits of `rows` rows of `columns` weights, from the strips in the buffer `coded`, into `out`.
+def decode_row_groups(coded: object, offsets: Sequence[int], rows: int, columns: int, out: object) -> None:
+    """The bfloat16 bits of `rows` rows of `columns` weights, from the row groups in the buffer `coded`, into `out`.
 
-    `offsets` are where each strip begins in `coded`, and their end. Raises ValueError where these or `out` do not fit,
+    `offsets` are where each row group begins in `coded`, and their end. Raises ValueError if these or `out` do not fit,
     or the coded bytes are damaged. The interpreter's lock is free meanwhile.
     """
     source, target = as_array(coded), as_array(out)
     whole = list(offsets)
-    fits = len(target) == rows * columns * ELEMENT and len(whole) == strip_count(rows) + 1
+    fits = len(target) == rows * columns * ELEMENT and len(whole) == row_group_count(rows) + 1
     if not fits or whole != sorted(whole) or whole[0] < 0 or whole[-1] > len(source):
         raise ValueError(f"{len(source):,} coded bytes do not hold {rows:,} rows of {columns:,}")
     decode, scratch_bytes = compile_decoder()
@@ -61,7 +61,7 @@ def compile_decoder() -> tuple[ctypes._CFuncPtr, int]:
         engine.get_function_address("decode_rows")
     )
     decode.engine = engine  # the code lives as long as it does
-    return decode, scratch_bytes(STRIP_ROWS * PANEL_COLUMNS)
+    return decode, scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS)
 
 
 def _emit_rows(module: ir.Module) -> None:
@@ -76,13 +76,14 @@ def _emit_rows(module: ir.Module) -> None:
     coded, offsets, rows, columns, out, scratch = function.args
     b = ir.IRBuilder(function.append_basic_block())
     panel = b.alloca(BYTES)
-    with loop(b, index(0), rows, STRIP_ROWS) as first:
-        strip = b.udiv(first, index(STRIP_ROWS))
+    with loop(b, index(0), rows, ROW_GROUP_ROWS) as first:
+        row_group = b.udiv(first, index(ROW_GROUP_ROWS))
         begin, end = (
-            b.gep(coded, [b.load(b.gep(offsets, [place]))]) for place in (strip, b.add(strip, index(1)))
+            b.gep(coded, [b.load(b.gep(offsets, [place]))])
+            for place in (row_group, b.add(row_group, index(1)))
         )
         b.store(begin, panel)
-        count = smaller(b, index(STRIP_ROWS), b.sub(rows, first))
+        count = smaller(b, index(ROW_GROUP_ROWS), b.sub(rows, first))
         with loop(b, index(0), columns, PANEL_COLUMNS) as k:
             width = smaller(b, index(PANEL_COLUMNS), b.sub(columns, k))
             taken = b.call(panel_of, [b.load(panel), end, b.mul(count, width), scratch])
@@ -94,6 +95,6 @@ def _emit_rows(module: ir.Module) -> None:
                 place = b.add(b.mul(b.add(first, row), columns), k)
                 target = b.gep(out, [b.mul(place, index(ELEMENT))])
                 emit_copy(b, target, b.gep(scratch, [b.mul(row, nbytes)]), nbytes)
-        with b.if_then(b.icmp_unsigned("!=", b.load(panel), end), likely=False):  # a strip is its panels
+        with b.if_then(b.icmp_unsigned("!=", b.load(panel), end), likely=False):  # a row group is its panels
             b.ret(index(1))
     b.ret(index(0))

@@ -7,7 +7,7 @@ from functools import cache
 
 from llvmlite import ir
 
-from runner.format.coded import PANEL_COLUMNS, STRIP_ROWS, strip_count
+from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
 from runner.kernel.decode import ELEMENT, as_array
 from runner.kernel.emit import (
     BYTE,
@@ -28,13 +28,15 @@ from runner.kernel.emit import (
 from runner.kernel.panel import CODES, ESCAPE, GROUP, HEADER, STORED, TABLES, emit_copy
 
 _SHORT, _NO = ir.IntType(16), ir.Constant(ir.IntType(1), 0)
-_MOST = STRIP_ROWS * PANEL_COLUMNS + GROUP  # weights of a panel, filled up; the unit of the scratch memory:
+_MOST = (
+    ROW_GROUP_ROWS * PANEL_COLUMNS + GROUP
+)  # weights of a panel, filled up; the unit of the scratch memory:
 _EXPONENTS, _OTHERS, _CODES, _ESCAPES, _CODED, _TABLES = 0, 1, 2, (3, 4), 5, 9
 _KINDS, _COUNTERS = 256, 4  # of exponents, and counters of each
 
 
-def encode_strips(rows: object, columns: int) -> tuple[bytes, list[int]]:
-    """The coded form of whole rows of bfloat16 bits in the buffer `rows`, and the bytes of each strip.
+def encode_row_groups(rows: object, columns: int) -> tuple[bytes, list[int]]:
+    """The coded form of whole rows of bfloat16 bits in the buffer `rows`, and the bytes of each row group.
 
     All calls for a matrix but the last give a multiple of 12 rows. The same rows always give the same bytes. Raises
     ValueError where the buffer holds no whole rows. The interpreter's lock is free meanwhile.
@@ -43,10 +45,10 @@ def encode_strips(rows: object, columns: int) -> tuple[bytes, list[int]]:
     count, rest = divmod(len(source), columns * ELEMENT)
     if rest or not count:
         raise ValueError(f"{len(source):,} bytes are no rows of {columns:,} weights")
-    strips, panels = strip_count(count), -(-columns // PANEL_COLUMNS)
+    row_groups, panels = row_group_count(count), -(-columns // PANEL_COLUMNS)
     # A panel that would not become smaller is stored, with a header and filled up.
-    out = (ctypes.c_ubyte * (len(source) + strips * panels * (HEADER + CODES)))()
-    lengths = (ctypes.c_int64 * strips)()
+    out = (ctypes.c_ubyte * (len(source) + row_groups * panels * (HEADER + CODES)))()
+    lengths = (ctypes.c_int64 * row_groups)()
     scratch = (ctypes.c_ubyte * (_TABLES * _MOST + 8192))()
     _encoder()(source, count, columns, out, lengths, scratch)
     return bytes(memoryview(out)[: sum(lengths)]), list(lengths)
@@ -73,16 +75,16 @@ def _emit_rows(module: ir.Module, panel: ir.Function) -> None:
     b = ir.IRBuilder(function.append_basic_block())
     place = b.alloca(BYTES)
     b.store(out, place)
-    with loop(b, index(0), count, STRIP_ROWS) as first:
+    with loop(b, index(0), count, ROW_GROUP_ROWS) as first:
         begin = b.load(place)
-        height = smaller(b, index(STRIP_ROWS), b.sub(count, first))
+        height = smaller(b, index(ROW_GROUP_ROWS), b.sub(count, first))
         with loop(b, index(0), columns, PANEL_COLUMNS) as k:
             width = smaller(b, index(PANEL_COLUMNS), b.sub(columns, k))
             start = b.gep(rows, [b.mul(b.add(b.mul(first, columns), k), index(ELEMENT))])
             taken = b.call(panel, [start, columns, height, width, b.load(place), scratch])
             b.store(b.gep(b.load(place), [taken]), place)
         length = b.sub(b.ptrtoint(b.load(place), INDEX), b.ptrtoint(begin, INDEX))
-        b.store(length, b.gep(lengths, [b.udiv(first, index(STRIP_ROWS))]))
+        b.store(length, b.gep(lengths, [b.udiv(first, index(ROW_GROUP_ROWS))]))
     b.ret_void()
 
 

@@ -2,7 +2,7 @@
 
     out[b, t, n] += sum over k of x[b, t, k] * weight[b, n, k]
 
-Every sum is taken in one order, whatever the number of rows, the cut of the matrix into pieces, or the number of
+Every sum is taken in one order, whatever the number of rows, the cut of the matrix into chunks, or the number of
 threads: 8 lanes over each 4,096 columns, the lanes folded in halves, these partial sums one after another, each
 multiplication fused with its addition. So a row's result has the same bits alone and in company, and on every
 processor. Columns beyond the last multiple of 8 come after the lanes, one by one; zeros up to it change nothing.
@@ -17,7 +17,7 @@ from itertools import pairwise
 import llvmlite.binding as llvm
 import torch
 
-from runner.format.coded import strip_count
+from runner.format.coded import row_group_count
 from runner.kernel.emit import compiled
 from runner.kernel.product import OUTPUTS_IN_CACHE, product_module
 from runner.kernel.threads import Workers
@@ -54,11 +54,11 @@ class Kernel:
     ) -> None:
         """Add `x @ weight.T` to `out` [T, N], where the weights [N, K] are losslessly coded bfloat16.
 
-        `offsets` int64 [strips + 1] are where each strip begins in the bytes `coded`, and their end. Raises
+        `offsets` int64 [row groups + 1] are where each row group begins in the bytes `coded`, and their end. Raises
         ValueError where these do not fit each other, or the coded bytes are damaged.
         """
         N = out.shape[1]
-        if len(offsets) != strip_count(N) + 1 or not _ascends(offsets, coded.numel()):
+        if len(offsets) != row_group_count(N) + 1 or not _ascends(offsets, coded.numel()):
             raise ValueError(f"no offsets of {N} rows in {coded.numel():,} coded bytes")
         product = _compiled(None)
         weight = (coded.data_ptr(), 0, offsets.data_ptr())
@@ -89,7 +89,7 @@ def _laid_out(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _ascends(offsets: torch.Tensor, end: int) -> bool:
-    """Whether strips at these offsets lie one after another within `end` bytes."""
+    """Whether row groups at these offsets lie one after another within `end` bytes."""
     places = offsets.tolist()
     return all(0 <= first <= last <= end for first, last in pairwise(places))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from llvmlite import ir
 
-from runner.format.coded import PANEL_COLUMNS, STRIP_ROWS
+from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS
 from runner.kernel.emit import (
     BYTE,
     BYTES,
@@ -33,7 +33,7 @@ from runner.kernel.threads import ARGUMENTS, FAILED, SHARE, TASK
 LANES = 8  # float32 in one 256-bit register
 COLUMN_CHUNK = PANEL_COLUMNS  # of x and of the weights; shorter ones do not keep the memory busy
 ROWS_IN_CACHE = 64  # rows of x that are multiplied with a group of outputs before the next group
-OUTPUTS_IN_CACHE = STRIP_ROWS  # a multiple of all that TILES names
+OUTPUTS_IN_CACHE = ROW_GROUP_ROWS  # a multiple of all that TILES names
 TILES = {1: 6, 2: 4, 3: 3, 4: 3}  # rows -> outputs at a time; sums, weights and x share 16 registers
 
 _STORED = {torch.bfloat16: ir.IntType(16), torch.float16: ir.HalfType(), torch.float32: SINGLE}
@@ -44,7 +44,7 @@ def product_module(dtype: torch.dtype | None) -> ir.Module:
     over b and t, B, T, N, K, and how many outputs are a share; strides in elements.
 
     Without a dtype the weights are coded ones, bytes: in place of their stride over n comes the address of the offsets
-    of their strips, and B is 1. Where they are damaged, the task has failed.
+    of their row groups, and B is 1. Where they are damaged, the task has failed.
     """
     coded, module = dtype is None, new_module()
     product = _product(module, BYTE if coded else _STORED[dtype], _Decoded if coded else _Stored)
@@ -72,7 +72,7 @@ def product_module(dtype: torch.dtype | None) -> ir.Module:
     b.position_at_end(body)
     each, n = b.sdiv(mine, shares), b.mul(b.srem(mine, shares), share)
     if coded:
-        weight_stride = b.add(weight_stride, b.mul(b.sdiv(n, index(STRIP_ROWS)), index(8)))
+        weight_stride = b.add(weight_stride, b.mul(b.sdiv(n, index(ROW_GROUP_ROWS)), index(8)))
     else:
         weight = at(at(weight, each, weight_step, index(0)), n, weight_stride, index(0))
     x, out = at(x, each, x_step, index(0)), at(out, each, out_step, n)
@@ -125,9 +125,9 @@ class _Decoded:
 
     def begin(self, start: ir.Value) -> None:
         b = self._b
-        strip = b.sdiv(start, index(STRIP_ROWS))
-        for slot, place in ((self._panel, strip), (self._end, b.add(strip, index(1)))):
-            b.store(b.gep(self._coded, [b.load(b.gep(self._offsets, [place]))]), slot)
+        row_group = b.sdiv(start, index(ROW_GROUP_ROWS))
+        for buffer, place in ((self._panel, row_group), (self._end, b.add(row_group, index(1)))):
+            b.store(b.gep(self._coded, [b.load(b.gep(self._offsets, [place]))]), buffer)
 
     def chunk(self, start: ir.Value, stop: ir.Value, k: ir.Value, columns: ir.Value) -> None:
         b = self._b
@@ -138,7 +138,7 @@ class _Decoded:
         self._start, self.stride = start, columns
 
     def end(self) -> None:
-        """A strip is its panels and nothing else."""
+        """A row group is its panels and nothing else."""
         b = self._b
         self._give_up_if(b.icmp_unsigned("!=", b.load(self._panel), b.load(self._end)))
 
@@ -229,8 +229,8 @@ def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, fetche
 
     vector = ir.VectorType(SINGLE, LANES)
     lanes = {place: b.alloca(vector) for place in places}
-    for slot in lanes.values():
-        b.store(ir.Constant(vector, [0.0] * LANES), slot)
+    for buffer in lanes.values():
+        b.store(ir.Constant(vector, [0.0] * LANES), buffer)
     whole = b.and_(K, index(-LANES))
     with loop(b, index(0), whole, LANES) as k:
         for n in range(outputs if fetches_ahead else 0):
@@ -239,19 +239,19 @@ def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, fetche
         for t, row in enumerate(x_rows):
             values = _load(b, row, k, LANES)
             for n in range(outputs):
-                slot = lanes[t, n]
-                b.store(_fused(b, weights[n], values, b.load(slot)), slot)
+                buffer = lanes[t, n]
+                b.store(_fused(b, weights[n], values, b.load(buffer)), buffer)
 
     sums = {place: b.alloca(SINGLE) for place in places}
     for place in places:
         b.store(_folded(b, b.load(lanes[place])), sums[place])
     with loop(b, whole, K, 1) as k:  # columns beyond the last whole vector
-        for (t, n), slot in sums.items():
+        for (t, n), buffer in sums.items():
             weight_value = _widened(b, _load(b, weight_rows[n], k, 1))
-            b.store(_fused(b, weight_value, _load(b, x_rows[t], k, 1), b.load(slot)), slot)
-    for (t, n), slot in sums.items():
+            b.store(_fused(b, weight_value, _load(b, x_rows[t], k, 1), b.load(buffer)), buffer)
+    for (t, n), buffer in sums.items():
         place = at(out, index(t), out_stride, index(n))
-        b.store(b.fadd(b.load(place), b.load(slot)), place)
+        b.store(b.fadd(b.load(place), b.load(buffer)), place)
     b.ret_void()
     return function
 

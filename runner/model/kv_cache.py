@@ -95,7 +95,7 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """Rows of one sequence in a pass: `ids` go to the end of its cache, and the last `logits` of them give logits."""
 
     ids: Sequence[int]

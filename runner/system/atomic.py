@@ -12,7 +12,7 @@ TEMPORARY_SUFFIX = ".incomplete"
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path`, on disk for good, when the block ends without an error.
 
     After an error the temporary file is gone and `path` is as it was; after a kill the temporary file stays
@@ -27,13 +27,13 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        put_in_place(temporary, path)
+        replace_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def put_in_place(temporary: Path, path: Path) -> None:
+def replace_file(temporary: Path, path: Path) -> None:
     """Rename an fsynced file to `path`, and make the rename itself survive a power loss."""
     temporary.replace(path)
     if os.name == "posix":  # elsewhere a directory can't be opened to be synced
@@ -44,7 +44,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
             os.close(directory)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, whole or not at all."""
-    with durable_file(path) as file:
+    with atomic_file(path) as file:
         file.write(data)

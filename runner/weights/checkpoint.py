@@ -1,4 +1,4 @@
-"""The parts of a prepared directory: vectors in memory, matrices in pieces that a stream hands out."""
+"""The parts of a prepared directory: vectors in memory, matrices in chunks that a stream hands out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 
 from runner.errors import BloomdeskError
-from runner.format.coded import LOSSLESS, STRIPS_SUFFIX, read_strips
+from runner.format.coded import LOSSLESS, ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import PartSpec, part_specs
 from runner.format.manifest import Manifest, PartRecord, load_manifest
@@ -19,7 +19,7 @@ from runner.format.safetensors import DATA_ALIGNMENT, Header, TensorEntry, open_
 from runner.kernel.decode import compile_decoder
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
-from runner.weights.chunks import FileState, Piece, cut, cut_coded
+from runner.weights.chunks import Chunk, FileState, cut, cut_coded
 from runner.weights.linear import Matrix
 from runner.weights.stream import READERS, Stream
 
@@ -41,7 +41,7 @@ class Weights:
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `prepared.block_tensors`
     final_layernorm  vectors weight, bias [E]
-    stream           the pieces of all matrices in the order of a pass: those of the blocks, then the head's, which
+    stream           the chunks of all matrices in the order of a pass: those of the blocks, then the head's, which
                      are the embedding's
     """
 
@@ -71,7 +71,7 @@ class Weights:
         manifest = load_manifest(directory)
         _check_complete(directory, manifest)
         dtype = TORCH_DTYPES[manifest.model.dtype]
-        is_coded = manifest.coding == LOSSLESS
+        is_coded = manifest.form == LOSSLESS
         kernel = Kernel(dtype, workers(torch.get_num_threads()), coded=is_coded)
         if is_coded:
             compile_decoder()  # now, so that its memory counts as the process's own
@@ -80,14 +80,14 @@ class Weights:
         # A pass looks rows of the embedding up when it begins, and multiplies with all of it at its end.
         order = [*opened[1:], opened[0]]
         stream = Stream(
-            [piece for part in order for pieces in part.pieces.values() for piece in pieces], readers
+            [chunk for part in order for chunks in part.chunks.values() for chunk in chunks], readers
         )
         parts, index = [], 0
         for part in order:
             matrices = {}
-            for name, pieces in part.pieces.items():
-                matrices[name] = Matrix(part.shapes[name], dtype, pieces, index, stream, kernel)
-                index += len(pieces)
+            for name, chunks in part.chunks.items():
+                matrices[name] = Matrix(part.shapes[name], dtype, chunks, index, stream, kernel)
+                index += len(chunks)
             parts.append(Part(part.vectors, matrices))
         *blocks, final_layernorm, embedding = parts
         return cls(manifest.model, embedding, tuple(blocks), final_layernorm, stream, kernel)
@@ -95,10 +95,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A part's vectors, and its matrices in pieces with their shapes."""
+    """A part's vectors, and its matrices in chunks with their shapes."""
 
     vectors: Mapping[str, torch.Tensor]
-    pieces: Mapping[str, tuple[Piece, ...]]
+    chunks: Mapping[str, tuple[Chunk, ...]]
     shapes: Mapping[str, tuple[int, int]]
 
 
@@ -135,21 +135,21 @@ def _opened(
     file: BinaryIO, state: FileState, entries: Mapping[str, TensorEntry], spec: PartSpec, record: PartRecord
 ) -> _Opened:
     coded = {tensor.name for tensor in record.decoded}
-    pieces = {}
+    chunks = {}
     for name, shape in spec.matrices.items():
         entry = entries[name]
         if name in coded:
-            offsets = read_strips(_read(file, entries[name + STRIPS_SUFFIX]), *shape, entry.nbytes)
-            strips = torch.frombuffer(offsets, dtype=torch.int64)
-            pieces[name] = cut_coded(state, entry, strips, shape[0])
+            offsets = read_row_groups(_read(file, entries[name + ROW_GROUPS_SUFFIX]), *shape, entry.nbytes)
+            row_groups = torch.frombuffer(offsets, dtype=torch.int64)
+            chunks[name] = cut_coded(state, entry, row_groups, shape[0])
         else:
-            pieces[name] = cut(state, entry, TORCH_DTYPES[entry.dtype])
+            chunks[name] = cut(state, entry, TORCH_DTYPES[entry.dtype])
     vectors = {
         name: torch.frombuffer(_read(file, entries[name]), dtype=TORCH_DTYPES[entries[name].dtype])
         for name in spec.tensors
         if name not in spec.matrices
     }
-    return _Opened(vectors, pieces, spec.matrices)
+    return _Opened(vectors, chunks, spec.matrices)
 
 
 def _holds(header: Header, record: PartRecord) -> bool:

@@ -1,4 +1,4 @@
-"""Weight matrices cut into pieces of rows: what is read, kept or let go, and multiplied at a time."""
+"""Weight matrices cut into chunks of rows: what is read, kept or let go, and multiplied at a time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from runner.format.coded import STRIP_ROWS, strip_count
+from runner.format.coded import ROW_GROUP_ROWS, row_group_count
 from runner.format.safetensors import TensorEntry
 
 # Long enough for a disk's full speed and for Python to cost nothing, short enough for a few of them in 1 GB of RAM.
-LARGEST_PIECE = 32 * 2**20
+LARGEST_CHUNK = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class FileState:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Chunk:
     """Rows `first` to `last` of a matrix: `nbytes` from byte `start` of the file on.
 
     In memory they are a tensor of `dtype` and `shape`: [last - first, K], or [nbytes] bytes of a coded matrix, of
-    which `strips` int64 says where each strip of the rows begins, and where the last one ends.
+    which `row_groups` int64 says where each row group of the rows begins, and where the last one ends.
     """
 
     file: FileState
@@ -44,7 +44,7 @@ class Piece:
     last: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    strips: torch.Tensor | None = None
+    row_groups: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,27 +52,27 @@ class Piece:
 
 
 def row_ranges(rows: int, nbytes: int) -> list[tuple[int, int]]:
-    """Where a matrix of `rows` rows and `nbytes` bytes is cut: (first, last) of pieces of about one size."""
-    count = min(rows, -(-nbytes // LARGEST_PIECE))
+    """Where a matrix of `rows` rows and `nbytes` bytes is cut: (first, last) of chunks of about one size."""
+    count = min(rows, -(-nbytes // LARGEST_CHUNK))
     return list(pairwise(rows * index // count for index in range(count + 1)))
 
 
-def cut(file: FileState, entry: TensorEntry, dtype: torch.dtype) -> tuple[Piece, ...]:
-    """The matrix [N, K] of `dtype` that is `entry` of `file`, in pieces."""
+def cut(file: FileState, entry: TensorEntry, dtype: torch.dtype) -> tuple[Chunk, ...]:
+    """The matrix [N, K] of `dtype` that is `entry` of `file`, in chunks."""
     rows, columns = entry.shape
     row_bytes = columns * dtype.itemsize
     return tuple(
-        Piece(file, entry.start + first * row_bytes, first, last, dtype, (last - first, columns))
+        Chunk(file, entry.start + first * row_bytes, first, last, dtype, (last - first, columns))
         for first, last in row_ranges(rows, entry.nbytes)
     )
 
 
-def cut_coded(file: FileState, entry: TensorEntry, strips: torch.Tensor, rows: int) -> tuple[Piece, ...]:
-    """The coded matrix of `rows` rows that is `entry` of `file`, in pieces of whole strips."""
+def cut_coded(file: FileState, entry: TensorEntry, row_groups: torch.Tensor, rows: int) -> tuple[Chunk, ...]:
+    """The coded matrix of `rows` rows that is `entry` of `file`, in chunks of whole row groups."""
     found = []
-    for begin, end in row_ranges(strip_count(rows), entry.nbytes):
-        own = strips[begin : end + 1]
+    for begin, end in row_ranges(row_group_count(rows), entry.nbytes):
+        own = row_groups[begin : end + 1]
         start, stop = own[0].item(), own[-1].item()
-        first, last = begin * STRIP_ROWS, min(end * STRIP_ROWS, rows)
-        found.append(Piece(file, entry.start + start, first, last, torch.uint8, (stop - start,), own - start))
+        first, last = begin * ROW_GROUP_ROWS, min(end * ROW_GROUP_ROWS, rows)
+        found.append(Chunk(file, entry.start + start, first, last, torch.uint8, (stop - start,), own - start))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""A weight matrix that is used a piece at a time, wherever its pieces are."""
+"""A weight matrix that is used a chunk at a time, wherever its chunks are."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 import torch
 
 from runner.errors import BloomdeskError
-from runner.format.coded import STRIP_ROWS
-from runner.kernel.decode import decode_strips
+from runner.format.coded import ROW_GROUP_ROWS
+from runner.kernel.decode import decode_row_groups
 from runner.kernel.matmul import Kernel
 from runner.system import files
-from runner.weights.chunks import Piece
+from runner.weights.chunks import Chunk
 from runner.weights.stream import Stream, check_unchanged
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K] of `dtype`: pieces `index` and following of `stream`, as they are or losslessly coded."""
+    """[N, K] of `dtype`: chunks `index` and following of `stream`, as they are or losslessly coded."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
-    pieces: Sequence[Piece]
+    chunks: Sequence[Chunk]
     index: int
     stream: Stream
     kernel: Kernel
@@ -32,26 +32,26 @@ class Matrix:
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, K] -> `x @ weight.T + bias` [T, N], summed in float32 and rounded once to the dtype of x.
 
-        Raises `BloomdeskError` where a piece cannot be read, or was damaged.
+        Raises `BloomdeskError` where a chunk cannot be read, or was damaged.
         """
         T, N = x.shape[0], self.shape[0]
         out = torch.zeros(T, N) if bias is None else torch.empty(T, N).copy_(bias)
         rows = x.float().contiguous()
-        for offset, piece in enumerate(self.pieces):
-            with self.stream.piece(self.index + offset) as weight:
-                part = out[:, piece.first : piece.last]
-                if piece.strips is None:
+        for offset, chunk in enumerate(self.chunks):
+            with self.stream.chunk(self.index + offset) as weight:
+                part = out[:, chunk.first : chunk.last]
+                if chunk.row_groups is None:
                     self.kernel.accumulate(rows, weight, part)
                     continue
                 try:
-                    self.kernel.accumulate_coded(rows, weight, piece.strips, part)
+                    self.kernel.accumulate_coded(rows, weight, chunk.row_groups, part)
                 except ValueError as error:
-                    raise _damaged(piece, error) from error
+                    raise _damaged(chunk, error) from error
         return out.to(x.dtype)
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, K]: rows of the matrix by number, read from the file alone."""
-        first = self.pieces[0]
+        first = self.chunks[0]
         found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
         try:
             with files.open_for_rows(first.file.path) as file:
@@ -66,21 +66,21 @@ class Matrix:
         return found
 
     def _row(self, file: io.FileIO, row: int) -> torch.Tensor:
-        """Row number `row`; of a coded matrix its strip is decoded for it."""
+        """Row number `row`; of a coded matrix its row group is decoded for it."""
         columns = self.shape[1]
-        piece = next(piece for piece in self.pieces if row < piece.last)
-        if piece.strips is None:
+        chunk = next(chunk for chunk in self.chunks if row < chunk.last)
+        if chunk.row_groups is None:
             nbytes = columns * self.dtype.itemsize
-            data = _read(file, piece.start + (row - piece.first) * nbytes, nbytes)
+            data = _read(file, chunk.start + (row - chunk.first) * nbytes, nbytes)
             return torch.frombuffer(data, dtype=self.dtype)
-        strip, place = divmod(row - piece.first, STRIP_ROWS)
-        start, stop = piece.strips[strip : strip + 2].tolist()
-        count = min(STRIP_ROWS, piece.last - piece.first - strip * STRIP_ROWS)
-        data, out = _read(file, piece.start + start, stop - start), bytearray(count * columns * 2)
+        row_group, place = divmod(row - chunk.first, ROW_GROUP_ROWS)
+        start, stop = chunk.row_groups[row_group : row_group + 2].tolist()
+        count = min(ROW_GROUP_ROWS, chunk.last - chunk.first - row_group * ROW_GROUP_ROWS)
+        data, out = _read(file, chunk.start + start, stop - start), bytearray(count * columns * 2)
         try:
-            decode_strips(data, [0, len(data)], count, columns, out)
+            decode_row_groups(data, [0, len(data)], count, columns, out)
         except ValueError as error:
-            raise _damaged(piece, error) from error
+            raise _damaged(chunk, error) from error
         return torch.frombuffer(out, dtype=self.dtype).view(count, columns)[place]
 
 
@@ -92,8 +92,8 @@ def _read(file: io.FileIO, start: int, nbytes: int) -> bytearray:
     return data
 
 
-def _damaged(piece: Piece, error: ValueError) -> BloomdeskError:
+def _damaged(chunk: Chunk, error: ValueError) -> BloomdeskError:
     return BloomdeskError(
-        f"{piece.file.path} is damaged in bytes {piece.start:,} to {piece.start + piece.nbytes:,}: {error}",
-        f"make it again from its source: bloomdesk repair {piece.file.path.parent}",
+        f"{chunk.file.path} is damaged in bytes {chunk.start:,} to {chunk.start + chunk.nbytes:,}: {error}",
+        f"make it again from its source: bloomdesk repair {chunk.file.path.parent}",
     )

@@ -26,10 +26,10 @@ from statistics import median
 
 import torch
 
-from runner.format.coded import STRIP_ROWS
+from runner.format.coded import ROW_GROUP_ROWS
 from runner.format.safetensors import read_header
-from runner.kernel.decode import decode_strips
-from runner.kernel.encode import encode_strips
+from runner.kernel.decode import decode_row_groups
+from runner.kernel.encode import encode_row_groups
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 
@@ -39,8 +39,8 @@ Decode = Callable[[], object]
 
 
 def given_weights(path: Path | None, nbytes: int) -> torch.Tensor:
-    """[N, COLUMNS] bfloat16, N a multiple of a strip's rows: a part's largest matrix, or normal ones."""
-    rows = nbytes // (2 * COLUMNS) // STRIP_ROWS * STRIP_ROWS
+    """[N, COLUMNS] bfloat16, N a multiple of a row group's rows: a part's largest matrix, or normal ones."""
+    rows = nbytes // (2 * COLUMNS) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
     if path is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(rows, COLUMNS, generator=generator).mul_(0.02).bfloat16()
@@ -48,21 +48,21 @@ def given_weights(path: Path | None, nbytes: int) -> torch.Tensor:
     with path.open("rb") as file:
         file.seek(entry.start)
         data = bytearray(file.read(min(entry.nbytes, nbytes)))
-    whole = len(data) // (2 * COLUMNS * STRIP_ROWS) * STRIP_ROWS
+    whole = len(data) // (2 * COLUMNS * ROW_GROUP_ROWS) * ROW_GROUP_ROWS
     return torch.frombuffer(data, dtype=torch.bfloat16, count=whole * COLUMNS).view(whole, COLUMNS)
 
 
 def ours(weights: torch.Tensor) -> tuple[int, Callable[[], Decode]]:
     """Bytes when coded, and what makes a decoder with memory of its own."""
     data = as_bytes(weights)
-    coded, lengths = encode_strips(data, COLUMNS)
+    coded, lengths = encode_row_groups(data, COLUMNS)
     offsets = [0, *accumulate(lengths)]
 
     def make() -> Decode:
         source, out = bytearray(coded), bytearray(len(data))
 
         def decode() -> bytearray:
-            decode_strips(source, offsets, weights.shape[0], COLUMNS, out)
+            decode_row_groups(source, offsets, weights.shape[0], COLUMNS, out)
             return out
 
         assert decode() == data
@@ -163,7 +163,7 @@ def decoding(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, dict[s
 
 def products(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, float]:
     """Rates of weights in a product of one row: as they are, and coded, on one core and on all."""
-    data, lengths = encode_strips(as_bytes(weights), COLUMNS)
+    data, lengths = encode_row_groups(as_bytes(weights), COLUMNS)
     coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     offsets = torch.tensor([0, *accumulate(lengths)])
     x, out = torch.ones(1, COLUMNS), torch.zeros(1, len(weights))

@@ -2,7 +2,7 @@
 
     python -m scripts.bench.product [--columns 1024,2560,4096,10240] [--rows 1,2,4,8,16,64] [--mb 128] [--json OUT]
 
-The weights are pieces of 32 MB, as in a pass, and more of them than any cache holds. Ours runs on one thread and on
+The weights are chunks of 32 MB, as in a pass, and more of them than any cache holds. Ours runs on one thread and on
 several, torch's `F.linear` on as many; in turns in one process, medians. The memory's rate is that of torch's sum over
 the same bytes, on as many threads.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.system import memory
-from runner.weights.chunks import LARGEST_PIECE
+from runner.weights.chunks import LARGEST_CHUNK
 from scripts.bench.turns import machine, numbers, table
 
 Case = tuple[int, int]  # rows of x, columns
@@ -32,16 +32,16 @@ Case = tuple[int, int]  # rows of x, columns
 def ways(weights: torch.Tensor, rows: int, threads: int) -> dict[str, Callable[[], object]]:
     """What goes once through all of `weights` [N, columns], for x of so many rows."""
     columns = weights.shape[1]
-    pieces = weights.split(max(1, LARGEST_PIECE // (2 * columns)))
+    chunks = weights.split(max(1, LARGEST_CHUNK // (2 * columns)))
     x, stored = torch.ones(rows, columns), torch.ones(rows, columns, dtype=weights.dtype)
-    outs = [torch.zeros(rows, len(piece)) for piece in pieces]
+    outs = [torch.zeros(rows, len(chunk)) for chunk in chunks]
 
     def ours(count: int) -> Callable[[], object]:
         kernel = Kernel(weights.dtype, workers(count))
-        return lambda: [kernel.accumulate(x, piece, out) for piece, out in zip(pieces, outs, strict=True)]
+        return lambda: [kernel.accumulate(x, chunk, out) for chunk, out in zip(chunks, outs, strict=True)]
 
     found = {f"bloomdesk, threads: {count}": ours(count) for count in sorted({1, threads})}
-    found[f"torch, threads: {threads}"] = lambda: [F.linear(stored, piece) for piece in pieces]
+    found[f"torch, threads: {threads}"] = lambda: [F.linear(stored, chunk) for chunk in chunks]
     return found
 
 

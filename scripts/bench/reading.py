@@ -2,7 +2,7 @@
 
     python -m scripts.bench.reading DIR/block_00.safetensors [--rounds 5]
 
-Every way reads the file cold, in pieces of 32 MB that are let go at once, in turns. To see a small readahead setting,
+Every way reads the file cold, in chunks of 32 MB that are let go at once, in turns. To see a small readahead setting,
 set /sys/block/DISK/queue/read_ahead_kb to 128 before.
 """
 
@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from runner.system import files, memory
-from runner.weights.chunks import LARGEST_PIECE
+from runner.weights.chunks import LARGEST_CHUNK
 
 Read = Callable[[int, int], None]  # start, bytes
 MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
@@ -31,7 +31,7 @@ ASKED_AT_ONCE = 128 * 2**10  # the kernel may leave undone what is more than its
 def through_calls(path: Path, past_the_cache: bool, small_pages: bool = False) -> Iterator[Read]:
     """Reads into memory of our own, in huge pages unless said; one reader for each thread."""
     while True:
-        own = memory.anonymous(LARGEST_PIECE)
+        own = memory.anonymous(LARGEST_CHUNK)
         if small_pages:
             own.madvise(mmap.MADV_NOHUGEPAGE)
         view = memoryview(own)
@@ -74,14 +74,14 @@ def through_a_mapping(path: Path, ahead: bool) -> Iterator[Read]:
 
 def seconds(path: Path, ways: Iterator[Read], threads: int) -> tuple[float, float]:
     """Wall and processor seconds to read the file once, cold."""
-    size = path.stat().st_size // LARGEST_PIECE * LARGEST_PIECE
+    size = path.stat().st_size // LARGEST_CHUNK * LARGEST_CHUNK
     with path.open("rb", buffering=0) as file:
         files.forget(file, 0, 0)
-    starts = iter(range(0, size, LARGEST_PIECE))
+    starts = iter(range(0, size, LARGEST_CHUNK))
 
     def work(read: Read) -> None:
         for start in starts:  # one step of a range's iterator cannot be taken by two threads
-            read(start, LARGEST_PIECE)
+            read(start, LARGEST_CHUNK)
 
     readers = [threading.Thread(target=work, args=(next(ways),)) for _ in range(threads)]
     wall, processor = time.perf_counter(), time.process_time()
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    size = given.file.stat().st_size // LARGEST_PIECE * LARGEST_PIECE
+    size = given.file.stat().st_size // LARGEST_CHUNK * LARGEST_CHUNK
     ways: dict[str, Callable[[], tuple[float, float]]] = {}
     for threads in (1, 2, 4):
         for name, make in (

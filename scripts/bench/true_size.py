@@ -41,9 +41,9 @@ from runner.estimate.family import SHAPES, VOCABULARY
 from runner.estimate.forecast import (
     BLOOMS_TOKENIZER,
     TOKENIZER_MEMORY,
+    chunk_bytes,
     coded_share,
     forecast,
-    piece_bytes,
     weight_bytes,
 )
 from runner.estimate.rates import Rates
@@ -231,7 +231,7 @@ class Bench:
 
 
 def vector_bytes(model: Hyperparameters) -> int:
-    return weight_bytes(model) - sum(piece_bytes(model))
+    return weight_bytes(model) - sum(chunk_bytes(model))
 
 
 def share_for(drive: float, rows: Sequence[dict[str, Any]]) -> float:

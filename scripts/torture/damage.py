@@ -72,7 +72,7 @@ def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
     make_checkpoint.miniature(source)
     with LocalHub({REPO: source}) as hub:
         os.environ["HF_ENDPOINT"] = hub.endpoint
-        prepare.prepare(REPO, directory, coding=LOSSLESS if lossless else PLAIN)
+        prepare.prepare(REPO, directory, form=LOSSLESS if lossless else PLAIN)
         whole = content(directory)
         for number in range(times):
             kind = chance.choice((flip, cut, swap))

@@ -74,7 +74,7 @@ def run(kills: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
     make_checkpoint.miniature(source)
     with LocalHub({REPO: source}) as hub:
         os.environ["HF_ENDPOINT"] = hub.endpoint
-        prepare(REPO, work / "undisturbed", coding=LOSSLESS if lossless else PLAIN)
+        prepare(REPO, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
     expected = content(work / "undisturbed")
     with LocalHub({REPO: source}, faults=RandomFaults(seed, share=0.1, longest_stall=1.0)) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "OMP_NUM_THREADS": "1"}

@@ -212,13 +212,13 @@ def _manifest() -> st.SearchStrategy[bytes]:
 
 def _lossless_manifest() -> st.SearchStrategy[bytes]:
     model = hyperparameters.Hyperparameters(hidden_size=8, n_head=2, n_layer=1, vocab_size=30, dtype="BF16")
-    made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), coding=coded.LOSSLESS)
+    made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), form=coded.LOSSLESS)
     for spec in layout.part_specs(model):
         tensors, decoded = (
             tuple(manifests.TensorRecord(*described, "ab" * 16) for described in part)
             for part in (
                 spec.stored("BF16", dict.fromkeys(spec.matrices, 160)),
-                spec.decoded(made.coding),
+                spec.decoded(made.form),
             )
         )
         shard = manifests.SourceShard("s.bin", "ef" * 32)
@@ -229,11 +229,11 @@ def _lossless_manifest() -> st.SearchStrategy[bytes]:
 
 
 CODED_ROWS, CODED_COLUMNS = 30, 50
-TABLE_BYTES = 8 * (coded.strip_count(CODED_ROWS) + 1)
+TABLE_BYTES = 8 * (coded.row_group_count(CODED_ROWS) + 1)
 
 
 def _coded() -> st.SearchStrategy[bytes]:
-    """Offsets of strips, then the strips, of a matrix of normal weights and of one of all 16-bit patterns."""
+    """Offsets of row groups, then the row groups, of a matrix of normal weights and of one of all 16-bit patterns."""
     return damaged(*_matrices())
 
 
@@ -241,14 +241,14 @@ def _coded() -> st.SearchStrategy[bytes]:
 def _matrices() -> tuple[bytes, ...]:
     import torch
 
-    from runner.kernel.encode import encode_strips
+    from runner.kernel.encode import encode_row_groups
 
     count = CODED_ROWS * CODED_COLUMNS
     normal = torch.randn(count, generator=torch.Generator().manual_seed(1)).bfloat16().view(torch.int16)
     patterns = (torch.arange(count) * 43).to(torch.int16)
     made = []
     for bits in (normal, patterns):
-        coded, lengths = encode_strips(bytes(bits.view(torch.uint8).numpy()), CODED_COLUMNS)
+        coded, lengths = encode_row_groups(bytes(bits.view(torch.uint8).numpy()), CODED_COLUMNS)
         offsets = itertools.accumulate(lengths, initial=0)
         made.append(struct.pack(f"<{len(lengths) + 1}q", *offsets) + coded)
     return tuple(made)

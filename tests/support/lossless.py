@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from runner.format.coded import STRIPS_SUFFIX, read_strips
+from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import load_manifest
-from runner.kernel.decode import decode_strips
+from runner.kernel.decode import decode_row_groups
 from scripts.fakehub.checkpoint import Layout, synthetic
 from tests.toolkit.source.test_shards import LAYOUTS, data
 
@@ -39,10 +39,10 @@ def decoded(directory: Path) -> Iterator[tuple[str, str, bytes]]:
             assert set(part.keys()) == {tensor.name for tensor in record.tensors}
             for tensor in record.decoded:
                 rows, columns = tensor.shape
-                table, coded = part.get_tensor(tensor.name + STRIPS_SUFFIX), part.get_tensor(tensor.name)
+                table, coded = part.get_tensor(tensor.name + ROW_GROUPS_SUFFIX), part.get_tensor(tensor.name)
                 assert table.dtype == torch.int64 and coded.dtype == torch.uint8
-                offsets = read_strips(data(table), rows, columns, len(coded))
+                offsets = read_row_groups(data(table), rows, columns, len(coded))
                 assert list(offsets) == table.tolist()
                 out = bytearray(rows * columns * 2)
-                decode_strips(bytes(data(coded)), offsets, rows, columns, out)
+                decode_row_groups(bytes(data(coded)), offsets, rows, columns, out)
                 yield file, tensor.name, bytes(out)

@@ -1,4 +1,4 @@
-"""What the tests of streams share: one file of odd pieces without a model, and passes of models in many pieces."""
+"""What the tests of streams share: one file of odd chunks without a model, and passes of models in many chunks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 import runner.weights.stream
 from runner.generation.model import Model
 from runner.weights.checkpoint import Weights
-from runner.weights.chunks import FileState, Piece
+from runner.weights.chunks import Chunk, FileState
 from runner.weights.stream import Stream
 
 IDS = [5, 700, 31, 9, 1101, 64, 8]
-SMALL_PIECE = 9000  # no multiple of a page, nor of a row
+SMALL_CHUNK = 9000  # no multiple of a page, nor of a row
 LONGEST = 60  # seconds; what takes longer hangs
 
 
@@ -60,29 +60,29 @@ def readers_alive() -> list[threading.Thread]:
 class Shelf:
     path: Path
     data: bytes = field(repr=False)
-    pieces: tuple[Piece, ...] = field(repr=False)
+    chunks: tuple[Chunk, ...] = field(repr=False)
 
-    def stream(self, resident: frozenset[int] = frozenset(), slots: int = 3, readers: int = 2) -> Stream:
-        made = Stream(self.pieces, readers)
-        made.arrange(resident, slots)
+    def stream(self, resident: frozenset[int] = frozenset(), buffers: int = 3, readers: int = 2) -> Stream:
+        made = Stream(self.chunks, readers)
+        made.arrange(resident, buffers)
         return made
 
     def holds(self, index: int, weights: torch.Tensor) -> bool:
-        piece = self.pieces[index]
-        return weights.numpy().tobytes() == self.data[piece.start :][: piece.nbytes]
+        chunk = self.chunks[index]
+        return weights.numpy().tobytes() == self.data[chunk.start :][: chunk.nbytes]
 
     def check(self, stream: Stream, index: int) -> None:
-        with stream.piece(index) as weights:
-            assert weights.shape == self.pieces[index].shape
+        with stream.chunk(index) as weights:
+            assert weights.shape == self.chunks[index].shape
             assert self.holds(index, weights)
 
     def check_pass(self, stream: Stream) -> None:
-        for index in range(len(self.pieces)):
+        for index in range(len(self.chunks)):
             self.check(stream, index)
 
     @property
     def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
+        return sum(chunk.nbytes for chunk in self.chunks)
 
 
 def make_shelf(path: Path) -> Shelf:
@@ -92,7 +92,7 @@ def make_shelf(path: Path) -> Shelf:
     path.write_bytes(data)
     state, found, at = FileState.of(path), [], skew
     for size in sizes:
-        found.append(Piece(state, at, 0, 1, torch.uint8, (1, size)))
+        found.append(Chunk(state, at, 0, 1, torch.uint8, (1, size)))
         at += size
     return Shelf(path, data, tuple(found))
 
@@ -114,7 +114,7 @@ def opened(directory: Path, *, readers: int = 2, threads: int = 1) -> Model:
 
 
 def arrangement(weights: Weights, name: str) -> tuple[frozenset[int], int]:
-    count = len(weights.stream.pieces)
+    count = len(weights.stream.chunks)
     return {
         "resident": (frozenset(range(count)), 0),
         "half": (frozenset(range(0, count, 2)), 3),
@@ -123,10 +123,10 @@ def arrangement(weights: Weights, name: str) -> tuple[frozenset[int], int]:
     }[name]
 
 
-def logits_of(model: Model, resident: frozenset[int], slots: int) -> torch.Tensor:
+def logits_of(model: Model, resident: frozenset[int], buffers: int) -> torch.Tensor:
     """A prompt and three cached steps, all rows of them."""
     cache = model.cache(len(IDS) + 3)
-    model.weights.stream.arrange(resident, slots)
+    model.weights.stream.arrange(resident, buffers)
     steps = [model.forward(IDS, cache, all_rows=True)]
     steps += [model.forward([token], cache) for token in (12, 1100, 77)]
     return torch.cat(steps)

@@ -140,7 +140,7 @@ def prepare(
     def body() -> int:
         from toolkit.commands.prepare import carry_out, plan_preparation
 
-        plan = plan_preparation(repo, destination, revision, _coding(lossless))
+        plan = plan_preparation(repo, destination, revision, _form(lossless))
         print(f"{plan.revision} into {destination}: {intention(plan)}", file=sys.stderr)
         with _bars("preparing", plan.work) as progress:
             done = carry_out(plan, progress, connections)
@@ -153,7 +153,7 @@ def prepare(
     finish(context, body)
 
 
-def _coding(lossless: bool) -> str:
+def _form(lossless: bool) -> str:
     return LOSSLESS if lossless else PLAIN
 
 
@@ -173,7 +173,7 @@ def convert(
     def body() -> int:
         from toolkit.commands.convert import carry_out, plan_conversion
 
-        plan = plan_conversion(source, destination, delete_source=delete_source, coding=_coding(lossless))
+        plan = plan_conversion(source, destination, delete_source=delete_source, form=_form(lossless))
         with _bars("converting", plan.work) as progress:
             done = carry_out(plan, progress)
         print(
@@ -389,9 +389,9 @@ def plan(
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 where the disk is too small."""
 
     def body() -> int:
-        from toolkit.commands.space import room_to_prepare
+        from toolkit.commands.space import space_to_prepare
 
-        return run_plan(directory, ram, model, tokens, prompt_tokens, as_json, room_to_prepare)
+        return run_plan(directory, ram, model, tokens, prompt_tokens, as_json, space_to_prepare)
 
     finish(context, body)
 

@@ -53,7 +53,7 @@ def intention(plan: PreparationPlan) -> str:
     if not to_make:
         return f"all {there} parts are there"
     cut = ", because blocks are cut across shards" if plan.shards_at_a_time > 2 else ""
-    about = "" if plan.manifest.coding == PLAIN else "about "
+    about = "" if plan.manifest.form == PLAIN else "about "
     return (
         f"{there} parts are there, {to_make} to be made; "
         f"{about}{gigabytes(plan.peak_bytes)} of disk at the fullest moment, "
@@ -112,7 +112,7 @@ def info_lines(found: Info) -> Iterator[str]:
 
 def _stored(found: Info) -> str:
     """ "plain", or "lossless, 0.672 of the 352.49 GB that plain weights take"."""
-    coding = found.manifest.coding
-    if coding == PLAIN:
-        return coding
-    return f"{coding}, {found.ratio:.3f} of the {gigabytes(found.plain_bytes)} that plain weights take"
+    form = found.manifest.form
+    if form == PLAIN:
+        return form
+    return f"{form}, {found.ratio:.3f} of the {gigabytes(found.plain_bytes)} that plain weights take"

@@ -27,7 +27,14 @@ from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import write_backup
-from toolkit.parts.part import PlannedPart, check_coding, check_lm_head, check_shape, plan_part, write_part
+from toolkit.parts.part import (
+    PlannedPart,
+    check_form_dtype,
+    check_lm_head,
+    check_shape,
+    plan_part,
+    write_part,
+)
 from toolkit.parts.release import Release
 from toolkit.source.config import read_config
 from toolkit.source.key_map import Assignment, assign
@@ -38,14 +45,14 @@ from toolkit.source.shards import ShardList, SourceTensor, common_dtype, find_sh
 class ConversionPlan:
     """All that a conversion will do, checked as far as it can be without reading the weights.
 
-    `begun` is the manifest that the destination has now, if any, and `manifest` what of it is kept; `to_write` is
+    `existing` is the manifest that the destination has now, if any, and `manifest` what of it is kept; `to_write` is
     in the order of a pass. `companions` are the small files' bytes. `sha256` is what is known of the shards
     beforehand. `to_delete` are the shards that go when no part needs them any more.
     """
 
     source: Path
     destination: Path
-    begun: Manifest | None
+    existing: Manifest | None
     manifest: Manifest
     to_write: tuple[PlannedPart, ...]
     companions: Mapping[str, bytes]
@@ -90,7 +97,7 @@ class ConvertSummary:
 
 
 def convert(
-    source: Path, destination: Path, progress: Progress = silent, *, coding: str = PLAIN
+    source: Path, destination: Path, progress: Progress = silent, *, form: str = PLAIN
 ) -> ConvertSummary:
     """Make a prepared directory of the checkpoint in `source`, or go on with one that was begun in the same form.
 
@@ -98,7 +105,7 @@ def convert(
     destination can't take it, and later where a shard is not what the download recorded or the disk fails.
     What is finished then stays, and the same call goes on from it.
     """
-    return carry_out(plan_conversion(source, destination, coding=coding), progress)
+    return carry_out(plan_conversion(source, destination, form=form), progress)
 
 
 def plan_conversion(
@@ -107,13 +114,13 @@ def plan_conversion(
     *,
     delete_source: bool = False,
     known: Manifest | None = None,
-    coding: str = PLAIN,
+    form: str = PLAIN,
 ) -> ConversionPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
     With `delete_source` each shard goes as soon as the parts made from it are on disk and checked. `known` is what
     the destination's manifest was before damaged parts were taken out of it: the source must be the one it names.
-    `coding` is the form of the directory, plain or lossless.
+    `form` is the form of the directory, plain or lossless.
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
@@ -121,30 +128,30 @@ def plan_conversion(
         raise BloomdeskError(f"{destination} is the source itself", "give another directory to write to")
     model = read_config(source / "config.json", "BF16")  # a wrong architecture is told before its tensors are
     companions = target.read_companions(source)
-    begun = target.begun(destination)
-    shards = _find_shards(source, destination, begun)
+    existing = target.load_existing(destination)
+    shards = _find_shards(source, destination, existing)
     tensors = read_listed(shards)
-    if tensors or begun is None:
+    if tensors or existing is None:
         model = replace(model, dtype=common_dtype(tensors))
     else:
-        model = replace(model, dtype=begun.model.dtype)
-    check_coding(model.dtype, coding)
+        model = replace(model, dtype=existing.model.dtype)
+    check_form_dtype(model.dtype, form)
     keys = shards.weight_map or tensors  # none only where a single file is gone, and everything is made
-    assignment = assign(keys, model) if keys or begun is None else None
+    assignment = assign(keys, model) if keys or existing is None else None
     origin, sha256 = _recorded_source(source, shards, companions)
     if known is not None and origin == Source():
         origin = known.source  # no download recorded it, and the shards' hashes will tell
-    manifest = target.in_form(destination, begun or Manifest(model, origin, coding=coding), coding)
+    manifest = target.check_form(destination, existing or Manifest(model, origin, form=form), form)
     _refuse_other(destination, manifest, Manifest(model, origin), companions)
-    manifest = target.keep_sound(destination, manifest)
+    manifest = target.drop_missing(destination, manifest)
     to_write = _plan_parts(manifest, shards, tensors, assignment) if assignment else ()
     _know_recorded_hashes(destination, known or manifest, shards, sha256)
     to_delete = _deletable(shards) if delete_source else ()
-    plan = ConversionPlan(source, destination, begun, manifest, to_write, companions, sha256, to_delete)
+    plan = ConversionPlan(source, destination, existing, manifest, to_write, companions, sha256, to_delete)
     if to_write:
         leftovers = (destination / (part.spec.file + TEMPORARY_SUFFIX) for part in to_write)
         small = sum(map(len, companions.values()))
-        target.require_room(destination, plan.peak_bytes + small, leftovers)
+        target.require_free_space(destination, plan.peak_bytes + small, leftovers)
     return plan
 
 
@@ -157,9 +164,9 @@ def carry_out(plan: ConversionPlan, progress: Progress = silent) -> ConvertSumma
     with disk_errors(plan.destination):
         plan.destination.mkdir(parents=True, exist_ok=True)
     with sole_writer(plan.destination):
-        if target.begun(plan.destination) != plan.begun:
+        if target.load_existing(plan.destination) != plan.existing:
             raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
-        manifest = target.lay_out(plan.destination, plan.manifest, plan.companions)
+        manifest = target.initialise(plan.destination, plan.manifest, plan.companions)
         release = Release(plan.destination)
         manifest = _write_parts(plan, manifest, release, progress)
         write_backup(plan.destination, manifest)
@@ -194,15 +201,15 @@ def _write_parts(plan: ConversionPlan, manifest: Manifest, release: Release, pro
     return manifest
 
 
-def _find_shards(source: Path, destination: Path, begun: Manifest | None) -> ShardList:
+def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> ShardList:
     """The source's shards; those that parts were made from may be gone, all of them once everything is made."""
-    if begun is None:
+    if existing is None:
         return find_shards(source)
-    made_from = {shard.file for record in begun.parts.values() for shard in record.sources}
+    made_from = {shard.file for record in existing.parts.values() for shard in record.sources}
     try:
         return find_shards(source, made_from)
     except BloomdeskError:
-        if target.missing_parts(target.keep_sound(destination, begun)):
+        if target.missing_parts(target.drop_missing(destination, existing)):
             raise
         return ShardList(())
 
@@ -221,7 +228,7 @@ def _plan_parts(
                 f"{shard} is missing, and {spec.file} must be made from it",
                 "run the download again: it fetches what is missing and nothing else",
             )
-        parts.append(plan_part(spec, model.dtype, keys, tensors, manifest.coding))
+        parts.append(plan_part(spec, model.dtype, keys, tensors, manifest.form))
     lm_head, first = tensors.get(assignment.lm_head or ""), parts[0] if parts else None
     if lm_head is not None:
         check_shape(lm_head, (model.vocab_size, model.hidden_size))

@@ -26,13 +26,13 @@ import xxhash
 from runner.errors import BloomdeskError
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, TensorRecord, load_manifest
 from runner.format.safetensors import encode_header, open_regular, read_small
-from runner.system.atomic import TEMPORARY_SUFFIX, durable_file, write_durably
+from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file, write_atomically
 from runner.system.lock import sole_writer
 from toolkit.commands.verify import quick_damage
 from toolkit.hub.partial_file import settle
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.destination import LARGEST_COMPANION, require_room
+from toolkit.parts.destination import LARGEST_COMPANION, require_free_space
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
 from toolkit.source.key_map import name_table
@@ -118,7 +118,7 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     if to_write:
         leftovers = (destination / (shard.file + TEMPORARY_SUFFIX) for shard in to_write)
         small = len(index) + sum(record.size for record in manifest.companions.values())
-        require_room(destination, plan.bytes_to_write + small, leftovers)
+        require_free_space(destination, plan.bytes_to_write + small, leftovers)
     return plan
 
 
@@ -207,7 +207,7 @@ def _is_whole(destination: Path, shard: PlannedShard) -> bool:
 def _put(path: Path, data: bytes) -> None:
     with disk_errors(path):
         if not path.is_file() or path.read_bytes() != data:
-            write_durably(path, data)
+            write_atomically(path, data)
 
 
 def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
@@ -225,7 +225,7 @@ def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress
     """Put a shard in place, whole or not at all."""
     path, part = plan.destination / shard.file, plan.directory / shard.part.file
     try:
-        with disk_errors(path), durable_file(path) as file, PartReader(part, shard.tensors, coders) as reader:
+        with disk_errors(path), atomic_file(path) as file, PartReader(part, shard.tensors, coders) as reader:
             file.write(shard.header)
             done, settled = len(shard.header), 0
             for index, stored in enumerate(shard.tensors):

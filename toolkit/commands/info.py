@@ -40,11 +40,11 @@ class Info:
     @property
     def pass_bytes(self) -> int:
         manifest = self.manifest
-        if manifest.coding == PLAIN:
+        if manifest.form == PLAIN:
             return self.plain_bytes
         missing = [spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts]
         there = sum(tensor.nbytes for record in manifest.parts.values() for tensor in record.tensors)
-        return there + sum(part_size(spec, manifest.model.dtype, manifest.coding) for spec in missing)
+        return there + sum(part_size(spec, manifest.model.dtype, manifest.form) for spec in missing)
 
     @property
     def ratio(self) -> float:
@@ -65,7 +65,7 @@ class Info:
         return {
             "directory": str(self.directory),
             "format_version": manifest.format_version,
-            "coding": manifest.coding,
+            "coding": manifest.form,
             "complete": not manifest.missing,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),

@@ -35,7 +35,7 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import write_backup
 from toolkit.parts.part import (
-    check_coding,
+    check_form_dtype,
     check_lm_head,
     check_shape,
     part_size,
@@ -53,14 +53,14 @@ from toolkit.source.shards import ShardList, SourceTensor, common_dtype, find_sh
 class PreparationPlan:
     """What `carry_out` will do, and what it takes. All figures are bytes.
 
-    `begun` is the manifest that the destination has now, if any, and `manifest` what of it is kept. Its dtype is
+    `existing` is the manifest that the destination has now, if any, and `manifest` what of it is kept. Its dtype is
     a guess from the sizes until the first shard is there. `index` says where each key is; it names no files
     where the weights are a single one. `shards_at_a_time` is how many will be on the disk at once.
     """
 
     revision: Revision
     destination: Path
-    begun: Manifest | None
+    existing: Manifest | None
     manifest: Manifest
     companions: Mapping[str, bytes]
     index: ShardList
@@ -77,14 +77,14 @@ class PreparationPlan:
     @property
     def bytes_to_write(self) -> int:
         """Of the parts; in a lossless directory what they will hardly exceed."""
-        model, coding = self.manifest.model, self.manifest.coding
-        return sum(part_size(spec, model.dtype, coding) for spec in self._specs)
+        model, form = self.manifest.model, self.manifest.form
+        return sum(part_size(spec, model.dtype, form) for spec in self._specs)
 
     @property
     def work(self) -> int:
         """Bytes that progress counts in all, of shards and of parts."""
-        model, coding = self.manifest.model, self.manifest.coding
-        return self.bytes_to_fetch + sum(part_work(spec, model.dtype, coding) for spec in self._specs)
+        model, form = self.manifest.model, self.manifest.form
+        return self.bytes_to_fetch + sum(part_work(spec, model.dtype, form) for spec in self._specs)
 
     @property
     def _specs(self) -> list[PartSpec]:
@@ -116,26 +116,26 @@ def prepare(
     progress: Progress = silent,
     connections: int = CONNECTIONS,
     *,
-    coding: str = PLAIN,
+    form: str = PLAIN,
 ) -> PrepareSummary:
     """`plan_preparation` and `carry_out` in one."""
-    return carry_out(plan_preparation(repo, destination, revision, coding), progress, connections)
+    return carry_out(plan_preparation(repo, destination, revision, form), progress, connections)
 
 
 def plan_preparation(
-    repo: str, destination: Path, revision: str | None = None, coding: str = PLAIN
+    repo: str, destination: Path, revision: str | None = None, form: str = PLAIN
 ) -> PreparationPlan:
     """What is to be fetched and made, from the Hub's small files; nothing is written to `destination`.
 
     Where that was begun and no revision is named, its commit is gone on with. Raises `BloomdeskError` where the
-    Hub refuses, the repo holds no BLOOM or none that has the form `coding`, the directory is another preparation's
+    Hub refuses, the repo holds no BLOOM or none that has the form `form`, the directory is another preparation's
     or has the other form, or the disk is too small. Which two bytes the weights are the first shard will tell.
     """
-    begun = target.begun(destination)
-    if begun is not None:
-        target.in_form(destination, begun, coding)  # the wrong one is told before the Hub is asked
-    if begun is not None and revision is None and begun.source.repo == repo:
-        revision = begun.source.commit
+    existing = target.load_existing(destination)
+    if existing is not None:
+        target.check_form(destination, existing, form)  # the wrong one is told before the Hub is asked
+    if existing is not None and revision is None and existing.source.repo == repo:
+        revision = existing.source.commit
     found = hub.resolve(repo, revision)
     with tempfile.TemporaryDirectory(prefix="bloomdesk-") as scratch:
         small = Path(scratch)
@@ -149,35 +149,35 @@ def plan_preparation(
         has_index = any(small.glob("*.index.json"))
         index = find_shards(small, spared=names) if has_index else ShardList(tuple(map(Path, names)))
     if _has_four_bytes(model, chosen):
-        check_coding("F32", coding)
+        check_form_dtype("F32", form)
     fresh = Manifest(_guess_dtype(model, chosen), Source(chosen.repo, chosen.commit))
-    manifest = target.in_form(destination, begun or fresh, coding)
+    manifest = target.check_form(destination, existing or fresh, form)
     target.refuse_other_source(destination, manifest, Source(chosen.repo, chosen.commit))
     target.refuse_other_companions(destination, manifest, companions)
-    manifest = target.keep_sound(destination, manifest)
-    return _with_room(chosen, destination, begun, manifest, companions, index)
+    manifest = target.drop_missing(destination, manifest)
+    return _with_room(chosen, destination, existing, manifest, companions, index)
 
 
 def _with_room(
     revision: Revision,
     destination: Path,
-    begun: Manifest | None,
+    existing: Manifest | None,
     manifest: Manifest,
     companions: Mapping[str, bytes],
     index: ShardList,
 ) -> PreparationPlan:
     """The plan, after a look at the disk."""
     schedule = Schedule(_needs(manifest, index))
-    plan = PreparationPlan(revision, destination, begun, manifest, companions, index, schedule, 0, 0, 0)
+    plan = PreparationPlan(revision, destination, existing, manifest, companions, index, schedule, 0, 0, 0)
     specs = part_specs(manifest.model)
-    sizes = {spec.file: part_size(spec, manifest.model.dtype, manifest.coding) for spec in specs}
+    sizes = {spec.file: part_size(spec, manifest.model.dtype, manifest.form) for spec in specs}
     peak, most = schedule.peak(sizes.__getitem__, plan.shard_size)
     staging = Staging(destination / target.STAGING, revision)
     present = staging.present_bytes(schedule.shards)
     if schedule.needs:
         leftovers = (destination / (file + TEMPORARY_SUFFIX) for file in schedule.needs)
         small = sum(map(len, companions.values()))
-        target.require_room(destination, peak - present + small, leftovers)
+        target.require_free_space(destination, peak - present + small, leftovers)
     return replace(plan, present=present, peak_bytes=peak, shards_at_a_time=most)
 
 
@@ -238,10 +238,10 @@ def carry_out(
     with disk_errors(plan.destination):
         plan.destination.mkdir(parents=True, exist_ok=True)
     with sole_writer(plan.destination):
-        if target.begun(plan.destination) != plan.begun:
+        if target.load_existing(plan.destination) != plan.existing:
             raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
         staging = Staging(plan.destination / target.STAGING, plan.revision)
-        manifest = target.lay_out(plan.destination, plan.manifest, plan.companions)
+        manifest = target.initialise(plan.destination, plan.manifest, plan.companions)
         release = Release(plan.destination)
         _release_finished(plan, staging, release, manifest)
         with _Maker(plan, manifest, staging, release, progress) as maker:
@@ -380,7 +380,7 @@ class _Maker:
         assignment = self._assign(tensors)
         model = self._settle_dtype(tensors)
         spec = next(spec for spec in part_specs(model) if spec.file == file)
-        part = plan_part(spec, model.dtype, assignment.parts[file], tensors, self._manifest.coding)
+        part = plan_part(spec, model.dtype, assignment.parts[file], tensors, self._manifest.form)
         if file == EMBEDDING and assignment.lm_head is not None:
             lm_head = tensors[assignment.lm_head]
             check_shape(lm_head, (model.vocab_size, model.hidden_size))
@@ -409,7 +409,7 @@ class _Maker:
         if dtype != model.dtype:
             if self._manifest.parts:
                 raise BloomdeskError(f"the source mixes dtypes: parts are {model.dtype}, a shard is {dtype}")
-            check_coding(dtype, self._manifest.coding)
+            check_form_dtype(dtype, self._manifest.form)
             self._manifest = replace(self._manifest, model=replace(model, dtype=dtype))
         return self._manifest.model
 

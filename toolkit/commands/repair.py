@@ -55,16 +55,16 @@ def _whole(directory: Path, manifest: Manifest) -> Manifest:
         backup = load_manifest(directory, MANIFEST_BACKUP)
     except BloomdeskError:
         return manifest
-    same = (backup.source, backup.model, backup.coding) == (manifest.source, manifest.model, manifest.coding)
+    same = (backup.source, backup.model, backup.form) == (manifest.source, manifest.model, manifest.form)
     return backup if same else manifest
 
 
 def plan_from_source(directory: Path, source: Path, known: Manifest) -> ConversionPlan:
     """Make what is missing from a checkpoint on disk, whose shards must be those that `known` names."""
-    return convert.plan_conversion(source, directory, known=known, coding=known.coding)
+    return convert.plan_conversion(source, directory, known=known, form=known.form)
 
 
 def plan_from_hub(directory: Path, known: Manifest) -> PreparationPlan:
     """Make what is missing from the repo and commit that the directory came from."""
     source = known.source
-    return prepare.plan_preparation(source.repo or "", directory, source.commit, known.coding)
+    return prepare.plan_preparation(source.repo or "", directory, source.commit, known.form)

@@ -13,11 +13,11 @@ BLOCKS_WITH_SHARDS = 70
 SMALL_FILES = 15_000_000
 
 
-def room_to_prepare(model: Hyperparameters, coding: str = PLAIN) -> int:
+def space_to_prepare(model: Hyperparameters, form: str = PLAIN) -> int:
     """Bytes of disk that `prepare` takes at the fullest moment, at most; for a lossless directory hardly more."""
     specs = part_specs(model)
     plain = {spec.file: part_size(spec, model.dtype) for spec in specs}
-    sizes = {spec.file: part_size(spec, model.dtype, coding) for spec in specs}
+    sizes = {spec.file: part_size(spec, model.dtype, form) for spec in specs}
     if model.n_layer >= BLOCKS_WITH_SHARDS:
         schedule, shards = Schedule({file: (file,) for file in sizes}), plain
     else:

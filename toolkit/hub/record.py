@@ -19,7 +19,7 @@ from typing import Any
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
 from runner.format.safetensors import read_small
-from runner.system.atomic import write_durably
+from runner.system.atomic import write_atomically
 from toolkit.hub.revision import COMMIT, HubFile, Revision
 
 RECORD = "bloomdesk-download.json"
@@ -120,7 +120,7 @@ def load_record(directory: Path) -> DownloadRecord | None:
 
 def save_record(directory: Path, record: DownloadRecord) -> None:
     """Write the record, whole or not at all."""
-    write_durably(directory / RECORD, record.to_json().encode())
+    write_atomically(directory / RECORD, record.to_json().encode())
 
 
 def _digest(body: dict[str, Any]) -> str:

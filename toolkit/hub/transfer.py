@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.system.atomic import TEMPORARY_SUFFIX, put_in_place
+from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
 from toolkit.hub import client as wire
 from toolkit.hub.connection import Unranged
 from toolkit.hub.partial_file import Damaged, Incomplete
@@ -63,7 +63,7 @@ def fetch(
     except Damaged:
         incomplete.unlink(missing_ok=True)
         raise
-    put_in_place(incomplete, path)
+    replace_file(incomplete, path)
     return Transfer(incoming.digest.sha256, resumed, incoming.received)
 
 

@@ -2,7 +2,7 @@
 
     rows of the source ──> threads encode ──> file ──> fsync ──> read back ──> threads decode ──> the same bits?
 
-Sizes are known last, so the header and the offsets of the strips are written last, into room that was left for them.
+Sizes are known last, so the header and the offsets of the row groups are written last, into space left for them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, BinaryIO
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.coded import STRIPS_SUFFIX, part_header, read_strips, strip_count
+from runner.format.coded import ROW_GROUPS_SUFFIX, part_header, read_row_groups, row_group_count
 from runner.format.manifest import PartRecord, TensorRecord
 from toolkit.io.progress import Progress
 from toolkit.io.reader import ReadAhead, Run
 from toolkit.io.writer import WriteBehind
-from toolkit.parts.row_groups import CHUNK, Coders, StripGroup, chunk_nbytes, strip_groups
+from toolkit.parts.row_groups import CHUNK, Coders, RowGroups, batches_of_row_groups, chunk_nbytes
 from toolkit.source.gather import open_shard, read_chunks
 from toolkit.source.shards import SourceTensor
 
@@ -83,7 +83,7 @@ class _Writer:
         """The record but for sources and the file's hash, and the bytes of each NAME.strips by NAME."""
         part = self._part
         any_sizes = dict.fromkeys(part.spec.matrices, 0)
-        room = len(part_header(part.spec.stored(part.dtype, any_sizes), part.spec.decoded(part.coding)))
+        room = len(part_header(part.spec.stored(part.dtype, any_sizes), part.spec.decoded(part.form)))
         position = room
         with WriteBehind(self._file) as behind, ExitStack() as open_files:
             behind.write(bytes(room))
@@ -119,16 +119,16 @@ class _Writer:
                 self._seen(len(chunk))
                 yield chunk
 
-        behind.write(bytes(8 * (strip_count(rows) + 1)))
-        for coded, of_strips in self._coders.encoded(chunks(), columns):
+        behind.write(bytes(8 * (row_group_count(rows) + 1)))
+        for coded, of_row_groups in self._coders.encoded(chunks(), columns):
             behind.write(coded)
             stored.update(coded)
-            lengths += of_strips
+            lengths += of_row_groups
         offsets = tuple(accumulate(lengths, initial=0))
         table = struct.pack(f"<{len(offsets)}q", *offsets)
         self._late[position] = self._tables[name] = table
         hash_of_table = xxhash.xxh3_128_hexdigest(table)
-        self._tensors.append(TensorRecord(name + STRIPS_SUFFIX, "I64", (len(offsets),), hash_of_table))
+        self._tensors.append(TensorRecord(name + ROW_GROUPS_SUFFIX, "I64", (len(offsets),), hash_of_table))
         self._tensors.append(TensorRecord(name, "U8", (offsets[-1],), stored.hexdigest()))
         self._decoded.append(TensorRecord(name, tensor.dtype, tensor.shape, bits.hexdigest()))
         return len(table) + offsets[-1]
@@ -146,13 +146,13 @@ def _read_back(
     Raises `ValueError` where one is not, and `OSError` or `EOFError` where the file can't be read.
     """
     matrices = {tensor.name: tensor for tensor in record.decoded}
-    groups: dict[str, list[StripGroup]] = {}
+    groups: dict[str, list[RowGroups]] = {}
     runs, start = [Run(path, 0, len(record.header))], len(record.header)
     for tensor in record.tensors:
         if tensor.name in matrices:
             rows, columns = matrices[tensor.name].shape
-            offsets = read_strips(tables[tensor.name], rows, columns, tensor.nbytes)
-            groups[tensor.name] = strip_groups(offsets, rows, columns)
+            offsets = read_row_groups(tables[tensor.name], rows, columns, tensor.nbytes)
+            groups[tensor.name] = batches_of_row_groups(offsets, rows, columns)
             runs += [Run(path, start + group.start, group.nbytes) for group in groups[tensor.name]]
         else:
             runs.append(Run(path, start, tensor.nbytes))
@@ -184,14 +184,14 @@ def _read_runs(ahead: ReadAhead, count: int, whole: xxhash.xxh3_128) -> Iterator
 def _compare_matrix(
     stored: TensorRecord,
     decoded: TensorRecord,
-    groups: list[StripGroup],
+    groups: list[RowGroups],
     read: Iterator[bytearray],
     coders: Coders,
     seen: Callable[[int], None],
 ) -> None:
     own, bits = xxhash.xxh3_128(), xxhash.xxh3_128()
 
-    def coded() -> Iterator[tuple[StripGroup, bytearray]]:
+    def coded() -> Iterator[tuple[RowGroups, bytearray]]:
         for group in groups:
             data = next(read)
             own.update(data)

@@ -18,7 +18,7 @@ from runner.format.coded import CODED_DTYPE, LOSSLESS
 from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, part_specs
 from runner.format.manifest import CompanionRecord, Manifest, Source, load_manifest
 from runner.format.safetensors import read_small
-from runner.system.atomic import TEMPORARY_SUFFIX, write_durably
+from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from toolkit.io.disk import disk_errors, free_bytes
 from toolkit.parts.part import is_in_place
 
@@ -27,7 +27,7 @@ STAGING = ".source"  # where `prepare` keeps the shards that are on their way
 SPARE_BYTES = 16 * 2**20  # for the manifest, the small files and what the file system keeps for itself
 
 
-def begun(destination: Path) -> Manifest | None:
+def load_existing(destination: Path) -> Manifest | None:
     """The manifest of what was begun in `destination`; None where it is new or empty.
 
     Raises `BloomdeskError` where it holds something else.
@@ -69,24 +69,24 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
     )
 
 
-def in_form(destination: Path, manifest: Manifest, coding: str) -> Manifest:
-    """The manifest of a directory in the form `coding`, which it has, or can still take: no part is there yet.
+def check_form(destination: Path, manifest: Manifest, form: str) -> Manifest:
+    """The manifest of a directory in the form `form`, which it has, or can still take: no part is there yet.
 
     Raises `BloomdeskError` where it has parts of the other form.
     """
-    if manifest.coding == coding:
+    if manifest.form == form:
         return manifest
     if manifest.parts:
-        begun, do = ("with", "add") if manifest.coding == LOSSLESS else ("without", "leave out")
+        begun, do = ("with", "add") if manifest.form == LOSSLESS else ("without", "leave out")
         raise BloomdeskError(
             f"{destination} was begun {begun} --lossless, and a directory has one form",
             f"{do} --lossless to go on with it, or give a new directory",
         )
-    model = replace(manifest.model, dtype=CODED_DTYPE) if coding == LOSSLESS else manifest.model
-    return replace(manifest, coding=coding, model=model)
+    model = replace(manifest.model, dtype=CODED_DTYPE) if form == LOSSLESS else manifest.model
+    return replace(manifest, form=form, model=model)
 
 
-def keep_sound(destination: Path, manifest: Manifest) -> Manifest:
+def drop_missing(destination: Path, manifest: Manifest) -> Manifest:
     """`manifest` with those parts alone that are in place with the right size and header."""
     sound = {}
     for spec in part_specs(manifest.model):
@@ -141,7 +141,7 @@ def _refuse_foreign(link: Path) -> None:
         )
 
 
-def lay_out(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
+def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
     """Make the directory with its manifest and small files; the manifest as it then is."""
     with disk_errors(destination):
         destination.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def lay_out(destination: Path, manifest: Manifest, companions: Mapping[str, byte
         path = destination / name
         with disk_errors(path):
             if not path.is_file() or path.read_bytes() != data:
-                write_durably(path, data)
+                write_atomically(path, data)
         records[name] = CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data))
     manifest = replace(manifest, companions=records)
     write_manifest(destination, manifest)
@@ -162,10 +162,10 @@ def write_manifest(destination: Path, manifest: Manifest) -> None:
     """Replace the manifest as a whole."""
     path = destination / MANIFEST
     with disk_errors(path):
-        write_durably(path, manifest.to_json().encode())
+        write_atomically(path, manifest.to_json().encode())
 
 
-def require_room(destination: Path, needed: int, replaced: Iterable[Path]) -> None:
+def require_free_space(destination: Path, needed: int, replaced: Iterable[Path]) -> None:
     """Raise `BloomdeskError` with the figures where the disk has less than `needed` bytes for `destination`.
 
     Files in `replaced` count as free: they go before what takes their place comes.

@@ -10,7 +10,7 @@ from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import LARGEST_MANIFEST, Manifest, load_manifest
 from runner.format.safetensors import read_small
-from runner.system.atomic import write_durably
+from runner.system.atomic import write_atomically
 from toolkit.io.disk import disk_errors
 
 
@@ -61,7 +61,7 @@ def recover_manifest(directory: Path) -> Manifest:
 def _put(path: Path, data: bytes) -> None:
     with disk_errors(path):
         if not path.is_file() or path.read_bytes() != data:
-            write_durably(path, data)
+            write_atomically(path, data)
 
 
 def _backup_damage(directory: Path) -> str | None:

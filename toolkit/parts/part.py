@@ -19,7 +19,7 @@ from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN, part_header
 from runner.format.layout import PartSpec
 from runner.format.manifest import PartRecord, SourceShard, TensorRecord
 from runner.format.safetensors import open_regular, tensor_nbytes
-from runner.system.atomic import durable_file
+from runner.system.atomic import atomic_file
 from toolkit.io import hasher as checksum
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
@@ -38,7 +38,7 @@ class PlannedPart:
 
     spec: PartSpec
     tensors: tuple[SourceTensor, ...]
-    coding: str = PLAIN
+    form: str = PLAIN
 
     @property
     def dtype(self) -> str:
@@ -47,12 +47,12 @@ class PlannedPart:
     @property
     def size(self) -> int:
         """Bytes of the file; where tensors are coded, what they will hardly exceed."""
-        return part_size(self.spec, self.dtype, self.coding)
+        return part_size(self.spec, self.dtype, self.form)
 
     @property
     def work(self) -> int:
         """Bytes that its progress counts."""
-        return part_work(self.spec, self.dtype, self.coding)
+        return part_work(self.spec, self.dtype, self.form)
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -65,35 +65,35 @@ def plan_part(
     dtype: str,
     keys: Mapping[str, str],
     tensors: Mapping[str, SourceTensor],
-    coding: str = PLAIN,
+    form: str = PLAIN,
 ) -> PlannedPart:
     """The part that `spec` describes, from source `tensors` whose keys `keys` gives for each name in the part.
 
     Raises `BloomdeskError` where a tensor has another shape than the model calls for, or can't be coded.
     """
-    check_coding(dtype, coding)
+    check_form_dtype(dtype, form)
     chosen = tuple(tensors[keys[name]] for name in spec.tensors)
     for tensor, expected in zip(chosen, spec.tensors.values(), strict=True):
         check_shape(tensor, expected)
-    return PlannedPart(spec, chosen, coding)
+    return PlannedPart(spec, chosen, form)
 
 
-def part_size(spec: PartSpec, dtype: str, coding: str = PLAIN) -> int:
+def part_size(spec: PartSpec, dtype: str, form: str = PLAIN) -> int:
     """Bytes of a part's file; where tensors are coded, what they will hardly exceed."""
-    decoded = spec.decoded(coding)
+    decoded = spec.decoded(form)
     coded = {name: int(CODED_SHARE * tensor_nbytes(of, shape)) for name, of, shape in decoded}
     stored = spec.stored(dtype, coded)
     return len(part_header(stored, decoded)) + sum(tensor_nbytes(of, shape) for _, of, shape in stored)
 
 
-def part_work(spec: PartSpec, dtype: str, coding: str) -> int:
+def part_work(spec: PartSpec, dtype: str, form: str) -> int:
     """Bytes that progress counts when a part is made: those of the file or, where they are coded, of the source."""
-    return spec.nbytes(dtype) if spec.decoded(coding) else part_size(spec, dtype, coding)
+    return spec.nbytes(dtype) if spec.decoded(form) else part_size(spec, dtype, form)
 
 
-def check_coding(dtype: str, coding: str) -> None:
+def check_form_dtype(dtype: str, form: str) -> None:
     """Raise `BloomdeskError` where tensors of `dtype` have no lossless form."""
-    if coding == LOSSLESS and dtype != CODED_DTYPE:
+    if form == LOSSLESS and dtype != CODED_DTYPE:
         share = {"F16": "0.85", "F32": "0.83"}[dtype]
         raise BloomdeskError(
             f"the weights are {dtype}, and only {CODED_DTYPE} has a lossless form: coding the exponents of {dtype} "
@@ -121,8 +121,8 @@ def write_part(
     do not read back from the disk as the very bits of the source.
     """
     path = destination / part.spec.file
-    write = write_coded if part.spec.decoded(part.coding) else _write
-    with disk_errors(path), durable_file(path) as file:
+    write = write_coded if part.spec.decoded(part.form) else _write
+    with disk_errors(path), atomic_file(path) as file:
         record = write(part, file, progress)
         file.flush()
         os.fsync(file.fileno())  # shards may still be hashed meanwhile

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from runner.format.coded import STRIPS_SUFFIX, read_strips
+from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import PartRecord, TensorRecord
 from runner.format.safetensors import open_regular
 from toolkit.io.reader import ReadAhead, Run
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.row_groups import Coders, StripGroup, strip_groups
+from toolkit.parts.row_groups import Coders, RowGroups, batches_of_row_groups
 
 
 class DamagedTensor(Exception):
@@ -21,23 +21,23 @@ class DamagedTensor(Exception):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the source, and where the part has its bytes; `strips` says where the strips of a coded one begin."""
+    """A tensor of the source, and where the part has its bytes; `row_groups`: where those of a coded one begin."""
 
     tensor: TensorRecord
     region: Region
-    strips: Region | None
+    row_groups: Region | None
 
 
 def stored_tensors(part: PartRecord) -> tuple[StoredTensor, ...]:
     """The tensors of the source that `part` was made of, in the order of a pass."""
     regions = {region.tensor: region for region in regions_of(part)}
     decoded = {tensor.name: tensor for tensor in part.decoded}
-    tables = {name + STRIPS_SUFFIX for name in decoded}
+    tables = {name + ROW_GROUPS_SUFFIX for name in decoded}
     return tuple(
         StoredTensor(
             decoded.get(tensor.name, tensor),
             regions[tensor.name],
-            regions.get(tensor.name + STRIPS_SUFFIX) if tensor.name in decoded else None,
+            regions.get(tensor.name + ROW_GROUPS_SUFFIX) if tensor.name in decoded else None,
         )
         for tensor in part.tensors
         if tensor.name not in tables
@@ -48,13 +48,13 @@ class PartReader:
     """Reads `tensors` of the part at `path` in their order; memory is some tens of megabytes."""
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor], coders: Coders) -> None:
-        """Raises `DamagedTensor` where the offsets of a coded one's strips are not sound."""
+        """Raises `DamagedTensor` where the offsets of a coded one's row groups are not sound."""
         self._tensors, self._coders = tensors, coders
-        self._groups: list[list[StripGroup]] = []
+        self._groups: list[list[RowGroups]] = []
         self._first: list[int] = []  # the run at which each tensor begins
         runs: list[Run] = []
         for stored in tensors:
-            groups = _groups(path, stored, stored.strips) if stored.strips is not None else []
+            groups = _groups(path, stored, stored.row_groups) if stored.row_groups is not None else []
             places = [(group.start, group.nbytes) for group in groups] or [(0, stored.region.nbytes)]
             self._first.append(len(runs))
             self._groups.append(groups)
@@ -89,7 +89,7 @@ class PartReader:
         except ValueError as error:
             raise DamagedTensor(f"{name} can't be decoded: {error}") from None
 
-    def _coded(self, first: int, groups: list[StripGroup]) -> Iterator[tuple[StripGroup, bytearray]]:
+    def _coded(self, first: int, groups: list[RowGroups]) -> Iterator[tuple[RowGroups, bytearray]]:
         for run, group in enumerate(groups, first):
             data = bytearray()
             for piece in self._ahead.pieces(run):
@@ -97,14 +97,16 @@ class PartReader:
             yield group, data
 
 
-def _groups(path: Path, stored: StoredTensor, strips: Region) -> list[StripGroup]:
+def _groups(path: Path, stored: StoredTensor, row_groups: Region) -> list[RowGroups]:
     rows, columns = stored.tensor.shape
-    name = stored.tensor.name + STRIPS_SUFFIX
+    name = stored.tensor.name + ROW_GROUPS_SUFFIX
     try:
         with open_regular(path) as file:
-            file.seek(strips.start)
-            data = file.read(strips.nbytes)
-        return strip_groups(read_strips(data, rows, columns, stored.region.nbytes), rows, columns)
+            file.seek(row_groups.start)
+            data = file.read(row_groups.nbytes)
+        return batches_of_row_groups(
+            read_row_groups(data, rows, columns, stored.region.nbytes), rows, columns
+        )
     except OSError as error:
         raise DamagedTensor(f"{name} cannot be read: {error.strerror}") from error
     except ValueError as error:

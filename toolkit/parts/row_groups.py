@@ -1,4 +1,4 @@
-"""Matrices into coded strips and back, on several cores, in order and in bounded memory."""
+"""Matrices into coded row groups and back, on several cores, in order and in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
-from runner.format.coded import STRIP_ROWS
+from runner.format.coded import ROW_GROUP_ROWS
 
-CHUNK = 2 * 2**20  # of decoded bytes; or one strip, where that is more
+CHUNK = 2 * 2**20  # of decoded bytes; or one row group, where that is more
 # Each gives more than 1 GB/s, and a disk takes no more than a few of them.
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -21,8 +21,8 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class StripGroup:
-    """Consecutive strips that are read and decoded at a time.
+class RowGroups:
+    """Consecutive row groups that are read and decoded at a time.
 
     They have `rows` rows and lie in `[start, start + nbytes)` of the coded matrix; `offsets` count from `start`.
     """
@@ -34,19 +34,19 @@ class StripGroup:
 
 
 def chunk_nbytes(columns: int) -> int:
-    """Bytes of the rows of whole strips that are coded at a time; it follows from the matrix alone."""
-    strip = STRIP_ROWS * columns * 2
-    return strip * max(1, CHUNK // strip)
+    """Bytes of the rows of whole row groups that are coded at a time; it follows from the matrix alone."""
+    row_group = ROW_GROUP_ROWS * columns * 2
+    return row_group * max(1, CHUNK // row_group)
 
 
-def strip_groups(offsets: Sequence[int], rows: int, columns: int) -> list[StripGroup]:
-    """The coded matrix [rows, columns], whose strips begin at `offsets`, in the order of its rows."""
-    strips = chunk_nbytes(columns) // (STRIP_ROWS * columns * 2)
+def batches_of_row_groups(offsets: Sequence[int], rows: int, columns: int) -> list[RowGroups]:
+    """The coded matrix [rows, columns], whose row groups begin at `offsets`, in the order of its rows."""
+    row_groups = chunk_nbytes(columns) // (ROW_GROUP_ROWS * columns * 2)
     groups = []
-    for first in range(0, len(offsets) - 1, strips):
-        own = offsets[first : first + strips + 1]
-        count = min(rows, (first + strips) * STRIP_ROWS) - first * STRIP_ROWS
-        groups.append(StripGroup(count, own[0], own[-1] - own[0], tuple(at - own[0] for at in own)))
+    for first in range(0, len(offsets) - 1, row_groups):
+        own = offsets[first : first + row_groups + 1]
+        count = min(rows, (first + row_groups) * ROW_GROUP_ROWS) - first * ROW_GROUP_ROWS
+        groups.append(RowGroups(count, own[0], own[-1] - own[0], tuple(at - own[0] for at in own)))
     return groups
 
 
@@ -66,21 +66,21 @@ class Coders:
         self._threads.shutdown(cancel_futures=True)
 
     def encoded(self, chunks: Iterable[bytearray], columns: int) -> Iterator[tuple[bytes, list[int]]]:
-        """For each chunk of whole strips its coded bytes and the length of each strip, in order."""
-        from runner.kernel.encode import encode_strips  # compiles what a plain directory has no use for
+        """For each chunk of whole row groups its coded bytes and the length of each row group, in order."""
+        from runner.kernel.encode import encode_row_groups  # compiles what a plain directory has no use for
 
-        return self._in_order(lambda chunk: encode_strips(chunk, columns), chunks)
+        return self._in_order(lambda chunk: encode_row_groups(chunk, columns), chunks)
 
     def decoded(
-        self, coded: Iterable[tuple[StripGroup, bytes | bytearray]], columns: int
+        self, coded: Iterable[tuple[RowGroups, bytes | bytearray]], columns: int
     ) -> Iterator[bytearray]:
         """The rows of each group from its coded bytes, bf16 bits, in order; `ValueError` where they are damaged."""
-        from runner.kernel.decode import decode_strips
+        from runner.kernel.decode import decode_row_groups
 
-        def decode(given: tuple[StripGroup, bytes | bytearray]) -> bytearray:
+        def decode(given: tuple[RowGroups, bytes | bytearray]) -> bytearray:
             group, data = given
             rows = bytearray(group.rows * columns * 2)
-            decode_strips(data, group.offsets, group.rows, columns, rows)
+            decode_row_groups(data, group.offsets, group.rows, columns, rows)
             return rows
 
         return self._in_order(decode, coded)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from runner.errors import BloomdeskError
 from runner.format.safetensors import read_small
 from runner.generation import memory_plan as budget
-from runner.generation.memory_plan import FEWEST_SLOTS
+from runner.generation.memory_plan import FEWEST_BUFFERS
 from runner.generation.sequence import Continuation
 from runner.generation.speculation.cost import Pace
-from runner.model.kv_cache import KVCache, Stretch
+from runner.model.kv_cache import KVCache, Segment
 from runner.model.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from runner.system import memory
 
@@ -64,7 +64,7 @@ class Draft:
     @property
     def weight_bytes(self) -> int:
         """Of the matrices as they are in RAM, coded ones coded; opening it took the vectors."""
-        return sum(piece.nbytes for piece in self._model.weights.stream.pieces)
+        return sum(chunk.nbytes for chunk in self._model.weights.stream.chunks)
 
     def nbytes(self, sequences: int, capacity: int) -> int:
         """All that it takes of the RAM for so many sequences of up to `capacity` positions."""
@@ -101,7 +101,7 @@ class Draft:
         """Give all of its RAM back; it cannot propose any more."""
         self._readings.clear()
         self._model.weights.stream.arrange(
-            frozenset(), FEWEST_SLOTS
+            frozenset(), FEWEST_BUFFERS
         )  # whose memory is taken only when it is used
 
     def _synchronised(self, continuation: Continuation, text: Sequence[int]) -> _Reading:
@@ -124,7 +124,7 @@ class Draft:
         self, places: Sequence[int], texts: Sequence[Sequence[int]], readings: Sequence[_Reading]
     ) -> list[tuple[int, int]]:
         """One pass over what is unread of these texts, as far as it fits: the likeliest token after each that ends."""
-        room, carried, stretches = MOST_ROWS, [], []
+        room, carried, segments = MOST_ROWS, [], []
         for place in places:
             reading = readings[place]
             unread = texts[place][len(reading.fed) :]
@@ -132,18 +132,18 @@ class Draft:
             room -= len(ids)
             if ids:
                 carried.append(place)
-                stretches.append(Stretch(ids, reading.cache, 1 if len(ids) == len(unread) else 0))
+                segments.append(Segment(ids, reading.cache, 1 if len(ids) == len(unread) else 0))
         began = time.perf_counter()
         traffic = self._model.weights.stream.traffic
         waited, loaded = traffic.waiting_seconds, traffic.bytes_loaded
-        logits = self._model.forward_all(stretches)
+        logits = self._model.forward_all(segments)
         seconds = time.perf_counter() - began - (traffic.waiting_seconds - waited)
         is_first = traffic.bytes_loaded > loaded
         self.pace.learn(MOST_ROWS - room, max(0.0, seconds), 0.0, is_rough=is_first)
         self.seconds += 0.0 if is_first else seconds
         found = []
-        for place, stretch, rows in zip(carried, stretches, logits, strict=True):
-            readings[place].fed.extend(stretch.ids)
+        for place, segment, rows in zip(carried, segments, logits, strict=True):
+            readings[place].fed.extend(segment.ids)
             if len(rows):
                 found.append((place, int(rows[-1].float().argmax())))
         return found
@@ -154,7 +154,7 @@ def _check_tokens(directory: Path, vocab_size: int, large: Model) -> None:
     advice = "name a smaller BLOOM with the same tokenizer, as bloom-560m beside bloom"
     own, other = (
         directory / "tokenizer.json",
-        large.weights.stream.pieces[0].file.path.parent / "tokenizer.json",
+        large.weights.stream.chunks[0].file.path.parent / "tokenizer.json",
     )
     try:
         is_same = read_small(own, LARGEST_TOKENIZER) == read_small(other, LARGEST_TOKENIZER)

@@ -28,7 +28,7 @@ from runner.estimate.forecast import disk_bytes
 from scripts.fakehub.checkpoint import TRUE_SHAPES, TRUE_VOCABULARY, synthetic
 
 ROOT = Path(__file__).resolve().parents[3]
-PIECE = 2**23
+CHUNK = 2**23
 
 
 def prepared(work: Path, source: Path | None, like: str | None) -> Path:
@@ -152,7 +152,7 @@ def cool(form: Path) -> float:
 
 def warm(form: Path) -> None:
     """Bring a form's files into the page cache."""
-    buffer = bytearray(PIECE)
+    buffer = bytearray(CHUNK)
     for path in files(form):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):

@@ -56,7 +56,7 @@ def main() -> None:
         waiting_seconds=grown(counts, "waiting_seconds"),
         reading_seconds=grown(counts, "reading_seconds"),
         weights_bytes=model.weights.nbytes,
-        resident_bytes=sum(piece.nbytes for piece in stream.pieces) - stream.streamed_bytes,
+        resident_bytes=sum(chunk.nbytes for chunk in stream.chunks) - stream.streamed_bytes,
         process_bytes=model.process_nbytes,
         cache_bytes=KVCache.nbytes(model.weights.model, capacity, model.weights.dtype),
         settings={"ram": given.ram, "slice": rows},

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runner.system import memory
 
-PIECE = 2**23
+CHUNK = 2**23
 MEMORY_BYTES = 2**31
 
 
@@ -29,13 +29,13 @@ def disk_rate(directory: Path, seconds: float, threads: int) -> float:
         [
             (path, offset)
             for path in sorted(directory.glob("*.safetensors"))
-            for offset in range(0, path.stat().st_size, PIECE)
+            for offset in range(0, path.stat().st_size, CHUNK)
         ]
     )
     lock, total = threading.Lock(), [0] * threads
-    buffers = [memory.anonymous(PIECE) for _ in total]
+    buffers = [memory.anonymous(CHUNK) for _ in total]
     for buffer in buffers:
-        buffer.write(bytes(PIECE))  # the pages are there before time counts
+        buffer.write(bytes(CHUNK))  # the pages are there before time counts
     start = time.perf_counter()
 
     def read(number: int) -> None:

@@ -31,14 +31,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the second that measuring memory and processor takes."""
     monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)
     monkeypatch.setattr(rates, "DISK_BYTES", 2**22)
-    monkeypatch.setattr(rates, "LARGEST_PIECE", 2**20)
+    monkeypatch.setattr(rates, "LARGEST_CHUNK", 2**20)
     monkeypatch.setattr(rates, "SMALLEST_SCRATCH", 2**20)
 
 
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """RAM for about half of the small model, whatever the process takes."""
-    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     opened = Model.open.__func__
 
     def open_half(cls: type[Model], directory: Path, ram: int | None) -> Model:
@@ -77,9 +77,9 @@ def test_the_system_counts_what_was_streamed(prepared, quick, streamed) -> None:
     tokens = 8
     found = bench_module.bench(directory, tokens=tokens, prompt_tokens=16)
     shares = found.forecast.shares
-    pieces = forecast.piece_bytes(Model.open(directory, None).weights.model)
+    chunks = forecast.chunk_bytes(Model.open(directory, None).weights.model)
     difference = tokens * abs(found.run.bytes_read_per_token - found.run.streamed_bytes_per_pass)
-    assert difference <= tokens * 2 * platform.PAGE * len(pieces) + shares.read_ahead
+    assert difference <= tokens * 2 * platform.PAGE * len(chunks) + shares.read_ahead
 
 
 def _counted(path: Path) -> bool:

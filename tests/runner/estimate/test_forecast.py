@@ -16,7 +16,7 @@ from runner.format.coded import LOSSLESS
 from runner.format.manifest import load_manifest
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
-from toolkit.commands.space import room_to_prepare
+from toolkit.commands.space import space_to_prepare
 
 DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
 BLOOM = family.hyperparameters("bigscience/bloom")
@@ -31,7 +31,7 @@ def test_the_real_model_at_seven_gigabytes_a_second() -> None:
     found = seconds()
     assert 45 < found.seconds_per_token < 51
     assert found.limit_seconds == pytest.approx(found.shares.streamed_bytes / 7e9)
-    assert found.shares.streamed_bytes + found.shares.resident_bytes == sum(forecast.piece_bytes(BLOOM))
+    assert found.shares.streamed_bytes + found.shares.resident_bytes == sum(forecast.chunk_bytes(BLOOM))
     assert found.prompt_seconds == pytest.approx(50.4, abs=0.5)  # the first pass reads what stays, too
 
 
@@ -71,11 +71,11 @@ def test_too_little_ram_says_how_much_is_needed() -> None:
 def test_it_cuts_and_shares_as_an_opened_model_does(
     prepared, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     directory = prepared(dtype=dtype)[1]
     model = runner.load(directory, ram=1)
     hyperparameters = model.weights.model
-    assert forecast.piece_bytes(hyperparameters) == [piece.nbytes for piece in model.weights.stream.pieces]
+    assert forecast.chunk_bytes(hyperparameters) == [chunk.nbytes for chunk in model.weights.stream.chunks]
     assert forecast.weight_bytes(hyperparameters) == model.weights.nbytes
     parts = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
     assert forecast.disk_bytes(hyperparameters) == parts
@@ -102,14 +102,14 @@ def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
 
 
 def test_a_lossless_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     make_checkpoint.synthetic(tmp_path / "source", hidden_size=256, heads=8, blocks=2, vocab_size=1200)
-    convert(tmp_path / "source", tmp_path / "bloom", coding=LOSSLESS)
+    convert(tmp_path / "source", tmp_path / "bloom", form=LOSSLESS)
     share = forecast.coded_share(load_manifest(tmp_path / "bloom"))
     assert 0.6 < share < 0.7
     model = runner.load(tmp_path / "bloom", ram=1)
-    expected = forecast.piece_bytes(model.weights.model, share)
-    found = [piece.nbytes for piece in model.weights.stream.pieces]
+    expected = forecast.chunk_bytes(model.weights.model, share)
+    found = [chunk.nbytes for chunk in model.weights.stream.chunks]
     assert len(found) == pytest.approx(len(expected), rel=0.05)
     assert sum(found) == pytest.approx(sum(expected), rel=1e-4)
     parts = sum(path.stat().st_size for path in (tmp_path / "bloom").glob("*.safetensors"))
@@ -128,5 +128,5 @@ def test_names_of_the_family() -> None:
 def test_parameters_and_room() -> None:
     assert forecast.multiplications(BLOOM, 1) == pytest.approx(176.2e9, rel=0.001)
     assert forecast.disk_bytes(BLOOM) == pytest.approx(352.49e9, rel=1e-4)
-    assert room_to_prepare(BLOOM) == pytest.approx(357.4e9, rel=1e-3)  # as docs/preparation.md has it
-    assert room_to_prepare(family.hyperparameters("bloom-560m")) == pytest.approx(2.25e9, rel=0.01)
+    assert space_to_prepare(BLOOM) == pytest.approx(357.4e9, rel=1e-3)  # as docs/preparation.md has it
+    assert space_to_prepare(family.hyperparameters("bloom-560m")) == pytest.approx(2.25e9, rel=0.01)

@@ -20,7 +20,7 @@ from runner.system import files, platform
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "LARGEST_PIECE", 2**20)
+    monkeypatch.setattr(rates, "LARGEST_CHUNK", 2**20)
     monkeypatch.setattr(rates, "SMALLEST_SCRATCH", 2**20)
 
 
@@ -37,7 +37,7 @@ def test_all_of_the_files_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
         path.write_bytes(os.urandom(size))
     counted = []
     read = rates._read
-    monkeypatch.setattr(rates, "_read", lambda *piece: counted.append(read(*piece)) or counted[-1])
+    monkeypatch.setattr(rates, "_read", lambda *chunk: counted.append(read(*chunk)) or counted[-1])
     assert rates.disk_rate(paths) > 0
     assert sum(counted) == sum(sizes)
 

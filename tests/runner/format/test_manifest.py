@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import BloomdeskError
-from runner.format.coded import LOSSLESS, largest_strip, part_header, read_strips, strip_count
+from runner.format.coded import LOSSLESS, largest_row_group, part_header, read_row_groups, row_group_count
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import block_file, part_specs
 from runner.format.manifest import (
@@ -190,7 +190,7 @@ def coded_record(index: int, nbytes: int = 1600) -> PartRecord:
 
 
 def lossless() -> Manifest:
-    manifest = Manifest(CODED_MODEL, Source("me/bloom", "0" * 40), coding=LOSSLESS)
+    manifest = Manifest(CODED_MODEL, Source("me/bloom", "0" * 40), form=LOSSLESS)
     for index in range(4):
         manifest = manifest.with_part(coded_record(index))
     return manifest
@@ -287,37 +287,37 @@ def test_a_plain_manifest_with_what_only_a_lossless_one_has_is_refused() -> None
         Manifest.from_json(signed(lambda body: body["parts"][0].update(decoded=[])), WHERE)
 
 
-def strips(*offsets: int) -> bytes:
+def row_groups(*offsets: int) -> bytes:
     return b"".join(offset.to_bytes(8, "little", signed=True) for offset in offsets)
 
 
-def test_strips_of_a_matrix() -> None:
-    assert [strip_count(rows) for rows in (1, 12, 13, 24, 25)] == [1, 1, 2, 2, 3]
-    assert list(read_strips(strips(0, 100, 200, 208), 25, 8, 208)) == [0, 100, 200, 208]
+def test_row_groups_of_a_matrix() -> None:
+    assert [row_group_count(rows) for rows in (1, 12, 13, 24, 25)] == [1, 1, 2, 2, 3]
+    assert list(read_row_groups(row_groups(0, 100, 200, 208), 25, 8, 208)) == [0, 100, 200, 208]
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"",
-        strips(0, 100, 208),
-        strips(0, 100, 200, 208, 208),
-        strips(1, 100, 200, 208),
-        strips(0, 100, 200, 209),
-        strips(0, 100, 100, 208),
-        strips(0, 150, 100, 208),
-        strips(0, -8, 100, 208),
-        strips(0, 2**63 - 1, 200, 208),
-        strips(0, 100, 200, 208)[:-1],
+        row_groups(0, 100, 208),
+        row_groups(0, 100, 200, 208, 208),
+        row_groups(1, 100, 200, 208),
+        row_groups(0, 100, 200, 209),
+        row_groups(0, 100, 100, 208),
+        row_groups(0, 150, 100, 208),
+        row_groups(0, -8, 100, 208),
+        row_groups(0, 2**63 - 1, 200, 208),
+        row_groups(0, 100, 200, 208)[:-1],
     ],
 )
-def test_strips_that_cannot_be_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"strip|multiple"):
-        read_strips(data, 25, 8, 208)
+def test_row_groups_that_cannot_be_are_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"row group|multiple"):
+        read_row_groups(data, 25, 8, 208)
 
 
-def test_a_strip_has_a_largest_size() -> None:
-    most = largest_strip(8)
-    assert read_strips(strips(0, most, most + 1), 13, 8, most + 1)[1] == most
-    with pytest.raises(ValueError, match="strip 0 cannot have"):
-        read_strips(strips(0, most + 1, most + 2), 13, 8, most + 2)
+def test_a_row_group_has_a_largest_size() -> None:
+    most = largest_row_group(8)
+    assert read_row_groups(row_groups(0, most, most + 1), 13, 8, most + 1)[1] == most
+    with pytest.raises(ValueError, match="row group 0 cannot have"):
+        read_row_groups(row_groups(0, most + 1, most + 2), 13, 8, most + 2)

@@ -20,7 +20,7 @@ from runner.generation.model import Model
 from runner.generation.sequence import Continuation, Request
 from runner.generation.speculation.cost import Pace
 from runner.generation.speculation.ngram import Lookup
-from runner.model.kv_cache import KVCache, Stretch
+from runner.model.kv_cache import KVCache, Segment
 
 DTYPES = ["bfloat16", "float16", "float32"]
 
@@ -64,14 +64,14 @@ def test_rows_have_the_bits_that_they_have_alone(prepared, dtype: str, seed: int
     alone = [model.forward(text, model.cache(len(text)), all_rows=True) for text in texts]
     caches = [model.new_cache(len(text)) for text in texts]
     while unfinished := [place for place, text in enumerate(texts) if caches[place].length < len(text)]:
-        stretches, wanted = [], []
+        segments, wanted = [], []
         for place in source.sample(unfinished, source.randint(1, len(unfinished))):
             start = caches[place].length
             count = source.choice([1, source.randint(1, len(texts[place]) - start)])
             logits = source.randint(0, count)
-            stretches.append(Stretch(texts[place][start : start + count], caches[place], logits))
+            segments.append(Segment(texts[place][start : start + count], caches[place], logits))
             wanted.append(alone[place][start + count - logits : start + count])
-        for logits, expected in zip(model.forward_all(stretches), wanted, strict=True):
+        for logits, expected in zip(model.forward_all(segments), wanted, strict=True):
             assert torch.equal(logits, expected)
     assert [cache.length for cache in caches] == [len(text) for text in texts]
 
@@ -114,7 +114,7 @@ def test_an_interrupted_pass_changes_no_cache(prepared) -> None:
     model = runner.load(prepared()[1])
     caches = [model.new_cache(20) for _ in range(3)]
     model.forward_all(
-        [Stretch(tokens(count, count), cache) for count, cache in zip((5, 9, 1), caches, strict=True)]
+        [Segment(tokens(count, count), cache) for count, cache in zip((5, 9, 1), caches, strict=True)]
     )
     before = [[(b.keys.clone(), b.values.clone()) for b in cache.blocks] for cache in caches]
 
@@ -123,7 +123,7 @@ def test_an_interrupted_pass_changes_no_cache(prepared) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.forward_all([Stretch(tokens(4, 8), cache) for cache in caches], interrupt)
+        model.forward_all([Segment(tokens(4, 8), cache) for cache in caches], interrupt)
     assert [cache.length for cache in caches] == [5, 9, 1]
     for cache, blocks in zip(caches, before, strict=True):
         for block, (keys, values) in zip(cache.blocks, blocks, strict=True):
@@ -252,9 +252,9 @@ def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.Monke
     propose_from(said, monkeypatch)
     forward_all, spoilt = Model.forward_all, []
 
-    def spoil(self: Model, stretches: list[Stretch], on_part: object) -> list[torch.Tensor]:
-        logits = forward_all(self, stretches, on_part)
-        if stretches[0].logits > 1:
+    def spoil(self: Model, segments: list[Segment], on_part: object) -> list[torch.Tensor]:
+        logits = forward_all(self, segments, on_part)
+        if segments[0].logits > 1:
             spoilt.append(len(logits[0]))
             logits[0] = logits[0] * torch.nan
         return logits
@@ -284,7 +284,7 @@ def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
     assert [each.index for each in finished] == [0, 2, 1, 3, 4, 5]
     assert [each.passes for each in running.continuations] == [2, 9, 3, 5, 1, 7]
     assert running.passes == 17
-    everything = sum(piece.nbytes for piece in model.weights.stream.pieces)
+    everything = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
     assert running.bytes_read == everything
     assert 0 < sum(each.bytes_read for each in running.continuations) <= everything
 
@@ -297,24 +297,24 @@ def test_prompts_go_through_several_passes_where_ram_is_short(
     requests = [Request(tokens(count, count), 6) for count in (70, 3, 64, 20)]
     wanted = plain(model, requests)
     monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
-    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     model = runner.load(prepared()[1])
     nothing = replace(model, ram=2**50)
     cache = 4 * KVCache.nbytes(model.weights.model, 75, model.weights.dtype)
-    slots = 3 * 60_000
+    buffers = 3 * 60_000
     for rows in (4, 17, 40):
         activations = nothing.budget(75, rows).activations + 8 * 4 * 1200
-        tight = replace(model, ram=model.process_nbytes + cache + activations + slots)
+        tight = replace(model, ram=model.process_nbytes + cache + activations + buffers)
         running = Batch(tight, requests, 4, speculate, None, None)
         assert 4 <= running.capacity.rows < 70
         carried = []
         forward_all = Model.forward_all
 
         def count(
-            self: Model, stretches: list[Stretch], on_part: object, forward_all=forward_all, carried=carried
+            self: Model, segments: list[Segment], on_part: object, forward_all=forward_all, carried=carried
         ):
-            carried.append(sum(len(stretch.ids) for stretch in stretches))
-            return forward_all(self, stretches, on_part)
+            carried.append(sum(len(segment.ids) for segment in segments))
+            return forward_all(self, segments, on_part)
 
         with monkeypatch.context() as patch:
             patch.setattr(Model, "forward_all", count)
@@ -395,7 +395,7 @@ def test_what_is_refused(prepared, options: dict[str, object], message: str) -> 
 
 def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
-    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     model = runner.load(prepared()[1])
     requests = [Request([5, 6, 7], 30)] * 20
     alone = replace(model, ram=2**50).budget(32, 3)
@@ -422,7 +422,7 @@ def test_too_little_ram_for_the_longest_names_it(prepared, monkeypatch: pytest.M
 def test_a_bigger_batch_is_not_bought_with_all_that_stays(prepared) -> None:
     """Where everything fits, a few prompts at the memory's speed are faster than many at the disk's."""
     model = runner.load(prepared()[1])
-    weights = sum(piece.nbytes for piece in model.weights.stream.pieces)
+    weights = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
     requests = [Request([5, 6, 7], 700)] * 64
     alone = replace(model, ram=2**50).budget(702, 3)
     ram = (

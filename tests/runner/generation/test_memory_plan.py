@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from runner import BloomdeskError
 from runner.generation.memory_plan import (
-    FEWEST_SLOTS,
+    FEWEST_BUFFERS,
     MARGIN,
-    MOST_SLOTS,
+    MOST_BUFFERS,
     Budget,
     parse_size,
     share_out,
@@ -142,8 +142,8 @@ def test_nothing_is_promised_twice(
     assert budget.resident_bytes == sum(sizes[index] for index in budget.resident)
     assert budget.resident_bytes + budget.streamed_bytes == sum(sizes)
     if budget.streamed_bytes:
-        assert FEWEST_SLOTS <= budget.slots <= MOST_SLOTS
-        assert budget.slot_nbytes >= max(sizes)
+        assert FEWEST_BUFFERS <= budget.buffers <= MOST_BUFFERS
+        assert budget.buffer_nbytes >= max(sizes)
 
 
 @given(SIZES, PARTS, PARTS, PARTS)
@@ -151,7 +151,7 @@ def test_what_fits_stays(sizes: list[int], process: int, cache: int, activations
     needed = sum(sizes) + process + cache + activations + MARGIN
     budget = shared(needed, sizes, process, cache, activations)
     assert budget.resident == frozenset(range(len(sizes)))
-    assert (budget.slots, budget.read_ahead, budget.streamed_bytes) == (0, 0, 0)
+    assert (budget.buffers, budget.read_ahead, budget.streamed_bytes) == (0, 0, 0)
 
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
@@ -170,7 +170,7 @@ def test_an_amount_that_is_too_little_names_one_that_is_enough(
     enough = parse_size(re.search(r"--ram (\S+GB)", refused.hint)[1])
     assert enough > total
     shared(enough, sizes, process, cache, activations)
-    least = min(FEWEST_SLOTS * (max(sizes) + 4096), sum(sizes)) + process + cache + activations + MARGIN
+    least = min(FEWEST_BUFFERS * (max(sizes) + 4096), sum(sizes)) + process + cache + activations + MARGIN
     assert f"{shown_size(least)} are needed" in refused.message
     shared(least, sizes, process, cache, activations)
     with pytest.raises(BloomdeskError):
@@ -178,7 +178,7 @@ def test_an_amount_that_is_too_little_names_one_that_is_enough(
 
 
 @given(SIZES, st.integers(0, 2**32))
-def test_no_room_is_left_in_which_a_streamed_piece_would_fit(sizes: list[int], room: int) -> None:
+def test_no_room_is_left_in_which_a_streamed_chunk_would_fit(sizes: list[int], room: int) -> None:
     chosen = spread(sizes, room)
     left = room - sum(sizes[index] for index in chosen)
     assert left >= 0
@@ -186,8 +186,8 @@ def test_no_room_is_left_in_which_a_streamed_piece_would_fit(sizes: list[int], r
 
 
 @given(SIZES, st.floats(0, 1))
-def test_every_stretch_of_a_pass_has_its_share_of_what_stays(sizes: list[int], part: float) -> None:
-    """So the disk is never idle for more than a few pieces, wherever the pass is."""
+def test_every_segment_of_a_pass_has_its_share_of_what_stays(sizes: list[int], part: float) -> None:
+    """So the disk is never idle for more than a few chunks, wherever the pass is."""
     room = int(sum(sizes) * part)
     chosen = spread(sizes, room)
     here = passed = 0
@@ -198,7 +198,7 @@ def test_every_stretch_of_a_pass_has_its_share_of_what_stays(sizes: list[int], p
 
 
 @given(st.integers(2, 400), st.data())
-def test_pieces_of_one_size_alternate_as_evenly_as_can_be(count: int, data: st.DataObject) -> None:
+def test_chunks_of_one_size_alternate_as_evenly_as_can_be(count: int, data: st.DataObject) -> None:
     kept = data.draw(st.integers(0, count - 1))
     chosen = spread([7] * count, 7 * kept + 3)
     assert len(chosen) == kept
@@ -224,7 +224,7 @@ def test_without_room_nothing_stays(room: int) -> None:
     assert spread([3, 4, 5], room) == frozenset()
 
 
-def test_more_ram_never_streams_more_than_a_piece_more() -> None:
+def test_more_ram_never_streams_more_than_a_chunk_more() -> None:
     sizes = [30 * MIB] * 12 + [17 * MIB] * 5 + [31 * MIB] * 20
     streamed = [shared(MARGIN + 100 * MIB + step * 10 * MIB, sizes).streamed_bytes for step in range(110)]
     assert streamed[0] > streamed[-1] == 0
@@ -243,20 +243,20 @@ torch.set_num_threads(1)
 import runner, runner.system as system
 from runner.generation.memory_plan import MARGIN
 model = runner.load(sys.argv[1])
-pieces = model.weights.stream.pieces
-for path in {piece.file.path for piece in pieces}:  # what writing them left there
+chunks = model.weights.stream.chunks
+for path in {chunk.file.path for chunk in chunks}:  # what writing them left there
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-def cached(piece):
-    with piece.file.path.open("rb") as file:
+def cached(chunk):
+    with chunk.file.path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    size, first = mmap.PAGESIZE, -(-piece.start // mmap.PAGESIZE)  # pages at the ends may be a neighbour's
-    count = (piece.start + piece.nbytes) // size - first
+    size, first = mmap.PAGESIZE, -(-chunk.start // mmap.PAGESIZE)  # pages at the ends may be a neighbour's
+    count = (chunk.start + chunk.nbytes) // size - first
     pages, address = (ctypes.c_ubyte * count)(), ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address + first * size), ctypes.c_size_t(count * size), pages) == 0
     return sum(page & 1 for page in pages) * size
-if sum(map(cached, pieces)) > 1e6:
+if sum(map(cached, chunks)) > 1e6:
     sys.exit("the file system keeps its pages")
 least = replace(model, ram=2**50).budget(24, 16)
 ram = least.process + least.cache + least.activations + MARGIN + 3 * 34 * 2**20 + 40 * 2**20
@@ -266,7 +266,7 @@ tokens = list(generation)
 shares = generation.batch.capacity.shares
 assert shares.resident_bytes > 20e6 and shares.streamed_bytes > 60e6, shares
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-print(ram, peak, sum(map(cached, pieces)), *tokens)
+print(ram, peak, sum(map(cached, chunks)), *tokens)
 """
 
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runner.kernel.panel
-from runner.format.coded import PANEL_COLUMNS, STRIP_ROWS, strip_count
+from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
 from runner.kernel import decode as lossless
-from runner.kernel.decode import decode_strips
-from runner.kernel.encode import encode_strips
+from runner.kernel.decode import decode_row_groups
+from runner.kernel.encode import encode_row_groups
 from runner.kernel.matmul import Kernel
 from runner.kernel.panel import HEADER, STORED
 from runner.kernel.threads import workers
@@ -28,15 +28,15 @@ def bits(weight: torch.Tensor) -> bytearray:
 
 
 def coded(weight: torch.Tensor) -> tuple[bytearray, list[int]]:
-    """The coded bytes of a bfloat16 matrix, and where its strips begin and end."""
-    data, lengths = encode_strips(bits(weight), weight.shape[1])
+    """The coded bytes of a bfloat16 matrix, and where its row groups begin and end."""
+    data, lengths = encode_row_groups(bits(weight), weight.shape[1])
     return bytearray(data), [0, *accumulate(lengths)]
 
 
 def decoded(data: bytearray, offsets: list[int], shape: tuple[int, ...]) -> bytearray:
     rows, columns = shape
     out = bytearray(2 * rows * columns)
-    decode_strips(data, offsets, rows, columns, out)
+    decode_row_groups(data, offsets, rows, columns, out)
     return out
 
 
@@ -49,7 +49,7 @@ def normal(*shape: int, scale: float = 0.02, seed: int = 0) -> torch.Tensor:
 def test_every_bit_comes_back(shape: tuple[int, int]) -> None:
     weight = normal(*shape)
     data, offsets = coded(weight)
-    assert len(offsets) == strip_count(shape[0]) + 1
+    assert len(offsets) == row_group_count(shape[0]) + 1
     assert decoded(data, offsets, shape) == bits(weight)
     assert coded(weight) == (data, offsets)
 
@@ -90,12 +90,14 @@ def test_noise_does_not_become_larger_by_more_than_its_headers() -> None:
 
 
 def test_rows_can_be_coded_and_decoded_some_at_a_time() -> None:
-    weight = normal(5 * STRIP_ROWS + 5, 300)
+    weight = normal(5 * ROW_GROUP_ROWS + 5, 300)
     data, offsets = coded(weight)
-    parts = [coded(weight[first : first + 2 * STRIP_ROWS])[0] for first in range(0, 65, 2 * STRIP_ROWS)]
+    parts = [
+        coded(weight[first : first + 2 * ROW_GROUP_ROWS])[0] for first in range(0, 65, 2 * ROW_GROUP_ROWS)
+    ]
     assert b"".join(parts) == data
     some = decoded(data, offsets[2:], (41, 300))
-    assert some == bits(weight[2 * STRIP_ROWS :])
+    assert some == bits(weight[2 * ROW_GROUP_ROWS :])
 
 
 def test_without_shuffling_instructions_it_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +143,12 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match="no offsets"):
             _product(data, wrong, 30, 64)
     with pytest.raises(ValueError, match="are no rows"):
-        encode_strips(bits(weight)[:-2], 64)
+        encode_row_groups(bits(weight)[:-2], 64)
 
 
 def test_damage_never_reaches_other_memory() -> None:
     """Flipped and random bytes, right before a page that no one may touch."""
-    weight = normal(STRIP_ROWS + 3, PANEL_COLUMNS + 70)
+    weight = normal(ROW_GROUP_ROWS + 3, PANEL_COLUMNS + 70)
     data, offsets = coded(weight)
     generator = random.Random(0)
     found = {"damaged": 0, "decoded": 0}
@@ -159,14 +161,14 @@ def test_damage_never_reaches_other_memory() -> None:
             if attempt % 10 == 0:
                 guarded[:] = generator.randbytes(len(data))
             try:
-                decode_strips(guarded, offsets, *weight.shape, bytearray(weight.nbytes))
+                decode_row_groups(guarded, offsets, *weight.shape, bytearray(weight.nbytes))
                 found["decoded"] += 1
             except ValueError:
                 found["damaged"] += 1
     assert all(found.values())
 
 
-def test_a_damaged_piece_is_an_error_in_a_product() -> None:
+def test_a_damaged_chunk_is_an_error_in_a_product() -> None:
     data, offsets = coded(normal(30, 64))
     data[offsets[1] : offsets[1] + 4] = b"\xff" * 4
     with pytest.raises(ValueError, match="damaged"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import runner.kernel.threads
-from runner.format.coded import PANEL_COLUMNS, STRIP_ROWS
+from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS
 from runner.kernel.panel import scratch_bytes
 from runner.kernel.threads import ARGUMENTS, FAILED, SCRATCH_NBYTES, TURN, Workers
 
@@ -190,7 +190,7 @@ def test_who_has_nothing_to_do_sleeps() -> None:
 
 
 def test_a_thread_has_room_for_a_panel() -> None:
-    assert scratch_bytes(STRIP_ROWS * PANEL_COLUMNS) <= SCRATCH_NBYTES
+    assert scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS) <= SCRATCH_NBYTES
 
 
 @pytest.mark.parametrize("wait", ["", "; time.sleep(0.1)"], ids=["looking", "asleep"])

@@ -30,8 +30,8 @@ def test_cached_passes_give_what_one_pass_gives(prepared, data: st.DataObject) -
     whole = model.forward(ids, model.cache(count), all_rows=True)
     cuts = sorted(data.draw(st.sets(st.integers(1, count), max_size=12)) | {0, count})
     cache = model.cache(count + data.draw(st.integers(0, 30)))
-    pieces = [model.forward(ids[first:last], cache, all_rows=True) for first, last in pairwise(cuts)]
-    assert torch.equal(torch.cat(pieces), whole)
+    chunks = [model.forward(ids[first:last], cache, all_rows=True) for first, last in pairwise(cuts)]
+    assert torch.equal(torch.cat(chunks), whole)
     assert cache.length == count
     assert torch.equal(model.forward(ids, model.cache(count)), whole[-1:])
 
@@ -74,7 +74,7 @@ def test_generation_counts_and_stops_at_the_limit(prepared) -> None:
     assert generation.stop_reason is None
     ids = list(generation)
     assert (generation.stop_reason, generation.passes, generation.ids) == ("length", 4, ids)
-    assert generation.bytes_read == sum(piece.nbytes for piece in model.weights.stream.pieces)  # all resident
+    assert generation.bytes_read == sum(chunk.nbytes for chunk in model.weights.stream.chunks)  # all resident
     assert parts == [(done, 4) for done in (1, 2, 3, 4)] * 4  # 3 blocks and the head
     assert next(generation, None) is None
 

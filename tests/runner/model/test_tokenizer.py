@@ -31,9 +31,9 @@ def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
 @settings(deadline=None, max_examples=100)
 def test_growing_text_never_cuts_a_character(tokenizer: Tokenizer, text: str) -> None:
     stream = tokenizer.stream()
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert all("�" not in piece for piece in pieces)
-    assert "".join(pieces) == text
+    chunks = [stream.push(token) for token in tokenizer.encode(text)]
+    assert all("�" not in chunk for chunk in chunks)
+    assert "".join(chunks) == text
     assert stream.finish() == ""
 
 
@@ -42,8 +42,8 @@ def test_growing_text_never_cuts_a_character(tokenizer: Tokenizer, text: str) ->
 def test_growing_text_ends_as_the_whole_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     """Any ids, also bytes that are no characters, and special tokens in between."""
     stream = tokenizer.stream()
-    pieces = [stream.push(token) for token in ids]
-    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    chunks = [stream.push(token) for token in ids]
+    assert "".join(chunks) + stream.finish() == tokenizer.decode(ids)
 
 
 def test_a_character_is_held_until_it_is_whole(tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ import torch
 import runner
 import runner.generation.memory_plan
 from runner.system import files, memory, platform
-from runner.weights import chunks as pieces
+from runner.weights import chunks as chunks
 from runner.weights.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,7 +50,7 @@ def test_the_miniature_says_the_same_without_the_linux_calls(
     monkeypatch.setattr(platform, "LINUX_CALLS", False)
     model = runner.load(miniature[1])
     if streamed:
-        monkeypatch.setattr(pieces, "LARGEST_PIECE", 100_000)
+        monkeypatch.setattr(chunks, "LARGEST_CHUNK", 100_000)
         monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
         model = runner.load(miniature[1])
         model = replace(model, ram=model.process_nbytes + int(0.6 * model.weights.nbytes))
@@ -75,7 +75,7 @@ import runner, runner.generation.memory_plan, runner.weights.chunks, runner.syst
 from runner.cli.commands import main
 assert not runner.system.platform.LINUX_CALLS
 runner.generation.memory_plan.MARGIN = 0
-runner.weights.chunks.LARGEST_PIECE = 20000
+runner.weights.chunks.LARGEST_CHUNK = 20000
 model = runner.load(sys.argv[1])
 print(list(model.generate([5, 6, 7], max_new_tokens=5)))
 small = runner.load(sys.argv[1], ram=model.process_nbytes + model.weights.nbytes * 3 // 4)
@@ -178,17 +178,17 @@ def test_a_stream_leaves_nothing_in_the_page_cache(prepared, tmp_path: Path) -> 
         pytest.skip("nowhere else the cache is looked at")
     made = MappedFile(tmp_path / "part", 300_000)
     made.drop()
-    state = pieces.FileState.of(made.path)
+    state = chunks.FileState.of(made.path)
     cut = tuple(
-        pieces.Piece(state, start, 0, 1, torch.uint8, (1, 50_000)) for start in range(0, 300_000, 50_000)
+        chunks.Chunk(state, start, 0, 1, torch.uint8, (1, 50_000)) for start in range(0, 300_000, 50_000)
     )
     stream = Stream(cut)
     stream.arrange(frozenset({1}), 3)
     for _ in range(3):
         for index in range(len(cut)):
-            with stream.piece(index) as weights:
+            with stream.chunk(index) as weights:
                 assert weights.eq(1).all()
-    assert sum(made.cached()) <= 2  # the resident piece was looked for there
+    assert sum(made.cached()) <= 2  # the resident chunk was looked for there
 
 
 # Memory to spare.

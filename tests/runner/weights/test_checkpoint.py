@@ -16,7 +16,7 @@ from runner import BloomdeskError
 from runner.format.layout import PartSpec, part_specs
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
-from runner.weights import chunks as pieces
+from runner.weights import chunks as chunks
 from runner.weights.checkpoint import Part, Weights
 from runner.weights.linear import Matrix
 
@@ -33,10 +33,10 @@ def parts_of(weights: Weights) -> list[tuple[PartSpec, Part]]:
 
 
 def read(matrix: Matrix) -> torch.Tensor:
-    """A plain matrix, from its pieces."""
+    """A plain matrix, from its chunks."""
     with contextlib.ExitStack() as held:
-        places = range(matrix.index, matrix.index + len(matrix.pieces))
-        return torch.cat([held.enter_context(matrix.stream.piece(place)).clone() for place in places])
+        places = range(matrix.index, matrix.index + len(matrix.chunks))
+        return torch.cat([held.enter_context(matrix.stream.chunk(place)).clone() for place in places])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -52,24 +52,24 @@ def test_tensors_are_those_of_the_files(prepared, dtype: str) -> None:
                 assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
 
 
-def test_pieces_are_the_rows_of_their_matrices(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", 5000)
+def test_chunks_are_the_rows_of_their_matrices(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", 5000)
     weights = Weights.open(directory)
     seen = 0
     for spec, part in parts_of(weights):
         data = (directory / spec.file).read_bytes()
         for matrix in part.matrices.values():
-            assert weights.stream.pieces[matrix.index : matrix.index + len(matrix.pieces)] == matrix.pieces
-            assert [piece.first for piece in matrix.pieces] == [0, *(p.last for p in matrix.pieces[:-1])]
+            assert weights.stream.chunks[matrix.index : matrix.index + len(matrix.chunks)] == matrix.chunks
+            assert [chunk.first for chunk in matrix.chunks] == [0, *(p.last for p in matrix.chunks[:-1])]
             assert read(matrix).shape == matrix.shape
-            for piece in matrix.pieces:
-                found = torch.frombuffer(bytearray(data[piece.start :][: piece.nbytes]), dtype=weights.dtype)
-                assert torch.equal(found.view(piece.shape), read(matrix)[piece.first : piece.last])
+            for chunk in matrix.chunks:
+                found = torch.frombuffer(bytearray(data[chunk.start :][: chunk.nbytes]), dtype=weights.dtype)
+                assert torch.equal(found.view(chunk.shape), read(matrix)[chunk.first : chunk.last])
                 seen += 1
-    assert seen == len(weights.stream.pieces) > 100
+    assert seen == len(weights.stream.chunks) > 100
 
 
-def test_a_pass_goes_through_the_pieces_in_their_order(directory: Path) -> None:
+def test_a_pass_goes_through_the_chunks_in_their_order(directory: Path) -> None:
     weights = Weights.open(directory)
     names = [(spec.file, name) for spec, part in parts_of(weights)[1:] for name in part.matrices]
     names.append(("embedding.safetensors", "word_embeddings.weight"))
@@ -77,7 +77,7 @@ def test_a_pass_goes_through_the_pieces_in_their_order(directory: Path) -> None:
         (spec.file, name): part.matrices[name] for spec, part in parts_of(weights) for name in part.matrices
     }
     assert [matrices[name].index for name in names] == list(range(len(names)))
-    assert [piece.file.path.name for piece in weights.stream.pieces] == [file for file, _ in names]
+    assert [chunk.file.path.name for chunk in weights.stream.chunks] == [file for file, _ in names]
 
 
 def test_vectors_need_no_file_any_more(directory: Path) -> None:
@@ -94,7 +94,7 @@ def test_every_part_starts_its_data_on_a_page(directory: Path) -> None:
         assert header.data_start % 4096 == 0
         for name, matrix in part.matrices.items():
             in_data = header.tensors[name].start - header.data_start
-            assert (matrix.pieces[0].start - in_data) % 4096 == 0
+            assert (matrix.chunks[0].start - in_data) % 4096 == 0
 
 
 def test_nbytes_is_the_sum_of_all_tensors(directory: Path) -> None:

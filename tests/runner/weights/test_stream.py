@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import runner.weights.stream
 from runner.system import platform
-from runner.weights.chunks import Piece
+from runner.weights.chunks import Chunk
 from runner.weights.stream import Stream
 from tests.support.streaming import Shelf, make_shelf, promptly, readers_alive, soon
 
@@ -24,23 +24,23 @@ def lasting_shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 
 
 @pytest.mark.parametrize("readers", [1, 2, 4])
-@pytest.mark.parametrize("slots", [2, 3, 7, 40])
-def test_passes_wrap_around(shelf: Shelf, slots: int, readers: int) -> None:
-    stream = shelf.stream(slots=slots, readers=readers)
+@pytest.mark.parametrize("buffers", [2, 3, 7, 40])
+def test_passes_wrap_around(shelf: Shelf, buffers: int, readers: int) -> None:
+    stream = shelf.stream(buffers=buffers, readers=readers)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(6)])
     assert stream.traffic.bytes_streamed == 6 * shelf.nbytes
     assert stream.traffic.bytes_loaded == 0
 
 
-PIECES = st.integers(0, 12)
+CHUNKS = st.integers(0, 12)
 
 
 EVENTS = st.one_of(
     st.tuples(st.just("take"), st.integers(1, 20)),
-    st.tuples(st.just("jump"), PIECES),
+    st.tuples(st.just("jump"), CHUNKS),
     st.tuples(st.just("raise"), st.booleans()),
     st.tuples(st.just("lose"), st.booleans()),
-    st.tuples(st.just("arrange"), st.frozensets(PIECES), st.integers(2, 6)),
+    st.tuples(st.just("arrange"), st.frozensets(CHUNKS), st.integers(2, 6)),
     st.tuples(st.just("pause")),
 )
 
@@ -51,7 +51,7 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
     lasting_shelf: Shelf, events: list[tuple], readers: int
 ) -> None:
     shelf = lasting_shelf
-    stream = Stream(shelf.pieces, readers)
+    stream = Stream(shelf.chunks, readers)
     index = 0
 
     def act(kind: str, *how: object) -> None:
@@ -59,11 +59,11 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
         if kind == "take":
             for _ in range(how[0]):
                 shelf.check(stream, index)
-                index = (index + 1) % len(shelf.pieces)
+                index = (index + 1) % len(shelf.chunks)
         elif kind == "jump":
             index = how[0]
         elif kind == "raise":
-            with pytest.raises(KeyboardInterrupt), stream.piece(index):
+            with pytest.raises(KeyboardInterrupt), stream.chunk(index):
                 raise KeyboardInterrupt
             index = index if how[0] else 0
         elif kind == "lose":  # an interruption between taking and releasing
@@ -77,19 +77,19 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
     promptly(lambda: [act(*event) for event in [*events, ("take", 30)]])
 
 
-def test_a_slot_in_use_is_not_read_into(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_in_use_is_not_read_into(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    class CountedSlot(runner.weights.stream.Slot):
+    class CountedBuffer(runner.weights.stream.Buffer):
         def __init__(self, nbytes: int) -> None:
             made.append(nbytes)
             super().__init__(nbytes)
 
-    monkeypatch.setattr(runner.weights.stream, "Slot", CountedSlot)
-    stream = shelf.stream(slots=3)
+    monkeypatch.setattr(runner.weights.stream, "Buffer", CountedBuffer)
+    stream = shelf.stream(buffers=3)
     for _ in range(2):
-        for index in range(len(shelf.pieces)):
-            with stream.piece(index) as weights:
+        for index in range(len(shelf.chunks)):
+            with stream.chunk(index) as weights:
                 soon(lambda: len(stream._shared.ready) == 2)  # both others are full, so the readers rest
                 assert shelf.holds(index, weights)
     assert len(made) == 3
@@ -102,14 +102,14 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf, monkeypatch: py
     monkeypatch.setattr(
         runner.weights.stream,
         "_fetch",
-        lambda piece, slot, stays: (fetched.append(piece), fetch(piece, slot, stays=stays))[1],
+        lambda chunk, buffer, stays: (fetched.append(chunk), fetch(chunk, buffer, stays=stays))[1],
     )
-    stream = shelf.stream(slots=4)
+    stream = shelf.stream(buffers=4)
     promptly(lambda: shelf.check_pass(stream))
-    soon(lambda: len(fetched) == len(shelf.pieces) + 4)
-    assert set(fetched[-4:]) == set(shelf.pieces[:4])
+    soon(lambda: len(fetched) == len(shelf.chunks) + 4)
+    assert set(fetched[-4:]) == set(shelf.chunks[:4])
     promptly(lambda: [shelf.check(stream, index) for index in range(4)])
-    assert [fetched.count(piece) for piece in shelf.pieces[:4]] == [2] * 4
+    assert [fetched.count(chunk) for chunk in shelf.chunks[:4]] == [2] * 4
 
 
 def test_what_is_resident_is_read_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,33 +118,36 @@ def test_what_is_resident_is_read_once(shelf: Shelf, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         runner.weights.stream,
         "_fetch",
-        lambda piece, slot, stays: (fetched.append((piece.start, stays)), fetch(piece, slot, stays=stays))[1],
+        lambda chunk, buffer, stays: (
+            fetched.append((chunk.start, stays)),
+            fetch(chunk, buffer, stays=stays),
+        )[1],
     )
     resident = frozenset({0, 3, 4, 9, 12})
-    stream = shelf.stream(resident, slots=2)
+    stream = shelf.stream(resident, buffers=2)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(4)])
-    kept = sum(shelf.pieces[index].nbytes for index in resident)
+    kept = sum(shelf.chunks[index].nbytes for index in resident)
     assert stream.traffic.bytes_loaded == kept
     assert stream.traffic.bytes_streamed == 4 * (shelf.nbytes - kept)
     assert stream.streamed_bytes == shelf.nbytes - kept
     assert stream.traffic.bytes_read == kept + 4 * (shelf.nbytes - kept)
     assert sorted(start for start, stays in fetched if stays) == sorted(
-        shelf.pieces[index].start for index in resident
+        shelf.chunks[index].start for index in resident
     )
 
 
 def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
-    stream = Stream(shelf.pieces)
+    stream = Stream(shelf.chunks)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(3)])
     assert (stream.traffic.bytes_loaded, stream.traffic.bytes_streamed) == (shelf.nbytes, 0)
     assert stream.streamed_bytes == 0
-    assert not stream._shared.slots
-    assert stream._shared.at_rest  # and pieces are handed out in any order, with nothing to wait for
+    assert not stream._shared.buffers
+    assert stream._shared.at_rest  # and chunks are handed out in any order, with nothing to wait for
     promptly(lambda: [shelf.check(stream, index) for index in (5, 2, 2, 12, 0)])
     assert stream._take(3)[1] is None
     stream.arrange(frozenset({1}), 2)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(2)])
-    assert stream.traffic.bytes_streamed == 2 * (shelf.nbytes - shelf.pieces[1].nbytes)
+    assert stream.traffic.bytes_streamed == 2 * (shelf.nbytes - shelf.chunks[1].nbytes)
 
 
 def test_what_stays_resident_through_an_arrangement_is_not_read_again(shelf: Shelf) -> None:
@@ -153,28 +156,28 @@ def test_what_stays_resident_through_an_arrangement_is_not_read_again(shelf: She
     before = stream.traffic.bytes_loaded
     stream.arrange(frozenset({4, 5}), 2)
     promptly(lambda: shelf.check_pass(stream))
-    assert stream.traffic.bytes_loaded - before == shelf.pieces[5].nbytes
+    assert stream.traffic.bytes_loaded - before == shelf.chunks[5].nbytes
     stream.arrange(frozenset({1, 4}), 2)  # 1 was let go in between
     before = stream.traffic.bytes_loaded
     promptly(lambda: shelf.check_pass(stream))
-    assert stream.traffic.bytes_loaded - before == shelf.pieces[1].nbytes
+    assert stream.traffic.bytes_loaded - before == shelf.chunks[1].nbytes
 
 
 def test_the_same_arrangement_again_keeps_what_was_read_ahead(shelf: Shelf) -> None:
-    stream = shelf.stream(slots=4)
+    stream = shelf.stream(buffers=4)
     promptly(lambda: shelf.check_pass(stream))
     soon(lambda: len(stream._shared.ready) == 4)
-    slots = set(stream._shared.ready.values())
+    buffers = set(stream._shared.ready.values())
     stream.arrange(frozenset(), 4)
-    assert set(stream._shared.ready.values()) == slots
+    assert set(stream._shared.ready.values()) == buffers
 
 
-@pytest.mark.parametrize("slots", [0, 1])
-def test_too_few_slots_are_refused(shelf: Shelf, slots: int) -> None:
-    with pytest.raises(ValueError, match="slots cannot hold"):
-        Stream(shelf.pieces).arrange(frozenset({1}), slots)
-    Stream(shelf.pieces).arrange(
-        frozenset(range(len(shelf.pieces))), slots
+@pytest.mark.parametrize("buffers", [0, 1])
+def test_too_few_buffers_are_refused(shelf: Shelf, buffers: int) -> None:
+    with pytest.raises(ValueError, match="buffers cannot hold"):
+        Stream(shelf.chunks).arrange(frozenset({1}), buffers)
+    Stream(shelf.chunks).arrange(
+        frozenset(range(len(shelf.chunks))), buffers
     )  # with nothing to stream it is fine
 
 
@@ -184,15 +187,15 @@ def test_too_few_slots_are_refused(shelf: Shelf, slots: int) -> None:
 def test_after_an_interruption_a_pass_begins_anew(
     shelf: Shelf, place: int, resident: frozenset[int], how: str
 ) -> None:
-    stream = shelf.stream(resident, slots=2)
+    stream = shelf.stream(resident, buffers=2)
 
     def interrupted() -> None:
         for index in range(place):
             shelf.check(stream, index)
         if how == "inside":
-            with pytest.raises(KeyboardInterrupt), stream.piece(place):
+            with pytest.raises(KeyboardInterrupt), stream.chunk(place):
                 raise KeyboardInterrupt
-        elif how == "lost":  # it came between taking the piece and releasing it
+        elif how == "lost":  # it came between taking the chunk and releasing it
             stream._take(place)
 
     for _ in range(4):
@@ -201,7 +204,7 @@ def test_after_an_interruption_a_pass_begins_anew(
 
 
 def test_an_interruption_while_waiting_is_no_loss(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = shelf.stream(slots=2)
+    stream = shelf.stream(buffers=2)
     waits = stream._shared.changed.wait
 
     def interrupted(timeout: float | None = None) -> bool:
@@ -219,7 +222,7 @@ def test_an_interruption_while_waiting_is_no_loss(shelf: Shelf, monkeypatch: pyt
 
 def test_readers_end_with_their_stream(shelf: Shelf) -> None:
     before = set(readers_alive())
-    stream = shelf.stream(slots=3, readers=4)
+    stream = shelf.stream(buffers=3, readers=4)
     promptly(lambda: shelf.check_pass(stream))
     mine = set(readers_alive()) - before
     assert len(mine) == 4
@@ -234,22 +237,22 @@ def test_a_stream_may_end_on_one_of_its_readers(shelf: Shelf, monkeypatch: pytes
     problems: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", problems.append)
     monkeypatch.setattr(threading, "excepthook", problems.append)
-    holder = [shelf.stream(slots=3, readers=2)]
+    holder = [shelf.stream(buffers=3, readers=2)]
     promptly(lambda: shelf.check_pass(holder[0]))
     mine = set(readers_alive()) - before
     soon(lambda: len(holder[0]._shared.ready) == 3)
     fetch = runner.weights.stream._fetch
     last: list[threading.Thread] = []
 
-    def fetch_and_drop(piece: Piece, slot: runner.weights.stream.Slot, stays: bool) -> None:
+    def fetch_and_drop(chunk: Chunk, buffer: runner.weights.stream.Buffer, stays: bool) -> None:
         soon(lambda: bool(dropped))
         holder.clear()
         last.append(threading.current_thread())
-        fetch(piece, slot, stays=stays)
+        fetch(chunk, buffer, stays=stays)
 
     monkeypatch.setattr(runner.weights.stream, "_fetch", fetch_and_drop)
     dropped: list[bool] = []
-    shelf.check(holder[0], 0)  # frees a slot, which a reader then fills
+    shelf.check(holder[0], 0)  # frees a buffer, which a reader then fills
     dropped.append(True)
     soon(lambda: not mine & set(readers_alive()))
     assert last and last[0] in mine

@@ -21,10 +21,10 @@ import runner
 from runner import BloomdeskError
 from runner.generation.model import Model
 from runner.system import files
-from runner.weights import chunks as pieces
+from runner.weights import chunks as chunks
 from tests.support.streaming import (
     LONGEST,
-    SMALL_PIECE,
+    SMALL_CHUNK,
     Shelf,
     arrangement,
     logits_of,
@@ -75,7 +75,7 @@ def test_a_file_that_changes_is_named_and_works_again_as_it_was(
     used: bool,
 ) -> None:
     wanted = logits_in_ram(prepared()[1])
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", SMALL_PIECE)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", SMALL_CHUNK)
     for budget in BUDGETS:
         model = opened(directory)
         shares = arrangement(model.weights, budget)
@@ -109,15 +109,16 @@ TRUNCATE = """
 import faulthandler, json, os, sys
 from pathlib import Path
 import runner
-from runner import BloomdeskError, pieces
+from runner import BloomdeskError
+from runner.weights import chunks
 faulthandler.dump_traceback_later({longest}, exit=True)
-pieces.LARGEST_PIECE = 9000
+chunks.LARGEST_CHUNK = 9000
 directory = Path(sys.argv[1])
 for part, size, budget, used in json.loads(sys.argv[2]):
     print(part, size, budget, used, flush=True)
     path = directory / part
     model = runner.load(directory)
-    count = len(model.weights.stream.pieces)
+    count = len(model.weights.stream.chunks)
     shares = {{"resident": (range(count), 0), "half": (range(0, count, 2), 3), "nothing": ((), 2)}}[budget]
     def use():
         cache = model.cache(8)
@@ -194,7 +195,7 @@ def test_a_faulty_disk_is_named_and_works_again_when_it_does(
     directory: Path, logits_in_ram, prepared, monkeypatch: pytest.MonkeyPatch, budget: str, part: str
 ) -> None:
     wanted = logits_in_ram(prepared()[1])
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", SMALL_PIECE)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", SMALL_CHUNK)
     readers = 1 if part == PARTS[0] else 4
     model = opened(directory, readers=readers)
     shares = arrangement(model.weights, budget)
@@ -214,23 +215,23 @@ def test_a_faulty_disk_is_named_and_works_again_when_it_does(
     assert torch.equal(found[0], wanted)
 
 
-def test_a_fault_that_is_over_when_the_piece_is_needed_is_forgotten(
+def test_a_fault_that_is_over_when_the_chunk_is_needed_is_forgotten(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = shelf.stream(slots=3)
+    stream = shelf.stream(buffers=3)
     with monkeypatch.context() as patch:
-        with stream.piece(0):
+        with stream.chunk(0):
             soon(lambda: len(stream._shared.ready) == 2)
             failed = failing_reads(patch, shelf.path.name, times=1)
         soon(lambda: bool(failed))
-    promptly(lambda: [shelf.check(stream, index) for index in range(1, len(shelf.pieces))])
+    promptly(lambda: [shelf.check(stream, index) for index in range(1, len(shelf.chunks))])
     promptly(lambda: shelf.check_pass(stream))
 
 
-def test_a_failed_first_piece_is_read_again_in_the_next_pass(
+def test_a_failed_first_chunk_is_read_again_in_the_next_pass(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = shelf.stream(slots=3)
+    stream = shelf.stream(buffers=3)
     with monkeypatch.context() as patch:
         failing_reads(patch, shelf.path.name, times=float("inf"))
         with pytest.raises(BloomdeskError):

@@ -1,4 +1,4 @@
-"""Whole passes of models in many small pieces: the same bits whatever stays, and on any file system."""
+"""Whole passes of models in many small chunks: the same bits whatever stays, and on any file system."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import runner.kernel.matmul
 import runner.weights.stream
 from runner.generation.model import Model
 from runner.system import files, platform
-from runner.weights import chunks as pieces
+from runner.weights import chunks as chunks
 from tests.support.streaming import (
     IDS,
-    SMALL_PIECE,
+    SMALL_CHUNK,
     arrangement,
     logits_of,
     opened,
@@ -33,7 +33,7 @@ from tests.support.streaming import (
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("readers", "threads", "largest"),
-    [(1, 2, SMALL_PIECE), (2, 1, 4096 * 3), (4, 3, SMALL_PIECE), (2, 3, 32 * 2**20)],
+    [(1, 2, SMALL_CHUNK), (2, 1, 4096 * 3), (4, 3, SMALL_CHUNK), (2, 3, 32 * 2**20)],
 )
 def test_logits_have_the_same_bits_for_every_budget(
     prepared,
@@ -46,11 +46,11 @@ def test_logits_have_the_same_bits_for_every_budget(
 ) -> None:
     directory = prepared(dtype=dtype)[1]
     wanted = logits_in_ram(directory)
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", largest)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", largest)
     monkeypatch.setattr(runner.kernel.matmul, "WORTH_SHARING", 0)
     model = opened(directory, readers=readers, threads=threads)
-    if largest == SMALL_PIECE:
-        assert any(piece.start % platform.PAGE for piece in model.weights.stream.pieces)
+    if largest == SMALL_CHUNK:
+        assert any(chunk.start % platform.PAGE for chunk in model.weights.stream.chunks)
     for name in ("nothing", "half", "resident", "first"):  # one after another, so they are also re-arranged
         found: list[torch.Tensor] = []
         shares = arrangement(model.weights, name)
@@ -61,8 +61,10 @@ def test_logits_have_the_same_bits_for_every_budget(
 def streaming_ram(model: Model, capacity: int, share: float) -> int:
     """RAM in which `share` of the matrices stay resident."""
     plenty = replace(model, ram=2**50).budget(capacity, len(IDS))
-    weights = [piece.nbytes for piece in model.weights.stream.pieces]
-    ahead = runner.generation.memory_plan.FEWEST_SLOTS * max(map(runner.weights.stream.slot_bytes, weights))
+    weights = [chunk.nbytes for chunk in model.weights.stream.chunks]
+    ahead = runner.generation.memory_plan.FEWEST_BUFFERS * max(
+        map(runner.weights.stream.buffer_bytes, weights)
+    )
     return plenty.process + plenty.cache + plenty.activations + ahead + int(share * sum(weights))
 
 
@@ -72,11 +74,11 @@ def test_generations_in_a_row_stream_under_a_budget(
 ) -> None:
     directory = prepared()[1]
     wanted = [list(runner.load(directory).generate(IDS, max_new_tokens=new)) for new in (5, 9, 5)]
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", SMALL_PIECE)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", SMALL_CHUNK)
     monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
     model = runner.load(directory)
     model = replace(model, ram=streaming_ram(model, len(IDS) + 9, share))
-    weights = sum(piece.nbytes for piece in model.weights.stream.pieces)
+    weights = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
 
     def generate() -> None:
         for new, ids in zip((5, 9, 5), wanted, strict=True):
@@ -133,7 +135,7 @@ def test_without_reads_past_the_page_cache_the_bits_are_the_same(
 ) -> None:
     directory = prepared()[1]
     wanted = logits_in_ram(directory)
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", SMALL_PIECE)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", SMALL_CHUNK)
     plain = []
 
     def open_for_streaming(path: Path, *, past_the_cache: bool) -> io.FileIO:
@@ -159,7 +161,7 @@ def test_without_the_linux_calls_the_bits_are_the_same(
 ) -> None:
     directory = prepared()[1]
     wanted = logits_in_ram(directory)
-    monkeypatch.setattr(pieces, "LARGEST_PIECE", SMALL_PIECE)
+    monkeypatch.setattr(chunks, "LARGEST_CHUNK", SMALL_CHUNK)
     monkeypatch.setattr(platform, "LINUX_CALLS", False)
     model = opened(directory)
     for name in ("nothing", "half", "resident"):

@@ -75,9 +75,9 @@ def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
     assert len(report["token_ids"]) == report["passes"] == 5
     assert report["stop_reason"] == "length"
     assert report["text"] and " SELECT * FROM books WHERE year".startswith(report["text"])
-    pieces = runner.load(miniature[1]).weights.stream.pieces
+    chunks = runner.load(miniature[1]).weights.stream.chunks
     assert report["bytes_read"] == sum(
-        piece.nbytes for piece in pieces
+        chunk.nbytes for chunk in chunks
     )  # all of them stay, and are read once
 
 

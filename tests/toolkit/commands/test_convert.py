@@ -436,16 +436,16 @@ def test_a_part_that_does_not_read_back_keeps_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make(tmp_path / "source")
-    put_in_place = durable.put_in_place
+    replace_file = durable.replace_file
 
     def lossy(temporary: Path, path: Path) -> None:
         if path.name == "block_01.safetensors":
             data = bytearray(temporary.read_bytes())
             data[-1] ^= 1
             temporary.write_bytes(data)
-        put_in_place(temporary, path)
+        replace_file(temporary, path)
 
-    monkeypatch.setattr(durable, "put_in_place", lossy)
+    monkeypatch.setattr(durable, "replace_file", lossy)
     with pytest.raises(BloomdeskError, match=r"block_01\.safetensors does not read back as it was written"):
         carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
     assert (source / "pytorch_model_00003-of-00005.bin").exists()

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from runner.errors import BloomdeskError
-from runner.format.coded import LOSSLESS, PLAIN, STRIPS_SUFFIX
+from runner.format.coded import LOSSLESS, PLAIN, ROW_GROUPS_SUFFIX
 from runner.format.manifest import Manifest, PartRecord, load_manifest
 from runner.format.safetensors import read_header
 from scripts.fakehub.checkpoint import bloom_shapes, from_state, old_config, synthetic, write_repo
@@ -27,8 +27,8 @@ from toolkit.commands.export import export
 from toolkit.commands.info import inspect
 from toolkit.commands.verify import verify
 from toolkit.parts import coded_part
-from toolkit.parts import row_groups as strips
-from toolkit.parts.row_groups import chunk_nbytes, strip_groups
+from toolkit.parts import row_groups as row_groups
+from toolkit.parts.row_groups import batches_of_row_groups, chunk_nbytes
 from toolkit.source.key_map import name_table
 
 BLOCK = "block_01.safetensors"
@@ -92,9 +92,9 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_bit_comes_back(tmp_path: Path, kind: str) -> None:
     source, out = SOURCES[kind](tmp_path / "source"), tmp_path / "out"
-    convert(source, out, coding=LOSSLESS)
+    convert(source, out, form=LOSSLESS)
     manifest = load_manifest(out)
-    assert manifest.coding == LOSSLESS and not manifest.missing and verify(out).sound
+    assert manifest.form == LOSSLESS and not manifest.missing and verify(out).sound
     places = {place: key for key, place in name_table(manifest.model).items()}
     expected = {key.removeprefix("transformer."): value for key, value in reference(source).items()}
     matrices = 0
@@ -114,7 +114,7 @@ def test_every_bit_comes_back(tmp_path: Path, kind: str) -> None:
 
 def test_the_miniature_comes_back(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     source, plain = miniature
-    convert(source, tmp_path / "out", coding=LOSSLESS)
+    convert(source, tmp_path / "out", form=LOSSLESS)
     found = {(file, name): bits for file, name, bits in decoded(tmp_path / "out")}
     assert len(found) == 281
     for file, record in load_manifest(plain).parts.items():
@@ -146,7 +146,7 @@ def test_a_part_says_how_it_is_coded(coded: tuple[Path, Path]) -> None:
         }
         for tensor in record.decoded:
             assert header.tensors[tensor.name].nbytes % 16 == 0
-            assert header.tensors[tensor.name + STRIPS_SUFFIX].start % 8 == 0
+            assert header.tensors[tensor.name + ROW_GROUPS_SUFFIX].start % 8 == 0
     assert not manifest.parts["final_layernorm.safetensors"].decoded
 
 
@@ -173,9 +173,9 @@ def test_the_manifest_records_what_the_file_holds(coded: tuple[Path, Path]) -> N
 def test_threads_and_layouts_change_no_byte(
     coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    monkeypatch.setattr(strips, "THREADS", threads)
+    monkeypatch.setattr(row_groups, "THREADS", threads)
     source = make(tmp_path / "source", LAYOUTS["cut blocks"])
-    convert(source, tmp_path / "out", coding=LOSSLESS)
+    convert(source, tmp_path / "out", form=LOSSLESS)
     for file in load_manifest(coded[1]).parts:
         assert (tmp_path / "out" / file).read_bytes() == (coded[1] / file).read_bytes(), file
 
@@ -183,10 +183,10 @@ def test_threads_and_layouts_change_no_byte(
 def test_small_chunks_are_read_and_decoded_alike(
     coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of one strip: more of them than may be on their way, here in every matrix."""
-    monkeypatch.setattr(strips, "CHUNK", 1)
+    """Chunks of one row group: more of them than may be on their way, here in every matrix."""
+    monkeypatch.setattr(row_groups, "CHUNK", 1)
     monkeypatch.setattr(coded_part, "CHUNK", 100)
-    convert(coded[0], tmp_path / "out", coding=LOSSLESS)
+    convert(coded[0], tmp_path / "out", form=LOSSLESS)
     for name, there in content(coded[1]).items():
         assert (tmp_path / "out" / name).read_bytes() == there, name
     export(tmp_path / "out", tmp_path / "back")
@@ -195,24 +195,24 @@ def test_small_chunks_are_read_and_decoded_alike(
     assert content(tmp_path / "back") == content(tmp_path / "expected")
 
 
-def test_groups_of_strips() -> None:
+def test_groups_of_row_groups() -> None:
     assert chunk_nbytes(4 * 14336) == 12 * 4 * 14336 * 2
     columns = 2**16
     assert chunk_nbytes(columns) == 12 * columns * 2
-    groups = strip_groups([0, 10, 30, 60], 30, columns)
+    groups = batches_of_row_groups([0, 10, 30, 60], 30, columns)
     assert [(group.rows, group.start, group.nbytes, group.offsets) for group in groups] == [
         (12, 0, 10, (0, 10)),
         (12, 10, 20, (0, 20)),
         (6, 30, 30, (0, 30)),
     ]
-    (one,) = strip_groups([0, 10, 30, 60], 30, 8)
+    (one,) = batches_of_row_groups([0, 10, 30, 60], 30, 8)
     assert (one.rows, one.nbytes, one.offsets) == (30, 60, (0, 10, 30, 60))
 
 
 def test_progress_counts_the_bytes_of_the_source(tmp_path: Path) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     source = make(tmp_path / "source")
-    plan = plan_conversion(source, tmp_path / "out", coding=LOSSLESS)
+    plan = plan_conversion(source, tmp_path / "out", form=LOSSLESS)
     summary = carry_out(plan, lambda file, done, total: seen.setdefault(file, []).append((done, total)))
     for file, steps in seen.items():
         assert [done for done, _ in steps] == sorted(done for done, _ in steps), file
@@ -227,7 +227,7 @@ def test_other_dtypes_are_refused_before_anything_is_written(
 ) -> None:
     source = make(tmp_path / "source", dtype=dtype)
     with pytest.raises(BloomdeskError, match=f"weights are {name}.*leave {share}") as caught:
-        convert(source, tmp_path / "out", coding=LOSSLESS)
+        convert(source, tmp_path / "out", form=LOSSLESS)
     assert "without --lossless" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -241,7 +241,7 @@ def test_a_directory_has_one_form(coded: tuple[Path, Path], coded_copy: Path, tm
     assert content(coded_copy) == before
     convert(source, tmp_path / "plain")
     with pytest.raises(BloomdeskError, match="begun without --lossless") as caught:
-        convert(source, tmp_path / "plain", coding=LOSSLESS)
+        convert(source, tmp_path / "plain", form=LOSSLESS)
     assert "leave out --lossless" in caught.value.hint
 
 
@@ -253,30 +253,28 @@ def test_a_directory_without_parts_takes_either_form(
     out = tmp_path / "out"
     out.mkdir()
     model = load_manifest(coded[1]).model
-    (out / "manifest.json").write_text(
-        Manifest(model, load_manifest(coded[1]).source, coding=begun).to_json()
-    )
-    convert(coded[0], out, coding=then)
-    assert load_manifest(out).coding == then and verify(out).sound
+    (out / "manifest.json").write_text(Manifest(model, load_manifest(coded[1]).source, form=begun).to_json())
+    convert(coded[0], out, form=then)
+    assert load_manifest(out).form == then and verify(out).sound
 
 
 def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(coded: tuple[Path, Path], coded_copy: Path) -> None:
     source, out = coded[0], coded_copy
     before = content(out)
-    assert convert(source, out, coding=LOSSLESS).written == ()
+    assert convert(source, out, form=LOSSLESS).written == ()
     (out / "block_00.safetensors").unlink()
     with (out / BLOCK).open("ab") as file:
         file.write(b"x")
     flip(out / "block_02.safetensors", 300)
     (out / f"{BLOCK}.incomplete").write_bytes(b"half")
-    summary = convert(source, out, coding=LOSSLESS)
+    summary = convert(source, out, form=LOSSLESS)
     assert summary.written == tuple(f"block_0{number}.safetensors" for number in range(3))
     assert content(out) == before
 
 
 def test_delete_source(coded: tuple[Path, Path], tmp_path: Path) -> None:
     source = make(tmp_path / "source", LAYOUTS["cut blocks"])
-    plan = plan_conversion(source, tmp_path / "out", delete_source=True, coding=LOSSLESS)
+    plan = plan_conversion(source, tmp_path / "out", delete_source=True, form=LOSSLESS)
     assert plan.peak_bytes < plan.bytes_to_write
     carry_out(plan)
     assert not list(source.glob("*.bin"))
@@ -326,4 +324,4 @@ def test_a_record_of_a_coded_part_is_not_taken_for_a_plain_one(coded_copy: Path)
     with pytest.raises(BloomdeskError, match="not a sound manifest"):
         Manifest.from_json(replace(manifest, parts=plain).to_json(), coded_copy / "manifest.json")
     with pytest.raises(BloomdeskError, match="not a sound manifest"):
-        Manifest.from_json(replace(manifest, coding=PLAIN).to_json(), coded_copy / "manifest.json")
+        Manifest.from_json(replace(manifest, form=PLAIN).to_json(), coded_copy / "manifest.json")

@@ -15,7 +15,7 @@ import pytest
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.coded import LOSSLESS, PLAIN, STRIPS_SUFFIX
+from runner.format.coded import LOSSLESS, PLAIN, ROW_GROUPS_SUFFIX
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
 from runner.kernel import encode as encoder
@@ -25,7 +25,7 @@ from toolkit.commands.convert import carry_out, convert
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
-from toolkit.commands.space import room_to_prepare
+from toolkit.commands.space import space_to_prepare
 from toolkit.commands.verify import verify
 from toolkit.hub import client as wire
 from toolkit.parts.destination import STAGING
@@ -39,7 +39,7 @@ MATRIX = "mlp.dense_h_to_4h.weight"
 
 def wrong_encoder(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray], None]) -> None:
     """An encoder that is right but for what `change` does to what it makes of the second block's larger matrices."""
-    right = encoder.encode_strips
+    right = encoder.encode_row_groups
     calls = []
 
     def encode(rows: bytearray, columns: int) -> tuple[bytes, list[int]]:
@@ -50,7 +50,7 @@ def wrong_encoder(monkeypatch: pytest.MonkeyPatch, change: Callable[[bytearray],
             change(made)
         return bytes(made), lengths
 
-    monkeypatch.setattr(encoder, "encode_strips", encode)
+    monkeypatch.setattr(encoder, "encode_row_groups", encode)
 
 
 def swap_low_bytes(made: bytearray) -> None:
@@ -66,12 +66,12 @@ def test_what_does_not_decode_to_the_source_is_never_put_in_place(
     with pytest.raises(
         BloomdeskError, match=f"{BLOCK} does not read back from the disk as the bits"
     ) as caught:
-        convert(source, out, coding=LOSSLESS)
+        convert(source, out, form=LOSSLESS)
     assert "check the disk" in caught.value.hint
     assert list(load_manifest(out).parts) == ["embedding.safetensors", "block_00.safetensors"]
     assert not list(out.glob("*.incomplete")) and not (out / BLOCK).exists()
     monkeypatch.undo()
-    convert(source, out, coding=LOSSLESS)
+    convert(source, out, form=LOSSLESS)
     assert verify(out).sound
 
 
@@ -90,7 +90,7 @@ def test_what_the_disk_got_wrong_is_never_put_in_place(
 
     monkeypatch.setattr(os, "fsync", lossy)
     with pytest.raises(BloomdeskError, match=f"{BLOCK} does not read back"):
-        convert(coded[0], out, coding=LOSSLESS)
+        convert(coded[0], out, form=LOSSLESS)
     assert not (out / BLOCK).exists() and BLOCK not in load_manifest(out).parts
 
 
@@ -116,16 +116,16 @@ def test_an_error_at_any_write_leaves_nothing_that_counts(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BloomdeskError, match="the disk is full"):
-        convert(coded[0], out, coding=LOSSLESS)
+        convert(coded[0], out, form=LOSSLESS)
     monkeypatch.undo()
     assert not [damage for damage in verify(out).damage if damage.file in load_manifest(out).parts]
-    convert(coded[0], out, coding=LOSSLESS)
+    convert(coded[0], out, form=LOSSLESS)
     assert content(out) == content(coded[1])
 
 
 def test_each_kind_of_damage_is_named(coded_copy: Path) -> None:
     entries = read_header(coded_copy / BLOCK).tensors
-    for name in (MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"):
+    for name in (MATRIX, MATRIX + ROW_GROUPS_SUFFIX, "mlp.dense_h_to_4h.bias"):
         for position in (entries[name].start, entries[name].end - 1):
             flip(coded_copy / BLOCK, position)
             assert [(item.file, item.tensor) for item in verify(coded_copy).damage] == [(BLOCK, name)]
@@ -143,8 +143,8 @@ def test_each_kind_of_damage_is_named(coded_copy: Path) -> None:
 
 
 def damage_everything(directory: Path) -> None:
-    """In the offsets of strips, in coded bytes, in a header, cut, gone."""
-    flip(directory / BLOCK, read_header(directory / BLOCK).tensors[MATRIX + STRIPS_SUFFIX].start + 9)
+    """In the offsets of row groups, in coded bytes, in a header, cut, gone."""
+    flip(directory / BLOCK, read_header(directory / BLOCK).tensors[MATRIX + ROW_GROUPS_SUFFIX].start + 9)
     block = directory / "block_00.safetensors"
     flip(block, read_header(block).tensors[MATRIX].start + 100)
     flip(directory / "final_layernorm.safetensors", 50)
@@ -159,7 +159,7 @@ def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], coded_copy:
     report = verify(coded_copy)
     assert {item.file for item in report.damage} == set(load_manifest(out).parts)
     known = forget(coded_copy, report.damage, source)
-    assert known.coding == LOSSLESS
+    assert known.form == LOSSLESS
     carry_out(plan_from_source(coded_copy, source, known))
     assert content(coded_copy) == content(out)
 
@@ -174,11 +174,11 @@ def test_an_interrupted_repair_is_gone_on_with(coded: tuple[Path, Path], coded_c
     assert content(coded_copy) == content(out)
 
 
-@pytest.mark.parametrize("name", [MATRIX, MATRIX + STRIPS_SUFFIX, "mlp.dense_h_to_4h.bias"])
+@pytest.mark.parametrize("name", [MATRIX, MATRIX + ROW_GROUPS_SUFFIX, "mlp.dense_h_to_4h.bias"])
 def test_a_damaged_tensor_is_never_exported(coded_copy: Path, tmp_path: Path, name: str) -> None:
     entry = read_header(coded_copy / BLOCK).tensors[name]
     flip(coded_copy / BLOCK, (entry.start + entry.end) // 2)
-    words = f"{BLOCK} is damaged and was not exported: {name.removesuffix(STRIPS_SUFFIX)}"
+    words = f"{BLOCK} is damaged and was not exported: {name.removesuffix(ROW_GROUPS_SUFFIX)}"
     with pytest.raises(BloomdeskError, match=words) as caught:
         export(coded_copy, tmp_path / "out")
     assert "bloomdesk repair" in caught.value.hint
@@ -216,10 +216,10 @@ def test_a_forged_part_gives_an_error_or_the_right_bits(
     for number in range(40):
         table, coded_bytes = (
             bytearray(original[entries[name].start : entries[name].end])
-            for name in (MATRIX + STRIPS_SUFFIX, MATRIX)
+            for name in (MATRIX + ROW_GROUPS_SUFFIX, MATRIX)
         )
         forge(table, coded_bytes, chance, number % 5)
-        with_bytes(coded_copy, {MATRIX + STRIPS_SUFFIX: bytes(table), MATRIX: bytes(coded_bytes)})
+        with_bytes(coded_copy, {MATRIX + ROW_GROUPS_SUFFIX: bytes(table), MATRIX: bytes(coded_bytes)})
         assert verify(coded_copy).sound
         out = tmp_path / f"out{number}"
         try:
@@ -275,7 +275,7 @@ def test_sizes_are_estimated_from_above() -> None:
     plain = sum(part_size(spec, "BF16") for spec in part_specs(model))
     estimate = sum(part_size(spec, "BF16", LOSSLESS) for spec in part_specs(model))
     assert 0.70 < estimate / plain < 0.73
-    assert 0.70 < room_to_prepare(model, LOSSLESS) / room_to_prepare(model) < 0.73
+    assert 0.70 < space_to_prepare(model, LOSSLESS) / space_to_prepare(model) < 0.73
 
 
 @pytest.fixture
@@ -288,13 +288,13 @@ def hub(coded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[L
 
 def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = prepare(REPO, out, coding=LOSSLESS)
+    done = prepare(REPO, out, form=LOSSLESS)
     assert done.bytes_written == sum((out / file).stat().st_size for file in done.written)
     parts = load_manifest(coded[1]).parts
     for file in parts:
         assert (out / file).read_bytes() == (coded[1] / file).read_bytes()
     before = content(out)
-    assert not prepare(REPO, out, coding=LOSSLESS).written
+    assert not prepare(REPO, out, form=LOSSLESS).written
     with pytest.raises(BloomdeskError, match="begun with --lossless"):
         plan_preparation(REPO, out)
     damage_everything(out)
@@ -315,7 +315,7 @@ def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_pat
         def progress(file, done, total):
             if file == sys.argv[3] and done * 3 > total * int(sys.argv[4]):
                 os.kill(os.getpid(), signal.SIGKILL)
-        prepare(sys.argv[1], Path(sys.argv[2]), progress=progress, coding="lossless")
+        prepare(sys.argv[1], Path(sys.argv[2]), progress=progress, form="lossless")
     """
     for number, third in ((0, 1), (1, 2)):
         file = f"block_0{number}.safetensors"
@@ -325,8 +325,8 @@ def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_pat
         recorded = load_manifest(tmp_path / "out").parts
         assert len(recorded) == number + 1 and not (tmp_path / "out" / file).exists()
         assert not [item for item in verify(tmp_path / "out").damage if item.file in recorded]
-    prepare(REPO, tmp_path / "out", coding=LOSSLESS)
-    prepare(REPO, tmp_path / "undisturbed", coding=LOSSLESS)
+    prepare(REPO, tmp_path / "out", form=LOSSLESS)
+    prepare(REPO, tmp_path / "undisturbed", form=LOSSLESS)
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
@@ -340,10 +340,10 @@ def test_prepare_of_other_dtypes_is_refused_and_can_go_on_plain(
         monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
         out = tmp_path / "out"
         with pytest.raises(BloomdeskError, match="lossless form"):
-            prepare(REPO, out, coding=LOSSLESS)
+            prepare(REPO, out, form=LOSSLESS)
         assert out.exists() == (dtype == "float16")
         staged = out / STAGING / "pytorch_model_00001-of-00005.bin"
         assert staged.exists() == (dtype == "float16")
         done = prepare(REPO, out)
-        assert verify(out).sound and load_manifest(out).coding == PLAIN
+        assert verify(out).sound and load_manifest(out).form == PLAIN
         assert (done.resumed > 0) == (dtype == "float16")

@@ -15,7 +15,7 @@ from runner.errors import BloomdeskError
 from runner.format.manifest import _digest
 from runner.format.safetensors import encode_header
 from runner.model.tokenizer import Tokenizer
-from runner.system.atomic import write_durably
+from runner.system.atomic import write_atomically
 from runner.weights.checkpoint import Weights
 from scripts.fakehub.checkpoint import byte_tokenizer, old_config, synthetic
 from tests.conftest import PreparedFactory
@@ -385,7 +385,7 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, precious: Path, suffi
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "part"
     (tmp_path / "out" / f"part{suffix}").symlink_to(precious)
-    write_durably(path, b"new")
+    write_atomically(path, b"new")
     assert precious.read_bytes() == b"the only copy"
     assert path.read_bytes() == b"new"
     assert not path.is_symlink()

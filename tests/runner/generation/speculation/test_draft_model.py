@@ -99,7 +99,7 @@ def test_a_model_is_always_right_about_itself(prepared, free) -> None:
 def test_it_says_what_it_says_alone_however_it_reads(
     prepared, other: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
 ) -> None:
-    """In company, in pieces, after going back and after being left out for a while."""
+    """In company, in chunks, after going back and after being left out for a while."""
     monkeypatch.setattr(runner.generation.speculation.draft_model, "MOST_ROWS", most_rows)
     large, small = runner.load(prepared()[1]), runner.load(other)
     draft = Draft.open(other, large)
@@ -152,7 +152,7 @@ def test_one_that_is_useless_is_given_up_for_what_then_stays(
     prepared, other: Path, free, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.generation.memory_plan.MARGIN", 0)
-    monkeypatch.setattr("runner.weights.chunks.LARGEST_PIECE", 50_000)
+    monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     model = runner.load(prepared()[1])
     model = replace(model, ram=model.process_nbytes + 1_700_000)
     wanted = plain(model, [Request([5, 6, 7], 60)])[0]
