@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -23,15 +20,6 @@ from runner.kernel.threads import workers
 
 STEPS = 64
 ORDERS = 2  # further orders of summation in which the reference is computed
-# What a processor is told not to use: the sums of torch are then those of another kind of processor.
-PROCESSORS = {
-    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "AVX-512 without bf16 products": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
-    },
-    "neither": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -228,16 +216,3 @@ def test_generate_gives_what_transformers_generates(miniature) -> None:
     generation = model.generate(prompt, max_new_tokens=48)
     assert list(generation) == expected[0, len(ids) :].tolist()
     assert generation.stop_reason == "eos"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the run of another processor's tests")
-def test_another_processor_gives_the_same(processor: str) -> None:
-    """All of this file once more, in a process whose torch does without some of this processor's instructions."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", __file__]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **PROCESSORS[processor]}
-    )
-    assert done.returncode == 0, done.stdout
-    assert " skipped" in done.stdout and " failed" not in done.stdout
