@@ -6,7 +6,6 @@ import errno
 import io
 import mmap
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.matmul import Kernel
 from runner.kernel.panel import CODES, GROUP, HEADER
 from runner.system import files, memory, platform
+from runner.system.disk import free_bytes
 from runner.weights.chunks import LARGEST_CHUNK
 from runner.weights.stream import READERS
 
@@ -104,7 +104,7 @@ def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
     It is smaller where the disk is slow or nearly full. Raises `BloomdeskError` where nothing can be written there.
     """
     try:
-        room = shutil.disk_usage(directory).free // 2
+        room = free_bytes(directory) // 2
         if room < SMALLEST_SCRATCH:
             raise OSError(errno.ENOSPC, "there is no room to measure it")
         with files.scratch_file(directory) as path:

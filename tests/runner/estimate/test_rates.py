@@ -92,7 +92,7 @@ def test_places_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         pass
     usage = namedtuple("usage", "free")(2**20)
-    monkeypatch.setattr(rates.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(BloomdeskError, match="no room to measure it"), rates.scratch(tmp_path):
         pass
 

@@ -209,8 +209,8 @@ def write_group(directory: Path, version: int, limit: object, usage: int, stat: 
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of control groups that are plain files; `own` names those of this process."""
     monkeypatch.setattr(platform, "LINUX_CALLS", True)
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "GROUP_ROOT", tmp_path / "cgroup")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 50 * 2**30}))
     return tmp_path
 
