@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from runner.cli.command import INTERRUPTED, note
 from runner.cli.prompts import Prompt, read_prompts
-from runner.cli.results import Results
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
 from runner.units import duration, number, parse_size, rate, size
@@ -61,6 +60,8 @@ def generate(options: GenerateOptions) -> int:
     given = read_prompts(options.prompts)
     if options.out is None:
         return _generate_all(options, given, _print_result)
+    from runner.cli.results import Results  # one prompt starts without it
+
     with Results(options.out, given) as results:
         left = tuple(prompt for prompt in given if prompt.index not in results.done)
         if not left:
