@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from runner.generation import memory_plan as budget
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.system import memory
+from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
 
 DEFAULT_MODEL = "bigscience/bloom"
@@ -90,8 +90,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
-    place = _existing(directory)
-    free = shutil.disk_usage(place).free
+    place = existing_directory(directory)
     dtype = TORCH_DTYPES[model.dtype]
     kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
@@ -107,7 +106,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
     is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
     lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
-    return Plan(directory, name, model, free, found, prompt_tokens, tokens, own, lossless)
+    return Plan(directory, name, model, free_bytes(place), found, prompt_tokens, tokens, own, lossless)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
@@ -120,14 +119,6 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
         if (shown := others[size]) and not shown.shares.streamed_bytes:
             break
     return others
-
-
-def _existing(directory: Path) -> Path:
-    """The directory, or what is there of the way to it."""
-    place = directory.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return place
 
 
 def _disk_rate(place: Path, manifest: Manifest | None) -> float:

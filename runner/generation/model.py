@@ -21,7 +21,7 @@ from runner.model.kv_cache import KVCache, Segment, whole_lanes
 from runner.model.tokenizer import Tokenizer
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES, Weights
-from runner.weights.stream import buffer_bytes
+from runner.weights.ring import buffer_bytes
 
 # Called after each part of a pass with the parts done and the parts in all.
 OnPart = Callable[[int, int], None]

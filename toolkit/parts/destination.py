@@ -19,7 +19,8 @@ from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, Part
 from runner.format.manifest import CompanionRecord, Manifest, Source, load_manifest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
-from toolkit.io.disk import disk_errors, free_bytes
+from runner.system.disk import free_bytes
+from toolkit.io.disk import disk_errors
 from toolkit.parts.part import is_in_place
 
 LARGEST_COMPANION = 2**26  # BLOOM's tokenizer.json has 14.5 MB

@@ -19,6 +19,7 @@ import runner
 import runner.generation.memory_plan
 from runner.system import files, memory, platform
 from runner.weights import chunks as chunks
+from runner.weights.reader import PartFile
 from runner.weights.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -178,7 +179,7 @@ def test_a_stream_leaves_nothing_in_the_page_cache(prepared, tmp_path: Path) -> 
         pytest.skip("nowhere else the cache is looked at")
     made = MappedFile(tmp_path / "part", 300_000)
     made.drop()
-    state = chunks.FileState.of(made.path)
+    state = PartFile.of(made.path)
     cut = tuple(
         chunks.Chunk(state, start, 0, 1, torch.uint8, (1, 50_000)) for start in range(0, 300_000, 50_000)
     )
@@ -208,8 +209,8 @@ def write_group(directory: Path, version: int, limit: object, usage: int, stat: 
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of control groups that are plain files; `own` names those of this process."""
     monkeypatch.setattr(platform, "LINUX_CALLS", True)
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "GROUP_ROOT", tmp_path / "cgroup")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 50 * 2**30}))
     return tmp_path
 
