@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,10 +137,11 @@ def prepare(
     """Download and convert shard by shard. It takes room for two shards beside the result; run it again to go on."""
 
     def body() -> int:
-        from toolkit.commands.prepare import carry_out, plan_preparation
+        from toolkit.commands.build import carry_out
+        from toolkit.commands.prepare import plan_preparation
 
         plan = plan_preparation(repo, destination, revision, _form(lossless))
-        print(f"{plan.revision} into {destination}: {intention(plan)}", file=sys.stderr)
+        print(f"{plan.source} into {destination}: {intention(plan)}", file=sys.stderr)
         with _bars("preparing", plan.work) as progress:
             done = carry_out(plan, progress, connections)
         print(
@@ -171,7 +171,8 @@ def convert(
     """Re-split a checkpoint, a file for each block. Running it again goes on where it stopped."""
 
     def body() -> int:
-        from toolkit.commands.convert import carry_out, plan_conversion
+        from toolkit.commands.build import carry_out
+        from toolkit.commands.convert import plan_conversion
 
         plan = plan_conversion(source, destination, delete_source=delete_source, form=_form(lossless))
         with _bars("converting", plan.work) as progress:
@@ -248,8 +249,8 @@ def repair(
     """Make what is damaged or missing again. Just that is fetched, from the Hub or from --source."""
 
     def body() -> int:
-        from toolkit.commands import convert, prepare
-        from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
+        from toolkit.commands.build import carry_out
+        from toolkit.commands.repair import forget, plan_repair
 
         start = time.monotonic()
         report = _check(directory)
@@ -257,16 +258,9 @@ def repair(
             print_lines(report_lines(report, time.monotonic() - start))
             return 0
         print_lines(damage_lines(report))
-        known = forget(directory, report.damage, source)
-        with ExitStack() as stack:
-            if source is not None:
-                conversion = plan_from_source(directory, source, known)
-                progress = stack.enter_context(_bars("repairing", conversion.work))
-                written = convert.carry_out(conversion, progress).written
-            else:
-                preparation = plan_from_hub(directory, known)
-                progress = stack.enter_context(_bars("repairing", preparation.work))
-                written = prepare.carry_out(preparation, progress, connections).written
+        plan = plan_repair(directory, forget(directory, report.damage, source), source)
+        with _bars("repairing", plan.work) as progress:
+            written = carry_out(plan, progress, connections).written
         others = {damage.file for damage in report.damage} - set(written)
         print(f"{directory} is whole again: {len(written)} parts and {len(others)} small files made anew")
         return 0

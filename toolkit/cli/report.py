@@ -9,9 +9,9 @@ from runner.format.coded import PLAIN
 from toolkit.cli.terminal import duration, gigabytes, parameters
 
 if TYPE_CHECKING:
-    from toolkit.commands.download import Plan
+    from toolkit.commands.build import BuildPlan
+    from toolkit.commands.download import DownloadPlan
     from toolkit.commands.info import Info
-    from toolkit.commands.prepare import PreparationPlan
     from toolkit.commands.verify import VerifyReport
 
 _STATES = {
@@ -34,7 +34,7 @@ def pace(count: int, seconds: float) -> str:
     return f"{gigabytes(count)} in {duration(seconds)}{rate}"
 
 
-def download_lines(plan: Plan) -> Iterator[str]:
+def download_lines(plan: DownloadPlan) -> Iterator[str]:
     """What a download has to fetch, and whether the disk has room for it."""
     for planned in plan.files:
         yield f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}"
@@ -47,17 +47,17 @@ def download_lines(plan: Plan) -> Iterator[str]:
     )
 
 
-def intention(plan: PreparationPlan) -> str:
+def intention(plan: BuildPlan) -> str:
     """What is there, what will be made, and what that takes of the disk."""
     there, to_make = len(plan.manifest.parts), len(plan.schedule.needs)
     if not to_make:
         return f"all {there} parts are there"
-    cut = ", because blocks are cut across shards" if plan.shards_at_a_time > 2 else ""
+    cut = ", because blocks are cut across shards" if plan.schedule.shards_at_a_time > 2 else ""
     about = "" if plan.manifest.form == PLAIN else "about "
     return (
         f"{there} parts are there, {to_make} to be made; "
         f"{about}{gigabytes(plan.peak_bytes)} of disk at the fullest moment, "
-        f"with at most {plan.shards_at_a_time} shards beside the parts{cut}"
+        f"with at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
     )
 
 
