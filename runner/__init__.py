@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from runner.generation.model import Model
 
 __all__ = ["BloomdeskError", "load"]
+
+# torch says so at its import; nothing here uses NumPy.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def load(directory: str | Path, ram: int | None = None) -> Model:

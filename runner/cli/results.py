@@ -11,6 +11,7 @@ from types import TracebackType
 
 from runner.cli.prompts import Prompt
 from runner.errors import BloomdeskError
+from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
 _BEGINNING = b'{"index": '  # of every line
@@ -35,7 +36,7 @@ class Results:
                 lock(self._file.fileno(), path)
                 self.done = self._read({prompt.key: prompt for prompt in prompts})
                 if is_new:
-                    _make_durable(path.absolute().parent)
+                    sync_directory(path.absolute().parent)
             except BaseException:
                 self._file.close()
                 raise
@@ -115,14 +116,3 @@ class Results:
 def _short(text: object) -> str:
     shown = repr(text)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _make_durable(directory: Path) -> None:
-    """Have a new name in a directory survive a power cut, where the system allows it."""
-    if os.name != "posix":  # elsewhere a directory can't be opened to be synced
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

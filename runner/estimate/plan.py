@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +28,7 @@ from runner.generation import memory_plan as budget
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.system import memory
+from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
 
 DEFAULT_MODEL = "bigscience/bloom"
@@ -77,21 +76,6 @@ class Plan:
         plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
         return LOSSLESS if lossless < plain else PLAIN
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything for `--json`."""
-        return {
-            "directory": str(self.directory),
-            "prepared": self.name is None,
-            "model": {"name": self.name, **asdict(self.model)},
-            "free_bytes": self.free_bytes,
-            "rates": asdict(self.rates),
-            "prompt_tokens": self.prompt_tokens,
-            "tokens": self.tokens,
-            **_form_as_json(self.form),
-            "lossless": self.lossless and _form_as_json(self.lossless),
-            "advice": self.advice,
-        }
-
 
 def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
     """Measure this machine, the disk of `directory` included, and forecast the model that it holds, or `name`.
@@ -106,8 +90,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
-    place = _existing(directory)
-    free = shutil.disk_usage(place).free
+    place = existing_directory(directory)
     dtype = TORCH_DTYPES[model.dtype]
     kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
@@ -123,7 +106,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
     is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
     lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
-    return Plan(directory, name, model, free, found, prompt_tokens, tokens, own, lossless)
+    return Plan(directory, name, model, free_bytes(place), found, prompt_tokens, tokens, own, lossless)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
@@ -138,14 +121,6 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
     return others
 
 
-def _existing(directory: Path) -> Path:
-    """The directory, or what is there of the way to it."""
-    place = directory.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return place
-
-
 def _disk_rate(place: Path, manifest: Manifest | None) -> float:
     paths = [place / file for file in manifest.parts] if manifest else []
     paths = [path for path in paths if path.is_file()]
@@ -158,30 +133,3 @@ def _disk_rate(place: Path, manifest: Manifest | None) -> float:
 def _tokenizer_bytes(held: Manifest | None) -> int:
     record = held.companions.get("tokenizer.json") if held else None
     return record.size if record else BLOOMS_TOKENIZER
-
-
-def _form_as_json(form: Form) -> dict[str, Any]:
-    return {
-        "coding": form.form,
-        "disk_bytes": form.disk_bytes,
-        "forecast": _flat(form.forecast),
-        "others": [
-            _flat(found) if found else {"ram": ram, "too_little": True} for ram, found in form.others.items()
-        ],
-    }
-
-
-def _flat(found: Forecast) -> dict[str, Any]:
-    shares = found.shares
-    return {
-        "ram": shares.total,
-        "process": shares.process,
-        "cache": shares.cache,
-        "activations": shares.activations,
-        "read_ahead": shares.read_ahead,
-        "resident_bytes": shares.resident_bytes,
-        "streamed_bytes_per_pass": shares.streamed_bytes,
-        "limit_seconds": found.limit_seconds,
-        "seconds_per_token": found.seconds_per_token,
-        "prompt_seconds": found.prompt_seconds,
-    }

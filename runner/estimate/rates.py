@@ -6,7 +6,6 @@ import errno
 import io
 import mmap
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.matmul import Kernel
 from runner.kernel.panel import CODES, GROUP, HEADER
 from runner.system import files, memory, platform
+from runner.system.disk import free_bytes
 from runner.weights.chunks import LARGEST_CHUNK
 from runner.weights.stream import READERS
 
@@ -53,9 +53,8 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
 
     It ends with the files, or after so many seconds or bytes. Raises `BloomdeskError` where one cannot be read.
     """
-    chunks: Iterator[tuple[Path, int]] = iter(
-        [(path, start) for path in paths for start in range(0, path.stat().st_size, LARGEST_CHUNK)]
-    )
+    sizes = {path: path.stat().st_size for path in paths}
+    chunks = iter([(path, start) for path in paths for start in range(0, sizes[path], LARGEST_CHUNK)])
     lock, over = threading.Lock(), threading.Event()
     counts = [0] * READERS
     failures: list[OSError] = []
@@ -67,8 +66,11 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
                 chunk = next(chunks, None)
             if chunk is None:
                 return
+            path, start = chunk
+            wanted = min(LARGEST_CHUNK, sizes[path] - start)
             try:
-                counts[number] += _read(*chunk, buffer)
+                files.read_uncached(path, start, buffer, wanted)
+                counts[number] += wanted
             except OSError as error:
                 failures.append(error)
                 over.set()
@@ -76,7 +78,7 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
     buffers = [_touched(LARGEST_CHUNK) for _ in counts]
     for path in paths:
         with io.FileIO(path) as file:
-            files.forget(file, 0, path.stat().st_size)
+            files.forget(file, 0, sizes[path])
     began = time.perf_counter()
     deadline = began + seconds
     threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(READERS)]
@@ -102,16 +104,11 @@ def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
     It is smaller where the disk is slow or nearly full. Raises `BloomdeskError` where nothing can be written there.
     """
     try:
-        room = shutil.disk_usage(directory).free // 2
+        room = free_bytes(directory) // 2
         if room < SMALLEST_SCRATCH:
             raise OSError(errno.ENOSPC, "there is no room to measure it")
         with files.scratch_file(directory) as path:
-            try:
-                _fill_with_noise(path, min(nbytes, room), past_the_cache=True)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                _fill_with_noise(path, min(nbytes, room), past_the_cache=False)
+            files.past_the_cache_if_possible(lambda past: _fill_with_noise(path, min(nbytes, room), past))
             yield path
     except OSError as error:
         raise BloomdeskError(
@@ -120,11 +117,11 @@ def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
         ) from error
 
 
-def _fill_with_noise(path: Path, nbytes: int, *, past_the_cache: bool) -> None:
+def _fill_with_noise(path: Path, nbytes: int, past_the_cache: bool) -> None:
     buffer = memory.anonymous(LARGEST_CHUNK)
     buffer.write(os.urandom(LARGEST_CHUNK))  # a disk that compresses gains nothing
     deadline = time.perf_counter() + _WRITING_SECONDS
-    with files.open_for_writing(path, past_the_cache=past_the_cache) as file:
+    with files.open_for_streaming(path, "r+", past_the_cache=past_the_cache) as file:
         while file.tell() < nbytes and time.perf_counter() < deadline:
             file.write(buffer)
             if not past_the_cache:
@@ -174,29 +171,6 @@ def _seconds(product: Callable[[torch.Tensor, torch.Tensor], None], rows: int, o
         product(x, out)
         taken.append(time.perf_counter() - began)
     return median(taken)
-
-
-def _read(path: Path, start: int, buffer: memoryview) -> int:
-    try:
-        with files.open_for_streaming(path, past_the_cache=True) as file:
-            return _fill(file, start, buffer)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    with files.open_for_streaming(path, past_the_cache=False) as file:
-        count = _fill(file, start, buffer)
-        files.forget(file, start, count)
-        return count
-
-
-def _fill(file: io.FileIO, start: int, buffer: memoryview) -> int:
-    file.seek(start)
-    done = 0
-    while done < len(buffer) and (count := file.readinto(buffer[done:])):
-        done += count
-        if count % platform.PAGE:
-            break  # the end of the file
-    return done
 
 
 def _touched(nbytes: int) -> mmap.mmap:

@@ -12,7 +12,7 @@ from runner.generation.memory_plan import Budget
 from runner.generation.sequence import Request
 from runner.generation.speculation.cost import SLOPE
 from runner.model.kv_cache import KVCache
-from runner.weights.stream import buffer_bytes
+from runner.weights.ring import buffer_bytes
 
 if TYPE_CHECKING:
     from runner.generation.model import Model

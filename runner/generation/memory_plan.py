@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner import units
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.system import memory
@@ -21,29 +21,6 @@ BYTES_BY_SCORE = 14
 # Scores of a long prompt are computed for so many bytes at a time, or for a few rows.
 SCORE_BYTES = 64 * 2**20
 LEAST_SCORE_ROWS = 4
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def parse_size(text: str) -> int:
-    """`12GB`, `12 GB`, `1.5G`, `900MB` as bytes; with an i, as in `12GiB`, in powers of 1,024.
-
-    Raises `BloomdeskError` for anything else, and for a size of nothing.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
-    size = 0
-    if found and (found[2] or not found[3]):
-        unit = UNITS[found[2].lower()]
-        # More digits than any size has may become infinite, which is no integer.
-        size = int(min(2.0**60, float(found[1])) * (1024 ** (len(str(unit)) // 3) if found[3] else unit))
-    if not 0 < size < 2**60:
-        raise BloomdeskError(f"{text[:40]!r} is no amount of memory", "write it like 12GB or 900MB")
-    return size
-
-
-def shown_size(nbytes: int) -> str:
-    """`12.3 GB`, `900 MB`: short, in decimal units."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 9.95e8 else f"{nbytes / 1e6:,.0f} MB"
 
 
 def score_rows(n_head: int, length: int) -> int:
@@ -121,11 +98,11 @@ def share_out(
     if needed > total:
         drafting, without = "", ""
         if draft:
-            drafting, without = f", the draft {shown_size(draft)}", ", or without the draft"
+            drafting, without = f", the draft {units.size(draft)}", ", or without the draft"
         raise BloomdeskError(
-            f"{shown_size(total)} of RAM are too little: {shown_size(needed)} are needed, of which the program "
-            f"{shown_size(process + MARGIN)}, the KV cache {shown_size(cache)}, a pass {shown_size(activations)}"
-            f"{drafting}, reading ahead {shown_size(ahead)}",
+            f"{units.size(total)} of RAM are too little: {units.size(needed)} are needed, of which the program "
+            f"{units.size(process + MARGIN)}, the KV cache {units.size(cache)}, a pass {units.size(activations)}"
+            f"{drafting}, reading ahead {units.size(ahead)}",
             f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
             f"tokens{without}",
         )

@@ -21,7 +21,7 @@ from runner.model.kv_cache import KVCache, Segment, whole_lanes
 from runner.model.tokenizer import Tokenizer
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES, Weights
-from runner.weights.stream import buffer_bytes
+from runner.weights.ring import buffer_bytes
 
 # Called after each part of a pass with the parts done and the parts in all.
 OnPart = Callable[[int, int], None]
@@ -121,11 +121,12 @@ class Model:
             views.append(bloom.View.of(first, count, start, model.n_head, weights.dtype))
             first += count
         x = bloom.embed([i for segment in segments for i in segment.ids], weights.embedding, model)
+        parts = model.n_layer + 2  # the embedding, the blocks, and the final LayerNorm with the head
         blocks = zip(weights.blocks, *(segment.cache.blocks for segment in segments), strict=True)
         for index, (block, *caches) in enumerate(blocks):
             x = bloom.block_forward(x, block, caches, views, alibi, model)
             if on_part:
-                on_part(index + 1, model.n_layer + 1)
+                on_part(index + 2, parts)
         counts = [segment.logits for segment in segments]
         kept = torch.cat(
             [x[view.last - count : view.last] for view, count in zip(views, counts, strict=True)]
@@ -134,7 +135,7 @@ class Model:
             return list(kept.new_empty(0, model.vocab_size).split(counts))
         logits = bloom.head(kept, weights.final_layernorm, weights.embedding, model.layer_norm_epsilon)
         if on_part:
-            on_part(model.n_layer + 1, model.n_layer + 1)
+            on_part(parts, parts)
         return list(logits.split(counts))
 
     def generate(

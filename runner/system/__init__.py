@@ -1,6 +1,6 @@
 """What differs between operating systems: direct reads, cache advice, atomic replace, memory, locks.
 
-Words. *page*: 4,096 bytes, what reads past the page cache are aligned to. *lock*: one writer at a time, gone with the
+Words. *page*: 4,096 bytes, the alignment of reads past the page cache. *lock*: one writer at a time, released with the
 process. *atomic write*: the file is whole or absent, whatever happens.
 
 Imports nothing of the project but `runner.errors`.

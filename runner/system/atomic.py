@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, fsynced, then renamed into it."""
+"""Atomic writes: a file is written beside its place, fsynced, and renamed into it, so it is whole or absent."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ TEMPORARY_SUFFIX = ".incomplete"
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path`, on disk for good, when the block ends without an error.
+    """A file to write that replaces `path`, safe from a power loss, when the block ends without an error.
 
-    After an error the temporary file is gone and `path` is as it was; after a kill the temporary file stays
-    under `path` + `.incomplete`, which nothing ever takes for whole, and the next writer replaces it.
+    After an error the temporary file is gone and `path` is unchanged. After a kill the temporary file stays under
+    `path` + `.incomplete`, a name that no reader looks for, and the next writer replaces it.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     temporary.unlink(missing_ok=True)
     try:
-        with temporary.open(
-            "xb"
-        ) as file:  # a file of its own: if that name were a link, its target would be lost
+        # "x" creates the file: if that name were a link, its target would be overwritten.
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -33,18 +32,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def replace_file(temporary: Path, path: Path) -> None:
-    """Rename an fsynced file to `path`, and make the rename itself survive a power loss."""
-    temporary.replace(path)
-    if os.name == "posix":  # elsewhere a directory can't be opened to be synced
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, whole or not at all."""
+    """Replace the content of `path` by `data`, all or nothing."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Rename an fsynced file to `path`, so that the new name survives a power loss."""
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make new names in a directory survive a power loss, if the system can open a directory to sync it."""
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Reading past the page cache, and advice to it."""
+"""Reading and writing past the page cache, and advice to it."""
 
 from __future__ import annotations
 
@@ -7,33 +7,68 @@ import errno
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from runner.system import platform
 
 _CACHED_STEP = 2**20
 
+T = TypeVar("T")
 
-def open_for_streaming(path: Path, *, past_the_cache: bool) -> io.FileIO:
-    """The file at `path`, to be read in multiples of `PAGE` at multiples of `PAGE` into aligned memory.
 
-    Raises OSError with EINVAL where `past_the_cache` is asked for and the system, or the file system, cannot do that.
+def whole_pages(nbytes: int) -> int:
+    """`nbytes` rounded up to a multiple of `PAGE`."""
+    return -(-nbytes // platform.PAGE) * platform.PAGE
+
+
+def open_for_streaming(path: Path, mode: str = "r", *, past_the_cache: bool) -> io.FileIO:
+    """The file at `path`, opened for reads, or with "r+" for writes, of whole pages from and to aligned memory.
+
+    Raises OSError with EINVAL if `past_the_cache` is asked for and the system, or the file system, cannot do that.
     """
-    return _opened(path, "r", past_the_cache)
-
-
-def open_for_writing(path: Path, *, past_the_cache: bool) -> io.FileIO:
-    """The file at `path`, which is there, to be written in the same way. Raises OSError as the other does."""
-    return _opened(path, "r+", past_the_cache)
-
-
-def _opened(path: Path, mode: str, past_the_cache: bool) -> io.FileIO:
     if not past_the_cache:
         return io.FileIO(path, mode)
     if not platform.LINUX_CALLS:
-        raise OSError(errno.EINVAL, "nothing goes past the page cache here", str(path))
+        raise OSError(errno.EINVAL, "this system has no reads past the page cache", str(path))
     return io.FileIO(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+
+
+def past_the_cache_if_possible(action: Callable[[bool], T]) -> T:
+    """`action(True)`; if the file system cannot go past the page cache, `action(False)`."""
+    try:
+        return action(True)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return action(False)
+
+
+def read_uncached(
+    path: Path, start: int, view: memoryview, wanted: int, check: Callable[[int], None] | None = None
+) -> None:
+    """Read `wanted` bytes from byte `start` of a file into `view`, leaving nothing in the page cache.
+
+    `start`, the address of `view` and its length are multiples of `PAGE`. `check` gets the open file's descriptor
+    before anything is read. Raises OSError, also if the file ends too early.
+    """
+
+    def read(past_the_cache: bool) -> None:
+        with open_for_streaming(path, past_the_cache=past_the_cache) as file:
+            if check:
+                check(file.fileno())
+            file.seek(start)
+            done = 0
+            while done < wanted:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError(errno.EIO, "the file ends too early", str(path))
+                done += count
+            if not past_the_cache:
+                forget(file, start, wanted)
+
+    past_the_cache_if_possible(read)
 
 
 def open_for_rows(path: Path) -> io.FileIO:
@@ -46,9 +81,10 @@ def open_for_rows(path: Path) -> io.FileIO:
 
 @contextlib.contextmanager
 def scratch_file(directory: Path) -> Iterator[Path]:
-    """A path to a new, empty file in `directory`, which is gone afterwards; on Linux however the process ends."""
+    """A path to a new, empty file in `directory`, deleted afterwards; on Linux however the process ends."""
     if platform.LINUX_CALLS:
-        with tempfile.TemporaryFile(dir=directory) as file:  # it has no name from the beginning
+        # Such a file never has a name in the directory.
+        with tempfile.TemporaryFile(dir=directory) as file:
             yield Path(f"/proc/self/fd/{file.fileno()}")
         return
     descriptor, name = tempfile.mkstemp(prefix="bloomdesk-", dir=directory)
@@ -60,20 +96,21 @@ def scratch_file(directory: Path) -> Iterator[Path]:
 
 
 def forget(file: io.FileIO, start: int, nbytes: int) -> None:
-    """Give the page cache's copy of a range back, where nobody has it mapped."""
+    """Have the page cache drop a range of a file, except what a process has mapped."""
     if platform.LINUX_CALLS:
         os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_cached(path: Path, start: int, view: memoryview) -> int:
-    """Read what the page cache has of a range, from its beginning on, without waiting for the disk; the bytes read.
+    """Number of bytes from byte `start` that the page cache has and that were read into `view`, without the disk.
 
-    A page that is looked for in vain is on its way into the page cache afterwards, so it begins with a single one.
+    A page that is not there gets read into the page cache, so the first read asks for a single one.
     """
     if not platform.LINUX_CALLS:
         return 0
     done = 0
-    with open_for_rows(path) as file, contextlib.suppress(OSError):  # it has no more, or cannot say
+    # An OSError says that it has no more, or that this file system cannot tell.
+    with open_for_rows(path) as file, contextlib.suppress(OSError):
         while done < len(view):
             step = _CACHED_STEP if done else platform.PAGE
             count = os.preadv(file.fileno(), [view[done : done + step]], start + done, os.RWF_NOWAIT)

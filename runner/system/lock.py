@@ -1,4 +1,4 @@
-"""One writer at a time for a file or a directory; the lock goes with the process, however that ends."""
+"""One writer at a time for a file or a directory; the lock ends with the process, however that ends."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 
-_HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}  # what systems say of another's lock
+# Error numbers of systems for a lock that another process holds.
+_HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 def lock(descriptor: int, path: Path) -> None:
-    """Hold the open file `path` until it is closed. Raises `BloomdeskError` where another process holds it.
+    """Lock the open file `path` until it is closed. Raises `BloomdeskError` if another process holds the lock.
 
-    On a file system that knows no locks this does nothing.
+    On a file system without locks this does nothing.
     """
     try:
         _lock(descriptor)
@@ -30,10 +31,9 @@ def lock(descriptor: int, path: Path) -> None:
 
 @contextmanager
 def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold `directory`, which exists, for this process. Raises `BloomdeskError` where another one holds it.
+    """Lock an existing directory. Raises `BloomdeskError` if another process holds the lock.
 
-    The lock is on the directory itself, so it leaves nothing behind; where directories can't be locked
-    (Windows), on a file in it.
+    The directory itself is locked, so no file is left behind; on Windows, where that is impossible, a file in it.
     """
     descriptor = _open(directory)
     try:
@@ -46,7 +46,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
 if os.name == "nt":
     import msvcrt
 
-    # Of the byte that is locked, beyond all that is in the file: nobody could write it, the holder included.
+    # The locked byte is beyond any content of the file: nobody could write that byte, the holder included.
     _PLACE = 2**31 - 2
 
     def _open(directory: Path) -> int:

@@ -1,4 +1,4 @@
-"""Huge pages, and how much memory is to spare."""
+"""Memory: huge pages, what this process uses, and what it may still take."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ import psutil
 
 from runner.system import platform
 
-_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**20  # malloc.h
-_OWN_STATUS = Path("/proc/self/status")
-_OWN_GROUPS, _GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# glibc's malloc.h; blocks of this size and more are given back when they are freed.
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**20
+# The control groups of this process, and the directory that describes them.
+OWN_GROUPS, GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def anonymous(nbytes: int) -> mmap.mmap:
-    """Page-aligned memory of our own, in huge pages where the system gives them."""
+    """Page-aligned memory that belongs to no file, in huge pages if the system has them."""
     if not platform.LINUX_CALLS:
         return mmap.mmap(-1, nbytes)
-    # Shared memory, which is what Python would take, gets no huge pages on most systems.
+    # Python's default is shared memory, which gets no huge pages on most systems.
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    # A kernel may have no huge pages.
+    with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 
 def give_freed_memory_back() -> None:
-    """Have large blocks of memory go back to the system as soon as they are freed, where the C library listens.
+    """Make glibc return large blocks of memory to the system as soon as they are freed.
 
-    glibc learns to keep them, up to 32 MB each: after a pass over a long prompt it held hundreds of megabytes.
+    By default it learns to keep blocks of up to 32 MB: after a pass over a long prompt, hundreds of megabytes.
     """
     if platform.LINUX_CALLS:
-        with contextlib.suppress(OSError, AttributeError):  # another C library
+        # Other C libraries have no mallopt.
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def memory_to_spare() -> int:
-    """Bytes that this process may still take: what the machine has left, and no more than its control group has."""
+    """Bytes that this process may still take: what the machine has left, within the limits of its control groups."""
     spare = psutil.virtual_memory().available
     if platform.LINUX_CALLS:
         spare = min([spare, *(left for group in _control_groups() if (left := _left_in(group)) is not None)])
@@ -53,20 +56,22 @@ def memory_in_use() -> int:
 
 
 def memory_of_its_own() -> int:
-    """The same without the files that it has mapped, where the system tells: those count as memory to spare."""
+    """Bytes of RAM of this process without mapped files, if the system tells: those count as memory to spare."""
     info = psutil.Process().memory_info()
     return info.rss - (info.shared if platform.LINUX_CALLS else 0)
 
 
 def peak_memory() -> int | None:
-    """The most bytes of RAM that this process ever occupied; None where the system does not say."""
-    if platform.LINUX_CALLS:  # where rusage still counts what the process was before it became this program
+    """The most bytes of RAM that this process ever occupied, or None if the system does not say."""
+    # Linux's rusage also counts what the process was before it became this program.
+    if platform.LINUX_CALLS:
         with contextlib.suppress(OSError):
-            found = re.search(r"^VmHWM:\s+(\d+) kB$", _OWN_STATUS.read_text(), re.MULTILINE)
+            found = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
             if found:
                 return int(found[1]) * 1024
     info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
+    # Windows
+    if hasattr(info, "peak_wset"):
         return info.peak_wset
     try:
         import resource
@@ -77,7 +82,7 @@ def peak_memory() -> int | None:
 
 
 def bytes_read_from_disk() -> int | None:
-    """Bytes that the kernel fetched from storage for this process so far; None where it does not count them."""
+    """Bytes that the kernel has fetched from storage for this process, or None if it does not count them."""
     try:
         return psutil.Process().io_counters().read_bytes
     except (AttributeError, psutil.Error, OSError):
@@ -85,17 +90,17 @@ def bytes_read_from_disk() -> int | None:
 
 
 def _control_groups() -> list[Path]:
-    """The directories of this process's memory control groups, from its own up to the root."""
+    """The directories of this process's memory control groups, from the innermost to the root."""
     groups: list[Path] = []
     try:
-        lines = _OWN_GROUPS.read_text().splitlines()
+        lines = OWN_GROUPS.read_text().splitlines()
     except OSError:
         return groups
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = _GROUP_ROOT / controllers
+        root = GROUP_ROOT / controllers
         inner = root / path.lstrip("/")
         # Inside a container the path may be that of the host; its own limits are then at the root.
         while inner != root:
@@ -106,7 +111,7 @@ def _control_groups() -> list[Path]:
 
 
 def _left_in(group: Path) -> int | None:
-    """What a control group has left, page cache that can be dropped counted as free; None without a limit."""
+    """Bytes that a control group has left, with its droppable page cache; None if it has no limit."""
     for limit_file, usage_file in (
         ("memory.max", "memory.current"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes"),

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 import sys
 
-PAGE = 4096  # what reads past the page cache are aligned to; no disk has larger sectors
+# Alignment of reads past the page cache; no disk has larger sectors.
+PAGE = 4096
 LINUX_CALLS = sys.platform == "linux"

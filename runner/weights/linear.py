@@ -1,8 +1,7 @@
-"""A weight matrix that is used a chunk at a time, wherever its chunks are."""
+"""A weight matrix that is used a chunk at a time, whether its chunks are resident or streamed."""
 
 from __future__ import annotations
 
-import errno
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from runner.errors import BloomdeskError
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.decode import decode_row_groups
 from runner.kernel.matmul import Kernel
-from runner.system import files
 from runner.weights.chunks import Chunk
-from runner.weights.stream import Stream, check_unchanged
+from runner.weights.reader import read_range
+from runner.weights.stream import Stream
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K] of `dtype`: chunks `index` and following of `stream`, as they are or losslessly coded."""
+    """[N, K] of `dtype`: chunks `index` and following of `stream`, plain or losslessly coded."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -32,7 +31,7 @@ class Matrix:
     def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, K] -> `x @ weight.T + bias` [T, N], summed in float32 and rounded once to the dtype of x.
 
-        Raises `BloomdeskError` where a chunk cannot be read, or was damaged.
+        Raises `BloomdeskError` if a chunk cannot be read, or is damaged.
         """
         T, N = x.shape[0], self.shape[0]
         out = torch.zeros(T, N) if bias is None else torch.empty(T, N).copy_(bias)
@@ -50,46 +49,30 @@ class Matrix:
         return out.to(x.dtype)
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
-        """[T, K]: rows of the matrix by number, read from the file alone."""
-        first = self.chunks[0]
+        """[T, K]: rows of the matrix by number, read from the file each time."""
         found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
-        try:
-            with files.open_for_rows(first.file.path) as file:
-                check_unchanged(first, file.fileno())
-                for place, row in enumerate(ids):
-                    found[place] = self._row(file, row)
-        except OSError as error:
-            raise BloomdeskError(
-                f"{first.file.path} cannot be read: {error.strerror or error}",
-                f"see what is damaged: bloomdesk verify {first.file.path.parent}",
-            ) from error
+        with self.chunks[0].file.opened() as file:
+            for place, row in enumerate(ids):
+                found[place] = self._row(file, row)
         return found
 
     def _row(self, file: io.FileIO, row: int) -> torch.Tensor:
-        """Row number `row`; of a coded matrix its row group is decoded for it."""
+        """Row number `row`; of a coded matrix its row group is decoded."""
         columns = self.shape[1]
         chunk = next(chunk for chunk in self.chunks if row < chunk.last)
         if chunk.row_groups is None:
             nbytes = columns * self.dtype.itemsize
-            data = _read(file, chunk.start + (row - chunk.first) * nbytes, nbytes)
+            data = read_range(file, chunk.start + (row - chunk.first) * nbytes, nbytes)
             return torch.frombuffer(data, dtype=self.dtype)
         row_group, place = divmod(row - chunk.first, ROW_GROUP_ROWS)
         start, stop = chunk.row_groups[row_group : row_group + 2].tolist()
         count = min(ROW_GROUP_ROWS, chunk.last - chunk.first - row_group * ROW_GROUP_ROWS)
-        data, out = _read(file, chunk.start + start, stop - start), bytearray(count * columns * 2)
+        data, out = read_range(file, chunk.start + start, stop - start), bytearray(count * columns * 2)
         try:
             decode_row_groups(data, [0, len(data)], count, columns, out)
         except ValueError as error:
             raise _damaged(chunk, error) from error
         return torch.frombuffer(out, dtype=self.dtype).view(count, columns)[place]
-
-
-def _read(file: io.FileIO, start: int, nbytes: int) -> bytearray:
-    data = bytearray(nbytes)
-    file.seek(start)
-    if file.readinto(data) != nbytes:
-        raise OSError(errno.EIO, "the file ends too early")
-    return data
 
 
 def _damaged(chunk: Chunk, error: ValueError) -> BloomdeskError:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-import runner.weights.stream
+import runner
 from runner.generation.model import Model
 from runner.weights.checkpoint import Weights
-from runner.weights.chunks import Chunk, FileState
-from runner.weights.stream import Stream
+from runner.weights.chunks import Chunk
+from runner.weights.reader import PartFile
+from runner.weights.stream import READER_NAME, Read, Stream
 
 IDS = [5, 700, 31, 9, 1101, 64, 8]
 SMALL_CHUNK = 9000  # no multiple of a page, nor of a row
@@ -49,11 +50,7 @@ def soon(condition: Callable[[], bool]) -> None:
 
 
 def readers_alive() -> list[threading.Thread]:
-    return [
-        thread
-        for thread in threading.enumerate()
-        if getattr(thread, "_target", None) is runner.weights.stream._read_ahead
-    ]
+    return [thread for thread in threading.enumerate() if thread.name == READER_NAME]
 
 
 @dataclass
@@ -62,8 +59,14 @@ class Shelf:
     data: bytes = field(repr=False)
     chunks: tuple[Chunk, ...] = field(repr=False)
 
-    def stream(self, resident: frozenset[int] = frozenset(), buffers: int = 3, readers: int = 2) -> Stream:
-        made = Stream(self.chunks, readers)
+    def stream(
+        self,
+        resident: frozenset[int] = frozenset(),
+        buffers: int = 3,
+        readers: int = 2,
+        read: Read = Chunk.read,
+    ) -> Stream:
+        made = Stream(self.chunks, readers, read)
         made.arrange(resident, buffers)
         return made
 
@@ -90,7 +93,7 @@ def make_shelf(path: Path) -> Shelf:
     skew = 777
     data = torch.randint(0, 256, (skew + sum(sizes),), dtype=torch.uint8).numpy().tobytes()
     path.write_bytes(data)
-    state, found, at = FileState.of(path), [], skew
+    state, found, at = PartFile.of(path), [], skew
     for size in sizes:
         found.append(Chunk(state, at, 0, 1, torch.uint8, (1, size)))
         at += size

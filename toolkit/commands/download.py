@@ -12,13 +12,14 @@ from typing import Literal
 
 from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX
+from runner.system.disk import free_bytes
 from toolkit.hub import client as wire
 from toolkit.hub import revision as hub
 from toolkit.hub.digest import hash_file
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch
-from toolkit.io.disk import disk_errors, free_bytes
+from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress, silent
 from toolkit.parts.destination import sole_writer_of
 

@@ -1,27 +1,19 @@
-"""The disk that is written to: its room, and its failures in one sentence."""
+"""What went wrong with writing to a disk, in one sentence."""
 
 from __future__ import annotations
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes that the disk under `path` has free; `path` need not exist yet."""
-    place = path.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return shutil.disk_usage(place).free
+from runner.system.disk import free_bytes
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Say what went wrong with writing `path` in one sentence."""
+    """Turn an OSError of writing `path` into an error that says what went wrong."""
     try:
         yield
     except OSError as error:

@@ -20,8 +20,9 @@ from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, Part
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
+from runner.system.disk import free_bytes
 from runner.system.lock import sole_writer
-from toolkit.io.disk import disk_errors, free_bytes
+from toolkit.io.disk import disk_errors
 from toolkit.parts.part import is_in_place
 
 # BLOOM's tokenizer.json has 14.5 MB.

@@ -35,11 +35,16 @@ def test_all_of_the_files_is_read_once(tmp_path: Path, monkeypatch: pytest.Monke
     paths = [tmp_path / str(number) for number in range(len(sizes))]
     for path, size in zip(paths, sizes, strict=True):
         path.write_bytes(os.urandom(size))
-    counted = []
-    read = rates._read
-    monkeypatch.setattr(rates, "_read", lambda *chunk: counted.append(read(*chunk)) or counted[-1])
+    found = {path: bytearray(-(-size // 2**20) * 2**20) for path, size in zip(paths, sizes, strict=True)}
+    read = files.read_uncached
+
+    def kept(path: Path, start: int, view: memoryview, wanted: int) -> None:
+        read(path, start, view, wanted)
+        found[path][start : start + wanted] = view[:wanted]
+
+    monkeypatch.setattr(files, "read_uncached", kept)
     assert rates.disk_rate(paths) > 0
-    assert sum(counted) == sum(sizes)
+    assert all(found[path][:size] == path.read_bytes() for path, size in zip(paths, sizes, strict=True))
 
 
 def test_reading_ends_after_so_many_bytes_or_seconds(tmp_path: Path) -> None:
@@ -87,7 +92,7 @@ def test_places_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         pass
     usage = namedtuple("usage", "free")(2**20)
-    monkeypatch.setattr(rates.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(BloomdeskError, match="no room to measure it"), rates.scratch(tmp_path):
         pass
 

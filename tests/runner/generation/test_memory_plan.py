@@ -9,108 +9,24 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from runner import BloomdeskError
+from runner import BloomdeskError, units
 from runner.generation.memory_plan import (
     FEWEST_BUFFERS,
     MARGIN,
     MOST_BUFFERS,
     Budget,
-    parse_size,
     share_out,
-    shown_size,
     spread,
 )
+from runner.units import parse_size
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB, GB = 2**20, 10**9
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("12GB", 12 * GB),
-        ("12 GB", 12 * GB),
-        ("12g", 12 * GB),
-        ("  1.5 Gb ", 1_500_000_000),
-        ("900MB", 900_000_000),
-        ("900m", 900_000_000),
-        ("64k", 64_000),
-        ("2TB", 2 * 10**12),
-        ("12GiB", 12 * 2**30),
-        ("1.5 gi", 3 * 2**29),
-        ("512MiB", 512 * MIB),
-        ("1KiB", 1024),
-        ("1TiB", 2**40),
-        ("4096", 4096),
-        ("4096 B", 4096),
-        (".5GB", 500_000_000),
-        ("3.GB", 3 * GB),
-    ],
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-HOSTILE = [
-    "", " ", "GB", "0", "0GB", "-1GB", "+1GB", "1e9", "inf", "nan", "1,5GB", "1.2.3GB", "12 G B", "12XB", "12GBs",
-    "12iB", "12 i", "0x10", "1_000", "٣GB", "１２GB", "9" * 400, "9" * 5000 + "TB", "2000000TB", "0.0000001",
-    "12\x00GB", "12GB\n;", "\x1b[31m", ".", ".GB",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(BloomdeskError, match="is no amount of memory") as caught:
-        parse_size(text)
-    assert len(caught.value.message) < 300 and caught.value.message.isprintable()
-    assert "12GB" in caught.value.hint
-
-
-@given(st.text(alphabet=st.sampled_from("0123456789.,kKmMgGtTiIbB eE+-xX_\n\0é٣"), max_size=12) | st.text())
-def test_any_text_is_a_size_or_a_clear_error(text: str) -> None:
-    try:
-        size = parse_size(text)
-    except BloomdeskError:
-        return
-    assert isinstance(size, int) and 0 < size < 2**60
-
-
-@given(
-    st.integers(1, 10**9), st.sampled_from("kmgt"), st.booleans(), st.booleans(), st.sampled_from(["", " "])
-)
-def test_units_are_powers_of_1000_or_of_1024(
-    number: int, unit: str, binary: bool, b: bool, space: str
-) -> None:
-    expected = number * (1024 if binary else 1000) ** (1 + "kmgt".index(unit))
-    assume(expected < 2**60)
-    text = f"{number}{space}{unit.upper()}{'i' * binary}{'B' * b}"
-    assert parse_size(text) == int(float(number) * (expected // number))
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 MB"),
-        (900_000_000, "900 MB"),
-        (994_400_000, "994 MB"),
-        (995_000_000, "1.0 GB"),
-        (12_340_000_000, "12.3 GB"),
-        (352_000_000_000, "352.0 GB"),
-        (1_234_500_000_000, "1,234.5 GB"),
-    ],
-)
-def test_sizes_are_shown_short(size: int, text: str) -> None:
-    assert shown_size(size) == text
-
-
-@given(st.integers(10**6, 10**13))
-def test_what_is_shown_is_read_as_about_the_same(size: int) -> None:
-    assert abs(parse_size(shown_size(size).replace(",", "")) - size) <= max(0.5e6, size * 0.051)
 
 
 # Sharing out.
@@ -164,14 +80,14 @@ def test_an_amount_that_is_too_little_names_one_that_is_enough(
         refused = error
     else:
         return
-    assert refused.message.startswith(f"{shown_size(total)} of RAM are too little")
+    assert refused.message.startswith(f"{units.size(total)} of RAM are too little")
     for part in (process + MARGIN, cache, activations):
-        assert shown_size(part) in refused.message
+        assert units.size(part) in refused.message
     enough = parse_size(re.search(r"--ram (\S+GB)", refused.hint)[1])
     assert enough > total
     shared(enough, sizes, process, cache, activations)
     least = min(FEWEST_BUFFERS * (max(sizes) + 4096), sum(sizes)) + process + cache + activations + MARGIN
-    assert f"{shown_size(least)} are needed" in refused.message
+    assert f"{units.size(least)} are needed" in refused.message
     shared(least, sizes, process, cache, activations)
     with pytest.raises(BloomdeskError):
         shared(least - 1, sizes, process, cache, activations)

@@ -19,6 +19,7 @@ import runner
 import runner.generation.memory_plan
 from runner.system import files, memory, platform
 from runner.weights import chunks as chunks
+from runner.weights.reader import PartFile
 from runner.weights.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,7 +73,7 @@ for name in ("fcntl", "resource", "termios", "pwd"):
 torch.set_num_threads(1)
 sys.platform = "win32"
 import runner, runner.generation.memory_plan, runner.weights.chunks, runner.system
-from runner.cli.commands import main
+from runner.__main__ import main
 assert not runner.system.platform.LINUX_CALLS
 runner.generation.memory_plan.MARGIN = 0
 runner.weights.chunks.LARGEST_CHUNK = 20000
@@ -178,7 +179,7 @@ def test_a_stream_leaves_nothing_in_the_page_cache(prepared, tmp_path: Path) -> 
         pytest.skip("nowhere else the cache is looked at")
     made = MappedFile(tmp_path / "part", 300_000)
     made.drop()
-    state = chunks.FileState.of(made.path)
+    state = PartFile.of(made.path)
     cut = tuple(
         chunks.Chunk(state, start, 0, 1, torch.uint8, (1, 50_000)) for start in range(0, 300_000, 50_000)
     )
@@ -208,8 +209,8 @@ def write_group(directory: Path, version: int, limit: object, usage: int, stat: 
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of control groups that are plain files; `own` names those of this process."""
     monkeypatch.setattr(platform, "LINUX_CALLS", True)
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_GROUP_ROOT", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory, "GROUP_ROOT", tmp_path / "cgroup")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 50 * 2**30}))
     return tmp_path
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runner.format.coded import ROW_GROUP_ROWS, row_group_count
 from runner.format.safetensors import TensorEntry
 from runner.weights import chunks as chunks
-from runner.weights.chunks import Chunk, FileState, cut, cut_coded
+from runner.weights.chunks import Chunk, cut, cut_coded
+from runner.weights.reader import PartFile
 
 START = 4096 + 24
 
@@ -22,7 +23,7 @@ def cut_matrix(rows: int, columns: int, largest: int) -> tuple[Chunk, ...]:
     entry = TensorEntry("matrix", "BF16", (rows, columns), START, START + rows * columns * 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "LARGEST_CHUNK", largest)
-        return cut(FileState(Path("part"), 0, 0), entry, torch.bfloat16)
+        return cut(PartFile(Path("part"), 0, 0), entry, torch.bfloat16)
 
 
 @given(st.integers(1, 300), st.integers(1, 50), st.integers(1, 5000))
@@ -56,7 +57,7 @@ def test_coded_chunks_are_whole_row_groups_in_order(rest: int, lengths: list[int
     entry = TensorEntry("matrix", "U8", (nbytes,), START, START + nbytes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "LARGEST_CHUNK", largest)
-        found = cut_coded(FileState(Path("part"), 0, 0), entry, row_groups, rows)
+        found = cut_coded(PartFile(Path("part"), 0, 0), entry, row_groups, rows)
     row, at = 0, START
     for chunk in found:
         assert (chunk.first, chunk.start, chunk.nbytes) == (row, at, int(chunk.row_groups[-1]))
@@ -71,5 +72,5 @@ def test_coded_chunks_are_whole_row_groups_in_order(rest: int, lengths: list[int
 def test_a_file_is_known_by_its_size_and_time(tmp_path: Path) -> None:
     path = tmp_path / "part"
     path.write_bytes(bytes(100))
-    state = FileState.of(path)
+    state = PartFile.of(path)
     assert (state.path, state.size, state.changed_ns) == (path, 100, path.stat().st_mtime_ns)

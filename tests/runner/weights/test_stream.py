@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runner.weights.stream
+import runner.weights.ring
 from runner.system import platform
 from runner.weights.chunks import Chunk
 from runner.weights.stream import Stream
-from tests.support.streaming import Shelf, make_shelf, promptly, readers_alive, soon
+from tests.support.streaming import LONGEST, Shelf, make_shelf, promptly, readers_alive, soon
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
                 raise KeyboardInterrupt
             index = index if how[0] else 0
         elif kind == "lose":  # an interruption between taking and releasing
-            stream._take(index)
+            stream.take(index)
             index = index if how[0] else 0
         elif kind == "arrange":
             stream.arrange(*how)
@@ -80,31 +80,30 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
 def test_a_buffer_in_use_is_not_read_into(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    class CountedBuffer(runner.weights.stream.Buffer):
+    class CountedBuffer(runner.weights.ring.Buffer):
         def __init__(self, nbytes: int) -> None:
             made.append(nbytes)
             super().__init__(nbytes)
 
-    monkeypatch.setattr(runner.weights.stream, "Buffer", CountedBuffer)
+    monkeypatch.setattr(runner.weights.ring, "Buffer", CountedBuffer)
     stream = shelf.stream(buffers=3)
     for _ in range(2):
         for index in range(len(shelf.chunks)):
             with stream.chunk(index) as weights:
-                soon(lambda: len(stream._shared.ready) == 2)  # both others are full, so the readers rest
+                soon(lambda: len(stream.ring.ready) == 2)  # both others are full, so the readers rest
                 assert shelf.holds(index, weights)
     assert len(made) == 3
     assert all(nbytes >= 20000 and nbytes % platform.PAGE == 0 for nbytes in made)
 
 
-def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf) -> None:
     fetched = []
-    fetch = runner.weights.stream._fetch
-    monkeypatch.setattr(
-        runner.weights.stream,
-        "_fetch",
-        lambda chunk, buffer, stays: (fetched.append(chunk), fetch(chunk, buffer, stays=stays))[1],
-    )
-    stream = shelf.stream(buffers=4)
+
+    def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
+        fetched.append(chunk)
+        chunk.read(view, stays)
+
+    stream = shelf.stream(buffers=4, read=read)
     promptly(lambda: shelf.check_pass(stream))
     soon(lambda: len(fetched) == len(shelf.chunks) + 4)
     assert set(fetched[-4:]) == set(shelf.chunks[:4])
@@ -112,19 +111,15 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf, monkeypatch: py
     assert [fetched.count(chunk) for chunk in shelf.chunks[:4]] == [2] * 4
 
 
-def test_what_is_resident_is_read_once(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_resident_is_read_once(shelf: Shelf) -> None:
     fetched = []
-    fetch = runner.weights.stream._fetch
-    monkeypatch.setattr(
-        runner.weights.stream,
-        "_fetch",
-        lambda chunk, buffer, stays: (
-            fetched.append((chunk.start, stays)),
-            fetch(chunk, buffer, stays=stays),
-        )[1],
-    )
+
+    def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
+        fetched.append((chunk.start, stays))
+        chunk.read(view, stays)
+
     resident = frozenset({0, 3, 4, 9, 12})
-    stream = shelf.stream(resident, buffers=2)
+    stream = shelf.stream(resident, buffers=2, read=read)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(4)])
     kept = sum(shelf.chunks[index].nbytes for index in resident)
     assert stream.traffic.bytes_loaded == kept
@@ -141,10 +136,12 @@ def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
     promptly(lambda: [shelf.check_pass(stream) for _ in range(3)])
     assert (stream.traffic.bytes_loaded, stream.traffic.bytes_streamed) == (shelf.nbytes, 0)
     assert stream.streamed_bytes == 0
-    assert not stream._shared.buffers
-    assert stream._shared.at_rest  # and chunks are handed out in any order, with nothing to wait for
+    assert not stream.ring.buffers
+    # Chunks are handed out in any order then, with nothing to wait for, and need no release.
+    assert stream.ring.at_rest
     promptly(lambda: [shelf.check(stream, index) for index in (5, 2, 2, 12, 0)])
-    assert stream._take(3)[1] is None
+    stream.take(3)
+    assert not stream.ring.in_use
     stream.arrange(frozenset({1}), 2)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(2)])
     assert stream.traffic.bytes_streamed == 2 * (shelf.nbytes - shelf.chunks[1].nbytes)
@@ -166,10 +163,10 @@ def test_what_stays_resident_through_an_arrangement_is_not_read_again(shelf: She
 def test_the_same_arrangement_again_keeps_what_was_read_ahead(shelf: Shelf) -> None:
     stream = shelf.stream(buffers=4)
     promptly(lambda: shelf.check_pass(stream))
-    soon(lambda: len(stream._shared.ready) == 4)
-    buffers = set(stream._shared.ready.values())
+    soon(lambda: len(stream.ring.ready) == 4)
+    buffers = set(stream.ring.ready.values())
     stream.arrange(frozenset(), 4)
-    assert set(stream._shared.ready.values()) == buffers
+    assert set(stream.ring.ready.values()) == buffers
 
 
 @pytest.mark.parametrize("buffers", [0, 1])
@@ -196,7 +193,7 @@ def test_after_an_interruption_a_pass_begins_anew(
             with pytest.raises(KeyboardInterrupt), stream.chunk(place):
                 raise KeyboardInterrupt
         elif how == "lost":  # it came between taking the chunk and releasing it
-            stream._take(place)
+            stream.take(place)
 
     for _ in range(4):
         promptly(interrupted)
@@ -205,14 +202,14 @@ def test_after_an_interruption_a_pass_begins_anew(
 
 def test_an_interruption_while_waiting_is_no_loss(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = shelf.stream(buffers=2)
-    waits = stream._shared.changed.wait
+    waits = stream.ring.changed.wait
 
     def interrupted(timeout: float | None = None) -> bool:
         if timeout is not None:  # the pass, and not a reader
             raise KeyboardInterrupt
         return waits(timeout)
 
-    monkeypatch.setattr(stream._shared.changed, "wait", interrupted)
+    monkeypatch.setattr(stream.ring.changed, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         for _ in range(1000):
             shelf.check_pass(stream)
@@ -237,23 +234,23 @@ def test_a_stream_may_end_on_one_of_its_readers(shelf: Shelf, monkeypatch: pytes
     problems: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", problems.append)
     monkeypatch.setattr(threading, "excepthook", problems.append)
-    holder = [shelf.stream(buffers=3, readers=2)]
+    dropping, last = threading.Event(), []
+
+    def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
+        if not last and dropping.wait(LONGEST if started.is_set() else 0):
+            holder.clear()
+            last.append(threading.current_thread())
+        chunk.read(view, stays)
+
+    started = threading.Event()
+    holder = [shelf.stream(buffers=3, readers=2, read=read)]
     promptly(lambda: shelf.check_pass(holder[0]))
     mine = set(readers_alive()) - before
-    soon(lambda: len(holder[0]._shared.ready) == 3)
-    fetch = runner.weights.stream._fetch
-    last: list[threading.Thread] = []
-
-    def fetch_and_drop(chunk: Chunk, buffer: runner.weights.stream.Buffer, stays: bool) -> None:
-        soon(lambda: bool(dropped))
-        holder.clear()
-        last.append(threading.current_thread())
-        fetch(chunk, buffer, stays=stays)
-
-    monkeypatch.setattr(runner.weights.stream, "_fetch", fetch_and_drop)
-    dropped: list[bool] = []
-    shelf.check(holder[0], 0)  # frees a buffer, which a reader then fills
-    dropped.append(True)
+    soon(lambda: len(holder[0].ring.ready) == 3)
+    started.set()
+    # This frees a buffer, which a reader then fills.
+    shelf.check(holder[0], 0)
+    dropping.set()
     soon(lambda: not mine & set(readers_alive()))
     assert last and last[0] in mine
     assert not problems

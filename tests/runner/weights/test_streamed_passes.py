@@ -14,7 +14,7 @@ import torch
 
 import runner.generation.memory_plan
 import runner.kernel.matmul
-import runner.weights.stream
+import runner.weights.ring
 from runner.generation.model import Model
 from runner.system import files, platform
 from runner.weights import chunks as chunks
@@ -62,9 +62,7 @@ def streaming_ram(model: Model, capacity: int, share: float) -> int:
     """RAM in which `share` of the matrices stay resident."""
     plenty = replace(model, ram=2**50).budget(capacity, len(IDS))
     weights = [chunk.nbytes for chunk in model.weights.stream.chunks]
-    ahead = runner.generation.memory_plan.FEWEST_BUFFERS * max(
-        map(runner.weights.stream.buffer_bytes, weights)
-    )
+    ahead = runner.generation.memory_plan.FEWEST_BUFFERS * max(map(runner.weights.ring.buffer_bytes, weights))
     return plenty.process + plenty.cache + plenty.activations + ahead + int(share * sum(weights))
 
 

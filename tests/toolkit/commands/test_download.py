@@ -254,7 +254,7 @@ def test_the_plan_for_the_real_bloom_needs_no_network(target, monkeypatch):
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_comes(local, repo, target, monkeypatch):
-    monkeypatch.setattr("toolkit.io.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     total = plan_download(NAME, target).total
     with pytest.raises(BloomdeskError, match=f"{total:,} bytes are still to come, the disk has 1,000 free"):
         download(NAME, target)

@@ -25,7 +25,6 @@ from tests.conftest import PreparedFactory
 from toolkit.commands import export as module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
-from toolkit.io import disk
 from toolkit.io import reader as readahead
 from toolkit.source.key_map import name_table
 
@@ -206,7 +205,7 @@ def test_too_little_room_is_told_with_figures_before_the_start(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: usage(0, 0, 100_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(0, 0, 100_000))
     with pytest.raises(
         BloomdeskError, match=r"needs [\d,]+ bytes and the disk has 100,000 free, [\d,]+ too few"
     ):

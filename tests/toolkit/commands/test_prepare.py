@@ -26,7 +26,6 @@ from toolkit.commands.download import download
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.schedule import Schedule
 from toolkit.hub import client as wire
-from toolkit.io import disk
 from toolkit.parts.destination import STAGING
 
 REPO = "me/bloom"
@@ -136,8 +135,6 @@ def test_a_disk_that_is_too_small_is_refused_with_the_figures(
     serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve()
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: (2**40, 2**40, 12_345))
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 12_345)
     monkeypatch.setattr("toolkit.parts.destination.free_bytes", lambda _: 12_345)
     with pytest.raises(BloomdeskError, match=r"needs [\d,]+ bytes and the disk has 12,345 free"):
         plan_preparation(REPO, tmp_path / "out")
