@@ -21,8 +21,10 @@ from runner.errors import BloomdeskError
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.matmul import Kernel
 from runner.kernel.panel import CODES, GROUP, HEADER
+from runner.kernel.threads import workers
 from runner.system import files, memory
 from runner.system.disk import free_bytes
+from runner.weights.checkpoint import TORCH_DTYPES
 from runner.weights.chunks import LARGEST_CHUNK
 from runner.weights.stream import READERS
 
@@ -120,6 +122,11 @@ def _fill_with_noise(path: Path, nbytes: int, past_the_cache: bool) -> None:
             file.write(buffer)
             if not past_the_cache:
                 os.fsync(file.fileno())
+
+
+def compiled(dtype: str) -> Kernel:
+    """The kernel for weights of `dtype`, like "BF16", on all cores."""
+    return Kernel(TORCH_DTYPES[dtype], workers(torch.get_num_threads()))
 
 
 def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, float]:
