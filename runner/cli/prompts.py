@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -56,15 +57,9 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def _prompts(path: Path) -> Iterator[Prompt]:
-    index = 0
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            yield Prompt(index, number, line)
-        else:
-            yield _parsed(path, index, number, line)
-        index += 1
+    parsed = Prompt if path.suffix == ".txt" else partial(_parsed, path)
+    filled = ((number, line) for number, line in _lines(path) if line.strip())
+    return (parsed(index, number, line) for index, (number, line) in enumerate(filled))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

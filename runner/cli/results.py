@@ -85,8 +85,8 @@ class Results(AbstractContextManager["Results"]):
         if prompt is None:
             raise self._foreign(number, f"there is no prompt with the {key[0]} {key[1]!r}")
         if prompt.text != text:
-            expected = f"that with the {key[0]} {key[1]!r} {_short(prompt.text)}"
-            raise self._foreign(number, f"the prompt is {_short(text)}, {expected}")
+            wanted = f"that with the {key[0]} {key[1]!r} {_short(prompt.text)}"
+            raise self._foreign(number, f"the prompt is {_short(text)}, {wanted}")
         return prompt.index
 
     def _foreign(self, number: int, why: str) -> BloomdeskError:
