@@ -127,10 +127,11 @@ def prepare(
     lossless: Lossless = False,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
-    from toolkit.commands.prepare import carry_out, plan_preparation
+    from toolkit.commands.build import carry_out
+    from toolkit.commands.prepare import plan_preparation
 
     plan = plan_preparation(repo, destination, revision, _form(lossless))
-    print(f"{plan.revision} into {destination}: {intention(plan)}", file=sys.stderr)
+    print(f"{plan.source} into {destination}: {intention(plan)}", file=sys.stderr)
     with _progress("preparing", plan.work) as progress:
         done = carry_out(plan, progress, connections)
     print(
@@ -149,7 +150,8 @@ def convert(
     lossless: Lossless = False,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
-    from toolkit.commands.convert import carry_out, plan_conversion
+    from toolkit.commands.build import carry_out
+    from toolkit.commands.convert import plan_conversion
 
     plan = plan_conversion(source, destination, delete_source=delete_source, form=_form(lossless))
     with _progress("converting", plan.work) as progress:
@@ -188,8 +190,8 @@ def repair(
     connections: Connections = DEFAULT_CONNECTIONS,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
-    from toolkit.commands import convert, prepare
-    from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
+    from toolkit.commands.build import carry_out
+    from toolkit.commands.repair import forget, plan_repair
 
     start = time.monotonic()
     report = _check(directory)
@@ -197,15 +199,9 @@ def repair(
         print_lines(verify_lines(report, time.monotonic() - start))
         return
     print_lines(damage_lines(report))
-    known = forget(directory, report.damage, source)
-    if source is not None:
-        conversion = plan_from_source(directory, source, known)
-        with _progress("repairing", conversion.work) as progress:
-            parts = convert.carry_out(conversion, progress).written
-    else:
-        preparation = plan_from_hub(directory, known)
-        with _progress("repairing", preparation.work) as progress:
-            parts = prepare.carry_out(preparation, progress, connections).written
+    plan = plan_repair(directory, forget(directory, report.damage, source), source)
+    with _progress("repairing", plan.work) as progress:
+        parts = carry_out(plan, progress, connections).written
     others = {damage.file for damage in report.damage} - set(parts)
     print(f"{directory} is whole again: {len(parts)} parts and {len(others)} small files made anew")
 

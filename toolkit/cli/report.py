@@ -10,9 +10,9 @@ from runner.format.coded import PLAIN
 from runner.units import duration, number, percent, rate, size
 
 if TYPE_CHECKING:
-    from toolkit.commands.download import Plan
+    from toolkit.commands.build import BuildPlan
+    from toolkit.commands.download import DownloadPlan
     from toolkit.commands.info import Info
-    from toolkit.commands.prepare import PreparationPlan
     from toolkit.commands.verify import VerifyReport
 
 _STATES = {
@@ -41,7 +41,7 @@ def written(what: str, files: int, kept: int, nbytes: int, seconds: float) -> st
     return f"{files} {what} written{took}, {kept} kept"
 
 
-def download_lines(plan: Plan) -> Iterator[str]:
+def download_lines(plan: DownloadPlan) -> Iterator[str]:
     """What a download has to fetch, and whether the disk has free space for it."""
     for planned in plan.files:
         yield f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}"
@@ -50,17 +50,17 @@ def download_lines(plan: Plan) -> Iterator[str]:
     yield f"still to fetch: {size(plan.to_fetch)}, free in {plan.directory}: {size(plan.free)}: {verdict}"
 
 
-def intention(plan: PreparationPlan) -> str:
+def intention(plan: BuildPlan) -> str:
     """The parts that are there, those to be made, and the disk that they take."""
     there, to_make = len(plan.manifest.parts), len(plan.schedule.needs)
     if not to_make:
         return f"all {there} parts are there"
-    cut = ", because blocks are cut across shards" if plan.shards_at_a_time > 2 else ""
+    cut = ", because blocks are cut across shards" if plan.schedule.shards_at_a_time > 2 else ""
     about = "" if plan.manifest.form == PLAIN else "about "
     return (
         f"{there} parts are there, {to_make} to be made; "
         f"{about}{size(plan.peak_bytes)} of disk at the fullest moment, "
-        f"with at most {plan.shards_at_a_time} shards beside the parts{cut}"
+        f"with at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
     )
 
 
