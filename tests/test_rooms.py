@@ -18,7 +18,6 @@ ROOMS = (
     "runner.kernel",
     "runner.weights",
     "runner.model",
-    "runner.generation.speculation",
     "runner.generation",
     "runner",  # the public face: `runner.load`
     "runner.estimate",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runner.cli.prompts import Prompt
     from runner.format.hyperparameters import Hyperparameters
     from runner.generation.decode import Generation
-    from runner.generation.sequence import Continuation
+    from runner.generation.sequence import Sequence as TextSequence
 
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 DEFAULT_NEW_TOKENS = 64
@@ -103,7 +103,7 @@ def _generate_one(
     return status
 
 
-def _report(found: Generation | Continuation, text: str, seconds: float) -> dict[str, object]:
+def _report(found: Generation | TextSequence, text: str, seconds: float) -> dict[str, object]:
     tokens = len(found.ids)
     return {
         "prompt_token_ids": list(found.prompt_ids),
@@ -173,8 +173,8 @@ def _run_all(
     import runner
     from runner.cli import report as wording
     from runner.cli.terminal import StatusLine
-    from runner.generation.batch import Batch
     from runner.generation.memory_plan import parse_size
+    from runner.generation.options import GenerationOptions
 
     model = runner.load(directory, parse_size(ram) if ram else None)
     requests = []
@@ -191,7 +191,8 @@ def _run_all(
         )
         line.show(f"{counts} [part {part} of {parts}]")
 
-    running = Batch(model, requests, batch, speculate, draft, on_part)
+    options = GenerationOptions(max_new_tokens, speculate, draft, batch)
+    running = model.batch(requests, options, on_part)
     _note(wording.chosen(running))
     start = time.perf_counter()
     try:

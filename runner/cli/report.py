@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def chosen(batch: Batch) -> str:
     """What a generation makes of the RAM and its options."""
     capacity = batch.capacity
-    shares = capacity.shares
+    shares = capacity.memory_plan
     kept = "all weights stay"
     if shares.streamed_bytes:
         kept = f"{shown_size(shares.resident_bytes)} of weights stay, "

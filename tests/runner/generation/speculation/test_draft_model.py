@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runner.generation.speculation.acceptance import Acceptance
 
 import runner
 import runner.generation.speculation.draft_model
@@ -17,7 +18,6 @@ from runner import BloomdeskError
 from runner.generation.batch import Batch
 from runner.generation.model import Model
 from runner.generation.sequence import Continuation, Request
-from runner.generation.speculation.acceptance import Acceptance
 from runner.generation.speculation.cost import Pace
 from runner.generation.speculation.draft_model import Draft
 from runner.generation.speculation.policy import Speculation

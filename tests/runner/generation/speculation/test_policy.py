@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from runner.generation.speculation.acceptance import LONGEST_REST, Acceptance
+
 from runner.generation.speculation.cost import SLOPE, Pace
 from runner.generation.speculation.policy import MOST_PROPOSED, Offer, Speculation
 
