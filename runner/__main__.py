@@ -1,7 +1,39 @@
-"""`python -m runner DIR PROMPT` generates without the toolkit."""
+"""`python -m runner DIR PROMPT` generates without the toolkit; the `bloomdesk` command has all options."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
-from runner.cli.commands import main
+from runner.cli.command import Guard
+from runner.cli.generate import GenerateOptions, generate
+from runner.errors import BloomdeskError
 
-sys.exit(main())
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(BloomdeskError(message, f"{self.prog} --help").worded(), file=sys.stderr)
+        sys.exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status of the command."""
+    parser = _Parser(prog="python -m runner", description="Generate from a prepared BLOOM checkpoint.")
+    parser.add_argument("directory", type=Path, help="a prepared directory")
+    parser.add_argument("prompt", help="the text to continue")
+    tokens = GenerateOptions.max_new_tokens
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=tokens, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--ram", metavar="SIZE", help="RAM to use, like 12GB; default: what is free")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    given = vars(parser.parse_args(arguments))
+    return Guard(given.pop("debug")).run(lambda: generate(GenerateOptions(**given)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,80 +1,72 @@
-"""Generated text on a terminal, with a short note of the pass behind its end while the next token is computed."""
+"""Text that grows on a terminal, and one status line behind its end."""
 
 from __future__ import annotations
 
+import math
 import time
 import unicodedata
 from shutil import get_terminal_size
 from typing import TextIO
 
 SAVE, RESTORE, ERASE_TO_END = "\x1b7", "\x1b8", "\x1b[K"
-SECONDS_BETWEEN_NOTES = 0.1
-
-
-class Terminal:
-    """Writes text to `out`, and notes to `notes` where that is a terminal.
-
-    A note stands behind the text on the same line and is gone before more text comes. Where it would not fit
-    there it is left out: a terminal that scrolls would otherwise keep chunks of it.
-    """
-
-    def __init__(self, out: TextIO, notes: TextIO) -> None:
-        self._out, self._notes = out, notes
-        self._takes_notes, self._column_counts = notes.isatty(), out.isatty()
-        self._column = 0
-        self._noted = 0.0
-        self._shown = False
-
-    def write(self, text: str) -> None:
-        """Show text at once."""
-        self.clear()
-        self._out.write(text)
-        self._out.flush()
-        if self._column_counts:
-            self._column = column_after(text, self._column, get_terminal_size().columns)
-
-    def note(self, done: int, total: int) -> None:
-        """Show that `done` of `total` parts of the pass are through."""
-        now = time.monotonic()
-        if not self._takes_notes or now - self._noted < SECONDS_BETWEEN_NOTES:
-            return
-        note = f" [part {done} of {total}]"
-        if self._column + len(note) < get_terminal_size().columns:
-            self._notes.write(f"{SAVE}{note}{ERASE_TO_END}{RESTORE}")
-            self._notes.flush()
-            self._noted, self._shown = now, True
-
-    def clear(self) -> None:
-        """Take the note away."""
-        if self._shown:
-            self._notes.write(ERASE_TO_END)
-            self._notes.flush()
-            self._shown = False
+SECONDS_BETWEEN_STATUSES = 0.1
 
 
 class StatusLine:
-    """One line on `notes` that is written over again and again, where that is a terminal."""
+    """Shows a status on the terminal `notes`, behind the text that was written to `out`.
 
-    def __init__(self, notes: TextIO) -> None:
-        self._notes, self._is_terminal = notes, notes.isatty()
-        self._said = float("-inf")
-        self._shown = False
+    A new status replaces the one before, and more text removes it. A status is cut to the terminal's width; behind
+    text, one that does not fit is left out, because a terminal that scrolls would keep parts of it. If `notes` is not
+    a terminal, a status is a line every `seconds_between_lines`, by default none.
+    """
 
-    def show(self, text: str) -> None:
-        """Have the line say `text`, cut to the terminal's width; not more often than an eye can follow."""
-        now = time.monotonic()
-        if not self._is_terminal or now - self._said < SECONDS_BETWEEN_NOTES:
+    def __init__(
+        self, notes: TextIO, out: TextIO | None = None, *, seconds_between_lines: float = math.inf
+    ) -> None:
+        self._notes, self._out = notes, out
+        self._is_terminal = notes.isatty()
+        self._counts_columns = out is not None and out.isatty()
+        self._interval = SECONDS_BETWEEN_STATUSES if self._is_terminal else seconds_between_lines
+        self._next = 0.0 if self._is_terminal else time.monotonic() + self._interval
+        self._column = 0
+        self._is_shown = False
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a status would be shown now; more of them than an eye can follow are not."""
+        return time.monotonic() >= self._next
+
+    def show(self, status: str) -> None:
+        """Show `status`, if one is due."""
+        if not self.is_due:
             return
-        self._notes.write(f"\r{text[: get_terminal_size().columns - 1]}{ERASE_TO_END}")
-        self._notes.flush()
-        self._said, self._shown = now, True
+        room = get_terminal_size().columns - self._column - 1
+        if self._is_terminal and self._column:
+            status = f" {status}"
+            if len(status) > room:
+                return
+        self._put(f"{SAVE}{status[:room]}{ERASE_TO_END}{RESTORE}" if self._is_terminal else f"{status}\n")
+        self._is_shown = self._is_terminal
+        self._next = time.monotonic() + self._interval
+
+    def write(self, text: str) -> None:
+        """Write text to `out` at once, in place of the status."""
+        self.clear()
+        self._out.write(text)
+        self._out.flush()
+        if self._counts_columns:
+            self._column = column_after(text, self._column, get_terminal_size().columns)
 
     def clear(self) -> None:
-        """Take the line away."""
-        if self._shown:
-            self._notes.write(f"\r{ERASE_TO_END}")
-            self._notes.flush()
-            self._shown = False
+        """Remove the status."""
+        if self._is_shown:
+            # What Ctrl-C leaves on a line without text is removed, too.
+            self._put(ERASE_TO_END if self._column else f"\r{ERASE_TO_END}")
+            self._is_shown = False
+
+    def _put(self, text: str) -> None:
+        self._notes.write(text)
+        self._notes.flush()
 
 
 def column_after(text: str, column: int, width: int) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -67,31 +66,9 @@ class Bench:
         found = self.forecast
         return limit(found.weight_bytes, self.run.streamed_bytes_per_pass, self.rates, found.share)
 
-    @property
-    def percent_of_limit(self) -> float:
-        return 100 * self.limit_seconds / self.seconds_per_token
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything for `--json`; bytes, seconds, and bytes or multiply-adds a second."""
-        return {
-            "directory": str(self.directory),
-            **asdict(self.run),
-            "seconds_per_token": self.seconds_per_token,
-            "limit_seconds": self.limit_seconds,
-            "percent_of_limit": self.percent_of_limit,
-            "rates": asdict(self.rates),
-            "predicted_seconds_per_token": self.forecast.seconds_per_token,
-            "predicted_prompt_seconds": self.forecast.prompt_seconds,
-            "predicted_to_measured": self.forecast.seconds_per_token / self.seconds_per_token,
-        }
-
 
 def bench(
-    directory: Path,
-    ram: int | None = None,
-    tokens: int = 4,
-    prompt_tokens: int = 16,
-    on_part: OnPart | None = None,
+    directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_part: OnPart | None = None
 ) -> Bench:
     """Measure the disk, then a prompt and `tokens` passes of one row, then disk, memory and processor.
 

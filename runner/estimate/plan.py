@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -77,21 +76,6 @@ class Plan:
         plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
         return LOSSLESS if lossless < plain else PLAIN
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything for `--json`."""
-        return {
-            "directory": str(self.directory),
-            "prepared": self.name is None,
-            "model": {"name": self.name, **asdict(self.model)},
-            "free_bytes": self.free_bytes,
-            "rates": asdict(self.rates),
-            "prompt_tokens": self.prompt_tokens,
-            "tokens": self.tokens,
-            **_form_as_json(self.form),
-            "lossless": self.lossless and _form_as_json(self.lossless),
-            "advice": self.advice,
-        }
-
 
 def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
     """Measure this machine, the disk of `directory` included, and forecast the model that it holds, or `name`.
@@ -149,30 +133,3 @@ def _disk_rate(place: Path, manifest: Manifest | None) -> float:
 def _tokenizer_bytes(held: Manifest | None) -> int:
     record = held.companions.get("tokenizer.json") if held else None
     return record.size if record else BLOOMS_TOKENIZER
-
-
-def _form_as_json(form: Form) -> dict[str, Any]:
-    return {
-        "coding": form.form,
-        "disk_bytes": form.disk_bytes,
-        "forecast": _flat(form.forecast),
-        "others": [
-            _flat(found) if found else {"ram": ram, "too_little": True} for ram, found in form.others.items()
-        ],
-    }
-
-
-def _flat(found: Forecast) -> dict[str, Any]:
-    shares = found.shares
-    return {
-        "ram": shares.total,
-        "process": shares.process,
-        "cache": shares.cache,
-        "activations": shares.activations,
-        "read_ahead": shares.read_ahead,
-        "resident_bytes": shares.resident_bytes,
-        "streamed_bytes_per_pass": shares.streamed_bytes,
-        "limit_seconds": found.limit_seconds,
-        "seconds_per_token": found.seconds_per_token,
-        "prompt_seconds": found.prompt_seconds,
-    }

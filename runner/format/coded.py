@@ -7,7 +7,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 
-from runner.format.safetensors import encode_header
+from runner.format.safetensors import Described, encode_header
 
 PLAIN, LOSSLESS = "plain", "lossless"
 # What is fixed of the coding; runner/kernel/decode.py knows the rest.
@@ -19,8 +19,6 @@ CODING_VERSION = 1
 ROW_GROUPS_SUFFIX = ".strips"
 CODED_ALIGNMENT = 16
 LARGEST_CODED = 10**14  # no matrix comes near; its digits are the room that a header keeps for a size
-Shape = tuple[int, ...]
-Described = tuple[str, str, Shape]  # a tensor's name, dtype and shape
 
 
 def row_group_count(rows: int) -> int:

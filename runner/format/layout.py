@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from runner.format.coded import CODED_DTYPE, LOSSLESS, ROW_GROUPS_SUFFIX, Described, Shape, row_group_count
+from runner.format.coded import CODED_DTYPE, LOSSLESS, ROW_GROUPS_SUFFIX, row_group_count
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.safetensors import tensor_nbytes
+from runner.format.safetensors import Described, Shape, tensor_nbytes
 
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"

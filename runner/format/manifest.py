@@ -1,4 +1,4 @@
-"""The prepared directory: the contract between the toolkit that writes it and the runner that reads it.
+"""manifest.json: what a prepared directory holds, and proof that nobody has edited that.
 
     bloom/
       manifest.json                 version, source, hyperparameters, and per part: size, hashes, tensors, sources
@@ -8,9 +8,9 @@
       final_layernorm.safetensors   weight, bias
       config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json   as the source has them
 
-Tensors lie in each part in the order in which a pass uses them. The manifest is rewritten after each part, so
-"complete" is derived from it. In a lossless directory each matrix NAME is coded, row group by row group, and stored
-as two tensors: NAME.strips says where each row group begins in NAME. docs/format.md is the long form.
+The manifest is rewritten after each part; the directory is complete if nothing is missing in it. In a lossless
+directory each matrix NAME is coded, row group by row group, and stored as two tensors: NAME.strips has the offsets of
+the row groups in NAME. docs/format.md is the long form.
 """
 
 from __future__ import annotations
@@ -18,42 +18,26 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
-from runner.format.coded import (
-    CODED_ALIGNMENT,
-    CODED_DTYPE,
-    LARGEST_CODED,
-    LOSSLESS,
-    PLAIN,
-    Described,
-    Shape,
-    part_header,
-)
+from runner.format.coded import CODED_ALIGNMENT, CODED_DTYPE, LARGEST_CODED, LOSSLESS, PLAIN, part_header
 from runner.format.hyperparameters import Hyperparameters, quoted
-from runner.format.layout import (
-    COMPANIONS,
-    MANIFEST,
-    REQUIRED_COMPANIONS,
-    PartSpec,
-    is_file_name,
-    part_specs,
-)
-from runner.format.safetensors import MAX_HEADER_BYTES, read_small, tensor_nbytes
+from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, is_file_name, part_specs
+from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_small, tensor_nbytes
 
 FORMAT = "bloomdesk-prepared"
 FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2}
-# Far above every BLOOM; they keep a damaged or hostile config from asking for absurd amounts of anything.
+# Far above every BLOOM's, so that a damaged or hostile file cannot fill the memory.
 LARGEST_MANIFEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor of a part as the manifest has it; `xxh3_128` is of the tensor's bytes."""
+    """A tensor of a part; `xxh3_128` is the hash of its bytes."""
 
     name: str
     dtype: str
@@ -71,7 +55,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A file of the source that bytes of a part came from."""
+    """A file of the source that a part was made from."""
 
     file: str
     sha256: str
@@ -79,10 +63,10 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class PartRecord:
-    """A part as written: its size and hash, header included, its tensors, and where they came from.
+    """A part as written: size and hash of the whole file, its tensors, and what they were made from.
 
-    `tensors` are those that the file stores, with the hashes of the stored bytes; `decoded` says what those that
-    are coded decode to, with the hashes of the decoded bytes.
+    `tensors` are those that the file stores, with hashes of the stored bytes; `decoded` are those that the coded ones
+    decode to, with hashes of the decoded bytes.
     """
 
     file: str
@@ -94,14 +78,14 @@ class PartRecord:
 
     @property
     def header(self) -> bytes:
-        """The file's first bytes, up to its data; they follow from the rest."""
+        """The file's first bytes, up to its data; they follow from the record."""
         stored = [tensor.described for tensor in self.tensors]
         return part_header(stored, [tensor.described for tensor in self.decoded])
 
 
 @dataclass(frozen=True)
 class CompanionRecord:
-    """A small file that was carried over unchanged."""
+    """A small file that was copied unchanged from the source."""
 
     file: str
     size: int
@@ -110,7 +94,7 @@ class CompanionRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint came from; both are None for a local directory that no download recorded."""
+    """Where a checkpoint came from; both fields are None for a local directory that no download recorded."""
 
     repo: str | None = None
     commit: str | None = None
@@ -118,7 +102,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json: what the directory holds so far, by file name; `form` is that of all parts."""
+    """What a directory holds so far, by file name; `form` is that of all parts."""
 
     model: Hyperparameters
     source: Source
@@ -132,21 +116,17 @@ class Manifest:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Files that a whole prepared directory has and this manifest does not."""
-        wanted = [spec.file for spec in part_specs(self.model)]
-        return (*(file for file in wanted if file not in self.parts), *self._missing_companions)
-
-    @property
-    def _missing_companions(self) -> tuple[str, ...]:
-        return tuple(file for file in REQUIRED_COMPANIONS if file not in self.companions)
+        """Files of a complete directory that this manifest does not record."""
+        wanted = (*(spec.file for spec in part_specs(self.model)), *REQUIRED_COMPANIONS)
+        return tuple(file for file in wanted if file not in self.parts and file not in self.companions)
 
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
-        """Everything recorded, parts first, each in the order of a pass."""
+        """All records: those of the parts in the order of a pass, then those of the companions."""
         return (*self.parts.values(), *self.companions.values())
 
     def with_part(self, record: PartRecord) -> Manifest:
-        """This manifest with one more part, kept in the order of a pass."""
+        """This manifest with one more part, which gets its place in the order of a pass."""
         parts = {**self.parts, record.file: record}
         order = [spec.file for spec in part_specs(self.model)]
         return replace(self, parts={file: parts[file] for file in order if file in parts})
@@ -159,23 +139,17 @@ class Manifest:
             **({} if self.form == PLAIN else {"coding": self.form}),
             "source": asdict(self.source),
             "model": asdict(self.model),
-            "parts": [self._part_body(record) for record in self.parts.values()],
+            "parts": [_part_body(record, self.form) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
         }
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
-
-    def _part_body(self, record: PartRecord) -> dict[str, Any]:
-        body = asdict(record)
-        if self.form == PLAIN:
-            del body["decoded"]
-        return body
+        return json.dumps({**body, "sha256": digest(body)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
-        """The manifest in `text`, read from `where`.
+        """The manifest in `text`, read from the file `where`.
 
-        Raises `BloomdeskError` where it is no manifest, is of another format version, was changed after it
-        was written, or describes files that no BLOOM of these hyperparameters has.
+        Raises `BloomdeskError` if it is no manifest, is of another format version, was changed after it was written,
+        or describes files that no BLOOM of these hyperparameters has.
         """
         try:
             body = json.loads(text)
@@ -192,20 +166,19 @@ class Manifest:
             )
         claimed = body.pop("sha256", None)
         try:
-            if claimed != _digest(body):
+            if claimed != digest(body):
                 raise ValueError("its own checksum does not match: it was edited or damaged")
             return _decode(body)
-        except (KeyError, TypeError, ValueError, RecursionError, BloomdeskError) as error:
-            why = (
-                str(error)[:200].encode("unicode_escape").decode()
-            )  # it may quote any text, also a terminal's codes
+        except (LookupError, TypeError, ValueError, RecursionError, BloomdeskError) as error:
+            # The error may quote any text of the file, a terminal's codes too.
+            why = str(error)[:200].encode("unicode_escape").decode()
             raise _unsound(where, f"{type(error).__name__}: {why}") from None
 
 
 def load_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
-    """The manifest of a prepared directory, complete or not; `BloomdeskError` where there is none to trust.
+    """The manifest of a prepared directory, complete or not; `MANIFEST_BACKUP` is the `name` of its copy.
 
-    `name` is `MANIFEST_BACKUP` to read the copy in its stead.
+    Raises `BloomdeskError` if there is none, or it is not sound.
     """
     path = directory / name
     try:
@@ -223,7 +196,8 @@ def load_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
     return Manifest.from_json(text, path)
 
 
-def _digest(body: dict[str, Any]) -> str:
+def digest(body: dict[str, Any]) -> str:
+    """The sha256 of a JSON object, whatever the order of its keys."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -235,9 +209,15 @@ def _unsound(where: Path, why: str) -> BloomdeskError:
     )
 
 
+def _part_body(record: PartRecord, form: str) -> dict[str, Any]:
+    body = asdict(record)
+    if form == PLAIN:
+        del body["decoded"]
+    return body
+
+
 def _decode(body: dict[str, Any]) -> Manifest:
-    model = Hyperparameters(**body["model"])
-    form = body["coding"] if body["format_version"] != FORMAT_VERSIONS[PLAIN] else PLAIN
+    model, form = Hyperparameters(**body["model"]), body.get("coding", PLAIN)
     if FORMAT_VERSIONS.get(form) != body["format_version"]:
         raise ValueError(f"its form is {quoted(form)}")
     if form == LOSSLESS and model.dtype != CODED_DTYPE:
@@ -247,73 +227,56 @@ def _decode(body: dict[str, Any]) -> Manifest:
         if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) < 200):
             raise ValueError("it does not say where it came from")
     specs = {spec.file: spec for spec in part_specs(model)}
-    parts = [_decode_part(entry, specs, model.dtype, form) for entry in body["parts"]]
-    companions = [CompanionRecord(**entry) for entry in body["companions"]]
-    for record in (*parts, *companions):
-        _check_record(record)
-    unknown = {record.file for record in companions} - set(COMPANIONS)
-    if unknown:
+    parts = {entry["file"]: _decode_part(entry, specs, model.dtype, form) for entry in body["parts"]}
+    companions = {entry["file"]: CompanionRecord(**entry) for entry in body["companions"]}
+    if len(parts) != len(body["parts"]) or len(companions) != len(body["companions"]):
+        raise ValueError("a file is recorded twice")
+    if unknown := set(companions) - set(COMPANIONS):
         raise ValueError(f"unknown companion files {sorted(unknown)}")
-    for records in (parts, companions):
-        if len({record.file for record in records}) != len(records):
-            raise ValueError("a file is recorded twice")
-    return Manifest(
-        model,
-        source,
-        {record.file: record for record in parts},
-        {record.file: record for record in companions},
-        form,
-    )
+    for record in (*parts.values(), *companions.values()):
+        if type(record.size) is not int or not 0 <= record.size < 2**63:
+            raise ValueError(f"{record.file} has no size")
+        _check_hash(record.xxh3_128, 32)
+    return Manifest(model, source, parts, companions, form)
 
 
 def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str, form: str) -> PartRecord:
+    """The record of a part, which must be one that this program writes for a part of these tensors."""
     spec = specs[entry["file"]]
-    known = {item.name for item in fields(PartRecord)} - ({"decoded"} if form == PLAIN else set())
-    if set(entry) != known:
-        raise ValueError(f"{spec.file} is recorded with unknown fields")
-    tensors = _decode_tensors(entry["tensors"])
-    decoded = _decode_tensors(entry["decoded"]) if form != PLAIN else ()
-    names = {name for name, _, _ in spec.decoded(form)}
-    coded = {tensor.name: tensor.shape[0] for tensor in tensors if tensor.name in names and tensor.shape}
-    described = tuple(tensor.described for tensor in tensors)
-    if set(coded) != names or described != spec.stored(dtype, coded):
-        raise ValueError(f"{spec.file} does not list the tensors that the model needs")
-    if tuple(tensor.described for tensor in decoded) != spec.decoded(form):
-        raise ValueError(f"{spec.file} does not list what its tensors decode to")
-    if not all(0 < size <= LARGEST_CODED and size % CODED_ALIGNMENT == 0 for size in coded.values()):
-        raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
+    matrices = {name for name, _, _ in spec.decoded(form)}
+    coded = {each["name"]: each["shape"][0] for each in entry["tensors"] if each["name"] in matrices}
+    for size in coded.values():
+        if type(size) is not int or not 0 < size <= LARGEST_CODED or size % CODED_ALIGNMENT:
+            raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
+    tensors = _decode_tensors(spec.stored(dtype, coded), entry["tensors"])
+    decoded = _decode_tensors(spec.decoded(form), entry.get("decoded", ()))
     sources = tuple(SourceShard(**shard) for shard in entry["sources"])
     for shard in sources:
-        _check_hex(shard.sha256, 64)
+        _check_hash(shard.sha256, 64)
         if not is_file_name(shard.file):
-            raise ValueError(f"{spec.file} is of a source that is no file's name")
+            raise ValueError(f"{spec.file} has a source that is no file name")
     record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources, decoded)
-    if type(record.size) is not int or not _is_possible(record):
+    if digest(_part_body(record, form)) != digest(entry):
+        raise ValueError(
+            f"{spec.file} is recorded with other tensors than the model has, or with unknown fields"
+        )
+    # The header of a coded part has one possible length, that of a plain part may be longer than ours.
+    rest = record.size - sum(tensor.nbytes for tensor in tensors)
+    if not (rest == len(record.header) if decoded else 8 < rest <= 8 + MAX_HEADER_BYTES):
         raise ValueError(f"{spec.file} is recorded with a size that it cannot have")
     return record
 
 
-def _is_possible(record: PartRecord) -> bool:
-    """Whether the size is that of the tensors and a header; a coded part's header has one length alone."""
-    rest = record.size - sum(tensor.nbytes for tensor in record.tensors)
-    return rest == len(record.header) if record.decoded else 8 < rest <= 8 + MAX_HEADER_BYTES
-
-
-def _decode_tensors(entries: list[dict[str, Any]]) -> tuple[TensorRecord, ...]:
-    tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in entries)
+def _decode_tensors(expected: Sequence[Described], entries: Sequence[Any]) -> tuple[TensorRecord, ...]:
+    """The expected tensors with the hashes of `entries`; whether the rest of these fits is not checked."""
+    tensors = tuple(
+        TensorRecord(*each, found["xxh3_128"]) for each, found in zip(expected, entries, strict=True)
+    )
     for tensor in tensors:
-        _check_hex(tensor.xxh3_128, 32)
-        if not all(type(number) is int for number in tensor.shape):  # 8.0 == 8, and is no size
-            raise ValueError(f"{quoted(tensor.name)} has no shape")
+        _check_hash(tensor.xxh3_128, 32)
     return tensors
 
 
-def _check_record(record: PartRecord | CompanionRecord) -> None:
-    if type(record.size) is not int or not 0 <= record.size < 2**63:
-        raise ValueError(f"{record.file} has no size")
-    _check_hex(record.xxh3_128, 32)
-
-
-def _check_hex(digest: str, length: int) -> None:
-    if not re.fullmatch(rf"[0-9a-f]{{{length}}}", digest):
-        raise ValueError(f"{quoted(digest)} is not a hash")
+def _check_hash(text: str, length: int) -> None:
+    if not re.fullmatch(rf"[0-9a-f]{{{length}}}", text):
+        raise ValueError(f"{quoted(text)} is not a hash")

@@ -31,6 +31,9 @@ BYTES_PER_ELEMENT = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+Shape = tuple[int, ...]
+# A tensor's name, dtype and shape.
+Described = tuple[str, str, Shape]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TensorEntry:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     start: int
     end: int
 
@@ -85,14 +88,11 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def encode_header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
-    metadata: Mapping[str, str] | None = None,
-    room: int = 0,
+    tensors: Iterable[Described], metadata: Mapping[str, str] | None = None, room: int = 0
 ) -> bytes:
-    """Length and header for `(name, dtype, shape)` triples stored in this order without gaps.
+    """The first bytes of a file that stores these tensors in this order without gaps: header length and header.
 
-    The result's length is a multiple of `DATA_ALIGNMENT`, and `room` at least. It depends on nothing but the
-    arguments. `metadata` is added to that of every part.
+    They are a multiple of `DATA_ALIGNMENT` long, and at least `room`. `metadata` is added to that of every part.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner import units
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.model.activations import activation_bytes
@@ -19,28 +19,6 @@ DEFAULT_SHARE = 0.9
 FEWEST_BUFFERS, MOST_BUFFERS = 3, 16
 # Bytes of the process beside what is counted: compiled code, threads, page tables, the text so far.
 MARGIN = 48 * 2**20
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `12GB`, `12 GB`, `1.5G`, `900MB`; with an i, as in `12GiB`, in powers of 1,024.
-
-    Raises `BloomdeskError` for anything else, and for a size of 0.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
-    size = 0
-    if found and (found[2] or not found[3]):
-        unit = UNITS[found[2].lower()]
-        # A long row of digits may become infinite, which has no integer.
-        size = int(min(2.0**60, float(found[1])) * (1024 ** (len(str(unit)) // 3) if found[3] else unit))
-    if not 0 < size < 2**60:
-        raise BloomdeskError(f"{text[:40]!r} is no amount of memory", "write it like 12GB or 900MB")
-    return size
-
-
-def shown_size(nbytes: int) -> str:
-    """A short text of a size in decimal units: `12.3 GB`, `900 MB`."""
-    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 9.95e8 else f"{nbytes / 1e6:,.0f} MB"
 
 
 @dataclass(frozen=True)
@@ -134,11 +112,11 @@ def _too_little(request: MemoryRequest, cache: int, activations: int, ahead: int
     needed = process + cache + activations + request.draft + ahead
     drafting, without = "", ""
     if request.draft:
-        drafting, without = f", the draft {shown_size(request.draft)}", ", or without the draft"
+        drafting, without = f", the draft {units.size(request.draft)}", ", or without the draft"
     return BloomdeskError(
-        f"{shown_size(request.ram)} of RAM are too little: {shown_size(needed)} are needed, of which the program "
-        f"{shown_size(process)}, the KV cache {shown_size(cache)}, a pass {shown_size(activations)}"
-        f"{drafting}, reading ahead {shown_size(ahead)}",
+        f"{units.size(request.ram)} of RAM are too little: {units.size(needed)} are needed, of which the program "
+        f"{units.size(process)}, the KV cache {units.size(cache)}, a pass {units.size(activations)}"
+        f"{drafting}, reading ahead {units.size(ahead)}",
         f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
         f"tokens{without}",
     )

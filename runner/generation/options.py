@@ -18,14 +18,12 @@ class GenerationOptions:
     speculate   "lookup" has n-grams of the text propose tokens, "off" does not; neither changes the output
     draft       directory of a small prepared BLOOM that proposes tokens as well
     batch       the largest number of prompts that share a pass; None leaves it to the memory plan
-    ram         bytes for the whole process, for `runner.load`; None is most of what the machine can spare
     """
 
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     speculate: str = LOOKUP
     draft: Path | str | None = None
     batch: int | None = None
-    ram: int | None = None
 
     def __post_init__(self) -> None:
         if self.speculate not in (LOOKUP, OFF):

@@ -64,10 +64,12 @@ class ModelRunner:
             last += len(segment.ids)
         x = bloom.embed([i for segment in segments for i in segment.ids], weights.embedding, model)
         blocks = zip(weights.blocks, *(segment.cache.blocks for segment in segments), strict=True)
+        # The embedding, the blocks, and the final LayerNorm with the head.
+        parts = model.n_layer + 2
         for index, (block, *caches) in enumerate(blocks):
             x = bloom.block_forward(x, block, caches, attended, alibi, model)
             if on_part:
-                on_part(index + 1, model.n_layer + 1)
+                on_part(index + 2, parts)
         counts = [segment.logits for segment in segments]
         kept = torch.cat(
             [x[each.last - count : each.last] for each, count in zip(attended, counts, strict=True)]
@@ -76,7 +78,7 @@ class ModelRunner:
             return list(kept.new_empty(0, model.vocab_size).split(counts))
         logits = bloom.head(kept, weights.final_layernorm, weights.embedding, model.layer_norm_epsilon)
         if on_part:
-            on_part(model.n_layer + 1, model.n_layer + 1)
+            on_part(parts, parts)
         return list(logits.split(counts))
 
 

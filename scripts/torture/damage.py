@@ -19,8 +19,9 @@ from pathlib import Path
 from runner.format.coded import LOSSLESS, PLAIN
 from scripts.fakehub import checkpoint as make_checkpoint
 from scripts.fakehub.server import LocalHub
-from toolkit.commands import convert, prepare
-from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
+from toolkit.commands import prepare
+from toolkit.commands.build import carry_out
+from toolkit.commands.repair import forget, plan_repair
 from toolkit.commands.verify import verify
 
 REPO = "bloomdesk/miniature"
@@ -55,10 +56,7 @@ def swap(directory: Path, chance: random.Random) -> set[str]:
 def mend(directory: Path, source: Path, from_hub: bool) -> None:
     """Repair as the command does."""
     known = forget(directory, verify(directory).damage, None if from_hub else source)
-    if from_hub:
-        prepare.carry_out(plan_from_hub(directory, known))
-    else:
-        convert.carry_out(plan_from_source(directory, source, known))
+    carry_out(plan_repair(directory, known, None if from_hub else source))
 
 
 def content(directory: Path) -> dict[str, bytes]:

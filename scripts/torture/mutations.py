@@ -207,7 +207,7 @@ def _manifest() -> st.SearchStrategy[bytes]:
         shard = manifests.SourceShard("s.bin", "ef" * 32)
         size = 4096 + spec.nbytes("F16")
         made = made.with_part(manifests.PartRecord(spec.file, size, "cd" * 16, tensors, (shard,)))
-    return _json_inputs(made.to_json(), _signed(manifests._digest))
+    return _json_inputs(made.to_json(), _signed(manifests.digest))
 
 
 def _lossless_manifest() -> st.SearchStrategy[bytes]:
@@ -225,7 +225,7 @@ def _lossless_manifest() -> st.SearchStrategy[bytes]:
         record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, (shard,), decoded)
         size = len(record.header) + sum(tensor.nbytes for tensor in tensors)
         made = made.with_part(dataclasses.replace(record, size=size))
-    return _json_inputs(made.to_json(), _signed(manifests._digest))
+    return _json_inputs(made.to_json(), _signed(manifests.digest))
 
 
 CODED_ROWS, CODED_COLUMNS = 30, 50

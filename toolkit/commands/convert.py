@@ -1,109 +1,94 @@
-"""Re-splits a checkpoint on disk into a prepared directory: planned as a whole, written one part at a time.
-
-    gather the part's tensors ──> PART.incomplete ──> fsync ──> source hashes right? ──> rename ──> manifest
-         └── sha256 of the source shards, beside it ────────────────────┘
-
-Every step survives a kill: the same conversion run again keeps the parts that the manifest records and makes the
-others.
-"""
+"""Re-splits a checkpoint on disk into a prepared directory; all of it is checked before anything is written."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.hyperparameters import Hyperparameters
 from runner.format.manifest import Manifest, Source, SourceShard
-from runner.system.atomic import TEMPORARY_SUFFIX
-from runner.system.lock import sole_writer
+from toolkit.commands.build import BuildPlan, BuildSummary, carry_out, plan_source_part
+from toolkit.commands.schedule import schedule_of
 from toolkit.hub.record import RECORD, load_record
-from toolkit.io.disk import disk_errors
 from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
-from toolkit.parts.manifest_backup import write_backup
-from toolkit.parts.part import (
-    PlannedPart,
-    check_form_dtype,
-    check_lm_head,
-    check_shape,
-    plan_part,
-    write_part,
-)
-from toolkit.parts.release import Release
+from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.source.config import read_config
 from toolkit.source.key_map import Assignment, assign
 from toolkit.source.shards import ShardList, SourceTensor, common_dtype, find_shards, read_listed
 
+FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
+
 
 @dataclass(frozen=True)
-class ConversionPlan:
-    """All that a conversion will do, checked as far as it can be without reading the weights.
+class Checkpoint:
+    """The source of a conversion: planned parts by file name, in the order of a pass.
 
-    `existing` is the manifest that the destination has now, if any, and `manifest` what of it is kept; `to_write` is
-    in the order of a pass. `companions` are the small files' bytes. `sha256` is what is known of the shards
-    beforehand. `to_delete` are the shards that go when no part needs them any more.
+    `sha256` are the shards' hashes known beforehand, and `deletable` the shards to delete once no part needs them.
     """
 
-    source: Path
-    destination: Path
-    existing: Manifest | None
-    manifest: Manifest
-    to_write: tuple[PlannedPart, ...]
-    companions: Mapping[str, bytes]
+    parts: Mapping[str, PlannedPart]
     sha256: Mapping[Path, str]
-    to_delete: tuple[Path, ...]
+    deletable: tuple[Path, ...]
 
-    @property
-    def bytes_to_write(self) -> int:
-        """Of the parts; in a lossless directory what they will hardly exceed."""
-        return sum(part.size for part in self.to_write)
-
-    @property
-    def work(self) -> int:
-        """Bytes that progress counts in all."""
-        return sum(part.work for part in self.to_write)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most disk that it needs at any time beyond what is taken now."""
-        written = freed = peak = 0
-        left = set(self.to_delete)
-        for position, part in enumerate(self.to_write):
-            written += part.size
-            peak = max(peak, written - freed)
-            needed = {shard for later in self.to_write[position + 1 :] for shard in later.sources}
-            freed += sum(shard.stat().st_size for shard in left - needed)
-            left &= needed
-        return peak
+    def shards(self, plan: BuildPlan, connections: int) -> ShardsOnDisk:
+        """The shards, for one run; the Hub's connections are not needed."""
+        return ShardsOnDisk(self)
 
 
-@dataclass(frozen=True)
-class ConvertSummary:
-    """What a conversion did; `bytes_written` are those of the parts, `bytes_deleted` those of source shards."""
+class ShardsOnDisk:
+    """Shards that are all there, hashed in a thread while parts are made from them."""
 
-    destination: Path
-    model: Hyperparameters
-    written: tuple[str, ...]
-    kept: tuple[str, ...]
-    bytes_written: int
-    bytes_deleted: int
-    seconds: float
+    received = resumed = 0
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source, self._hashes = source, ShardHashes()
+        self._deletable = list(source.deletable)
+
+    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+        """What `make` returns."""
+        with self._hashes:
+            return make(progress)
+
+    def part(self, file: str) -> PlannedPart:
+        """The part as it was planned; its shards and those of the next one are hashed from now on."""
+        files = list(self._source.parts)
+        position = files.index(file)
+        for soon in files[position : position + 2]:
+            for shard in self._source.parts[soon].sources:
+                self._hashes.begin(shard)
+        return self._source.parts[file]
+
+    def checked(self, shard: Path) -> SourceShard:
+        """The shard with its hash; `BloomdeskError` if that is not the one known beforehand."""
+        found = self._hashes.result(shard)
+        expected = self._source.sha256.get(shard, found)
+        if found != expected:
+            raise BloomdeskError(
+                f"{shard} is damaged or has changed: its sha256 is {found}, expected {expected}",
+                "fetch it again with bloomdesk download, then convert again: finished parts are kept",
+            )
+        return SourceShard(shard.name, found)
+
+    def release(self, needed: frozenset[str], delete: Callable[[Path], None]) -> None:
+        """Delete the deletable shards that are not among `needed`."""
+        for shard in [shard for shard in self._deletable if shard.name not in needed]:
+            delete(shard)
+            self._deletable.remove(shard)
 
 
 def convert(
     source: Path, destination: Path, progress: Progress = silent, *, form: str = PLAIN
-) -> ConvertSummary:
-    """Make a prepared directory of the checkpoint in `source`, or go on with one that was begun in the same form.
+) -> BuildSummary:
+    """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
-    Raises `BloomdeskError` before anything is written where the source is not a whole, sound BLOOM or the
-    destination can't take it, and later where a shard is not what the download recorded or the disk fails.
-    What is finished then stays, and the same call goes on from it.
+    Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM or the
+    destination can't take it, and later if a shard is not what the download recorded or the disk fails.
+    What is finished then stays, and the same call resumes from it.
     """
     return carry_out(plan_conversion(source, destination, form=form), progress)
 
@@ -115,90 +100,49 @@ def plan_conversion(
     delete_source: bool = False,
     known: Manifest | None = None,
     form: str = PLAIN,
-) -> ConversionPlan:
+) -> BuildPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
-    With `delete_source` each shard goes as soon as the parts made from it are on disk and checked. `known` is what
-    the destination's manifest was before damaged parts were taken out of it: the source must be the one it names.
-    `form` is the form of the directory, plain or lossless.
+    With `delete_source` each shard is deleted as soon as the parts made from it are on disk and checked. `known` is
+    what the destination's manifest was before a repair removed damaged parts: the source must be the one it names.
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
     if os.path.realpath(source) == os.path.realpath(destination):
         raise BloomdeskError(f"{destination} is the source itself", "give another directory to write to")
-    model = read_config(source / "config.json", "BF16")  # a wrong architecture is told before its tensors are
+    # A wrong architecture is reported before its tensors are.
+    model = read_config(source / "config.json", "BF16")
     companions = target.read_companions(source)
     existing = target.load_existing(destination)
     shards = _find_shards(source, destination, existing)
     tensors = read_listed(shards)
-    if tensors or existing is None:
-        model = replace(model, dtype=common_dtype(tensors))
-    else:
-        model = replace(model, dtype=existing.model.dtype)
-    check_form_dtype(model.dtype, form)
-    keys = shards.weight_map or tensors  # none only where a single file is gone, and everything is made
+    dtype = common_dtype(tensors) if tensors or existing is None else existing.model.dtype
+    model = replace(model, dtype=dtype)
+    check_form_dtype(dtype, form)
+    # There are no keys only if a single file is gone, and everything is made.
+    keys = shards.weight_map or tensors
     assignment = assign(keys, model) if keys or existing is None else None
     origin, sha256 = _recorded_source(source, shards, companions)
     if known is not None and origin == Source():
-        origin = known.source  # no download recorded it, and the shards' hashes will tell
-    manifest = target.check_form(destination, existing or Manifest(model, origin, form=form), form)
-    _refuse_other(destination, manifest, Manifest(model, origin), companions)
-    manifest = target.drop_missing(destination, manifest)
-    to_write = _plan_parts(manifest, shards, tensors, assignment) if assignment else ()
-    _know_recorded_hashes(destination, known or manifest, shards, sha256)
-    to_delete = _deletable(shards) if delete_source else ()
-    plan = ConversionPlan(source, destination, existing, manifest, to_write, companions, sha256, to_delete)
-    if to_write:
-        leftovers = (destination / (part.spec.file + TEMPORARY_SUFFIX) for part in to_write)
-        small = sum(map(len, companions.values()))
-        target.require_free_space(destination, plan.peak_bytes + small, leftovers)
-    return plan
-
-
-def carry_out(plan: ConversionPlan, progress: Progress = silent) -> ConvertSummary:
-    """Do what `plan_conversion` planned; `progress` hears of each part's bytes.
-
-    Raises `BloomdeskError` where another process writes there, or a shard or the disk fails.
-    """
-    start = time.monotonic()
-    with disk_errors(plan.destination):
-        plan.destination.mkdir(parents=True, exist_ok=True)
-    with sole_writer(plan.destination):
-        if target.load_existing(plan.destination) != plan.existing:
-            raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
-        manifest = target.initialise(plan.destination, plan.manifest, plan.companions)
-        release = Release(plan.destination)
-        manifest = _write_parts(plan, manifest, release, progress)
-        write_backup(plan.destination, manifest)
-    written = tuple(part.spec.file for part in plan.to_write)
-    kept = tuple(file for file in manifest.parts if file not in written)
-    size = sum(manifest.parts[file].size for file in written)
-    seconds = time.monotonic() - start
-    return ConvertSummary(plan.destination, manifest.model, written, kept, size, release.bytes, seconds)
-
-
-def _write_parts(plan: ConversionPlan, manifest: Manifest, release: Release, progress: Progress) -> Manifest:
-    left = list(plan.to_delete)
-    with ShardHashes() as hashes:
-
-        def checked(shard: Path) -> SourceShard:
-            return _checked_shard(shard, hashes, plan.sha256)
-
-        for position in range(len(plan.to_write) + 1):
-            needed = {shard for part in plan.to_write[position:] for shard in part.sources}
-            for shard in [shard for shard in left if shard not in needed]:
-                release.delete(shard, manifest)
-                left.remove(shard)
-            for soon in plan.to_write[position : position + 2]:
-                for shard in soon.sources:
-                    hashes.begin(shard)
-            for part in plan.to_write[position : position + 1]:
-                record = write_part(part, plan.destination, checked, progress)
-                if record.decoded:
-                    release.trust(record)
-                manifest = manifest.with_part(record)
-                target.write_manifest(plan.destination, manifest)
-    return manifest
+        # No download recorded the source, so the hashes of its shards will tell.
+        origin = known.source
+    manifest = target.resume(destination, existing, Manifest(model, origin, form=form), companions)
+    _add_known_hashes(destination, known or manifest, shards, sha256)
+    sizes = {path.name: path.stat().st_size for path in shards.files}
+    schedule = schedule_of(manifest, shards, assignment, sizes)
+    parts = _plan_parts(manifest, shards, tensors, assignment) if assignment is not None else {}
+    deletable = _deletable(shards) if delete_source else ()
+    peak = schedule.growth(frozenset(path.name for path in deletable))
+    target.require_free_space(destination, peak, schedule.needs, companions)
+    return BuildPlan(
+        destination,
+        existing,
+        manifest,
+        companions,
+        schedule,
+        Checkpoint(parts, sha256, deletable),
+        peak,
+    )
 
 
 def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> ShardList:
@@ -216,62 +160,47 @@ def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> 
 
 def _plan_parts(
     manifest: Manifest, shards: ShardList, tensors: Mapping[str, SourceTensor], assignment: Assignment
-) -> tuple[PlannedPart, ...]:
-    model = manifest.model
-    parts = []
+) -> dict[str, PlannedPart]:
+    """The missing parts; `BloomdeskError` if a shard of one is gone or a tensor does not fit."""
+    parts = {}
     for spec in target.missing_parts(manifest):
-        keys = assignment.parts[spec.file]
-        gone = [key for key in keys.values() if key not in tensors]
+        gone = [key for key in assignment.parts[spec.file].values() if key not in tensors]
         if gone:
             shard = (shards.weight_map or {})[gone[0]]
             raise BloomdeskError(
                 f"{shard} is missing, and {spec.file} must be made from it",
                 "run the download again: it fetches what is missing and nothing else",
             )
-        parts.append(plan_part(spec, model.dtype, keys, tensors, manifest.form))
-    lm_head, first = tensors.get(assignment.lm_head or ""), parts[0] if parts else None
-    if lm_head is not None:
-        check_shape(lm_head, (model.vocab_size, model.hidden_size))
-        if first is not None and "word_embeddings.weight" in first.spec.tensors:
-            check_lm_head(lm_head, first.tensors[0])
-    return tuple(parts)
+        parts[spec.file] = plan_source_part(spec.file, manifest, assignment, tensors)
+    return parts
 
 
 def _recorded_source(
     source: Path, shards: ShardList, companions: Mapping[str, bytes]
 ) -> tuple[Source, dict[Path, str]]:
-    """Repo and commit, and each shard's sha256, where a download has recorded them."""
+    """Repo and commit, and each shard's sha256, if a download has recorded them."""
     record = load_record(source)
     if record is None:
         return Source(), {}
-    again = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
     hashes = {}
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
         if known is None:
-            raise BloomdeskError(f"{path} is no file of the download that {source / RECORD} records", again)
+            raise BloomdeskError(f"{path} is not in the download that {source / RECORD} records", FETCH_AGAIN)
         size = path.stat().st_size
         if size != known.size:
-            raise BloomdeskError(f"{path} has {size:,} bytes, the download recorded {known.size:,}", again)
+            raise BloomdeskError(
+                f"{path} has {size:,} bytes, the download recorded {known.size:,}", FETCH_AGAIN
+            )
         if known.sha256 is not None and path in shards.files:
             hashes[path] = known.sha256
     return Source(record.repo, record.commit), hashes
 
 
-def _refuse_other(
-    destination: Path, manifest: Manifest, fresh: Manifest, companions: Mapping[str, bytes]
-) -> None:
-    """Refuse to go on with a directory that was begun from another source."""
-    target.refuse_other_source(destination, manifest, fresh.source)
-    if manifest.model != fresh.model:
-        raise target.another_source(destination, "parts of a model with other hyperparameters")
-    target.refuse_other_companions(destination, manifest, companions)
-
-
-def _know_recorded_hashes(
+def _add_known_hashes(
     destination: Path, manifest: Manifest, shards: ShardList, sha256: dict[Path, str]
 ) -> None:
-    """Add what the manifest knows of the shards' hashes: a local source has no record, and may have changed."""
+    """Add the shards' hashes that the manifest records: a local source has no record, and may have changed."""
     paths = {path.name: path for path in shards.files}
     for record in manifest.parts.values():
         for shard in record.sources:
@@ -288,13 +217,3 @@ def _deletable(shards: ShardList) -> tuple[Path, ...]:
             "convert without --delete-source, or download into a plain directory",
         )
     return shards.files
-
-
-def _checked_shard(shard: Path, hashes: ShardHashes, known: Mapping[Path, str]) -> SourceShard:
-    found = hashes.result(shard)
-    if found != known.get(shard, found):
-        raise BloomdeskError(
-            f"{shard} is damaged or has changed: its sha256 is {found}, expected {known[shard]}",
-            "fetch it again with bloomdesk download, then convert again: finished parts are kept",
-        )
-    return SourceShard(shard.name, found)

@@ -1,6 +1,6 @@
 """A checkpoint's needed files in a directory: planned, fetched one after another, each checked and recorded.
 
-The directory is drawn in record.py, the way of a single file in transfer.py.
+record.py draws the directory; transfer.py fetches a single file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Literal
 from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
-from runner.system.lock import sole_writer
 from toolkit.hub import client as wire
 from toolkit.hub import revision as hub
 from toolkit.hub.digest import hash_file
@@ -22,15 +21,16 @@ from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress, silent
+from toolkit.parts.destination import sole_writer_of
 
 # sound: as it was when it was checked. unchecked: in place with the right size, to be hashed first.
-# partial: some of it has come. absent: nothing of it, or a file of another size in its place.
+# partial: its first bytes have arrived. absent: no file, or one of another size in its place.
 State = Literal["sound", "unchecked", "partial", "absent"]
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A needed file, and how much of it is there; `present` and `to_fetch` are bytes."""
+    """A needed file, its state, and how many of its bytes are `present`."""
 
     file: HubFile
     state: State
@@ -42,7 +42,7 @@ class PlannedFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DownloadPlan:
     """What a download would do now. `free` is what the disk has; all figures are bytes."""
 
     revision: Revision
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def work(self) -> int:
-        """Bytes of which the download's progress tells: those to be fetched, and those there to be hashed."""
+        """Bytes that progress counts in all: of files to be fetched, and of unchecked ones, which are hashed."""
         return sum(planned.file.size for planned in self.files if planned.state != "sound")
 
     @property
@@ -69,13 +69,13 @@ class Plan:
 
     @property
     def unfinished(self) -> tuple[HubFile, ...]:
-        """Files that are not in place, in the order in which they come."""
+        """Files that are not in place, in the order in which they are fetched."""
         return tuple(planned.file for planned in self.files if planned.state in ("partial", "absent"))
 
 
 @dataclass(frozen=True)
-class Download:
-    """What a download did. `received` is bytes over the network, `resumed` what earlier runs left."""
+class DownloadSummary:
+    """What a download did; `received` are bytes over the network, `resumed` those that earlier runs left."""
 
     revision: Revision
     directory: Path
@@ -85,10 +85,10 @@ class Download:
     resumed: int
 
 
-def plan_download(repo: str, directory: Path, revision: str | None = None) -> Plan:
+def plan_download(repo: str, directory: Path, revision: str | None = None) -> DownloadPlan:
     """What `download` would fetch into `directory`, which need not exist; nothing is written or hashed.
 
-    Raises `BloomdeskError` where the Hub does not give the list, or the directory is another download's.
+    Raises `BloomdeskError` if the Hub does not give the list, or the directory is another download's.
     """
     record = load_record(directory)
     with disk_errors(directory):
@@ -101,111 +101,119 @@ def download(
     revision: str | None = None,
     progress: Progress = silent,
     connections: int = CONNECTIONS,
-) -> Download:
-    """`plan_download` and `carry_out` in one."""
+) -> DownloadSummary:
+    """Fetch the needed files of `repo`, or resume that: `plan_download` and `carry_out` in one."""
     return carry_out(plan_download(repo, directory, revision), progress, connections)
 
 
-def carry_out(plan: Plan, progress: Progress = silent, connections: int = CONNECTIONS) -> Download:
-    """Bring what is needed of a BLOOM repository into the plan's directory; to run it again is to go on.
+def carry_out(
+    plan: DownloadPlan, progress: Progress = silent, connections: int = CONNECTIONS
+) -> DownloadSummary:
+    """Fetch what is missing into the plan's directory, until every needed file is in place with the right hash.
 
-    It returns only when every needed file is in place and its hash was checked. What is there is looked at
-    anew; the Hub is asked only for files. `progress` hears of the files that are hashed because nothing is
-    recorded of them, and of those that come, each over up to `connections` connections at a time.
+    The directory is inspected again; the Hub is asked only for files. `progress` is called for the files that are
+    hashed because no record has them, and for those fetched, each over up to `connections` connections.
 
-    Raises `BloomdeskError` where the Hub or the disk fails, where a file is not what was expected, or where
-    the directory is another download's or another process is writing there.
+    Raises `BloomdeskError` if the Hub or the disk fails, if a file is not what was expected, or if the directory is
+    another download's or another process writes there.
     """
-    directory = plan.directory
-    with disk_errors(directory):
-        _refuse_impossible(_plan(plan.revision, directory, load_record(directory)))
-        directory.mkdir(parents=True, exist_ok=True)
-        with sole_writer(directory):
-            return _bring(plan.revision, directory, progress, connections)
-
-
-def _bring(chosen: Revision, directory: Path, progress: Progress, connections: int) -> Download:
-    earlier = load_record(directory)
-    if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
-        raise _another(directory, earlier, str(chosen))
-    record, refuted = _check_present(chosen, directory, earlier, progress)
-    plan = _plan(chosen, directory, record, refuted)
+    chosen, directory = plan.revision, plan.directory
     _refuse_impossible(plan)
-    if record != earlier:
-        save_record(directory, record)
-    transfers: dict[str, Transfer] = {}
-    for file in plan.unfinished:
-        transfer = fetch(chosen, file, directory, progress, connections)
-        modified = (directory / file.path).stat().st_mtime_ns
-        record = record.with_file(file.path, transfer.sha256, modified)
-        save_record(directory, record)
-        transfers[file.path] = transfer
-    missing = record.missing_in(directory)
-    if missing:
-        raise BloomdeskError(
-            f"{directory}: {missing[0]} changed or vanished while the download ran",
-            "leave the directory alone and run the same command again",
-        )
+    with disk_errors(directory), sole_writer_of(directory):
+        earlier = load_record(directory)
+        if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
+            raise _another(directory, earlier, str(chosen))
+        record, refuted = _check_present(chosen, directory, earlier, progress)
+        left = _plan(chosen, directory, record, refuted)
+        _refuse_impossible(left)
+        if record != earlier:
+            save_record(directory, record)
+        transfers: dict[str, Transfer] = {}
+        for file in left.unfinished:
+            transfers[file.path], record = fetch_recorded(
+                chosen, file, directory, record, progress, connections
+            )
+        missing = record.missing_in(directory)
+        if missing:
+            raise BloomdeskError(
+                f"{directory}: {missing[0]} changed or vanished while the download ran",
+                "leave the directory alone and run the same command again",
+            )
     kept = tuple(file.path for file in chosen.files if file.path not in transfers)
     received = sum(transfer.received for transfer in transfers.values())
     resumed = sum(transfer.resumed for transfer in transfers.values())
-    return Download(chosen, directory, tuple(transfers), kept, received, resumed)
+    return DownloadSummary(chosen, directory, tuple(transfers), kept, received, resumed)
+
+
+def fetch_recorded(
+    revision: Revision,
+    file: HubFile,
+    directory: Path,
+    record: DownloadRecord,
+    progress: Progress,
+    connections: int,
+) -> tuple[Transfer, DownloadRecord]:
+    """The transfer of a file that is then in place, and the saved record that has it; raises as `fetch` does."""
+    transfer = fetch(revision, file, directory, progress, connections)
+    modified = (directory / file.path).stat().st_mtime_ns
+    record = record.with_file(file.path, transfer.sha256, modified)
+    save_record(directory, record)
+    return transfer, record
+
+
+def read_small_file(revision: Revision, file: HubFile, scratch: Path, directory: Path) -> bytes:
+    """A small file's checked bytes, from `directory` if it is sound there, else from the Hub; a copy is in `scratch`.
+
+    It is never fetched into `directory`: a plan writes nothing, and the directory may turn out to be another's.
+    """
+    copy, path = scratch / file.path, directory / file.path
+    if not copy.exists():
+        if _size(path) == file.size and not hash_file(path, file, silent).difference():
+            copy.write_bytes(path.read_bytes())
+        else:
+            fetch(revision, file, scratch, silent)
+    return copy.read_bytes()
 
 
 def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRecord | None) -> Revision:
-    """The revision with just its needed files; refuses a directory that belongs to another download."""
+    """The revision with only its needed files; `BloomdeskError` if the directory belongs to another download."""
     hub.check_repo_name(repo)
     if record is not None and record.repo != repo:
         raise _another(directory, record, repo)
-    chosen = hub.pinned(repo, revision)
-    if chosen is None and record is not None and wire.offline() and revision in (None, record.commit):
-        chosen = record.revision
-    if chosen is None:
-        found = hub.resolve(repo, revision)
-        if record is not None and record.commit != found.commit:
-            raise _another(directory, record, str(found))
-        chosen = hub.needed(found, lambda index: _read_checked(found, index, directory))
-    if record is not None and record.commit != chosen.commit:
-        raise _another(directory, record, str(chosen))
-    return chosen
+    recorded = record is not None and revision in (None, record.commit)
+    if recorded and wire.offline() and hub.pinned(repo, revision) is None:
+        return record.revision
+    found = hub.resolve(repo, revision)
+    if record is not None and record.commit != found.commit:
+        raise _another(directory, record, str(found))
+    with tempfile.TemporaryDirectory(prefix="bloomdesk-") as scratch:
+        return hub.needed(found, lambda index: read_small_file(found, index, Path(scratch), directory))
 
 
 def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskError:
     return BloomdeskError(
         f"{directory} holds a download of {record.repo} at {record.commit[:12]}, not of {wanted}",
-        f"choose another directory, or go on with that one: --revision {record.commit}",
+        f"choose another directory, or resume that download: --revision {record.commit}",
     )
-
-
-def _read_checked(revision: Revision, file: HubFile, directory: Path) -> bytes:
-    """The bytes of a small file: from the directory where it is there and sound, else from the Hub."""
-    path = directory / file.path
-    if path.is_file() and path.stat().st_size == file.size and not hash_file(path, file, silent).difference():
-        return path.read_bytes()
-    # Not into the directory: a plan writes nothing, and the directory may yet turn out to be another's.
-    with tempfile.TemporaryDirectory(prefix="bloomdesk-") as scratch:
-        fetch(revision, file, Path(scratch), silent)
-        return (Path(scratch) / file.path).read_bytes()
 
 
 def _plan(
     revision: Revision, directory: Path, record: DownloadRecord | None, refuted: frozenset[str] = frozenset()
-) -> Plan:
+) -> DownloadPlan:
+    """The plan; files in `refuted` have the right size and a wrong hash."""
     known = DownloadRecord.of(revision, record)
-    files = tuple(_look(file, directory, known, file.path in refuted) for file in revision.files)
-    return Plan(revision, directory, files, free_bytes(directory))
-
-
-def _look(file: HubFile, directory: Path, record: DownloadRecord, refuted: bool) -> PlannedFile:
-    path = directory / file.path
-    if record.files[file.path].sound_in(directory):
-        return PlannedFile(file, "sound", file.size)
-    if _size(path) == file.size and not refuted:
-        return PlannedFile(file, "unchecked", file.size)
-    begun = _size(path.with_name(path.name + TEMPORARY_SUFFIX))
-    if 0 < begun <= file.size:
-        return PlannedFile(file, "partial", begun)
-    return PlannedFile(file, "absent", 0)
+    files = []
+    for file in revision.files:
+        path, state, present = directory / file.path, "absent", 0
+        partial = _size(path.with_name(path.name + TEMPORARY_SUFFIX))
+        if known.files[file.path].sound_in(directory):
+            state, present = "sound", file.size
+        elif _size(path) == file.size and file.path not in refuted:
+            state, present = "unchecked", file.size
+        elif 0 < partial <= file.size:
+            state, present = "partial", partial
+        files.append(PlannedFile(file, state, present))
+    return DownloadPlan(revision, directory, tuple(files), free_bytes(directory))
 
 
 def _size(path: Path) -> int:
@@ -215,14 +223,15 @@ def _size(path: Path) -> int:
 def _check_present(
     revision: Revision, directory: Path, record: DownloadRecord | None, progress: Progress
 ) -> tuple[DownloadRecord, frozenset[str]]:
-    """Hash what is in place and not recorded as sound: the record with what is, and the names of the rest."""
+    """The record with the unchecked files whose hash is right, and the names of those whose hash is wrong."""
     refuted = set()
     known = DownloadRecord.of(revision, record)
     for planned in _plan(revision, directory, known).files:
         if planned.state != "unchecked":
             continue
         file = planned.file
-        modified = (directory / file.path).stat().st_mtime_ns  # taken first: a change while it is read shows
+        # Taken first, so that a change while the file is read shows.
+        modified = (directory / file.path).stat().st_mtime_ns
         digest = hash_file(directory / file.path, file, progress)
         if digest.difference():
             refuted.add(file.path)
@@ -231,8 +240,8 @@ def _check_present(
     return known, frozenset(refuted)
 
 
-def _refuse_impossible(plan: Plan) -> None:
-    """Before anything is fetched or written: the Hub may be asked, and the disk is large enough."""
+def _refuse_impossible(plan: DownloadPlan) -> None:
+    """Raise `BloomdeskError` if files are missing and offline mode is on, or the disk is too small."""
     unfinished = plan.unfinished
     if unfinished and wire.offline():
         count = f"{len(unfinished)} of {len(plan.files)} files of {plan.revision} are missing"
@@ -240,5 +249,5 @@ def _refuse_impossible(plan: Plan) -> None:
     if not plan.fits:
         raise BloomdeskError(
             f"{plan.directory}: {plan.to_fetch:,} bytes are still to come, the disk has {plan.free:,} free",
-            f"make room for {plan.to_fetch - plan.free:,} bytes more, or choose a directory on another disk",
+            f"free {plan.to_fetch - plan.free:,} bytes more, or choose a directory on another disk",
         )

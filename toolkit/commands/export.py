@@ -8,8 +8,8 @@
       config.json, tokenizer.json, ...      as the source has them
 
 A shard has the bytes that the reference library writes for its tensors: by name, with the header padded to 8 bytes.
-It is renamed into its place only when all of it has been compared with the manifest's hashes, so one that is there is
-whole. What a lossless directory has coded is decoded here, and its hashes are those of the decoded bytes.
+It is put in place atomically after all of it has been compared with the manifest's hashes, so one in place is whole.
+Coded matrices of a lossless directory are decoded; their hashes are those of the decoded bytes.
 """
 
 from __future__ import annotations
@@ -17,59 +17,53 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import CompanionRecord, Manifest, PartRecord, TensorRecord, load_manifest
-from runner.format.safetensors import encode_header, open_regular, read_small
-from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file, write_atomically
-from runner.system.lock import sole_writer
+from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
+from runner.format.safetensors import encode_header, read_small
+from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.verify import quick_damage
 from toolkit.hub.partial_file import settle
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.destination import LARGEST_COMPANION, require_free_space
+from toolkit.parts.destination import LARGEST_COMPANION, put_file, require_free_space, sole_writer_of
+from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
 from toolkit.source.key_map import name_table
 from toolkit.source.shards import LARGEST_INDEX
 
 INDEX = "model.safetensors.index.json"
-SETTLE = 256 * 2**20  # so many bytes are brought onto the disk at a time, and let out of the page cache
+# Bytes after which a shard is synced to the disk and dropped from the page cache.
+SETTLE = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard to write: its first bytes, then `tensors` of the part that it is made from, in the shard's order."""
+    """A shard to write: its header, then `tensors` of the part that it is made from, by key in the shard's order."""
 
     file: str
     part: PartRecord
     header: bytes
-    tensors: tuple[StoredTensor, ...]
-    keys: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors alone."""
-        return sum(stored.tensor.nbytes for stored in self.tensors)
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def size(self) -> int:
-        return len(self.header) + self.nbytes
+        return len(self.header) + sum(stored.tensor.nbytes for stored in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that an export will do. `index` is the index file's text; `to_write` are the shards not yet there."""
+    """All that an export will do: `small_files` are the index and the companions, `to_write` the missing shards."""
 
     directory: Path
     destination: Path
-    manifest: Manifest
-    index: bytes
+    small_files: Mapping[str, bytes]
     shards: tuple[PlannedShard, ...]
     to_write: tuple[PlannedShard, ...]
 
@@ -80,7 +74,7 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What an export did; `bytes_written` are those of the shards written now, `kept` were there already."""
+    """What an export did; `bytes_written` are those of the shards written now, `kept` existed already."""
 
     destination: Path
     written: tuple[str, ...]
@@ -90,11 +84,11 @@ class ExportSummary:
 
 
 def export(directory: Path, destination: Path, progress: Progress = silent) -> ExportSummary:
-    """Write the prepared checkpoint in `directory` to `destination` as sharded safetensors, or go on with that.
+    """Write the prepared checkpoint in `directory` to `destination` as sharded safetensors, or resume that.
 
-    Raises `BloomdeskError` before anything is written where the checkpoint is not complete, or `destination` holds
-    something else or lacks the room; and later where bytes are not those that the manifest records, which are never
-    exported, or the disk fails. What is finished then stays, and the same call goes on from it.
+    Raises `BloomdeskError` before anything is written if the checkpoint is not complete, or `destination` holds
+    something else or lacks space; and later if bytes are not those that the manifest records, which are never
+    exported, or the disk fails. What is finished then stays, and the same call resumes from it.
     """
     return carry_out(plan_export(directory, destination), progress)
 
@@ -111,27 +105,27 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
         for damage in quick_damage(directory / record.file, record):
             raise _damaged(directory, damage.file, damage.what)
     shards = _plan_shards(manifest)
-    index = _index(manifest, shards)
-    begun = _is_begun(destination, index)
-    to_write = tuple(shard for shard in shards if not (begun and _is_whole(destination, shard)))
-    plan = ExportPlan(directory, destination, manifest, index, shards, to_write)
-    if to_write:
-        leftovers = (destination / (shard.file + TEMPORARY_SUFFIX) for shard in to_write)
-        small = len(index) + sum(record.size for record in manifest.companions.values())
-        require_free_space(destination, plan.bytes_to_write + small, leftovers)
+    small = {INDEX: _index(manifest, shards)}
+    small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
+    to_write = shards
+    if _is_begun(destination, small[INDEX]):
+        # A shard is put in place only when it is whole; one cut or changed in size since then is written again.
+        to_write = tuple(
+            shard for shard in shards if not is_in_place(destination / shard.file, shard.header, shard.size)
+        )
+    plan = ExportPlan(directory, destination, small, shards, to_write)
+    require_free_space(destination, plan.bytes_to_write, [shard.file for shard in to_write], small)
     return plan
 
 
 def carry_out(plan: ExportPlan, progress: Progress = silent) -> ExportSummary:
-    """Do what `plan_export` planned; `progress` hears of each shard's bytes, from this thread."""
+    """Do what `plan_export` planned; `progress` is called with each shard's bytes, from this thread."""
     start = time.monotonic()
-    with disk_errors(plan.destination):
-        plan.destination.mkdir(parents=True, exist_ok=True)
-    with sole_writer(plan.destination):
-        _is_begun(plan.destination, plan.index)  # another process may have been faster
-        _put(plan.destination / INDEX, plan.index)
-        for companion in plan.manifest.companions.values():
-            _put(plan.destination / companion.file, _read_companion(plan.directory, companion))
+    with sole_writer_of(plan.destination):
+        # Another process may have been faster.
+        _is_begun(plan.destination, plan.small_files[INDEX])
+        for name, data in plan.small_files.items():
+            put_file(plan.destination / name, data)
         with Coders() as coders:
             for shard in plan.to_write:
                 _write_shard(plan, shard, coders, progress)
@@ -145,13 +139,12 @@ def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
     keys = {place: key for key, place in name_table(manifest.model).items()}
     shards = []
     for number, part in enumerate(manifest.parts.values(), 1):
-        # By key: so the reference library lays tensors of one dtype out.
+        # By key, which is the order of the reference library for tensors of one dtype.
         by_key = {keys[part.file, stored.tensor.name]: stored for stored in stored_tensors(part)}
         tensors = {key: by_key[key] for key in sorted(by_key)}
         described = [(key, stored.tensor.dtype, stored.tensor.shape) for key, stored in tensors.items()]
-        header = _padded_to_8(encode_header(described))
         file = f"model-{number:05d}-of-{len(manifest.parts):05d}.safetensors"
-        shards.append(PlannedShard(file, part, header, tuple(tensors.values()), tuple(tensors)))
+        shards.append(PlannedShard(file, part, _padded_to_8(encode_header(described)), tensors))
     return tuple(shards)
 
 
@@ -163,18 +156,18 @@ def _padded_to_8(header: bytes) -> bytes:
 
 
 def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
-    """The index file; the manifest's hash in it tells this export from one of another checkpoint of the same shape."""
-    total = sum(shard.nbytes for shard in shards)
+    """The index file; the manifest's hash distinguishes it from that of another checkpoint of the same shape."""
+    total = sum(shard.size - len(shard.header) for shard in shards)
     origin = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     body = {
         "metadata": {"bloomdesk_manifest_sha256": origin, "total_size": total},
-        "weight_map": {key: shard.file for shard in shards for key in shard.keys},
+        "weight_map": {key: shard.file for shard in shards for key in shard.tensors},
     }
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _is_begun(destination: Path, index: bytes) -> bool:
-    """Whether this export was begun there; False where it is new or empty, an error where it holds anything else."""
+    """Whether the destination has this export's index; False if it is new or empty, else an error."""
     if destination.exists() and not destination.is_dir():
         raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     try:
@@ -195,21 +188,6 @@ def _is_begun(destination: Path, index: bytes) -> bool:
     )
 
 
-def _is_whole(destination: Path, shard: PlannedShard) -> bool:
-    """Shards are put in place only when they are whole; a file cut or changed in size since then is seen here."""
-    try:
-        with open_regular(destination / shard.file) as file:
-            return file.read(len(shard.header)) == shard.header and file.seek(0, 2) == shard.size
-    except OSError:
-        return False
-
-
-def _put(path: Path, data: bytes) -> None:
-    with disk_errors(path):
-        if not path.is_file() or path.read_bytes() != data:
-            write_atomically(path, data)
-
-
 def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
     try:
         data = read_small(directory / record.file, LARGEST_COMPANION)
@@ -222,13 +200,14 @@ def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
 
 
 def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress: Progress) -> None:
-    """Put a shard in place, whole or not at all."""
+    """Put a shard in place, whole or not at all; `BloomdeskError` if the part is damaged or the disk fails."""
     path, part = plan.destination / shard.file, plan.directory / shard.part.file
+    tensors = tuple(shard.tensors.values())
     try:
-        with disk_errors(path), atomic_file(path) as file, PartReader(part, shard.tensors, coders) as reader:
+        with disk_errors(path), atomic_file(path) as file, PartReader(part, tensors, coders) as reader:
             file.write(shard.header)
             done, settled = len(shard.header), 0
-            for index, stored in enumerate(shard.tensors):
+            for index, stored in enumerate(tensors):
                 own = xxhash.xxh3_128()
                 for piece in reader.bits(index):
                     own.update(piece)
@@ -236,21 +215,14 @@ def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress
                     done += len(piece)
                     progress(shard.file, done, shard.size)
                     if done - settled >= SETTLE:
-                        _settle(file, settled, done)
+                        file.flush()
+                        settle(file.fileno(), settled, done)
                         settled = done
-                _compare(stored.tensor, own.hexdigest())
+                found, expected = own.hexdigest(), stored.tensor.xxh3_128
+                if found != expected:
+                    raise DamagedTensor(f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}")
     except DamagedTensor as error:
         raise _damaged(plan.directory, shard.part.file, str(error)) from error
-
-
-def _compare(tensor: TensorRecord, found: str) -> None:
-    if found != tensor.xxh3_128:
-        raise DamagedTensor(f"{tensor.name} has the xxh3-128 {found}, expected {tensor.xxh3_128}")
-
-
-def _settle(file: BinaryIO, start: int, stop: int) -> None:
-    file.flush()
-    settle(file.fileno(), start, stop)
 
 
 def _damaged(directory: Path, file: str, what: str) -> BloomdeskError:

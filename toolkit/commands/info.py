@@ -1,4 +1,4 @@
-"""What a prepared directory holds, in figures; from its manifest alone, so it takes no time."""
+"""The figures of a prepared directory, from its manifest alone, so they take no time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from runner.format.coded import PLAIN
 from runner.format.layout import part_specs
 from runner.format.manifest import Manifest, load_manifest
 from runner.format.safetensors import BYTES_PER_ELEMENT
+from toolkit.parts.destination import missing_parts
 from toolkit.parts.part import part_size
 
 
@@ -18,9 +19,9 @@ from toolkit.parts.part import part_size
 class Info:
     """A prepared directory in figures.
 
-    `bytes` are those of the files that are there, `pass_bytes` the weights that one pass reads once all are,
+    `bytes` are those of the recorded files, `pass_bytes` the weights that one pass reads once all parts are made,
     `ratio` these against those of a plain directory, `kv_cache_bytes_per_token` what each token of prompt and output
-    adds to memory. Of parts that a lossless directory lacks, sizes are what they will hardly exceed.
+    adds to memory. Sizes of parts that a lossless directory lacks are estimates from above.
     """
 
     directory: Path
@@ -34,7 +35,7 @@ class Info:
 
     @property
     def plain_bytes(self) -> int:
-        """Of all tensors, uncoded."""
+        """Bytes of all tensors, uncoded."""
         return self.parameters * BYTES_PER_ELEMENT[self.manifest.model.dtype]
 
     @property
@@ -42,9 +43,9 @@ class Info:
         manifest = self.manifest
         if manifest.form == PLAIN:
             return self.plain_bytes
-        missing = [spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts]
-        there = sum(tensor.nbytes for record in manifest.parts.values() for tensor in record.tensors)
-        return there + sum(part_size(spec, manifest.model.dtype, manifest.form) for spec in missing)
+        made = sum(tensor.nbytes for record in manifest.parts.values() for tensor in record.tensors)
+        missing = missing_parts(manifest)
+        return made + sum(part_size(spec, manifest.model.dtype, manifest.form) for spec in missing)
 
     @property
     def ratio(self) -> float:
@@ -80,5 +81,5 @@ class Info:
 
 
 def inspect(directory: Path) -> Info:
-    """Raises `BloomdeskError` where there is no manifest to trust."""
+    """The figures of `directory`; `BloomdeskError` if it has no sound manifest."""
     return Info(directory, load_manifest(directory))

@@ -1,9 +1,9 @@
 """Makes what is damaged or missing in a prepared directory again, and nothing else.
 
-    check every byte ──> forget the damaged parts ──> convert or prepare what is missing
+    check every byte ──> forget the damaged parts ──> build what is missing, from the Hub or a checkpoint on disk
 
-Forgetting is all that repair adds: an interrupted repair is an unfinished preparation, which any of the three goes
-on with.
+Forgetting is all that repair adds: an interrupted repair is an unfinished preparation, which repair, convert and
+prepare resume.
 """
 
 from __future__ import annotations
@@ -16,20 +16,30 @@ from runner.errors import BloomdeskError
 from runner.format.layout import COMPANIONS, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, load_manifest
 from runner.system.lock import sole_writer
-from toolkit.commands import convert, prepare
-from toolkit.commands.convert import ConversionPlan
-from toolkit.commands.prepare import PreparationPlan
+from toolkit.commands.build import BuildPlan
+from toolkit.commands.convert import plan_conversion
+from toolkit.commands.prepare import plan_preparation
 from toolkit.commands.verify import Damage
 from toolkit.io.disk import disk_errors
 from toolkit.parts.destination import write_manifest
 from toolkit.parts.manifest_backup import recover_manifest
 
 
-def forget(directory: Path, damage: Sequence[Damage], source: Path | None) -> Manifest:
-    """Delete the damaged files and take the parts among them out of the manifest: what a whole directory records.
+def plan_repair(directory: Path, known: Manifest, source: Path | None) -> BuildPlan:
+    """The plan that makes what is missing from the checkpoint `source`, or else from the Hub.
 
-    Raises `BloomdeskError` before that where there is nothing to repair from, or neither manifest.json nor its
-    backup can be trusted, another process writes there, or the disk fails.
+    `known` is what the complete directory records, as `forget` returns it: the source must be the one it names.
+    """
+    if source is not None:
+        return plan_conversion(source, directory, known=known, form=known.form)
+    return plan_preparation(known.source.repo or "", directory, known.source.commit, known.form)
+
+
+def forget(directory: Path, damage: Sequence[Damage], source: Path | None) -> Manifest:
+    """Delete the damaged files and remove their parts from the manifest; what the complete directory records.
+
+    Raises `BloomdeskError` before that if there is nothing to repair from, neither manifest.json nor its backup can
+    be trusted, another process writes there, or the disk fails.
     """
     damaged = {item.file for item in damage}
     with sole_writer(directory):
@@ -50,21 +60,10 @@ def forget(directory: Path, damage: Sequence[Damage], source: Path | None) -> Ma
 
 
 def _whole(directory: Path, manifest: Manifest) -> Manifest:
-    """The backup, which keeps what was recorded of parts that a repair has forgotten and not made yet."""
+    """The backup, which keeps the records of parts that an earlier repair has forgotten and not made yet."""
     try:
         backup = load_manifest(directory, MANIFEST_BACKUP)
     except BloomdeskError:
         return manifest
     same = (backup.source, backup.model, backup.form) == (manifest.source, manifest.model, manifest.form)
     return backup if same else manifest
-
-
-def plan_from_source(directory: Path, source: Path, known: Manifest) -> ConversionPlan:
-    """Make what is missing from a checkpoint on disk, whose shards must be those that `known` names."""
-    return convert.plan_conversion(source, directory, known=known, form=known.form)
-
-
-def plan_from_hub(directory: Path, known: Manifest) -> PreparationPlan:
-    """Make what is missing from the repo and commit that the directory came from."""
-    source = known.source
-    return prepare.plan_preparation(source.repo or "", directory, source.commit, known.form)

@@ -1,14 +1,14 @@
-"""Checks of a prepared directory against its manifest: quick ones, one that reads every byte, a periodic look at some.
+"""Checks of a prepared directory against its manifest: a quick one, one of every byte, one of a random sample.
 
     plan: manifest, regions to read ──> threads read ahead ──> one thread hashes in order ──> report
 
-One thread hashes everything in the order of the manifest, so a report does not hang on how the readers' turns fall;
-xxh3 is several times faster than any disk.
+One thread hashes everything in the order of the manifest, so the report does not depend on the readers' timing; xxh3 is
+several times faster than any disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from toolkit.parts.regions import Region, choose, regions_of
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is wrong with a file; `tensor` names the tensor whose bytes are concerned, if one's are."""
+    """What is wrong with a file; `tensor` is the tensor whose bytes are damaged, or None for the file as a whole."""
 
     file: str
     tensor: str | None
@@ -38,7 +38,7 @@ class Damage:
 class VerifyPlan:
     """What a check will read: `regions` in the order of the manifest.
 
-    `sample` is the share of the bytes that was asked for, None where all are to be read, or none for `quick`.
+    `sample` is the requested share of the bytes, or None to read all or, for `quick`, none.
     """
 
     directory: Path
@@ -57,8 +57,8 @@ class VerifyPlan:
 class VerifyReport:
     """What was checked and found. `bytes_read` are those that were compared, of `bytes_recorded` in all files.
 
-    `sample` is the share that was asked for, None where it was everything or, for a `quick` check, nothing.
-    `leftovers` are half-written files of an interrupted conversion: no damage, nothing ever reads them.
+    `sample` is the requested share, or None for everything or, for a `quick` check, nothing. `leftovers` are
+    half-written files of an interrupted conversion, which are no damage: nothing reads them.
     """
 
     directory: Path
@@ -76,7 +76,7 @@ class VerifyReport:
 
     @property
     def share(self) -> float:
-        """The part of all bytes that was compared, from 0 to 1."""
+        """Fraction of all bytes that was compared, from 0 to 1."""
         return self.bytes_read / self.bytes_recorded if self.bytes_recorded else 1.0
 
 
@@ -91,12 +91,12 @@ def verify(
 ) -> VerifyReport:
     """Compare a prepared directory with its manifest.
 
-    `quick` checks presence, sizes and headers; otherwise every byte is read once and the hashes of files and
-    tensors are compared; with `sample`, above 0 and up to 1, those of whole tensors chosen at random that make up
-    about that share of the bytes, others in every run unless `seed` is given. `progress` is called from this thread.
+    `quick` checks presence, sizes and headers. Otherwise every byte is read once, and the hashes of files and tensors
+    are compared; with `sample`, above 0 and up to 1, only those of tensors chosen at random that make up about that
+    share of the bytes, others in every run unless `seed` is given. `progress` is called from this thread.
 
-    Raises `BloomdeskError` where there is no manifest to compare with; everything else that is wrong, unreadable
-    files and a bad manifest.json beside a sound backup included, is in the report.
+    Raises `BloomdeskError` if there is no manifest to compare with; everything else that is wrong, also an unreadable
+    file or a bad manifest.json beside a sound backup, is in the report.
     """
     return carry_out(plan_verify(directory, quick, sample=sample, seed=seed), progress, threads)
 
@@ -104,7 +104,7 @@ def verify(
 def plan_verify(
     directory: Path, quick: bool = False, *, sample: float | None = None, seed: int | None = None
 ) -> VerifyPlan:
-    """What `verify` will read; it reads the manifest alone, and raises what `verify` raises."""
+    """What `verify` will read; it reads only the manifest, and raises what `verify` raises."""
     if sample is not None and not 0 < sample <= 1:
         raise BloomdeskError(f"a sample must be above 0% and at most 100%, found {sample:.6g}")
     if quick and sample is not None:
@@ -122,20 +122,19 @@ def plan_verify(
 
 
 def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ_THREADS) -> VerifyReport:
-    """Do what `plan_verify` planned, with so many threads that read."""
+    """Do what `plan_verify` planned, reading in `threads` threads."""
     damage = [*plan.manifest_damage]
     damage += [Damage(file, None, "it has not been made yet") for file in plan.manifest.missing]
+    records = plan.manifest.records
     runs = [Run(plan.directory / region.file, region.start, region.nbytes) for region in plan.regions]
     with ReadAhead(runs, threads) as ahead:
         check = _Check(plan, ahead, progress)
-        for record in plan.manifest.records:
+        for record in records:
             found = quick_damage(plan.directory / record.file, record)
             in_bytes = check.file(record, sound=not found)
-            # What is wrong with the file as a whole is told once, and the better sentence is the quick one.
+            # Damage of the file as a whole is reported once, and the quick check's sentence is the better one.
             damage += found + [item for item in in_bytes if item.tensor is not None or not found]
     leftovers = tuple(sorted(path.name for path in plan.directory.glob(f"*{TEMPORARY_SUFFIX}")))
-    records = plan.manifest.records
-    recorded = sum(record.size for record in records)
     return VerifyReport(
         plan.directory,
         plan.quick,
@@ -144,12 +143,12 @@ def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ
         check.bytes_read,
         leftovers,
         plan.sample,
-        recorded,
+        bytes_recorded=sum(record.size for record in records),
     )
 
 
 def quick_damage(path: Path, record: PartRecord | CompanionRecord) -> list[Damage]:
-    """Damage of a file that its presence, its size and its header show; at most one sentence."""
+    """Damage of a file that its presence, size and header show; at most one item."""
     try:
         with open_regular(path) as file:
             size = file.seek(0, 2)
@@ -159,21 +158,14 @@ def quick_damage(path: Path, record: PartRecord | CompanionRecord) -> list[Damag
         return [_unreadable(record, error)]
     if size != record.size:
         return [Damage(record.file, None, f"it has {size:,} bytes, expected {record.size:,}")]
-    return _header_damage(path, record) if isinstance(record, PartRecord) else []
-
-
-def _header_damage(path: Path, record: PartRecord) -> list[Damage]:
-    """What the file says of itself, against the manifest, which lists the tensors that the model needs."""
+    if not isinstance(record, PartRecord) or is_in_place(path, record.header, record.size):
+        return []
+    why = "it is not that of this part"
     try:
-        header = read_header(path)
+        read_header(path)
     except BloomdeskError as error:
-        return [Damage(record.file, None, f"its header is damaged: {error.message}")]
-    found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
-    if found != [tensor.described for tensor in record.tensors]:
-        return [Damage(record.file, None, "its header is damaged: it is not that of this part")]
-    if not is_in_place(path, record):
-        return [Damage(record.file, None, "its header is damaged: it is not as it was written")]
-    return []
+        why = error.message
+    return [Damage(record.file, None, f"its header is damaged: {why}")]
 
 
 class _Check:
@@ -188,48 +180,42 @@ class _Check:
         self.bytes_read = 0
 
     def file(self, record: PartRecord | CompanionRecord, sound: bool) -> list[Damage]:
-        """Damage in the bytes of one file; `sound` says that nothing is known to be wrong with it so far."""
+        """Damage in the bytes of one file; `sound` says that nothing else is known to be wrong with it."""
         regions = self._regions.get(record.file, [])
         total = sum(region.nbytes for _, region in regions)
-        whole = xxhash.xxh3_128() if self._whole_files else None
+        whole = xxhash.xxh3_128()
         damage: list[Damage] = []
         done = 0
         try:
             for index, region in regions:
-                own = xxhash.xxh3_128()
-                present = 0
-                for piece in self._pieces(index):
-                    own.update(piece)
-                    if whole is not None:
-                        whole.update(piece)
-                    present += len(piece)
-                    self.bytes_read += len(piece)
-                    self._progress(record.file, done + present, total)
-                done += present
-                damage += _region_damage(region, present, own.hexdigest())
+                own, before = xxhash.xxh3_128(), done
+                with suppress(EOFError):  # the bytes that are there are compared, and their number
+                    for piece in self._ahead.pieces(index):
+                        own.update(piece)
+                        if self._whole_files:
+                            whole.update(piece)
+                        done += len(piece)
+                        self.bytes_read += len(piece)
+                        self._progress(record.file, done, total)
+                damage += _region_damage(region, done - before, own.hexdigest())
         except OSError as error:
             damage.append(_unreadable(record, error))
-        if whole is not None and sound and not damage and whole.hexdigest() != record.xxh3_128:
-            what = f"wrong xxh3-128: {whole.hexdigest()}, expected {record.xxh3_128}"
-            damage.append(Damage(record.file, None, what))
+        if self._whole_files and sound and not damage and whole.hexdigest() != record.xxh3_128:
+            damage.append(_wrong_hash(record.file, None, whole.hexdigest(), record.xxh3_128))
         return damage
-
-    def _pieces(self, index: int) -> Iterator[memoryview]:
-        """The bytes of a region, as far as the file has them."""
-        try:
-            yield from self._ahead.pieces(index)
-        except EOFError:
-            return
 
 
 def _region_damage(region: Region, present: int, found: str) -> list[Damage]:
     if present < region.nbytes:
         what = f"{region.nbytes - present:,} of {region.nbytes:,} bytes are cut off"
-    elif found != region.xxh3_128:
-        what = f"wrong xxh3-128: {found}, expected {region.xxh3_128}"
-    else:
-        return []
-    return [Damage(region.file, region.tensor, what)]
+        return [Damage(region.file, region.tensor, what)]
+    if found != region.xxh3_128:
+        return [_wrong_hash(region.file, region.tensor, found, region.xxh3_128)]
+    return []
+
+
+def _wrong_hash(file: str, tensor: str | None, found: str, expected: str) -> Damage:
+    return Damage(file, tensor, f"wrong xxh3-128: {found}, expected {expected}")
 
 
 def _unreadable(record: PartRecord | CompanionRecord, error: OSError) -> Damage:

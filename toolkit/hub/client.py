@@ -178,12 +178,14 @@ def locate(asked: Asked) -> Location:
 
 
 @contextmanager
-def stream(location: Location, start: int) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """A file's bytes from `start` on, as they arrive, with the position at which the answer really begins:
-    0 where the server ignored the range. Raises one of `network_errors`."""
+def stream(location: Location, start: int, stop: int | None = None) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """A file's bytes from `start` up to `stop` or its end, as they arrive, with the position at which the answer
+    really begins: 0 if the server ignored the range. Raises one of `network_errors`."""
     from huggingface_hub.utils import get_session
 
-    headers = {**location.headers, "range": f"bytes={start}-"} if start else location.headers
+    headers = location.headers
+    if start or stop is not None:
+        headers = {**headers, "range": f"bytes={start}-{'' if stop is None else stop - 1}"}
     with get_session().stream("GET", location.url, headers=headers, timeout=silence()) as response:
         yield beginning(response, location, start), response.iter_bytes()
 

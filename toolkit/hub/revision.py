@@ -41,12 +41,16 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit of a repository and files that it holds; `pinned` where the list ships with the toolkit."""
+    """A commit of a repository and files that it holds; `pinned` if the list ships with the toolkit.
+
+    `dtype` is that of the weights, if it is pinned too.
+    """
 
     repo: str
     commit: str
     files: tuple[HubFile, ...]
     pinned: bool = False
+    dtype: str | None = None
 
     @property
     def total(self) -> int:
@@ -68,7 +72,7 @@ def pinned(repo: str, revision: str | None = None) -> Revision | None:
     if revision is not None and revision.lower() != body["commit"]:
         return None
     files = tuple(HubFile(path, size, sha256) for path, (size, sha256) in body["files"].items())
-    return Revision(repo, body["commit"], files, pinned=True)
+    return Revision(repo, body["commit"], files, pinned=True, dtype=body.get("dtype"))
 
 
 def resolve(repo: str, revision: str | None = None) -> Revision:

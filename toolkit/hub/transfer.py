@@ -106,6 +106,27 @@ def _receive(asked: wire.Asked, file: HubFile, incoming: Incomplete) -> None:
         raise wire.CutShort(f"{incoming.position:,} of {file.size:,} bytes came")
 
 
+def read_head(revision: Revision, file: HubFile, nbytes: int) -> bytes:
+    """The first `nbytes` bytes of a file, or all of a smaller one, not checked against its hash.
+
+    A Hub that ignores ranges sends the whole file, and the connection is closed once these bytes are there. Raises
+    `BloomdeskError` if the Hub refuses, stays away, or has another file there.
+    """
+    asked = wire.Asked(revision.repo, revision.commit, file.path)
+    wanted, patience = min(nbytes, file.size), wire.Patience(asked)
+    while True:
+        head = b""
+        try:
+            with wire.stream(_locate(asked, file), 0, wanted) as (_, pieces):
+                for piece in pieces:
+                    head += piece
+                    if len(head) >= wanted:
+                        return head[:wanted]
+            raise wire.CutShort(f"{len(head):,} of {wanted:,} bytes came")
+        except wire.network_errors() as error:
+            patience.bear(error)
+
+
 def _locate(asked: wire.Asked, file: HubFile) -> wire.Location:
     location = wire.locate(asked)
     _refuse_other(asked, file, location)

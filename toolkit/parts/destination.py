@@ -1,39 +1,45 @@
-"""A prepared directory that is being made: what it has already, whether it is ours, what is recorded in it.
+"""A prepared directory that is being made: what exists, whether it can be resumed, what its manifest records.
 
-The manifest is written first, so that a kill leaves a directory that is known as ours; then after each part.
+The manifest is written first, so that a kill leaves a directory that is recognised, and again after each part.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.coded import CODED_DTYPE, LOSSLESS
+from runner.format.coded import LOSSLESS
 from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, part_specs
-from runner.format.manifest import CompanionRecord, Manifest, Source, load_manifest
+from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
+from runner.system.lock import sole_writer
 from toolkit.io.disk import disk_errors
 from toolkit.parts.part import is_in_place
 
-LARGEST_COMPANION = 2**26  # BLOOM's tokenizer.json has 14.5 MB
-STAGING = ".source"  # where `prepare` keeps the shards that are on their way
-SPARE_BYTES = 16 * 2**20  # for the manifest, the small files and what the file system keeps for itself
+# BLOOM's tokenizer.json has 14.5 MB.
+LARGEST_COMPANION = 2**26
+# Where `prepare` keeps the shards that are on their way.
+STAGING = ".source"
+# For the manifest and what the file system itself needs.
+SPARE_BYTES = 16 * 2**20
 
 
 def load_existing(destination: Path) -> Manifest | None:
-    """The manifest of what was begun in `destination`; None where it is new or empty.
+    """The manifest in `destination`, or None if that is new or empty.
 
-    Raises `BloomdeskError` where it holds something else.
+    Raises `BloomdeskError` if it holds something else.
     """
-    if os.path.lexists(destination) and not destination.is_dir():  # a broken link or a loop too
+    # A broken link or a loop exists too.
+    if os.path.lexists(destination) and not destination.is_dir():
         raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     if (destination / MANIFEST).exists():
         return load_manifest(destination)
@@ -47,69 +53,71 @@ def load_existing(destination: Path) -> Manifest | None:
     return None
 
 
-def refuse_other_source(destination: Path, manifest: Manifest, source: Source) -> None:
-    """Raise `BloomdeskError` where the directory was begun from another repo or commit."""
-    if manifest.source != source:
-        held = manifest.source
+def resume(
+    destination: Path, existing: Manifest | None, fresh: Manifest, companions: Mapping[str, bytes]
+) -> Manifest:
+    """The manifest to start from: `fresh`, or what `existing` records of parts that are still in place.
+
+    Raises `BloomdeskError` if `existing` is of another form, source or model, or has another of the small files.
+    """
+    if existing is None:
+        return fresh
+    check_form(destination, existing, fresh.form)
+    if existing.source != fresh.source:
+        held = existing.source
         what = f"{held.repo} at {held.commit}" if held.repo else "a local checkpoint"
         raise another_source(destination, f"parts of {what}")
-
-
-def refuse_other_companions(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> None:
-    """Raise `BloomdeskError` where a small file that the manifest records is another one in the source."""
-    for name, record in manifest.companions.items():
+    if not existing.parts:
+        # Nothing has the earlier form and dtype yet.
+        model = replace(existing.model, dtype=fresh.model.dtype)
+        existing = replace(existing, form=fresh.form, model=model)
+    if existing.model != fresh.model:
+        raise another_source(destination, "parts of a model with other hyperparameters")
+    for name, record in existing.companions.items():
         if name not in companions or xxhash.xxh3_128_hexdigest(companions[name]) != record.xxh3_128:
             raise another_source(destination, f"another {name}")
+    return drop_missing(destination, existing)
 
 
 def another_source(destination: Path, what: str) -> BloomdeskError:
-    """The error for going on with a directory that was begun from another source."""
+    """The error for a directory that already has parts of another source."""
     return BloomdeskError(
         f"{destination} was begun from another source: it has {what}",
         "give a new directory, or delete this one",
     )
 
 
-def check_form(destination: Path, manifest: Manifest, form: str) -> Manifest:
-    """The manifest of a directory in the form `form`, which it has, or can still take: no part is there yet.
-
-    Raises `BloomdeskError` where it has parts of the other form.
-    """
-    if manifest.form == form:
-        return manifest
-    if manifest.parts:
-        begun, do = ("with", "add") if manifest.form == LOSSLESS else ("without", "leave out")
+def check_form(destination: Path, existing: Manifest, form: str) -> None:
+    """Raise `BloomdeskError` if the directory has parts of another form than `form`."""
+    if existing.parts and existing.form != form:
+        begun, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
         raise BloomdeskError(
             f"{destination} was begun {begun} --lossless, and a directory has one form",
-            f"{do} --lossless to go on with it, or give a new directory",
+            f"{do} --lossless to resume it, or give a new directory",
         )
-    model = replace(manifest.model, dtype=CODED_DTYPE) if form == LOSSLESS else manifest.model
-    return replace(manifest, form=form, model=model)
 
 
 def drop_missing(destination: Path, manifest: Manifest) -> Manifest:
-    """`manifest` with those parts alone that are in place with the right size and header."""
-    sound = {}
-    for spec in part_specs(manifest.model):
-        record = manifest.parts.get(spec.file)
-        if record is not None and is_in_place(destination / spec.file, record):
-            sound[spec.file] = record
+    """`manifest` with only the parts that are in place with the right size and header."""
+    parts = manifest.parts.items()
+    sound = {file: part for file, part in parts if is_in_place(destination / file, part.header, part.size)}
     return replace(manifest, parts=sound)
 
 
 def missing_parts(manifest: Manifest) -> tuple[PartSpec, ...]:
-    """The parts that are still to be made, in the order of a pass."""
+    """The parts still to be made, in the order of a pass."""
     return tuple(spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts)
 
 
 def read_companions(source: Path) -> dict[str, bytes]:
-    """The small files of a source, those that it need not have only where it has them.
+    """The bytes of a source's small files; optional ones only if it has them.
 
-    They are carried over byte for byte, so each must be JSON, and a link must not lead out of the source or, in
-    the Hub's cache (models--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH), out of the repo's folder: someone
-    else's checkpoint could bring in any file of the user's.
+    They are copied byte for byte, so each must be JSON, and a link must not lead out of the source or, in the Hub's
+    cache (models--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH), out of the repo's folder: someone else's
+    checkpoint could copy any file of the user's.
     """
     companions = {}
+    again = "download it from the model's page into the same directory"
     for name in COMPANIONS:
         path = source / name
         try:
@@ -119,15 +127,11 @@ def read_companions(source: Path) -> dict[str, bytes]:
             json.loads(companions[name])
         except FileNotFoundError:
             if name in REQUIRED_COMPANIONS:
-                raise BloomdeskError(
-                    f"{path} is missing", "download it from the model's page into the same directory"
-                ) from None
+                raise BloomdeskError(f"{path} is missing", again) from None
         except OSError as error:
             raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, RecursionError):
-            raise BloomdeskError(
-                f"{path} is not JSON", "download it from the model's page into the same directory"
-            ) from None
+            raise BloomdeskError(f"{path} is not JSON", again) from None
     return companions
 
 
@@ -142,17 +146,21 @@ def _refuse_foreign(link: Path) -> None:
         )
 
 
-def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
-    """Make the directory with its manifest and small files; the manifest as it then is."""
+@contextmanager
+def sole_writer_of(destination: Path) -> Iterator[None]:
+    """Make the directory and hold its lock; `BloomdeskError` if another process writes there."""
     with disk_errors(destination):
         destination.mkdir(parents=True, exist_ok=True)
+    with sole_writer(destination):
+        yield
+
+
+def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
+    """Write the manifest and the small files; the manifest, which then records them."""
     write_manifest(destination, manifest)
     records = {}
     for name, data in companions.items():
-        path = destination / name
-        with disk_errors(path):
-            if not path.is_file() or path.read_bytes() != data:
-                write_atomically(path, data)
+        put_file(destination / name, data)
         records[name] = CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data))
     manifest = replace(manifest, companions=records)
     write_manifest(destination, manifest)
@@ -166,15 +174,26 @@ def write_manifest(destination: Path, manifest: Manifest) -> None:
         write_atomically(path, manifest.to_json().encode())
 
 
-def require_free_space(destination: Path, needed: int, replaced: Iterable[Path]) -> None:
-    """Raise `BloomdeskError` with the figures where the disk has less than `needed` bytes for `destination`.
+def put_file(path: Path, data: bytes) -> None:
+    """Replace a small file as a whole, unless it already holds `data`."""
+    with disk_errors(path):
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomically(path, data)
 
-    Files in `replaced` count as free: they go before what takes their place comes.
+
+def require_free_space(
+    destination: Path, needed: int, files: Iterable[str], companions: Mapping[str, bytes]
+) -> None:
+    """Raise `BloomdeskError` with the figures if the disk lacks space for `needed` bytes in `files`, and `companions`.
+
+    What earlier runs left half-written of `files` counts as free: it is deleted before its replacement is written.
+    Without `files` nothing is needed.
     """
-    free = free_bytes(destination) + sum(path.stat().st_size for path in replaced if path.is_file())
-    needed += SPARE_BYTES
-    if needed > free:
+    leftovers = [destination / (file + TEMPORARY_SUFFIX) for file in files]
+    free = free_bytes(destination) + sum(path.stat().st_size for path in leftovers if path.is_file())
+    needed += SPARE_BYTES + sum(map(len, companions.values()))
+    if leftovers and needed > free:
         raise BloomdeskError(
             f"{destination} needs {needed:,} bytes and the disk has {free:,} free, {needed - free:,} too few",
-            "make room, or give a directory on a larger disk",
+            "free some space, or give a directory on a larger disk",
         )

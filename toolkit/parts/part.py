@@ -151,12 +151,11 @@ def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
     return PartRecord(part.spec.file, part.size, whole.hexdigest(), tuple(records), ())
 
 
-def is_in_place(path: Path, record: PartRecord) -> bool:
-    """Whether the file at `path` has the recorded size and begins with the header of what is recorded."""
-    header = record.header
+def is_in_place(path: Path, header: bytes, size: int) -> bool:
+    """Whether the file at `path` begins with `header` and has `size` bytes."""
     try:
         with open_regular(path) as file:
-            return file.read(len(header)) == header and file.seek(0, os.SEEK_END) == record.size
+            return file.read(len(header)) == header and file.seek(0, os.SEEK_END) == size
     except OSError:
         return False
 

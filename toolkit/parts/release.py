@@ -1,4 +1,4 @@
-"""Source shards that are not needed any more: deleted once every part made from them is proven to be on disk."""
+"""Deletion of source shards that are no longer needed, once every part made from them has been read back from disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toolkit.io.disk import disk_errors
 
 
 class Release:
-    """Deletes shards of parts in `destination`; each part is read back once before the first deletion it allows."""
+    """Deletes shards and counts their bytes; each part is read back once before the first deletion that it allows."""
 
     def __init__(self, destination: Path) -> None:
         self._destination = destination
@@ -22,13 +22,13 @@ class Release:
         self.bytes = 0
 
     def trust(self, record: PartRecord) -> None:
-        """Take a part as proven that was read back from the disk when it was written."""
+        """Count a part as proven that was read back from the disk when it was written."""
         self._proven.add(record.file)
 
     def delete(self, shard: Path, manifest: Manifest) -> None:
-        """Delete `shard`, which no part that is still to be made needs.
+        """Delete `shard`, which no missing part needs.
 
-        Raises `BloomdeskError`, and deletes nothing, where a part made from it does not read back as written.
+        Raises `BloomdeskError`, and deletes nothing, if a part made from it does not read back as written.
         """
         for record in manifest.parts.values():
             made_from_it = shard.name in {source.file for source in record.sources}
@@ -41,7 +41,7 @@ class Release:
 
 
 def read_back(path: Path, record: PartRecord) -> None:
-    """Read a part from the disk, and not from what the system still holds of it; `BloomdeskError` where it differs."""
+    """Read a part from the disk, not from the page cache; `BloomdeskError` if it differs from its record."""
     whole = xxhash.xxh3_128()
     try:
         with path.open("rb", buffering=0) as file:

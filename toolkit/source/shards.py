@@ -36,6 +36,8 @@ FORMS = (
 # Far above every BLOOM: the index of BLOOM-176B has 0.06 MB, the directory of a zip that holds all of it 0.1 MB.
 LARGEST_INDEX = 16 * 2**20
 LARGEST_DIRECTORY = 4 * 2**20
+# What describes the tensors stands first in both kinds of file; that of all of BLOOM-176B in one file has 0.1 MB.
+HEAD_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,32 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
     return _read_bin(path)
 
 
+def dtype_of_head(path: Path, head: bytes) -> str:
+    """The one dtype of a shard's tensors, from its first `HEAD_BYTES` bytes; `path` only names it.
+
+    Raises `BloomdeskError` if they describe no tensors, tensors of several dtypes, or other things than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            length = int.from_bytes(head[:8], "little")
+            entries = json.loads(head[8 : 8 + length])
+            dtypes = {key: entries[key]["dtype"] for key in entries if key != "__metadata__"}
+        else:
+            _check_first_bytes(path, head)
+            name_length, extra_length = struct.unpack_from("<2H", head, 26)
+            if not head[30 : 30 + name_length].endswith(b"/data.pkl"):
+                raise ValueError("it does not begin with data.pkl")
+            start = 30 + name_length + extra_length
+            state = _read_pickle(path, head[start : start + LARGEST_PICKLE])
+            dtypes = {key: tensor.storage.dtype for key, tensor in state.items()}
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+        raise BloomdeskError(
+            f"the first bytes of {path} do not show the dtype of its tensors: {_reason(error)}",
+            "fetch it with bloomdesk download, then run bloomdesk convert",
+        ) from None
+    return common_dtype({key: SourceTensor(key, dtype, (), path, 0, 0) for key, dtype in dtypes.items()})
+
+
 def _by_index(index: Path, suffix: str) -> ShardList:
     try:
         body = json.loads(read_small(index, LARGEST_INDEX), object_pairs_hook=_without_repeats)
@@ -192,8 +220,13 @@ def _read_bin(path: Path) -> dict[str, SourceTensor]:
         struct.error,
     ) as error:
         raise _unsound(path, _reason(error)) from None
+    state = _read_pickle(path, description)
+    return {key: _locate(path, key, tensor, records) for key, tensor in state.items()}
+
+
+def _read_pickle(path: Path, description: bytes) -> dict[str, StoredTensor]:
     try:
-        state = read_state(description)
+        return read_state(description)
     except NotWeights as error:
         raise BloomdeskError(
             f"{path} is not only weights: its pickle asks for {str(error)[:120]!r}; nothing of it was run",
@@ -201,7 +234,6 @@ def _read_bin(path: Path) -> dict[str, SourceTensor]:
         ) from None
     except ValueError as error:
         raise _unsound(path, _reason(error)) from None
-    return {key: _locate(path, key, tensor, records) for key, tensor in state.items()}
 
 
 class _BoundedReads:
@@ -222,16 +254,7 @@ class _BoundedReads:
 
 def _read_zip(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], bytes]:
     """Each record's first byte and length, by its name in the root folder; and the pickle of the tensors."""
-    start = file.read(4)
-    if not start:
-        raise _unsound(path, "it is empty")
-    if start[:1] == b"\x80":
-        raise BloomdeskError(
-            f"{path} is in torch's old format from before 2020, which bloomdesk does not read",
-            "load it with torch and save it again, or use a revision of the model that has safetensors",
-        )
-    if start != b"PK\3\4":
-        raise zipfile.BadZipFile("it does not begin as a zip of torch.save does")
+    _check_first_bytes(path, file.read(4))
     with zipfile.ZipFile(_BoundedReads(file)) as container:  # type: ignore[arg-type]
         records = _records(file, container)
         names = {name.partition("/")[2]: info for name, info in container.NameToInfo.items()}
@@ -244,6 +267,18 @@ def _read_zip(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], b
         if records["data.pkl"][1] > LARGEST_PICKLE:
             raise zipfile.BadZipFile(f"its data.pkl claims {records['data.pkl'][1]:,} bytes")
         return records, container.read(names["data.pkl"])
+
+
+def _check_first_bytes(path: Path, start: bytes) -> None:
+    if not start:
+        raise _unsound(path, "it is empty")
+    if start[:1] == b"\x80":
+        raise BloomdeskError(
+            f"{path} is in torch's old format from before 2020, which bloomdesk does not read",
+            "load it with torch and save it again, or use a revision of the model that has safetensors",
+        )
+    if start[:4] != b"PK\3\4":
+        raise zipfile.BadZipFile("it does not begin as a zip of torch.save does")
 
 
 def _records(file: BinaryIO, container: zipfile.ZipFile) -> dict[str, tuple[int, int]]:

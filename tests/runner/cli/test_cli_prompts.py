@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,8 +12,9 @@ import pytest
 
 import runner
 from runner import BloomdeskError
-from runner.cli.commands import generate
-from tests.toolkit.cli.test_cli import COMMAND, REPORT_KEYS, _read_all, refused, run
+from runner.cli.generate import GenerateOptions, generate
+from tests.support.commands import refused, run, screen_of, started
+from tests.toolkit.cli.test_cli import REPORT_KEYS
 
 WORDS = ("books", "users", "orders", "movies", "students", "cities")
 
@@ -70,40 +68,19 @@ def test_results_are_those_of_each_prompt_alone(
     )
 
 
-def test_results_on_standard_output_without_the_toolkit(
+def test_results_on_standard_output(
     miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]]
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "runner",
-        str(miniature[1]),
-        "--prompts",
-        str(prompts),
-        "--speculate",
-        "off",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("generate", miniature[1], "--prompts", prompts, "--speculate", "off")
     assert (done.returncode, done.stderr) == (0, "")
     found = by_index(done.stdout)
     assert [found[index]["token_ids"] for index in range(6)] == wanted
     assert all(each["proposed"] == 0 and each["acceptance"] is None for each in found.values())
 
 
-def started(miniature: tuple[Path, Path], prompts: Path, out: Path) -> subprocess.Popen[str]:
+def begun(miniature: tuple[Path, Path], prompts: Path, out: Path) -> subprocess.Popen[str]:
     """A run that has written at least one result, and is not through."""
-    command = [
-        *COMMAND,
-        "generate",
-        str(miniature[1]),
-        "--prompts",
-        str(prompts),
-        "--out",
-        str(out),
-        "--batch",
-        "1",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started("generate", miniature[1], "--prompts", prompts, "--out", out, "--batch", "1")
     deadline = time.monotonic() + 60
     while not (out.exists() and b"\n" in out.read_bytes()) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -114,7 +91,7 @@ def test_a_killed_run_goes_on(
     miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
-    with started(miniature, prompts, out) as process:
+    with begun(miniature, prompts, out) as process:
         process.kill()
     kept = out.read_bytes()
     assert 1 <= kept.count(b"\n") < 6
@@ -129,7 +106,7 @@ def test_an_interrupted_run_says_how_far_it_came(
     miniature: tuple[Path, Path], prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.jsonl"
-    with started(miniature, prompts, out) as process:
+    with begun(miniature, prompts, out) as process:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -138,21 +115,9 @@ def test_an_interrupted_run_says_how_far_it_came(
 
 
 def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    command = [
-        *COMMAND,
-        "generate",
-        str(miniature[1]),
-        "--prompts",
-        str(prompts),
-        "--out",
-        str(tmp_path / "o.jsonl"),
-    ]
-    with subprocess.Popen(
-        [*command, "--batch", "2"], stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}
-    ):
-        os.close(theirs)
-        screen = _read_all(ours)
+    screen = screen_of(
+        "generate", miniature[1], "--prompts", prompts, "--out", tmp_path / "o.jsonl", "--batch", "2"
+    )
     first, *_, last = screen.replace("\r\n", "\n").strip().split("\n")
     assert first.startswith("(RAM ") and "all weights stay; batch 2; speculation lookup" in first
     assert "0 of 6 prompts done, 2 in the batch, 4 waiting [part " in screen
@@ -166,7 +131,7 @@ def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp
         ({"prompt": "a", "prompts": Path("a.txt")}, "either a PROMPT or a file of --prompts"),
         ({"prompt": "a", "out": Path("out.jsonl")}, "--out and --batch are for a file of --prompts"),
         ({"prompt": "a", "batch": 2}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "speculate": "dice"}, "'dice' is no way to speculate"),
+        ({"prompt": "a", "speculate": "dice"}, "unknown --speculate 'dice'"),
         ({"prompt": "a", "draft": Path("nowhere")}, "nowhere"),
         ({"prompt": None, "prompts": Path("none.txt")}, "none.txt cannot be read"),
     ],
@@ -175,7 +140,7 @@ def test_what_does_not_go_together(
     miniature: tuple[Path, Path], given: dict[str, object], message: str
 ) -> None:
     with pytest.raises(BloomdeskError) as raised:
-        generate(miniature[1], **given)
+        generate(GenerateOptions(miniature[1], **given))
     assert message in raised.value.message
 
 

@@ -1,4 +1,4 @@
-"""Text and notes on a terminal, as a screen would show them."""
+"""Text and its status on a terminal, as a screen would show them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from os import terminal_size
 import pytest
 
 from runner.cli import terminal as module
-from runner.cli.terminal import Terminal, column_after
+from runner.cli.terminal import StatusLine, column_after
 
 
 class Tty(io.StringIO):
@@ -19,42 +19,59 @@ class Tty(io.StringIO):
 @pytest.fixture(autouse=True)
 def narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "get_terminal_size", lambda: terminal_size((40, 24)))
-    monkeypatch.setattr(module, "SECONDS_BETWEEN_NOTES", 0.0)
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_STATUSES", 0.0)
 
 
-def test_a_note_stands_behind_the_text_and_goes_before_more_comes() -> None:
+def test_a_status_stands_behind_the_text_and_goes_before_more_comes() -> None:
     screen = Tty()
-    terminal = Terminal(screen, screen)
-    terminal.write("The answer")
-    terminal.note(3, 72)
-    terminal.write(" is")
+    line = StatusLine(screen, screen)
+    line.write("The answer")
+    line.show("[part 3 of 72]")
+    line.write(" is")
     assert screen.getvalue() == "The answer\x1b7 [part 3 of 72]\x1b[K\x1b8\x1b[K is"
 
 
-def test_nothing_but_text_where_there_is_no_terminal() -> None:
+def test_without_a_terminal_there_is_nothing_but_text() -> None:
     out, notes = io.StringIO(), io.StringIO()
-    terminal = Terminal(out, notes)
-    terminal.note(1, 72)
-    terminal.write("text")
-    terminal.note(2, 72)
-    terminal.clear()
+    line = StatusLine(notes, out)
+    line.show("[part 1 of 72]")
+    line.write("text")
+    line.show("[part 2 of 72]")
+    line.clear()
     assert (out.getvalue(), notes.getvalue()) == ("text", "")
 
 
-def test_notes_go_to_the_terminal_while_text_goes_to_a_file() -> None:
+def test_a_status_goes_to_the_terminal_while_text_goes_to_a_file() -> None:
     out, notes = io.StringIO(), Tty()
-    terminal = Terminal(out, notes)
-    terminal.write("x" * 39)
-    terminal.note(2, 72)
+    line = StatusLine(notes, out)
+    line.write("x" * 39)
+    line.show("[part 2 of 72]")
     assert "part 2 of 72" in notes.getvalue()
 
 
-def test_a_note_that_would_wrap_is_left_out() -> None:
+def test_a_status_that_would_wrap_behind_text_is_left_out() -> None:
     screen = Tty()
-    terminal = Terminal(screen, screen)
-    terminal.write("x" * 30)
-    terminal.note(3, 72)
+    line = StatusLine(screen, screen)
+    line.write("x" * 30)
+    line.show("[part 3 of 72]")
     assert screen.getvalue() == "x" * 30
+
+
+def test_a_status_without_text_is_cut_to_the_width_and_taken_away() -> None:
+    screen = Tty()
+    line = StatusLine(screen)
+    line.show("x" * 100)
+    line.clear()
+    assert screen.getvalue() == f"\x1b7{'x' * 39}\x1b[K\x1b8\r\x1b[K"
+
+
+def test_a_status_elsewhere_is_a_line_now_and_then() -> None:
+    notes = io.StringIO()
+    line = StatusLine(notes, seconds_between_lines=0.0)
+    line.show("one")
+    line.clear()
+    line.show("two")
+    assert notes.getvalue() == "one\ntwo\n"
 
 
 @pytest.mark.parametrize(

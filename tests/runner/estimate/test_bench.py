@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +12,17 @@ from pathlib import Path
 import pytest
 
 from runner import BloomdeskError
-from runner.cli.commands import bench as bench_command
-from runner.cli.commands import plan as plan_command
+from runner.cli.bench import BenchOptions
+from runner.cli.bench import bench as bench_command
+from runner.cli.plan import PlanOptions
+from runner.cli.plan import plan as plan_command
 from runner.estimate import bench as bench_module
 from runner.estimate import forecast, rates
 from runner.estimate import plan as plan_module
 from runner.generation.model import Model
 from runner.system import files, memory, platform
+from tests.support.commands import started
 
-COMMAND = [sys.executable, "-m", "toolkit.cli.app"]
 RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
 
 
@@ -51,18 +51,17 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bench_in_ram(prepared, quick) -> None:
-    found = bench_module.bench(prepared()[1], tokens=3, prompt_tokens=5)
+    found = bench_module.bench(prepared()[1], None, tokens=3, prompt_tokens=5)
     run = found.run
     assert len(run.pass_seconds) == 3 and min(run.pass_seconds) > 0 < run.prompt_seconds
     assert sorted(run.pass_seconds)[1] == found.seconds_per_token
     assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes == 0
     assert found.limit_seconds == found.forecast.weight_bytes / found.rates.memory
-    assert found.percent_of_limit == pytest.approx(100 * found.limit_seconds / found.seconds_per_token)
     assert run.peak_bytes is None or run.peak_bytes > run.process_bytes * 0.9
 
 
 def test_a_bench_that_streams(prepared, quick, streamed) -> None:
-    found = bench_module.bench(prepared()[1], tokens=4, prompt_tokens=16)
+    found = bench_module.bench(prepared()[1], None, tokens=4, prompt_tokens=16)
     run = found.run
     assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes > 0
     assert found.limit_seconds >= run.streamed_bytes_per_pass / found.rates.disk
@@ -75,7 +74,7 @@ def test_the_system_counts_what_was_streamed(prepared, quick, streamed) -> None:
     if not _counted(directory / "embedding.safetensors"):
         pytest.skip("this system, or this file system, does not count reads past the page cache")
     tokens = 8
-    found = bench_module.bench(directory, tokens=tokens, prompt_tokens=16)
+    found = bench_module.bench(directory, None, tokens=tokens, prompt_tokens=16)
     shares = found.forecast.shares
     chunks = forecast.chunk_bytes(Model.open(directory, None).weights.model)
     difference = tokens * abs(found.run.bytes_read_per_token - found.run.streamed_bytes_per_pass)
@@ -108,21 +107,22 @@ BENCH_KEYS = {
 
 def test_what_bench_prints(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
     directory = prepared()[1]
-    assert bench_command(directory, None, 2, 3, as_json=True) == 0
+    assert bench_command(BenchOptions(directory, None, 2, 3, as_json=True)) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report) == BENCH_KEYS
+    assert report["percent_of_limit"] == 100 * report["limit_seconds"] / report["seconds_per_token"]
     assert set(report["rates"]) == {"disk", "memory", "compute", "decoded"}
-    assert bench_command(directory, "3GB", 2, 3) == 0
+    assert bench_command(BenchOptions(directory, "3GB", 2, 3)) == 0
     text = capsys.readouterr().out
-    assert "of the limit" in text and "of 3.0 GB" in text
+    assert "of the limit" in text and "of 3 GB" in text
     assert len({line.index(line.strip().split("  ")[1]) for line in text.splitlines()}) == 1  # aligned
 
 
 def test_what_bench_refuses(prepared, quick, tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
-        bench_command(prepared()[1], "10MB", 2, 3)
+        bench_command(BenchOptions(prepared()[1], "10MB", 2, 3))
     with pytest.raises(BloomdeskError, match="not a prepared checkpoint"):
-        bench_command(tmp_path, None, 2, 3)
+        bench_command(BenchOptions(tmp_path, None, 2, 3))
     with pytest.raises(BloomdeskError, match="at least one token"):
         bench_module.bench(prepared()[1], None, 0, 3)
 
@@ -130,7 +130,7 @@ def test_what_bench_refuses(prepared, quick, tmp_path: Path) -> None:
 def test_a_plan_for_what_is_there(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
     directory = prepared()[1]
     before = sorted(directory.iterdir())
-    assert plan_command(directory, None, None, 8, 4, as_json=True) == 0
+    assert plan_command(PlanOptions(directory, tokens=4, prompt_tokens=8, as_json=True), lambda model: 0) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["prepared"] and report["fits"] and report["model"]["n_layer"] == 3
     assert report["forecast"]["streamed_bytes_per_pass"] == 0
@@ -148,7 +148,9 @@ FORECAST_KEYS = {
 
 
 def test_a_plan_on_an_empty_directory(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_command(tmp_path, "16GB", None, 64, 16, True, lambda model: 2**62) == 1  # it does not fit
+    assert (
+        plan_command(PlanOptions(tmp_path, "16GB", as_json=True), lambda model: 2**62) == 1
+    )  # it does not fit
     report = json.loads(capsys.readouterr().out)
     assert set(report) == PLAN_KEYS and set(report["forecast"]) == FORECAST_KEYS
     assert not report["prepared"] and not report["fits"] and report["model"]["name"] == "bigscience/bloom"
@@ -160,16 +162,16 @@ def test_a_plan_on_an_empty_directory(quick, tmp_path: Path, capsys: pytest.Capt
 
 def test_what_plan_prints(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = tmp_path / "not" / "yet"  # the disk is that of what is there
-    assert plan_command(later, "2GB", "bloom-560m", 64, 16, False, lambda model: 10**6) == 0
+    assert plan_command(PlanOptions(later, "2GB", "bloom-560m"), lambda model: 10**6) == 0
     text = capsys.readouterr().out
     assert "it fits" in text and "bloom-560m" in text and "weights that stay" in text
     table = text.split("\n\n")[1].splitlines()
     assert 2 < len(table) < 6 and len({len(line) for line in table}) == 1  # in a few GB all of it stays
     streamed = table[0].index("streamed") + len("streamed")
-    in_full = [line[:streamed].endswith(" 0 MB") for line in table[1:]]
+    in_full = [line[:streamed].endswith(" 0 bytes") for line in table[1:]]
     assert in_full == [False] * (len(table) - 2) + [True]
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
-        plan_command(tmp_path, "100MB", "bloom-560m", 64, 16)
+        plan_command(PlanOptions(tmp_path, "100MB", "bloom-560m"), lambda model: 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -196,8 +198,7 @@ def test_a_disk_that_cannot_be_written(quick, tmp_path: Path, monkeypatch: pytes
 def test_an_interrupted_plan_leaves_nothing(tmp_path: Path, after: signal.Signals) -> None:
     if after is signal.SIGKILL and not platform.LINUX_CALLS:
         pytest.skip("only Linux has files without a name")
-    command = [*COMMAND, "plan", str(tmp_path), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started("plan", tmp_path, "--json") as process:
         deadline = time.monotonic() + 60
         while not _has_scratch(process.pid, tmp_path) and process.poll() is None:
             assert time.monotonic() < deadline

@@ -22,7 +22,7 @@ from runner.format.manifest import (
     Source,
     SourceShard,
     TensorRecord,
-    _digest,
+    digest,
     load_manifest,
 )
 
@@ -99,7 +99,7 @@ def signed(change: Any) -> str:
     body = json.loads(whole().to_json())
     body.pop("sha256")
     change(body)
-    return json.dumps({**body, "sha256": _digest(body)})
+    return json.dumps({**body, "sha256": digest(body)})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_any_value_anywhere_gives_a_manifest_or_a_clear_error(path: tuple[Any, .
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    text = json.dumps({**body, "sha256": _digest(body)})
+    text = json.dumps({**body, "sha256": digest(body)})
     try:
         manifest = Manifest.from_json(text, WHERE)
     except BloomdeskError:
@@ -279,7 +279,7 @@ def test_a_forged_lossless_manifest_is_refused(change: Any) -> None:
     body.pop("sha256")
     change(body)
     with pytest.raises(BloomdeskError, match="not a sound manifest"):
-        Manifest.from_json(json.dumps({**body, "sha256": _digest(body)}), WHERE)
+        Manifest.from_json(json.dumps({**body, "sha256": digest(body)}), WHERE)
 
 
 def test_a_plain_manifest_with_what_only_a_lossless_one_has_is_refused() -> None:

@@ -1,28 +1,30 @@
-"""Bytes of RAM: as people write them, shared out, and kept to."""
+"""The memory plan: how bytes of RAM are divided, and that a run keeps to them."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from runner import BloomdeskError
+from runner import BloomdeskError, units
 from runner.generation.memory_plan import (
     FEWEST_BUFFERS,
     MARGIN,
     MOST_BUFFERS,
-    Budget,
-    parse_size,
-    share_out,
-    shown_size,
+    MemoryPlan,
+    MemoryRequest,
+    memory_plan,
     spread,
 )
+from runner.units import parse_size
+from runner.weights.ring import buffer_bytes
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
 
@@ -30,97 +32,22 @@ ROOT = Path(__file__).resolve().parents[3]
 MIB, GB = 2**20, 10**9
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("12GB", 12 * GB),
-        ("12 GB", 12 * GB),
-        ("12g", 12 * GB),
-        ("  1.5 Gb ", 1_500_000_000),
-        ("900MB", 900_000_000),
-        ("900m", 900_000_000),
-        ("64k", 64_000),
-        ("2TB", 2 * 10**12),
-        ("12GiB", 12 * 2**30),
-        ("1.5 gi", 3 * 2**29),
-        ("512MiB", 512 * MIB),
-        ("1KiB", 1024),
-        ("1TiB", 2**40),
-        ("4096", 4096),
-        ("4096 B", 4096),
-        (".5GB", 500_000_000),
-        ("3.GB", 3 * GB),
-    ],
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-HOSTILE = [
-    "", " ", "GB", "0", "0GB", "-1GB", "+1GB", "1e9", "inf", "nan", "1,5GB", "1.2.3GB", "12 G B", "12XB", "12GBs",
-    "12iB", "12 i", "0x10", "1_000", "٣GB", "１２GB", "9" * 400, "9" * 5000 + "TB", "2000000TB", "0.0000001",
-    "12\x00GB", "12GB\n;", "\x1b[31m", ".", ".GB",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(BloomdeskError, match="is no amount of memory") as caught:
-        parse_size(text)
-    assert len(caught.value.message) < 300 and caught.value.message.isprintable()
-    assert "12GB" in caught.value.hint
-
-
-@given(st.text(alphabet=st.sampled_from("0123456789.,kKmMgGtTiIbB eE+-xX_\n\0é٣"), max_size=12) | st.text())
-def test_any_text_is_a_size_or_a_clear_error(text: str) -> None:
-    try:
-        size = parse_size(text)
-    except BloomdeskError:
-        return
-    assert isinstance(size, int) and 0 < size < 2**60
-
-
-@given(
-    st.integers(1, 10**9), st.sampled_from("kmgt"), st.booleans(), st.booleans(), st.sampled_from(["", " "])
-)
-def test_units_are_powers_of_1000_or_of_1024(
-    number: int, unit: str, binary: bool, b: bool, space: str
-) -> None:
-    expected = number * (1024 if binary else 1000) ** (1 + "kmgt".index(unit))
-    assume(expected < 2**60)
-    text = f"{number}{space}{unit.upper()}{'i' * binary}{'B' * b}"
-    assert parse_size(text) == int(float(number) * (expected // number))
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 MB"),
-        (900_000_000, "900 MB"),
-        (994_400_000, "994 MB"),
-        (995_000_000, "1.0 GB"),
-        (12_340_000_000, "12.3 GB"),
-        (352_000_000_000, "352.0 GB"),
-        (1_234_500_000_000, "1,234.5 GB"),
-    ],
-)
-def test_sizes_are_shown_short(size: int, text: str) -> None:
-    assert shown_size(size) == text
-
-
-@given(st.integers(10**6, 10**13))
-def test_what_is_shown_is_read_as_about_the_same(size: int) -> None:
-    assert abs(parse_size(shown_size(size).replace(",", "")) - size) <= max(0.5e6, size * 0.051)
-
-
-# Sharing out.
-
 SIZES = st.lists(st.integers(1, 40 * MIB), min_size=1, max_size=120)
 PARTS = st.integers(0, 2**32)
 
 
-def shared(total: int, sizes: list[int], process: int = 0, cache: int = 0, activations: int = 0) -> Budget:
-    return share_out(total, process, cache, activations, sizes, max(sizes) + 4096)
+@dataclass(frozen=True)
+class Sizes(MemoryRequest):
+    """A request whose caches and activations are given in bytes."""
+
+    cache: int = 0
+    activations: int = 0
+
+
+def planned(
+    total: int, sizes: list[int], process: int = 0, cache: int = 0, activations: int = 0
+) -> MemoryPlan:
+    return memory_plan(Sizes(None, tuple(sizes), total, process, (), 0, cache=cache, activations=activations))
 
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
@@ -129,29 +56,25 @@ def test_nothing_is_promised_twice(
     sizes: list[int], process: int, cache: int, activations: int, total: int
 ) -> None:
     try:
-        budget = shared(total, sizes, process, cache, activations)
+        plan = planned(total, sizes, process, cache, activations)
     except BloomdeskError:
         return
-    assert process + cache + activations + MARGIN + budget.resident_bytes + budget.read_ahead <= total
-    assert (budget.total, budget.process, budget.cache, budget.activations) == (
-        total,
-        process,
-        cache,
-        activations,
-    )
-    assert budget.resident_bytes == sum(sizes[index] for index in budget.resident)
-    assert budget.resident_bytes + budget.streamed_bytes == sum(sizes)
-    if budget.streamed_bytes:
-        assert FEWEST_BUFFERS <= budget.buffers <= MOST_BUFFERS
-        assert budget.buffer_nbytes >= max(sizes)
+    assert process + cache + activations + MARGIN + plan.resident_bytes + plan.read_ahead <= total
+    taken = (plan.total, plan.process, plan.cache, plan.activations)
+    assert taken == (total, process, cache, activations)
+    assert plan.resident_bytes == sum(sizes[index] for index in plan.resident)
+    assert plan.resident_bytes + plan.streamed_bytes == sum(sizes)
+    if plan.streamed_bytes:
+        assert FEWEST_BUFFERS <= plan.buffers <= MOST_BUFFERS
+        assert plan.buffer_nbytes >= max(sizes)
 
 
 @given(SIZES, PARTS, PARTS, PARTS)
 def test_what_fits_stays(sizes: list[int], process: int, cache: int, activations: int) -> None:
     needed = sum(sizes) + process + cache + activations + MARGIN
-    budget = shared(needed, sizes, process, cache, activations)
-    assert budget.resident == frozenset(range(len(sizes)))
-    assert (budget.buffers, budget.read_ahead, budget.streamed_bytes) == (0, 0, 0)
+    plan = planned(needed, sizes, process, cache, activations)
+    assert plan.resident == frozenset(range(len(sizes)))
+    assert (plan.buffers, plan.read_ahead, plan.streamed_bytes) == (0, 0, 0)
 
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
@@ -159,22 +82,24 @@ def test_an_amount_that_is_too_little_names_one_that_is_enough(
     sizes: list[int], process: int, cache: int, activations: int, total: int
 ) -> None:
     try:
-        shared(total, sizes, process, cache, activations)
+        planned(total, sizes, process, cache, activations)
     except BloomdeskError as error:
         refused = error
     else:
         return
-    assert refused.message.startswith(f"{shown_size(total)} of RAM are too little")
+    assert refused.message.startswith(f"{units.size(total)} of RAM are too little")
     for part in (process + MARGIN, cache, activations):
-        assert shown_size(part) in refused.message
+        assert units.size(part) in refused.message
     enough = parse_size(re.search(r"--ram (\S+GB)", refused.hint)[1])
     assert enough > total
-    shared(enough, sizes, process, cache, activations)
-    least = min(FEWEST_BUFFERS * (max(sizes) + 4096), sum(sizes)) + process + cache + activations + MARGIN
-    assert f"{shown_size(least)} are needed" in refused.message
-    shared(least, sizes, process, cache, activations)
+    planned(enough, sizes, process, cache, activations)
+    least = (
+        min(FEWEST_BUFFERS * buffer_bytes(max(sizes)), sum(sizes)) + process + cache + activations + MARGIN
+    )
+    assert f"{units.size(least)} are needed" in refused.message
+    planned(least, sizes, process, cache, activations)
     with pytest.raises(BloomdeskError):
-        shared(least - 1, sizes, process, cache, activations)
+        planned(least - 1, sizes, process, cache, activations)
 
 
 @given(SIZES, st.integers(0, 2**32))
@@ -226,12 +151,12 @@ def test_without_room_nothing_stays(room: int) -> None:
 
 def test_more_ram_never_streams_more_than_a_chunk_more() -> None:
     sizes = [30 * MIB] * 12 + [17 * MIB] * 5 + [31 * MIB] * 20
-    streamed = [shared(MARGIN + 100 * MIB + step * 10 * MIB, sizes).streamed_bytes for step in range(110)]
+    streamed = [planned(MARGIN + 100 * MIB + step * 10 * MIB, sizes).streamed_bytes for step in range(110)]
     assert streamed[0] > streamed[-1] == 0
     assert all(after <= before + 2 * max(sizes) for before, after in pairwise(streamed))
 
 
-# And kept to.
+# Runs keep to the plan.
 
 IN_LITTLE_RAM = r"""
 import ctypes, faulthandler, mmap, os, re, sys
@@ -258,13 +183,13 @@ def cached(chunk):
     return sum(page & 1 for page in pages) * size
 if sum(map(cached, chunks)) > 1e6:
     sys.exit("the file system keeps its pages")
-least = replace(model, ram=2**50).budget(24, 16)
+least = replace(model, ram=2**50).memory_plan(24, 16)
 ram = least.process + least.cache + least.activations + MARGIN + 3 * 34 * 2**20 + 40 * 2**20
 model = replace(model, ram=ram)
 generation = model.generate(list(range(5, 21)), max_new_tokens=3)
 tokens = list(generation)
-shares = generation.batch.capacity.shares
-assert shares.resident_bytes > 20e6 and shares.streamed_bytes > 60e6, shares
+plan = generation.batch.capacity.memory_plan
+assert plan.resident_bytes > 20e6 and plan.streamed_bytes > 60e6, plan
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(ram, peak, sum(map(cached, chunks)), *tokens)
 """

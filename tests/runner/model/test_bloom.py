@@ -75,7 +75,7 @@ def test_generation_counts_and_stops_at_the_limit(prepared) -> None:
     ids = list(generation)
     assert (generation.stop_reason, generation.passes, generation.ids) == ("length", 4, ids)
     assert generation.bytes_read == sum(chunk.nbytes for chunk in model.weights.stream.chunks)  # all resident
-    assert parts == [(done, 4) for done in (1, 2, 3, 4)] * 4  # 3 blocks and the head
+    assert parts == [(done, 5) for done in (2, 3, 4, 5)] * 4  # the embedding, 3 blocks and the head
     assert next(generation, None) is None
 
 

@@ -73,7 +73,7 @@ for name in ("fcntl", "resource", "termios", "pwd"):
 torch.set_num_threads(1)
 sys.platform = "win32"
 import runner, runner.generation.memory_plan, runner.weights.chunks, runner.system
-from runner.cli.commands import main
+from runner.__main__ import main
 assert not runner.system.platform.LINUX_CALLS
 runner.generation.memory_plan.MARGIN = 0
 runner.weights.chunks.LARGEST_CHUNK = 20000

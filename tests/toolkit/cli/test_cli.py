@@ -1,10 +1,10 @@
-"""The `bloomdesk` command as a user runs it: a process, its output, its exit status."""
+"""The `bloomdesk` command as a user runs it: its output and its exit status."""
 
 from __future__ import annotations
 
 import json
 import os
-import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -17,24 +17,9 @@ import pytest
 import runner
 from runner.weights.stream import READERS
 from scripts.fakehub.server import LocalHub
+from tests.support.commands import COMMAND, refused, run, screen_of, started
 
-COMMAND = [sys.executable, "-m", "toolkit.cli.app"]
 PROMPT = "The SQL command to list all the books whose year is 1999 is:"
-
-
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-
-
-def refused(*arguments: str | Path, status: int = 1, **environment: str) -> str:
-    """The one sentence on standard error of a command that fails as it should."""
-    done = run(*arguments, **environment)
-    assert done.returncode == status, done
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) <= 2
-    return done.stderr
 
 
 def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
@@ -76,9 +61,8 @@ def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
     assert report["stop_reason"] == "length"
     assert report["text"] and " SELECT * FROM books WHERE year".startswith(report["text"])
     chunks = runner.load(miniature[1]).weights.stream.chunks
-    assert report["bytes_read"] == sum(
-        chunk.nbytes for chunk in chunks
-    )  # all of them stay, and are read once
+    # All of them stay, and are read once.
+    assert report["bytes_read"] == sum(chunk.nbytes for chunk in chunks)
 
 
 def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) -> None:
@@ -88,30 +72,14 @@ def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) 
 
 
 def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
-    """Text grows on standard output; notes of the pass come and go; a summary ends it."""
-    ours, theirs = pty.openpty()
-    command = [*COMMAND, "generate", str(miniature[1]), PROMPT]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}):
-        os.close(theirs)
-        screen = _read_all(ours)
-    assert "[part " in screen and "of 71]" in screen
+    """Text grows on standard output, the status of the pass comes and goes, and a summary ends it."""
+    screen = screen_of("generate", miniature[1], PROMPT)
+    assert "[part " in screen and "of 72]" in screen
     assert screen.replace("\r", "").rstrip().endswith("; the model ended its text)")
 
 
-def _read_all(descriptor: int) -> str:
-    pieces = []
-    try:
-        while piece := os.read(descriptor, 65536):
-            pieces.append(piece)
-    except OSError:  # how Linux says that nobody writes to the terminal any more
-        pass
-    os.close(descriptor)
-    return b"".join(pieces).decode()
-
-
 def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> None:
-    command = [*COMMAND, "generate", str(miniature[1]), "When I was 6", "--max-new-tokens", "2000", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started("generate", miniature[1], "When I was 6", "--max-new-tokens", "2000", "--json") as process:
         _wait_for_generation(process)
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
@@ -188,22 +156,45 @@ def test_an_empty_prompt_is_refused(miniature: tuple[Path, Path]) -> None:
     assert "no tokens" in refused("generate", miniature[1], "")
 
 
-def test_a_bug_shows_its_traceback_only_with_debug(miniature: tuple[Path, Path], tmp_path: Path) -> None:
-    code = (
-        "import sys, toolkit.commands.info, toolkit.cli.app\n"
-        "def inspect(directory): raise RuntimeError('a bug')\n"
-        "toolkit.commands.info.inspect = inspect\n"
-        "toolkit.cli.app.main()"
-    )
-    for options in ([], ["--debug"]):
-        command = [sys.executable, "-c", code, *options, "info", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert ("Traceback" in done.stderr) == bool(options)
-        assert "a bug" in done.stderr
+def test_a_bug_shows_its_traceback_only_with_debug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(directory: Path) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("toolkit.commands.info.inspect", broken)
+    assert "unexpected RuntimeError: a bug" in refused("info", tmp_path)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("--debug", "info", tmp_path)
 
 
-def test_help_names_every_command() -> None:
-    done = run("--help")
-    assert done.returncode == 0
-    assert all(name in done.stdout for name in ("download", "convert", "verify", "info", "generate"))
+def test_the_process_ends_with_the_status_of_its_command(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "verify", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_names_every_command_and_breaks_no_word(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(option)
+    assert shown.returncode == 0
+    names = [line.split()[0] for line in shown.stdout.split("Commands:\n")[1].splitlines()]
+    assert {"download", "prepare", "convert", "verify", "repair", "info", "generate", "plan"} < set(names)
+    for name in names:
+        lines = run(name, option).stdout.splitlines()
+        assert len(lines) > 5
+        assert not [line for line in lines if len(line) > 80 or line.endswith("-")]
+
+
+def test_the_version() -> None:
+    assert re.fullmatch(r"bloomdesk \d+\.\d+\.\d+\n", run("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["generate", "--no-such"], ["generate"], ["no-such"], ["plan", "--tokens", "0"]]
+)
+def test_what_was_mistyped_is_one_sentence(arguments: list[str]) -> None:
+    assert "--help" in refused(*arguments, status=2)
+
+
+def test_no_arguments_show_the_help() -> None:
+    done = run()
+    assert done.returncode == 2 and done.stderr.startswith("Usage: bloomdesk")

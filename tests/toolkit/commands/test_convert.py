@@ -26,7 +26,8 @@ from runner.format.safetensors import DATA_ALIGNMENT, read_header
 from runner.system import atomic as durable
 from scripts.fakehub.checkpoint import Layout, from_state, old_config, synthetic, write_repo
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
-from toolkit.commands.convert import carry_out, convert, plan_conversion
+from toolkit.commands.build import carry_out
+from toolkit.commands.convert import convert, plan_conversion
 from toolkit.commands.verify import verify
 from toolkit.hub.record import RECORD, DownloadRecord, save_record
 from toolkit.hub.revision import HubFile, Revision
@@ -383,12 +384,14 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path) -> None
 def test_a_source_that_ends_while_it_is_read(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     plan = plan_conversion(source, out)
-    part = plan.to_write[1]
+    part = plan.source.parts["block_00.safetensors"]
     moved = replace(
         part, tensors=tuple(replace(tensor, offset=tensor.offset + 10**9) for tensor in part.tensors)
     )
     with pytest.raises(BloomdeskError, match="too early"):
-        carry_out(replace(plan, to_write=(moved,)))
+        carry_out(
+            replace(plan, source=replace(plan.source, parts={**plan.source.parts, moved.spec.file: moved}))
+        )
     assert not (out / "block_00.safetensors").exists()
 
 
@@ -400,7 +403,7 @@ def test_delete_source_leaves_the_same_directory_and_no_shards(tmp_path: Path) -
     shards = set(source.glob("*.bin"))
     size = sum(shard.stat().st_size for shard in shards)
     plan = plan_conversion(source, tmp_path / "out", delete_source=True)
-    assert set(plan.to_delete) == shards
+    assert set(plan.source.deletable) == shards
     assert plan.peak_bytes < plan.bytes_to_write
     done = carry_out(plan)
     assert done.bytes_deleted == size
@@ -415,12 +418,12 @@ def test_delete_source_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         carry_out(plan, _interrupt_at("block_01.safetensors"))
     left = len(list(source.glob("*.bin")))
-    assert 0 < left < len(plan.to_delete)
+    assert 0 < left < len(plan.source.deletable)
     carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
     assert not list(source.glob("*.bin"))
     assert content(tmp_path / "out") == content(tmp_path / "expected")
     again = plan_conversion(source, tmp_path / "out", delete_source=True)
-    assert not again.to_write
+    assert not again.schedule.needs
     assert carry_out(again).written == ()
 
 

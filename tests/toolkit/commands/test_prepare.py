@@ -20,10 +20,11 @@ from runner.format.manifest import load_manifest
 from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import Fault, LocalHub
+from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
-from toolkit.commands.prepare import carry_out, plan_preparation, prepare
-from toolkit.commands.staging import Schedule
+from toolkit.commands.prepare import plan_preparation, prepare
+from toolkit.commands.schedule import Schedule
 from toolkit.hub import client as wire
 from toolkit.parts.destination import STAGING
 
@@ -82,12 +83,12 @@ def test_the_dtype_is_that_of_the_shards(serve, tmp_path: Path, dtype: str) -> N
 def test_the_disk_holds_no_more_than_was_said(serve, tmp_path: Path, layout: str) -> None:
     serve(LAYOUTS[layout])
     plan = plan_preparation(REPO, tmp_path / "out")
-    shards = sorted(plan.shard_size(name) for name in plan.schedule.shards)
+    shards = sorted(plan.schedule.shard_sizes[name] for name in plan.schedule.shards)
     peak = _peak_while(tmp_path / "out", lambda: carry_out(plan))
     small = sum(len(data) for data in plan.companions.values())
     manifests = 2 * (tmp_path / "out" / "manifest.json").stat().st_size + 16384
     assert peak <= plan.peak_bytes + small + manifests
-    if plan.shards_at_a_time <= 2:
+    if plan.schedule.shards_at_a_time <= 2:
         assert plan.peak_bytes <= plan.bytes_to_write + sum(shards[-2:])
 
 
@@ -123,11 +124,11 @@ def _bytes_below(directory: Path) -> int:
 def test_blocks_that_are_cut_need_more_shards_at_a_time_and_it_is_known_before() -> None:
     sizes = {"a": 10, "b": 20, "c": 30, "d": 40}
     parts = {"embedding": 10, "block": 45, "last": 45}
-    whole = Schedule({"embedding": ("a",), "block": ("b",), "last": ("c",)})
-    assert whole.peak(parts.get, sizes.get) == (100 + 30, 2)
-    cut = Schedule({"embedding": ("a",), "block": ("b", "c", "d"), "last": ("d",)})
+    whole = Schedule({"embedding": ("a",), "block": ("b",), "last": ("c",)}, parts, sizes)
+    assert (whole.peak_bytes, whole.shards_at_a_time) == (100 + 30, 2)
+    cut = Schedule({"embedding": ("a",), "block": ("b", "c", "d"), "last": ("d",)}, parts, sizes)
     assert cut.shards == ("a", "b", "c", "d")
-    assert cut.peak(parts.get, sizes.get) == (55 + 90, 3)
+    assert (cut.peak_bytes, cut.shards_at_a_time) == (55 + 90, 3)
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_figures(

@@ -19,10 +19,11 @@ from runner.format.coded import LOSSLESS, PLAIN, ROW_GROUPS_SUFFIX
 from runner.format.manifest import Manifest, PartRecord, load_manifest
 from runner.format.safetensors import read_header
 from scripts.fakehub.checkpoint import bloom_shapes, from_state, old_config, synthetic, write_repo
+from tests.support.commands import refused, run
 from tests.support.lossless import content, decoded, flip, make
-from tests.toolkit.cli.test_cli import refused, run
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
-from toolkit.commands.convert import carry_out, convert, plan_conversion
+from toolkit.commands.build import carry_out
+from toolkit.commands.convert import convert, plan_conversion
 from toolkit.commands.export import export
 from toolkit.commands.info import inspect
 from toolkit.commands.verify import verify

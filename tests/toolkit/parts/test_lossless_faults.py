@@ -21,14 +21,14 @@ from runner.format.safetensors import read_header
 from runner.kernel import encode as encoder
 from scripts.fakehub.server import Fault, LocalHub
 from tests.support.lossless import content, flip, make
-from toolkit.commands.convert import carry_out, convert
+from toolkit.commands.build import carry_out
+from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation, prepare
-from toolkit.commands.repair import forget, plan_from_hub, plan_from_source
+from toolkit.commands.repair import forget, plan_repair
 from toolkit.commands.space import space_to_prepare
 from toolkit.commands.verify import verify
 from toolkit.hub import client as wire
-from toolkit.parts.destination import STAGING
 from toolkit.parts.manifest_backup import write_backup
 from toolkit.parts.part import part_size
 
@@ -160,7 +160,7 @@ def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], coded_copy:
     assert {item.file for item in report.damage} == set(load_manifest(out).parts)
     known = forget(coded_copy, report.damage, source)
     assert known.form == LOSSLESS
-    carry_out(plan_from_source(coded_copy, source, known))
+    carry_out(plan_repair(coded_copy, known, source))
     assert content(coded_copy) == content(out)
 
 
@@ -170,7 +170,7 @@ def test_an_interrupted_repair_is_gone_on_with(coded: tuple[Path, Path], coded_c
     forget(coded_copy, verify(coded_copy).damage, source)
     known = forget(coded_copy, verify(coded_copy).damage, source)
     assert not load_manifest(coded_copy).parts and len(known.parts) == 5
-    carry_out(plan_from_source(coded_copy, source, known))
+    carry_out(plan_repair(coded_copy, known, source))
     assert content(coded_copy) == content(out)
 
 
@@ -299,9 +299,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path]
         plan_preparation(REPO, out)
     damage_everything(out)
     known = forget(out, verify(out).damage, None)
-    from toolkit.commands.prepare import carry_out as carry_out_preparation
-
-    assert set(carry_out_preparation(plan_from_hub(out, known)).written) == set(parts)
+    assert set(carry_out(plan_repair(out, known, None)).written) == set(parts)
     assert content(out) == before
 
 
@@ -331,19 +329,15 @@ def test_prepare_killed_goes_on(hub: LocalHub, coded: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_prepare_of_other_dtypes_is_refused_and_can_go_on_plain(
+def test_prepare_of_other_dtypes_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Four bytes show in the sizes; which two they are the first shard tells, and it need not come twice."""
     make(tmp_path / "repo", dtype=dtype)
     with LocalHub({REPO: tmp_path / "repo"}) as local:
         monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
         out = tmp_path / "out"
         with pytest.raises(BloomdeskError, match="lossless form"):
             prepare(REPO, out, form=LOSSLESS)
-        assert out.exists() == (dtype == "float16")
-        staged = out / STAGING / "pytorch_model_00001-of-00005.bin"
-        assert staged.exists() == (dtype == "float16")
-        done = prepare(REPO, out)
+        assert not out.exists()
+        prepare(REPO, out)
         assert verify(out).sound and load_manifest(out).form == PLAIN
-        assert (done.resumed > 0) == (dtype == "float16")

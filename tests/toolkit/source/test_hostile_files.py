@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import _digest
+from runner.format.manifest import digest
 from runner.format.safetensors import encode_header
 from runner.model.tokenizer import Tokenizer
 from runner.system.atomic import write_atomically
@@ -311,7 +311,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     body = json.loads((directory / "manifest.json").read_text())
     body.pop("sha256")
     change(body)
-    (directory / "manifest.json").write_text(json.dumps({**body, "sha256": _digest(body)}))
+    (directory / "manifest.json").write_text(json.dumps({**body, "sha256": digest(body)}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""Numbers for people: sizes, rates, durations and shares, with three digits at any magnitude; sizes read from text."""
+
+from __future__ import annotations
+
+import re
+
+from runner.errors import BloomdeskError
+
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `12GB`, `12 GB`, `1.5G` or `900MB`; with an i, as in `12GiB`, in powers of 1,024.
+
+    Raises `BloomdeskError` for anything else, and for a size of 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
+    size = 0
+    if found and (found[2] or not found[3]):
+        unit = (1024 if found[3] else 1000) ** _POWERS[found[2].lower()]
+        # More digits than any size has may become infinite, which is no integer.
+        size = int(min(2.0**60, float(found[1])) * unit)
+    if not 0 < size < 2**60:
+        raise BloomdeskError(f"{text[:40]!r} is not an amount of memory", "write it like 12GB or 900MB")
+    return size
+
+
+def number(value: float) -> str:
+    """Three digits without an exponent: "1,230", "12.3", "0.0123"."""
+    text = f"{_rounded(value):,.6f}"
+    return text.rstrip("0").rstrip(".")
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units: "352 GB", "7.2 MB", "58.3 kB", "17 bytes"."""
+    for unit, one in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if _rounded(nbytes) >= one:
+            return f"{number(nbytes / one)} {unit}"
+    return f"{number(nbytes)} bytes"
+
+
+def rate(bytes_per_second: float) -> str:
+    """ "2.35 GB/s"."""
+    return f"{size(bytes_per_second)}/s"
+
+
+def duration(seconds: float) -> str:
+    """ "1.23 ms", "12.3 s", "5 min 7 s", "3 h 20 min"."""
+    if 0 < _rounded(seconds) < 1:
+        return f"{number(seconds * 1e3)} ms"
+    if seconds < 99.95:
+        return f"{number(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def percent(share: float) -> str:
+    """ "97.3%", "0.61%"."""
+    return f"{number(100 * share)}%"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")

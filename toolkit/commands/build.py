@@ -1,0 +1,163 @@
+"""The engine of convert, prepare and repair: makes the missing parts of a prepared directory, one at a time.
+
+    for each part:  plan it from its shards ──> gather ──> PART.incomplete ──> fsync ──> source hashes right?
+                    ──> rename ──> record in the manifest ──> delete shards that no later part needs
+
+`Shards` is one of two: files of a checkpoint on disk (convert.py), or shards that arrive from the Hub while parts are
+made (arrivals.py). Every step survives a kill: the same command run again keeps the recorded parts and makes the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from runner.errors import BloomdeskError
+from runner.format.hyperparameters import Hyperparameters
+from runner.format.layout import EMBEDDING, part_specs
+from runner.format.manifest import Manifest, SourceShard
+from toolkit.commands.schedule import Schedule
+from toolkit.hub.transfer import CONNECTIONS
+from toolkit.io.progress import Progress, silent
+from toolkit.parts import destination as target
+from toolkit.parts.manifest_backup import write_backup
+from toolkit.parts.part import PlannedPart, check_lm_head, check_shape, part_work, plan_part, write_part
+from toolkit.parts.release import Release
+from toolkit.source.key_map import Assignment
+from toolkit.source.shards import SourceTensor
+
+
+class Shards(Protocol):
+    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub."""
+
+    received: int
+    resumed: int
+
+    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+        """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""
+
+    def part(self, file: str) -> PlannedPart:
+        """The part `file`, as soon as the shards that it is made from are there."""
+
+    def checked(self, shard: Path) -> SourceShard:
+        """The shard's name and sha256; `BloomdeskError` if that is not the expected one."""
+
+    def release(self, needed: frozenset[str], delete: Callable[[Path], None]) -> None:
+        """Call `delete` for every shard that may be deleted and is not among `needed`."""
+
+
+class Source(Protocol):
+    """Where a plan's shards come from."""
+
+    def shards(self, plan: BuildPlan, connections: int) -> Shards:
+        """The shards, for one run."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What `carry_out` will do, checked as far as possible before anything is written.
+
+    `existing` is the manifest that the destination has now, if any, and `manifest` what is kept of it. `companions`
+    are the small files' bytes. `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert`
+    beyond what is taken now. `bytes_to_fetch` are those of the needed shards of the Hub, also if already on the disk.
+    """
+
+    destination: Path
+    existing: Manifest | None
+    manifest: Manifest
+    companions: Mapping[str, bytes]
+    schedule: Schedule
+    source: Source
+    peak_bytes: int
+    bytes_to_fetch: int = 0
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the parts; in a lossless directory an estimate from above."""
+        return sum(map(self.schedule.part_sizes.__getitem__, self.schedule.needs))
+
+    @property
+    def work(self) -> int:
+        """Bytes that progress counts in all, of fetched shards and of parts."""
+        model, form = self.manifest.model, self.manifest.form
+        specs = (spec for spec in part_specs(model) if spec.file in self.schedule.needs)
+        return self.bytes_to_fetch + sum(part_work(spec, model.dtype, form) for spec in specs)
+
+
+@dataclass(frozen=True)
+class BuildSummary:
+    """What a build did, in bytes of parts written and of source shards deleted, received and resumed."""
+
+    destination: Path
+    model: Hyperparameters
+    written: tuple[str, ...]
+    kept: tuple[str, ...]
+    bytes_written: int
+    bytes_deleted: int
+    received: int
+    resumed: int
+    seconds: float
+
+
+def plan_source_part(
+    file: str, manifest: Manifest, assignment: Assignment, tensors: Mapping[str, SourceTensor]
+) -> PlannedPart:
+    """The part `file` made from source `tensors`; `BloomdeskError` if they do not fit or the head is another matrix."""
+    model = manifest.model
+    spec = next(spec for spec in part_specs(model) if spec.file == file)
+    part = plan_part(spec, model.dtype, assignment.parts[file], tensors, manifest.form)
+    lm_head = tensors.get(assignment.lm_head or "")
+    if file == EMBEDDING and lm_head is not None:
+        check_shape(lm_head, (model.vocab_size, model.hidden_size))
+        check_lm_head(lm_head, part.tensors[0])
+    return part
+
+
+def carry_out(plan: BuildPlan, progress: Progress = silent, connections: int = CONNECTIONS) -> BuildSummary:
+    """Make what is missing; `progress` is called for parts and fetched shards, from up to two threads.
+
+    Raises `BloomdeskError` if another process writes there, if the Hub, a shard or the disk fails, or if something is
+    not what it should be. What is finished then stays, and the same call resumes from it.
+    """
+    start = time.monotonic()
+    with target.sole_writer_of(plan.destination):
+        if target.load_existing(plan.destination) != plan.existing:
+            raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
+        manifest = target.initialise(plan.destination, plan.manifest, plan.companions)
+        shards, release = plan.source.shards(plan, connections), Release(plan.destination)
+
+        def make(report: Progress) -> Manifest:
+            return _make_parts(plan, manifest, shards, release, report)
+
+        whole = shards.run(make, progress)
+        write_backup(plan.destination, whole)
+    written = tuple(plan.schedule.needs)
+    kept = tuple(file for file in whole.parts if file not in written)
+    size = sum(whole.parts[file].size for file in written)
+    traffic = release.bytes, shards.received, shards.resumed
+    return BuildSummary(
+        plan.destination, whole.model, written, kept, size, *traffic, time.monotonic() - start
+    )
+
+
+def _make_parts(
+    plan: BuildPlan, manifest: Manifest, shards: Shards, release: Release, progress: Progress
+) -> Manifest:
+    """The manifest with every part, each recorded as soon as it is in place."""
+
+    def delete(shard: Path) -> None:
+        release.delete(shard, manifest)
+
+    # An earlier run may have made the parts of a shard and ended before it deleted the shard.
+    shards.release(frozenset(plan.schedule.shards), delete)
+    for file in plan.schedule.needs:
+        record = write_part(shards.part(file), plan.destination, shards.checked, progress)
+        if record.decoded:
+            release.trust(record)
+        manifest = manifest.with_part(record)
+        target.write_manifest(plan.destination, manifest)
+        shards.release(plan.schedule.needed_after(file), delete)
+    return manifest

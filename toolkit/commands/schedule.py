@@ -1,0 +1,94 @@
+"""The order in which shards are needed and parts are made, and the disk that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from runner.format.layout import EMBEDDING, part_specs
+from runner.format.manifest import Manifest
+from toolkit.parts.destination import missing_parts
+from toolkit.parts.part import part_size
+from toolkit.source.key_map import Assignment
+from toolkit.source.shards import ShardList
+
+SHARDS_AT_A_TIME = 2  # one that parts are made from, and one on its way
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The shards that each missing part is made from, in the order of a pass; sizes are bytes, by file name."""
+
+    needs: Mapping[str, tuple[str, ...]]
+    part_sizes: Mapping[str, int]
+    shard_sizes: Mapping[str, int]
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Every shard that is needed, in the order in which they arrive."""
+        return tuple(dict.fromkeys(name for shards in self.needs.values() for name in shards))
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all needed shards."""
+        return sum(map(self.shard_sizes.__getitem__, self.shards))
+
+    def needed_after(self, part: str) -> frozenset[str]:
+        """Shards that parts after `part` need."""
+        parts = list(self.needs)
+        return frozenset(name for later in parts[parts.index(part) + 1 :] for name in self.needs[later])
+
+    @property
+    def shards_at_a_time(self) -> int:
+        """The most shards that are on the disk at any time, if each is deleted after its last part."""
+        return max((len(held) for _, held in self._held()), default=0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes of parts and shards at any time, if shards arrive one by one and go after their last part."""
+        written = peak = 0
+        for part, held in self._held():
+            written += self.part_sizes[part]
+            peak = max(peak, written + sum(map(self.shard_sizes.__getitem__, held)))
+        return peak
+
+    def _held(self) -> Iterator[tuple[str, set[str]]]:
+        """Each part with the shards on the disk while it is made: its own and, if that is one, the next to arrive."""
+        order, arrived = self.shards, set[str]()
+        for part, shards in self.needs.items():
+            arrived |= set(shards)
+            held = set(arrived)
+            if len(held) < SHARDS_AT_A_TIME:
+                last = max(map(order.index, held))
+                held |= set(order[last + 1 : last + 2])
+            yield part, held
+            arrived &= self.needed_after(part)
+
+    def growth(self, deletable: frozenset[str]) -> int:
+        """The most bytes beyond those taken now, if all shards exist and `deletable` ones go after their last part."""
+        written = freed = peak = 0
+        for part in self.needs:
+            written += self.part_sizes[part]
+            peak = max(peak, written - freed)
+            gone = deletable - self.needed_after(part)
+            freed += sum(map(self.shard_sizes.__getitem__, gone))
+            deletable -= gone
+        return peak
+
+
+def schedule_of(
+    manifest: Manifest, shards: ShardList, assignment: Assignment | None, shard_sizes: Mapping[str, int]
+) -> Schedule:
+    """The schedule of the parts that `manifest` lacks; without an index every part needs the one shard there is."""
+    needs = {}
+    for spec in missing_parts(manifest):
+        names = [file.name for file in shards.files]
+        if shards.weight_map is not None and assignment is not None:
+            names = [shards.weight_map[key] for key in assignment.parts[spec.file].values()]
+            if spec.file == EMBEDDING and assignment.lm_head is not None:
+                # The head must equal the embedding.
+                names.append(shards.weight_map[assignment.lm_head])
+        needs[spec.file] = tuple(dict.fromkeys(names))
+    dtype, form = manifest.model.dtype, manifest.form
+    sizes = {spec.file: part_size(spec, dtype, form) for spec in part_specs(manifest.model)}
+    return Schedule(needs, sizes, shard_sizes)
