@@ -1,7 +1,8 @@
 """All machine code, and its face: matrix product, decoder and encoder of the lossless form, threads.
 
 Words. *lane*: one of the 8 partial sums of an output. *panel*: the block of weights that a core decodes into its cache
-and uses at once. *task*: a function that all threads share. *epoch*: the number of a task; odd while it is open.
+and uses at once. *task*: a function that all threads share. *epoch*: the word that opens and closes tasks.
+*worker*: a thread that enters them.
 
 May import `format` and `system`.
 """

@@ -1,7 +1,7 @@
-"""The lossless form of a bfloat16 matrix: row groups of 12 rows, each a chain of panels of up to 4,096 columns.
+"""The decoder of the lossless form: row groups of 12 rows, each a chain of panels of up to 4,096 columns.
 
-A row group is found by its offset, so any rows can be decoded alone. panel.py knows what is inside a panel; a pass
-decodes panels where it multiplies, in product.py.
+A row group is found by its offset, so any rows can be decoded alone. panel.py decodes one panel; a pass decodes panels
+right before it multiplies with them, in product.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
 if TYPE_CHECKING:
     from llvmlite import ir
 
-ELEMENT = 2  # bytes of a weight
+# Bytes of a weight.
+ELEMENT = 2
 
 
 def decode_row_groups(coded: object, offsets: Sequence[int], rows: int, columns: int, out: object) -> None:
-    """The bfloat16 bits of `rows` rows of `columns` weights, from the row groups in the buffer `coded`, into `out`.
+    """Decode the row groups in the buffer `coded` into the buffer `out`: `rows` rows of `columns` bfloat16 weights.
 
-    `offsets` are where each row group begins in `coded`, and their end. Raises ValueError if these or `out` do not fit,
-    or the coded bytes are damaged. The interpreter's lock is free meanwhile.
+    `offsets` say where each row group begins in `coded`, and where the last ends. Raises ValueError if these or `out`
+    do not fit, or the coded bytes are damaged. The interpreter's lock is free meanwhile.
     """
     source, target = as_array(coded), as_array(out)
     whole = list(offsets)
@@ -38,7 +39,7 @@ def decode_row_groups(coded: object, offsets: Sequence[int], rows: int, columns:
 
 
 def as_array(buffer: object) -> ctypes.Array[ctypes.c_ubyte]:
-    """The bytes of a buffer where they are, for machine code; a copy of what is read-only."""
+    """The bytes of a buffer for machine code: in place, or a copy if the buffer is read-only."""
     view = memoryview(buffer).cast("B")
     kind = ctypes.c_ubyte * len(view)
     return kind.from_buffer_copy(view) if view.readonly else kind.from_buffer(view)
@@ -48,20 +49,16 @@ def as_array(buffer: object) -> ctypes.Array[ctypes.c_ubyte]:
 def compile_decoder() -> tuple[ctypes._CFuncPtr, int]:
     """`decode(coded, offsets, rows, columns, out, scratch)` -> 0, or 1 for damage; and the bytes of its scratch.
 
-    The first call takes half a second, and some memory for good.
+    The first call takes half a second, and some memory that is kept.
     """
-    from runner.kernel.emit import compiled, new_module
+    from runner.kernel.emit import compiled, native, new_module
     from runner.kernel.panel import scratch_bytes
 
     module = new_module()
     _emit_rows(module)
-    engine = compiled(module)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    decode = ctypes.CFUNCTYPE(number, pointer, pointer, number, number, pointer, pointer)(
-        engine.get_function_address("decode_rows")
-    )
-    decode.engine = engine  # the code lives as long as it does
-    return decode, scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS)
+    types = (number, pointer, pointer, number, number, pointer, pointer)
+    return native(compiled(module), "decode_rows", *types), scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS)
 
 
 def _emit_rows(module: ir.Module) -> None:
@@ -95,6 +92,7 @@ def _emit_rows(module: ir.Module) -> None:
                 place = b.add(b.mul(b.add(first, row), columns), k)
                 target = b.gep(out, [b.mul(place, index(ELEMENT))])
                 emit_copy(b, target, b.gep(scratch, [b.mul(row, nbytes)]), nbytes)
-        with b.if_then(b.icmp_unsigned("!=", b.load(panel), end), likely=False):  # a row group is its panels
+        # A row group consists of its panels and nothing else.
+        with b.if_then(b.icmp_unsigned("!=", b.load(panel), end), likely=False):
             b.ret(index(1))
     b.ret(index(0))

@@ -1,7 +1,8 @@
-"""Loops, loads and vectors in LLVM's language, and machine code for this processor made of them."""
+"""Loops, loads and vectors in LLVM's language, and their compilation for this processor."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ def new_module() -> ir.Module:
 
 
 def compiled(module: ir.Module) -> llvm.ExecutionEngine:
-    """The module as machine code, which lives as long as the engine does; takes about half a second."""
+    """The engine with the module's machine code, which lives as long as it; takes about half a second."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
@@ -33,6 +34,15 @@ def compiled(module: ir.Module) -> llvm.ExecutionEngine:
     engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
     return engine
+
+
+def native(
+    engine: llvm.ExecutionEngine, name: str, result: type | None, *arguments: type
+) -> ctypes._CFuncPtr:
+    """A function of an engine's machine code; it keeps the engine alive."""
+    found = ctypes.CFUNCTYPE(result, *arguments)(engine.get_function_address(name))
+    found.engine = engine
+    return found
 
 
 def index(value: int) -> ir.Constant:
@@ -49,7 +59,7 @@ def rounded_up(b: ir.IRBuilder, value: ir.Value, step: int) -> ir.Value:
 
 
 def offset(b: ir.IRBuilder) -> Callable[[ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]:
-    """The address of `[row, column]` in a matrix of a given stride."""
+    """A function for the address of `[row, column]` in a matrix of a given stride."""
     return lambda base, row, stride, column: b.gep(base, [b.add(b.mul(row, stride), column)])
 
 
@@ -75,14 +85,14 @@ def vector(kind: ir.Type, values: list[int]) -> ir.Constant:
 
 
 def load_bytes(b: ir.IRBuilder, address: ir.Value, count: int) -> ir.Value:
-    """`count` bytes from any address, as a vector."""
+    """`count` bytes at an unaligned address, as a vector."""
     value = b.load(b.bitcast(address, ir.VectorType(BYTE, count).as_pointer()))
     value.align = 1
     return value
 
 
 def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    """A value to any address."""
+    """Store a value at an unaligned address."""
     b.store(value, b.bitcast(address, value.type.as_pointer())).align = 1
 
 
@@ -94,7 +104,7 @@ def intrinsic(b: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Va
 
 
 def constant_bytes(module: ir.Module, name: str, data: bytes) -> ir.Value:
-    """A pointer to bytes that come with the code."""
+    """A pointer to constant bytes of the module."""
     kind = ir.ArrayType(BYTE, len(data))
     held = module.globals.get(name)
     if held is None:

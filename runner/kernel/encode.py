@@ -1,4 +1,4 @@
-"""Codes bfloat16 weights into the lossless form: machine code too, since a checkpoint has 176 billion of them."""
+"""The encoder of the lossless form, in machine code since a checkpoint has 176 billion weights; format: panel.py."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from runner.kernel.emit import (
     index,
     load_bytes,
     loop,
+    native,
     new_module,
     rounded_up,
     smaller,
@@ -28,25 +29,25 @@ from runner.kernel.emit import (
 from runner.kernel.panel import CODES, ESCAPE, GROUP, HEADER, STORED, TABLES, emit_copy
 
 _SHORT, _NO = ir.IntType(16), ir.Constant(ir.IntType(1), 0)
-_MOST = (
-    ROW_GROUP_ROWS * PANEL_COLUMNS + GROUP
-)  # weights of a panel, filled up; the unit of the scratch memory:
+# Weights of a panel, padded: the unit of the scratch memory, in which these are the places of its regions.
+_MOST = ROW_GROUP_ROWS * PANEL_COLUMNS + GROUP
 _EXPONENTS, _OTHERS, _CODES, _ESCAPES, _CODED, _TABLES = 0, 1, 2, (3, 4), 5, 9
-_KINDS, _COUNTERS = 256, 4  # of exponents, and counters of each
+# Possible exponents, and counters of each.
+_KINDS, _COUNTERS = 256, 4
 
 
 def encode_row_groups(rows: object, columns: int) -> tuple[bytes, list[int]]:
     """The coded form of whole rows of bfloat16 bits in the buffer `rows`, and the bytes of each row group.
 
     All calls for a matrix but the last give a multiple of 12 rows. The same rows always give the same bytes. Raises
-    ValueError where the buffer holds no whole rows. The interpreter's lock is free meanwhile.
+    ValueError if the buffer does not hold whole rows. The interpreter's lock is free meanwhile.
     """
     source = as_array(rows)
     count, rest = divmod(len(source), columns * ELEMENT)
     if rest or not count:
         raise ValueError(f"{len(source):,} bytes are no rows of {columns:,} weights")
     row_groups, panels = row_group_count(count), -(-columns // PANEL_COLUMNS)
-    # A panel that would not become smaller is stored, with a header and filled up.
+    # A panel that would not become smaller is stored, with a header and padding.
     out = (ctypes.c_ubyte * (len(source) + row_groups * panels * (HEADER + CODES)))()
     lengths = (ctypes.c_int64 * row_groups)()
     scratch = (ctypes.c_ubyte * (_TABLES * _MOST + 8192))()
@@ -59,13 +60,8 @@ def _encoder() -> ctypes._CFuncPtr:
     """`encode(rows, count, columns, out, lengths, scratch)`."""
     module = new_module()
     _emit_rows(module, _emit_panel(module))
-    engine = compiled(module)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    encode = ctypes.CFUNCTYPE(None, pointer, number, number, pointer, pointer, pointer)(
-        engine.get_function_address("encode")
-    )
-    encode.engine = engine  # the code lives as long as it does
-    return encode
+    return native(compiled(module), "encode", None, pointer, number, number, pointer, pointer, pointer)
 
 
 def _emit_rows(module: ir.Module, panel: ir.Function) -> None:
@@ -110,17 +106,19 @@ def _emit_panel(module: ir.Module) -> ir.Function:
 
     source, left, place = exponents, count, index(HEADER)
     for level, escapes in enumerate((*_ESCAPES, _ESCAPES[0])):
-        if level:  # the first one's count is known
+        # The count of the first level is known.
+        if level:
             number = b.bitcast(b.gep(coded, [index(4 * (level - 1))]), LANE.as_pointer())
             b.store(b.trunc(left, LANE), number)
-        # What fills the last group up has the code 0.
+        # The padding of the last group has the code 0.
         filler = b.load(b.gep(coded, [index(TABLES[level])]))
         b.call(_set(module), [b.gep(source, [left]), filler, index(GROUP), _NO])
         full = rounded_up(b, left, GROUP)
         table = b.gep(tables, [index(_KINDS * level)])
         target = b.gep(scratch, [index(escapes * _MOST)])
         left = b.call(code, [source, full, table, codes, target])
-        step = CODES if level else CODES + GROUP  # the first one's codes stand beside mantissas and signs
+        # The codes of the first level lie beside mantissas and signs.
+        step = CODES if level else CODES + GROUP
         with loop(b, index(0), full, GROUP) as symbol:
             group = b.gep(coded, [b.add(place, b.mul(b.udiv(symbol, index(GROUP)), index(step)))])
             _pack(b, b.gep(codes, [symbol]), group)
@@ -151,7 +149,7 @@ def _split(
     exponents: ir.Value,
     others: ir.Value,
 ) -> None:
-    """Each weight, turned left by one bit, into its exponent and its mantissa with the sign."""
+    """Split each weight, rotated left by one bit, into its exponent and its mantissa with the sign."""
     with loop(b, index(0), rows, 1) as row:
         start = b.gep(weights, [b.mul(b.mul(row, stride), index(ELEMENT))])
         place = b.mul(row, columns)
@@ -170,9 +168,9 @@ def _split(
 def _choose(
     b: ir.IRBuilder, exponents: ir.Value, count: ir.Value, counts: ir.Value, tables: ir.Value, coded: ir.Value
 ) -> None:
-    """The nine commonest exponents into the header, and into the tables each level's code of every exponent.
+    """Write the nine most common exponents into the header, and each level's code of every exponent into the tables.
 
-    Of exponents that are equally common the lower one comes first.
+    Of equally common exponents the lower one comes first.
     """
     kinds = index(_KINDS)
     _zero(b, b.bitcast(counts, BYTES), index(4 * _COUNTERS * _KINDS))
@@ -180,7 +178,8 @@ def _choose(
     whole = b.and_(count, index(-_COUNTERS))
     for begin, end, step in ((index(0), whole, _COUNTERS), (whole, count, 1)):
         with loop(b, begin, end, step) as place:
-            for own in range(step):  # or an exponent that comes twice would wait for itself
+            # With one counter an exponent that comes twice in a row would wait for itself.
+            for own in range(step):
                 kind = b.zext(b.load(b.gep(exponents, [b.add(place, index(own))])), INDEX)
                 counter = b.gep(counts, [b.add(kind, index(own * _KINDS))])
                 b.store(b.add(b.load(counter), ir.Constant(LANE, 1)), counter)
@@ -204,7 +203,7 @@ def _choose(
 
 
 def _emit_code(module: ir.Module) -> ir.Function:
-    """`code(symbols, count, table, codes, escapes)` -> how many escape: their codes, and the symbols that do."""
+    """`code(symbols, count, table, codes, escapes)` -> number of escapes; writes the codes and the escaped symbols."""
     function = ir.Function(module, ir.FunctionType(INDEX, [BYTES, INDEX, BYTES, BYTES, BYTES]), "code")
     function.linkage = "internal"
     symbols, count, table, codes, escapes = function.args
@@ -223,7 +222,7 @@ def _emit_code(module: ir.Module) -> ir.Function:
 
 
 def _pack(b: ir.IRBuilder, codes: ir.Value, out: ir.Value) -> None:
-    """64 codes into 16 bytes."""
+    """Pack 64 codes into 16 bytes."""
     packed = load_bytes(b, codes, CODES)
     for quarter in range(1, 4):
         some = load_bytes(b, b.gep(codes, [index(quarter * CODES)]), CODES)
@@ -240,7 +239,7 @@ def _store(
     out: ir.Value,
     whole: ir.Value,
 ) -> None:
-    """A panel as it is, of `whole` bytes."""
+    """Store a panel uncoded, in `whole` bytes."""
     _zero(b, out, index(HEADER))
     b.store(ir.Constant(BYTE, 1), b.gep(out, [index(STORED)]))
     _zero(b, b.gep(out, [b.sub(whole, index(CODES))]), index(CODES))

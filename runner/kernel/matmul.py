@@ -10,7 +10,6 @@ processor. Columns beyond the last multiple of 8 come after the lanes, one by on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -23,23 +22,24 @@ from runner.kernel.product import OUTPUTS_IN_CACHE, product_module
 from runner.kernel.threads import Workers
 
 SHARES_A_THREAD = 8
-WORTH_SHARING = 2**18  # multiplications; fewer are done before another thread has begun
+# Multiplications; fewer are done before another thread has begun.
+WORTH_SHARING = 2**18
 
 
 class Kernel:
     """The product for weights of one dtype, on the threads of `workers`."""
 
     def __init__(self, dtype: torch.dtype, workers: Workers, *, coded: bool = False) -> None:
-        """With `coded` the product with coded weights is compiled at once too, else when it is first used."""
+        """With `coded` the product with coded weights is compiled too, otherwise at its first use."""
         self._workers = workers
-        self._plain = _compiled(dtype)
+        self._plain, _ = _compiled(dtype)
         if coded:
             _compiled(None)
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """Add `x @ weight.T` to `out`: x [T, K] float32, weight [N, K], out [T, N] float32; all dense along rows.
 
-        With a B before each of these, B such products. Raises ValueError where rows are not dense or shapes do not fit.
+        With a B before each of these, B such products. Raises ValueError if rows are not dense or shapes do not fit.
         """
         *B, T, K = x.shape
         N = weight.shape[-2]
@@ -52,38 +52,36 @@ class Kernel:
     def accumulate_coded(
         self, x: torch.Tensor, coded: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """Add `x @ weight.T` to `out` [T, N], where the weights [N, K] are losslessly coded bfloat16.
+        """Add `x @ weight.T` to `out` [T, N], for weights [N, K] that are losslessly coded bfloat16.
 
-        `offsets` int64 [row groups + 1] are where each row group begins in the bytes `coded`, and their end. Raises
-        ValueError where these do not fit each other, or the coded bytes are damaged.
+        int64 `offsets` [row groups + 1] say at which byte of `coded` each row group begins, and where the last ends.
+        Raises ValueError if these do not fit each other, or the coded bytes are damaged.
         """
         N = out.shape[1]
         if len(offsets) != row_group_count(N) + 1 or not _ascends(offsets, coded.numel()):
             raise ValueError(f"no offsets of {N} rows in {coded.numel():,} coded bytes")
-        product = _compiled(None)
+        product, _ = _compiled(None)
         weight = (coded.data_ptr(), 0, offsets.data_ptr())
         if self._run(product, weight, x, out):
             raise ValueError("the coded weights are damaged")
 
-    def _run(
-        self, product: _Product, weight: tuple[int, int, int], x: torch.Tensor, out: torch.Tensor
-    ) -> bool:
-        """One product on all threads that are free; whether coded weights were damaged."""
+    def _run(self, product: int, weight: tuple[int, int, int], x: torch.Tensor, out: torch.Tensor) -> bool:
+        """Run one product on all free threads; whether coded weights were damaged."""
         if not out.numel():
             return False
         *B, T, K = x.shape
         B, N = B[0] if B else 1, out.shape[-1]
         shared = B * T * N * K >= WORTH_SHARING
-        # Outputs that a thread takes at a time: few enough that all threads end at about the same time, on a
-        # processor with faster and slower cores too.
+        # Outputs that a thread takes at a time: so few that all threads end at about the same time, even if some
+        # cores are slower.
         share = N // (SHARES_A_THREAD * self._workers.count) if shared else N
         share = max(1, share // OUTPUTS_IN_CACHE) * OUTPUTS_IN_CACHE if share < N else N
         arguments = (*weight, *_laid_out(x), *_laid_out(out), B, T, N, K, share)
-        return self._workers.run(product.address, arguments, shared=shared)
+        return self._workers.run(product, arguments, shared=shared)
 
 
 def _laid_out(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Where a tensor [B, rows, columns] or [rows, columns] is, and its strides over B and rows."""
+    """Address of a tensor [B, rows, columns] or [rows, columns], and its strides over B and rows."""
     strides = tensor.stride()
     return tensor.data_ptr(), strides[0] if len(strides) == 3 else 0, strides[-2]
 
@@ -94,15 +92,8 @@ def _ascends(offsets: torch.Tensor, end: int) -> bool:
     return all(0 <= first <= last <= end for first, last in pairwise(places))
 
 
-@dataclass(frozen=True)
-class _Product:
-    """The machine code for one dtype: the address of a `TASK`."""
-
-    address: int
-    engine: llvm.ExecutionEngine  # the code lives as long as it does
-
-
 @cache
-def _compiled(dtype: torch.dtype | None) -> _Product:
+def _compiled(dtype: torch.dtype | None) -> tuple[int, llvm.ExecutionEngine]:
+    """Address of the `TASK` for weights of a dtype, or None for coded ones; the code lives as long as its engine."""
     engine = compiled(product_module(dtype))
-    return _Product(engine.get_function_address("take_part"), engine)
+    return engine.get_function_address("compute_shares"), engine

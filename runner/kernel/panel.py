@@ -1,20 +1,20 @@
-"""A panel of a losslessly coded matrix, decoded: the machine code, and what it reads.
+"""The decoder of one panel of a losslessly coded matrix, in machine code, and the format that it reads.
 
-A bfloat16 number, turned left by one bit, is a byte of exponent and a byte of mantissa and sign. The latter is noise
-and is kept; the exponents of a panel are few, and are coded in three levels of two bits. On each level codes 0 to 2
-stand for the level's three exponents, which are the commonest that are left; code 3 sends on to the next level. What
-the third sends on is kept as bytes.
+A bfloat16 number, rotated left by one bit, is a byte of exponent and a byte of mantissa and sign. The latter is noise
+and is kept; a panel has few exponents, which are coded in three levels of two bits. On each level codes 0 to 2 stand
+for the level's three exponents, the most common that are left; code 3 is an escape to the next level. What escapes the
+third is kept as bytes.
 
-    header      32 bytes: counts of symbols on level 2, on level 3, and kept as bytes; whether it is stored as it is;
-                the exponents of the three levels
+    header      32 bytes: counts of symbols on level 2, on level 3, and kept as bytes; whether the panel is stored
+                uncoded; the exponents of the three levels
     groups      of 64 weights: 16 bytes of codes, 64 of mantissa and sign
     level 2     16 bytes of codes for 64 symbols
     level 3     the same
-    bytes       filled up to a multiple of 16
+    bytes       padded to a multiple of 16
 
-The byte j of 16 bytes of codes holds those of the symbols j, 16 + j, 32 + j and 48 + j, the first in the lowest bits.
-So 16 codes are spread out by one shift and one mask, and a table of 256 entries says which of the next level's
-symbols belongs to which code 3. A panel that would not become smaller is stored: the header, then its weights.
+Byte j of 16 bytes of codes holds those of the symbols j, 16 + j, 32 + j and 48 + j, the first in the lowest bits. So
+one shift and one mask extract 16 codes, and a table of 256 entries maps the escapes to the next level's symbols. A
+panel that would not become smaller is stored: the header, then its weights.
 
 Normal weights take 2 + 2 * 0.24 + 2 * 0.05 + 8 * 0.008 = 2.65 bits for an exponent, 0.666 of bfloat16 in all.
 """
@@ -40,14 +40,17 @@ from runner.kernel.emit import (
 )
 
 HEADER = 32
-STORED = 12  # the byte of the header that is 1 where weights follow as they are
-TABLES = (16, 20, 24)  # where the header has the exponents of each level
-GROUP, CODES = 64, 16  # symbols, and bytes of their codes
+# The byte of the header that is 1 if the weights follow uncoded, and where the exponents of each level begin.
+STORED = 12
+TABLES = (16, 20, 24)
+# Symbols of a group, and bytes of their codes.
+GROUP, CODES = 64, 16
 ESCAPE = 3
-SLACK = 128  # bytes that may be read or written beyond what is asked for
+# Bytes that may be read or written beyond what is asked for.
+SLACK = 128
 
 _HALVES = ir.IntType(16)
-# For a mask of 8 codes: the place of each escape among the escapes, and 128, which gives zero, for the others.
+# For a mask of 8 codes: the rank of each escape among the escapes, and 128, which gives zero, for the others.
 _PLACES = bytes(
     (mask & (1 << bit) - 1).bit_count() if mask >> bit & 1 else 128 for mask in range(256) for bit in range(8)
 )
@@ -55,15 +58,15 @@ _BEHIND = bytes(count if place >= 8 else 0 for count in range(9) for place in ra
 
 
 def scratch_bytes(weights: int) -> int:
-    """Memory that decoding a panel of so many weights takes: they come first, then the symbols of levels 2, 3 and 4."""
+    """Bytes of memory to decode a panel of `weights` weights: these first, then the symbols of levels 2, 3 and 4."""
     return 5 * (weights + SLACK)
 
 
 def emit_decode(module: ir.Module, *, shuffles: bool | None = None) -> ir.Function:
-    """`decode(panel, end, weights, scratch)` -> bytes of the panel, or -1 where it is damaged.
+    """`decode(panel, end, weights, scratch)` -> bytes of the panel, or -1 if it is damaged.
 
-    It reads nothing at or beyond `end`, and writes nothing outside of the scratch memory, whatever the panel holds.
-    `shuffles` says whether bytes are moved by the instruction that x86 has for it; by default where there is one.
+    It reads nothing at or beyond `end` and writes nothing outside of the scratch memory, whatever the panel holds.
+    `shuffles` says whether to move bytes by x86's instruction for it; by default if the processor has it.
     """
     if shuffles is None:
         shuffles = bool(llvm.get_host_cpu_features().get("ssse3", False))
@@ -97,10 +100,11 @@ def emit_decode(module: ir.Module, *, shuffles: bool | None = None) -> ir.Functi
     with b.if_then(b.icmp_signed("<", room, whole), likely=False):
         b.ret(index(-1))
     emit_copy(b, levels[2], b.gep(panel, [rest]), counts[2])
-    # From the last level to the first: each is the next one's source.
-    _symbols(b, b.gep(panel, [third]), counts[1], panel, TABLES[2], levels[2], levels[1], shuffles)
-    _symbols(b, b.gep(panel, [second]), counts[0], panel, TABLES[1], levels[1], levels[0], shuffles)
-    _weights(b, b.gep(panel, [index(HEADER)]), groups, panel, levels[0], scratch, shuffles)
+    # From the last level to the first: each is the source of the one before.
+    coded = [_Level(b, panel, *each, shuffles) for each in zip(TABLES, levels, strict=True)]
+    _symbols(b, coded[2], b.gep(panel, [third]), counts[1], levels[1])
+    _symbols(b, coded[1], b.gep(panel, [second]), counts[0], levels[0])
+    _weights(b, coded[0], b.gep(panel, [index(HEADER)]), groups, scratch)
     b.ret(whole)
     return function
 
@@ -121,18 +125,8 @@ def emit_copy(b: ir.IRBuilder, target: ir.Value, source: ir.Value, nbytes: ir.Va
     b.call(copy, [target, source, nbytes, ir.Constant(ir.IntType(1), 0)])
 
 
-def _symbols(
-    b: ir.IRBuilder,
-    codes: ir.Value,
-    count: ir.Value,
-    panel: ir.Value,
-    table: int,
-    source: ir.Value,
-    target: ir.Value,
-    shuffles: bool,
-) -> None:
-    """The `count` symbols of one level, and some more, as bytes; escapes are taken from `source` in their order."""
-    level = _Level(b, panel, table, source, shuffles)
+def _symbols(b: ir.IRBuilder, level: _Level, codes: ir.Value, count: ir.Value, target: ir.Value) -> None:
+    """Write the `count` symbols of one level, padded, as bytes."""
     with loop(b, index(0), count, GROUP) as symbol:
         group = load_bytes(b, b.gep(codes, [b.udiv(symbol, index(GROUP // CODES))]), CODES)
         for quarter in range(4):
@@ -140,17 +134,8 @@ def _symbols(
             store(b, level.symbols(group, quarter), b.gep(target, [place]))
 
 
-def _weights(
-    b: ir.IRBuilder,
-    group: ir.Value,
-    groups: ir.Value,
-    panel: ir.Value,
-    source: ir.Value,
-    target: ir.Value,
-    shuffles: bool,
-) -> None:
-    """The first level, whose symbols become weights with the mantissas and signs beside their codes."""
-    level = _Level(b, panel, TABLES[0], source, shuffles)
+def _weights(b: ir.IRBuilder, level: _Level, group: ir.Value, groups: ir.Value, target: ir.Value) -> None:
+    """Write the weights: the symbols of the first level with the mantissas and signs that lie beside their codes."""
     with loop(b, index(0), groups, 1) as number:
         here = b.gep(group, [b.mul(number, index(CODES + GROUP))])
         codes = load_bytes(b, here, CODES)
@@ -168,16 +153,17 @@ def _weights(
 
 
 class _Level:
-    """One level of codes: its table, and how far its escapes have come."""
+    """One level of codes: its table, and the address in `source` of its next escape, a symbol of the level after it."""
 
     def __init__(
         self, b: ir.IRBuilder, panel: ir.Value, table: int, source: ir.Value, shuffles: bool
     ) -> None:
         self._b, self._shuffles = b, shuffles
-        with b.goto_entry_block():  # where it can become a register
+        # Only an alloca of the entry block can become a register.
+        with b.goto_entry_block():
             self._next = b.alloca(BYTES)
         b.store(source, self._next)
-        # The fourth byte of a table is zero in every sound panel; what escapes brings its own.
+        # The fourth byte of a table is zero in every sound panel; escapes have symbols of their own.
         four = load_bytes(b, b.gep(panel, [index(table)]), 4)
         zero = ir.Constant(four.type, [0] * 4)
         self._table = b.shuffle_vector(four, zero, vector(LANE, [0, 1, 2, *[4] * 13]))
@@ -220,5 +206,5 @@ class _Level:
 
 
 def _moved(b: ir.IRBuilder, values: ir.Value, places: ir.Value) -> ir.Value:
-    """16 bytes of `values` by place; zero where the place has its highest bit set."""
+    """16 bytes of `values` by index; zero for an index with its highest bit set."""
     return intrinsic(b, "llvm.x86.ssse3.pshuf.b.128", values.type, [values, places])

@@ -1,10 +1,10 @@
-"""The machine code of the matrix product; kernel.py says what it computes and why in this order.
+"""The machine code of the matrix product; matmul.py says what it computes and why in this order.
 
 How it is fast: a few rows and a few columns are multiplied at a time with all their sums in registers (`TILES`), and
-a group of columns stays in the cache until all rows have used it. Coded weights are decoded a panel at a time into a
-memory that stays in the cache too, right before their use. Where rows of weights are short, the processor would by
-itself begin to fetch each too late, and is told to while the ones before are used. One row runs at the memory's speed;
-many rows at that of the multipliers. docs/performance.md has the measurements.
+a group of columns stays in the cache until all rows have used it. Coded weights are decoded a panel at a time into
+memory that stays in the cache, right before their use. Short rows of weights are prefetched, since the processor alone
+would fetch them too late. One row runs at the memory's speed, many rows at that of the multipliers; docs/performance.md
+has the measurements.
 """
 
 from __future__ import annotations
@@ -30,26 +30,31 @@ from runner.kernel.emit import (
 from runner.kernel.panel import emit_decode
 from runner.kernel.threads import ARGUMENTS, FAILED, SHARE, TASK
 
-LANES = 8  # float32 in one 256-bit register
-COLUMN_CHUNK = PANEL_COLUMNS  # of x and of the weights; shorter ones do not keep the memory busy
-ROWS_IN_CACHE = 64  # rows of x that are multiplied with a group of outputs before the next group
-OUTPUTS_IN_CACHE = ROW_GROUP_ROWS  # a multiple of all that TILES names
-TILES = {1: 6, 2: 4, 3: 3, 4: 3}  # rows -> outputs at a time; sums, weights and x share 16 registers
+# float32 in one 256-bit register
+LANES = 8
+# Columns of x and of the weights at a time; fewer do not keep the memory busy.
+COLUMN_CHUNK = PANEL_COLUMNS
+# Rows of x that are multiplied with a group of outputs before the next group.
+ROWS_IN_CACHE = 64
+# A multiple of all numbers of outputs in TILES.
+OUTPUTS_IN_CACHE = ROW_GROUP_ROWS
+# rows -> outputs at a time; sums, weights and x share 16 registers.
+TILES = {1: 6, 2: 4, 3: 3, 4: 3}
 
 _STORED = {torch.bfloat16: ir.IntType(16), torch.float16: ir.HalfType(), torch.float32: SINGLE}
 
 
 def product_module(dtype: torch.dtype | None) -> ir.Module:
-    """`take_part(table, scratch)`, a `TASK` with the arguments: weight, its strides over b and n, x, over b and t, out,
-    over b and t, B, T, N, K, and how many outputs are a share; strides in elements.
+    """`compute_shares(table, scratch)`, a `TASK`, for weights of a dtype; without one, for coded weights.
 
-    Without a dtype the weights are coded ones, bytes: in place of their stride over n comes the address of the offsets
-    of their row groups, and B is 1. Where they are damaged, the task has failed.
+    Its arguments: weight, its strides over b and n; x, over b and t; out, over b and t; B, T, N, K, outputs in a share.
+    Strides are in elements. Coded weights are bytes: the address of the offsets of their row groups replaces the stride
+    over n, and B is 1. The task fails if they are damaged.
     """
     coded, module = dtype is None, new_module()
     product = _product(module, BYTE if coded else _STORED[dtype], _Decoded if coded else _Stored)
     weight_type, x_type, out_type = (product.args[place].type for place in (0, 2, 4))
-    function = ir.Function(module, TASK, "take_part")
+    function = ir.Function(module, TASK, "compute_shares")
     table, scratch = function.args
     b = ir.IRBuilder(function.append_basic_block())
     at = offset(b)
@@ -86,7 +91,7 @@ def product_module(dtype: torch.dtype | None) -> ir.Module:
 
 
 class _Stored:
-    """Weights used where they are."""
+    """Weights that are used as they lie in memory."""
 
     in_memory = True
 
@@ -96,24 +101,25 @@ class _Stored:
         self.tile_type = self.weight.type
 
     def begin(self, start: ir.Value) -> None:
-        """The outputs from `start` on come next, from their first column to their last."""
+        """Begin the group of outputs from `start`, at their first column."""
 
     def chunk(self, start: ir.Value, stop: ir.Value, k: ir.Value, columns: ir.Value) -> None:
-        """Their columns from `k` on come next."""
+        """Begin the group's columns from `k`."""
         self._k = k
 
     def end(self) -> None:
-        """All columns of these outputs have come."""
+        """End the group."""
 
     def row(self, n: ir.Value) -> ir.Value:
-        """The address of output `n` in the chunk at hand."""
+        """The address of output `n` in these columns."""
         return offset(self._b)(self.weight, n, self.stride, self._k)
 
 
 class _Decoded:
-    """Coded weights, decoded into `scratch` a panel at a time; a panel is what `begin` and `chunk` go by."""
+    """Coded weights, decoded into `scratch` a panel at a time: those that `begin` and `chunk` name."""
 
-    in_memory = False  # by the time that they are multiplied they are in the cache
+    # They are in the cache when they are multiplied.
+    in_memory = False
 
     def __init__(self, module: ir.Module, b: ir.IRBuilder, product: ir.Function) -> None:
         self._b, self._decode = b, emit_decode(module)
@@ -138,8 +144,8 @@ class _Decoded:
         self._start, self.stride = start, columns
 
     def end(self) -> None:
-        """A row group is its panels and nothing else."""
         b = self._b
+        # A row group consists of its panels and nothing else.
         self._give_up_if(b.icmp_unsigned("!=", b.load(self._panel), b.load(self._end)))
 
     def _give_up_if(self, damaged: ir.Value) -> None:
@@ -170,7 +176,8 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
         for n in (most, 1)
     }
     ahead = index(0)
-    if source.in_memory:  # the processor by itself fetches long rows well enough
+    # The processor fetches long rows well enough by itself.
+    if source.in_memory:
         ahead = b.select(b.icmp_signed("<=", K, index(COLUMN_CHUNK)), weights.stride, ahead)
 
     def tile(rows: int, outputs: int, t: ir.Value, n: ir.Value, k: ir.Value, columns: ir.Value) -> None:
@@ -212,14 +219,15 @@ def _product(module: ir.Module, stored: ir.Type, source: type[_Stored | _Decoded
 
 
 def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, fetches_ahead: bool) -> ir.Function:
-    """`rows` x `outputs` sums over one chunk of columns, all of them in registers, added to `out` at its end.
+    """`rows` x `outputs` sums over one chunk of columns, kept in registers and added to `out` at its end.
 
-    One that fetches ahead has the weights of the next outputs brought into the cache meanwhile, at a stride of `ahead`.
+    One that fetches ahead prefetches the weights of the next outputs, at a stride of `ahead`.
     """
     types = [stored.as_pointer(), INDEX, INDEX, SINGLE.as_pointer(), INDEX, SINGLE.as_pointer(), INDEX, INDEX]
     function = ir.Function(module, ir.FunctionType(VOID, types), f"tile_{rows}_{outputs}")
     function.linkage = "internal"
-    function.attributes.add("noinline")  # the registers are counted for one tile
+    # The registers are counted for one tile.
+    function.attributes.add("noinline")
     weight, weight_stride, ahead, x, x_stride, out, out_stride, K = function.args
     b = ir.IRBuilder(function.append_basic_block())
     at = offset(b)
@@ -245,7 +253,8 @@ def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, fetche
     sums = {place: b.alloca(SINGLE) for place in places}
     for place in places:
         b.store(_folded(b, b.load(lanes[place])), sums[place])
-    with loop(b, whole, K, 1) as k:  # columns beyond the last whole vector
+    # Columns beyond the last whole vector.
+    with loop(b, whole, K, 1) as k:
         for (t, n), buffer in sums.items():
             weight_value = _widened(b, _load(b, weight_rows[n], k, 1))
             b.store(_fused(b, weight_value, _load(b, x_rows[t], k, 1), b.load(buffer)), buffer)
@@ -257,7 +266,7 @@ def _tile(module: ir.Module, stored: ir.Type, rows: int, outputs: int, *, fetche
 
 
 def _load(b: ir.IRBuilder, row: ir.Value, k: ir.Value, count: int) -> ir.Value:
-    """`count` elements from column k on; a vector where that is more than one."""
+    """`count` elements from column k; a vector if that is more than one."""
     element = row.type.pointee
     kind = ir.VectorType(element, count) if count > 1 else element
     value = b.load(b.bitcast(b.gep(row, [k]), kind.as_pointer()))
@@ -266,13 +275,14 @@ def _load(b: ir.IRBuilder, row: ir.Value, k: ir.Value, count: int) -> ir.Value:
 
 
 def _fetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """Have the line with this address brought into the nearest cache; one that is nowhere does no harm."""
-    hints = [ir.Constant(LANE, hint) for hint in (0, 3, 1)]  # for reading, kept in all caches, data
+    """Prefetch the cache line with this address, which may lie outside of the process's memory."""
+    # For reading, kept in all caches, data.
+    hints = [ir.Constant(LANE, hint) for hint in (0, 3, 1)]
     intrinsic(b, "llvm.prefetch.p0i8", VOID, [b.bitcast(address, BYTES), *hints])
 
 
 def _widened(b: ir.IRBuilder, stored: ir.Value) -> ir.Value:
-    """Stored weights as float32, exactly; bfloat16 comes as its bits, the upper half of a float32's."""
+    """Stored weights as exact float32; bfloat16 comes as its bits, the upper half of a float32's."""
     count = getattr(stored.type, "count", 1)
     element = stored.type.element if count > 1 else stored.type
     as_vector = (lambda kind: ir.VectorType(kind, count)) if count > 1 else (lambda kind: kind)
@@ -287,15 +297,11 @@ def _widened(b: ir.IRBuilder, stored: ir.Value) -> ir.Value:
 def _fused(b: ir.IRBuilder, left: ir.Value, right: ir.Value, addend: ir.Value) -> ir.Value:
     """left * right + addend, rounded once."""
     name = f"llvm.fma.v{LANES}f32" if isinstance(left.type, ir.VectorType) else "llvm.fma.f32"
-    known = b.module.globals.get(name)
-    kind = left.type
-    return b.call(
-        known or ir.Function(b.module, ir.FunctionType(kind, [kind] * 3), name), [left, right, addend]
-    )
+    return intrinsic(b, name, left.type, [left, right, addend])
 
 
 def _folded(b: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """The sum of all lanes: the upper half is added to the lower until one is left."""
+    """The sum of all lanes: the upper half is added to the lower half until one lane is left."""
     width = LANES
     while width > 1:
         nothing = ir.Constant(vector.type, ir.Undefined)

@@ -63,7 +63,7 @@ def test_results_are_those_of_each_prompt_alone(
     before = out.stat().st_mtime_ns
     assert run("generate", miniature[1], "--prompts", prompts, "--out", out).returncode == 0
     assert out.stat().st_mtime_ns == before  # nothing was left to do
-    assert "results of these prompts" in refused(
+    assert "does not hold results of these prompts" in refused(
         "generate", miniature[1], "--prompts", prompts, "--out", prompts
     )
 

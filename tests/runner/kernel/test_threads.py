@@ -1,4 +1,4 @@
-"""The threads that compute: everybody takes part, nobody is late, and all end with the process."""
+"""The threads that compute: every worker enters, none stays in a closed task, and all end with the process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-import runner.kernel.threads
 from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS
 from runner.kernel.panel import scratch_bytes
-from runner.kernel.threads import ARGUMENTS, FAILED, SCRATCH_NBYTES, TURN, Workers
+from runner.kernel.threads import ARGUMENTS, EPOCH, FAILED, SCRATCH_NBYTES, Worker, Workers, compile_barrier
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -35,7 +34,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_every_thread_takes_part(count: int) -> None:
+def test_every_thread_enters_a_task(count: int) -> None:
     crew, seen, all_here = Workers(count), set(), threading.Barrier(count)
 
     @Task
@@ -59,7 +58,7 @@ def test_a_task_gets_its_arguments_and_may_fail() -> None:
             assert not crew.run(address(task), [5, 8], shared=shared)
 
 
-def test_what_is_not_shared_is_the_callers_alone() -> None:
+def test_a_task_that_is_not_shared_runs_on_the_caller_alone() -> None:
     crew, seen = Workers(3), []
 
     @Task
@@ -71,8 +70,8 @@ def test_what_is_not_shared_is_the_callers_alone() -> None:
     assert seen == [threading.get_ident()]
 
 
-def test_one_caller_at_a_time_has_the_others() -> None:
-    """A second one computes alone in the meantime, and needs not wait."""
+def test_one_caller_at_a_time_has_the_workers() -> None:
+    """A second caller computes alone meanwhile, and does not wait."""
     crew, inside, gate, seen = Workers(2), threading.Barrier(3), threading.Event(), []
 
     @Task
@@ -94,19 +93,10 @@ def test_one_caller_at_a_time_has_the_others() -> None:
     assert not first.is_alive()
 
 
-@pytest.fixture
-def own_code() -> Iterator[None]:
-    runner.kernel.threads._code.cache_clear()
-    yield
-    runner.kernel.threads._code.cache_clear()
-
-
-def test_nobody_is_late(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever another thread does of a task, it does before `run` returns; also where it has just woken."""
-    for looking in (0.0, 1e-6, 0.001):
-        monkeypatch.setattr(runner.kernel.threads, "LOOKING_SECONDS", looking)
-        runner.kernel.threads._code.cache_clear()
-        crew, running, late = Workers(4), [False], []
+def test_no_worker_is_in_a_task_after_it_has_returned() -> None:
+    """Whatever another thread does of a task, it does before `run` returns, even if it has just woken."""
+    for spin_seconds in (0.0, 1e-6, 0.001):
+        crew, running, late = Workers(4, compile_barrier(spin_seconds)), [False], []
 
         @Task
         def task(*_, running=running, late=late) -> None:
@@ -122,17 +112,17 @@ def test_nobody_is_late(own_code, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not late
 
 
-def test_nobody_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every thread takes part in each task, also one that was about to sleep when it was opened."""
-    code = runner.kernel.threads._code()
+def test_no_worker_sleeps_through_a_task() -> None:
+    """Every thread enters each task, even one that was about to sleep when the task was opened."""
+    barrier = compile_barrier()
 
-    def look_and_dawdle(table: int, seen: int, looks: int, scratch: int) -> int:
-        seen = code.look(table, seen, 1, scratch)
+    def spin_and_dawdle(table: int, seen: int, spins: int, scratch: int) -> int:
+        seen = barrier.spin(table, seen, 1, scratch)
         time.sleep(0.005)
         return seen
 
-    monkeypatch.setattr(runner.kernel.threads, "_code", lambda: replace(code, look=look_and_dawdle))
-    crew, all_here, alone = Workers(3), threading.Barrier(3), []
+    crew = Workers(3, replace(barrier, spin=spin_and_dawdle))
+    all_here, alone = threading.Barrier(3), []
 
     @Task
     def task(*_) -> None:
@@ -162,15 +152,15 @@ def test_an_interrupted_caller_leaves_no_task_open(monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runner.kernel.threads._Worker, "wake", interrupt)
+        patch.setattr(Worker, "wake", interrupt)
         crew.run(address(task), [], shared=True)
-    assert done == [1] and crew._table[TURN] % 2 == 0
+    assert done == [1] and crew.table[EPOCH] % 2 == 0
     crew.run(address(together), [], shared=True)
     assert not all_here.broken
 
 
 @pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="no clock of one thread here")
-def test_who_has_nothing_to_do_sleeps() -> None:
+def test_workers_without_a_task_sleep() -> None:
     crew = Workers(3)
 
     @Task
@@ -179,23 +169,23 @@ def test_who_has_nothing_to_do_sleeps() -> None:
 
     def seconds() -> float:
         """Of the processor that the other threads have used."""
-        clocks = [time.pthread_getcpuclockid(other._thread.ident) for other in crew._others]
+        clocks = [time.pthread_getcpuclockid(other.thread.ident) for other in crew.others]
         return sum(time.clock_gettime(clock) for clock in clocks)
 
     crew.run(address(task), [], shared=True)
-    wait_until(lambda: all(other._sleeps for other in crew._others))
+    wait_until(lambda: all(other.sleeps for other in crew.others))
     began = seconds()
     time.sleep(0.2)
     assert seconds() - began < 0.02
 
 
-def test_a_thread_has_room_for_a_panel() -> None:
+def test_scratch_memory_holds_a_panel() -> None:
     assert scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS) <= SCRATCH_NBYTES
 
 
-@pytest.mark.parametrize("wait", ["", "; time.sleep(0.1)"], ids=["looking", "asleep"])
-def test_the_process_ends_whatever_they_do(wait: str) -> None:
-    """A thread that is cut off inside of foreign code at exit would abort the process."""
+@pytest.mark.parametrize("wait", ["", "; time.sleep(0.1)"], ids=["spinning", "asleep"])
+def test_the_process_ends_whatever_the_workers_do(wait: str) -> None:
+    """A thread that is cut off inside of machine code at exit would abort the process."""
     program = (
         "import time, torch; from runner.kernel.matmul import Kernel; from runner.kernel.threads import workers;"
         "w, x, out = torch.zeros(4096, 4096, dtype=torch.bfloat16), torch.ones(1, 4096), torch.zeros(1, 4096);"
