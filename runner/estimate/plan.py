@@ -1,12 +1,10 @@
-"""What to expect of a model on this machine, before it is there: its disk measured, its needs and its pace forecast."""
+"""What a model will take of this machine, before it is downloaded: the rates measured, the rest forecast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from runner.errors import BloomdeskError
 from runner.estimate import family, rates
@@ -25,8 +23,6 @@ from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST
 from runner.format.manifest import Manifest, load_manifest
 from runner.generation import memory_plan as budget
-from runner.kernel.matmul import Kernel
-from runner.kernel.threads import workers
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
@@ -37,8 +33,10 @@ OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
 
 @dataclass(frozen=True)
 class Form:
-    """A model's weights in one form. `others` gives forecasts for other amounts of RAM, up to the first in which
-    everything stays, and None for those that are too little."""
+    """A model's weights in one form.
+
+    `others` has forecasts for other amounts of RAM, up to the first in which all weights stay; None for too little.
+    """
 
     form: str
     disk_bytes: int
@@ -52,10 +50,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model on the disk of `directory`. All sizes are bytes.
+    """One model on the disk of `directory`; sizes in bytes.
 
-    `name` is None where the directory holds it already; `form` is then the form in which it does, else the plain one.
-    `lossless` is the other choice, None where there is none.
+    `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `lossless`
+    is the other choice, None if there is none.
     """
 
     directory: Path
@@ -70,7 +68,7 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        """The form to choose: the lossless one unless its decoding takes longer than its reading saves."""
+        """The faster form: the lossless one, unless decoding takes longer than reading fewer bytes saves."""
         if self.lossless is None:
             return self.form.form
         plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
@@ -78,10 +76,10 @@ class Plan:
 
 
 def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
-    """Measure this machine, the disk of `directory` included, and forecast the model that it holds, or `name`.
+    """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
-    Where the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError`
-    for a name that is none of the family's, a disk that can't be measured, and too little RAM.
+    If the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError` for an
+    unknown name, a disk that cannot be measured, and too little RAM.
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
@@ -91,10 +89,10 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
     place = existing_directory(directory)
-    dtype = TORCH_DTYPES[model.dtype]
-    kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
+    # Compiled before the process is measured, so that the kernel's memory counts.
+    kernel = rates.compiled(model.dtype)
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
-    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, dtype))
+    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
     chosen = ram or budget.default_total()
 
     def form(form: str, share: float) -> Form:

@@ -63,7 +63,7 @@ def test_results_are_those_of_each_prompt_alone(
     before = out.stat().st_mtime_ns
     assert run("generate", miniature[1], "--prompts", prompts, "--out", out).returncode == 0
     assert out.stat().st_mtime_ns == before  # nothing was left to do
-    assert "results of these prompts" in refused(
+    assert "does not hold results of these prompts" in refused(
         "generate", miniature[1], "--prompts", prompts, "--out", prompts
     )
 
@@ -131,7 +131,7 @@ def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp
         ({"prompt": "a", "prompts": Path("a.txt")}, "either a PROMPT or a file of --prompts"),
         ({"prompt": "a", "out": Path("out.jsonl")}, "--out and --batch are for a file of --prompts"),
         ({"prompt": "a", "batch": 2}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "speculate": "dice"}, "'dice' is no way to speculate"),
+        ({"prompt": "a", "speculate": "dice"}, "unknown --speculate 'dice'"),
         ({"prompt": "a", "draft": Path("nowhere")}, "nowhere"),
         ({"prompt": None, "prompts": Path("none.txt")}, "none.txt cannot be read"),
     ],

@@ -66,12 +66,12 @@ def test_what_a_power_cut_leaves_is_done_again(whole: Path) -> None:
     ("data", "message"),
     [
         (b"a diary without an end", "line 1: it does not end like a file of results"),
-        (b"a diary\n", "line 1: it is no result"),
-        (b'{"index": 0}\n', "line 1: it is no result"),
-        (b'{"index": [], "prompt": "one"}\n', "line 1: it is no result"),
-        (b'{"index": 0, "id": {}, "prompt": "one"}\n', "line 1: it is no result"),
-        (b"[" * 100_000 + b"\n", "line 1: it is no result"),
-        (b"\xff\n", "line 1: it is no result"),
+        (b"a diary\n", "line 1: it is not a result"),
+        (b'{"index": 0}\n', "line 1: it is not a result"),
+        (b'{"index": [], "prompt": "one"}\n', "line 1: it is not a result"),
+        (b'{"index": 0, "id": {}, "prompt": "one"}\n', "line 1: it is not a result"),
+        (b"[" * 100_000 + b"\n", "line 1: it is not a result"),
+        (b"\xff\n", "line 1: it is not a result"),
         (b'{"index": 9, "prompt": "one"}\n', "there is no prompt with the index 9"),
         (b'{"index": 1, "id": "c", "prompt": "two"}\n', "there is no prompt with the id 'c'"),
         (b'{"index": 0, "prompt": "two"}\n', "the prompt is 'two', that with the index 0 'one'"),
@@ -80,7 +80,7 @@ def test_what_a_power_cut_leaves_is_done_again(whole: Path) -> None:
 def test_other_files_are_left_alone(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(data)
-    with pytest.raises(BloomdeskError, match="something else than results of these prompts") as raised:
+    with pytest.raises(BloomdeskError, match="does not hold results of these prompts") as raised:
         Results(path, PROMPTS)
     assert message in raised.value.message
     assert path.read_bytes() == data
@@ -101,7 +101,7 @@ def test_a_full_disk_is_a_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(BloomdeskError, match="cannot be written: No space left") as raised:
             results.append(0, result(PROMPTS[0]))
-    assert "it goes on where it stopped" in raised.value.hint
+    assert "it resumes" in raised.value.hint
 
 
 def test_each_result_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
