@@ -18,7 +18,7 @@ from runner.errors import BloomdeskError
 from runner.units import duration, number, parse_size, rate, size
 
 if TYPE_CHECKING:
-    from runner.generation.batch import Batch
+    from runner.generation import Batch
     from runner.generation.decode import Generation
     from runner.generation.model import Model
     from runner.generation.sequence import Sequence as TextSequence
@@ -80,7 +80,7 @@ def _generate_one(options: GenerateOptions) -> int:
         draft=options.draft,
         on_part=lambda part, parts: terminal.show(f"[part {part} of {parts}]"),
     )
-    note(_setup(generation.batch))
+    note(_setup(generation))
     stream = model.tokenizer.stream()
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def _generate_one(options: GenerateOptions) -> int:
         tokens = len(generation.ids)
         pace = f"{duration(seconds / tokens)} a token, " if tokens else ""
         end = _ENDS.get(generation.stop_reason or "", "interrupted")
-        note(f"{tokens} tokens, {pace}{_work(generation.batch)}; {end}")
+        note(f"{tokens} tokens, {pace}{_work(generation)}; {end}")
     return status
 
 
@@ -117,10 +117,8 @@ def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Wr
     line, done = StatusLine(sys.stderr), 0
 
     def on_part(part: int, parts: int) -> None:
-        counts = (
-            f"{done} of {len(prompts)} prompts done, {batch.active} in the batch, {batch.waiting} waiting"
-        )
-        line.show(f"{counts} [part {part} of {parts}]")
+        counts = f"{len(batch.active)} in the batch, {len(batch.waiting)} waiting"
+        line.show(f"{done} of {len(prompts)} prompts done, {counts} [part {part} of {parts}]")
 
     chosen = GenerationOptions(options.max_new_tokens, options.speculate, options.draft, options.batch)
     batch = model.batch(requests, chosen, on_part)
@@ -183,12 +181,14 @@ def _report(found: Generation | TextSequence, text: str, seconds: float) -> dict
 
 def _setup(batch: Batch) -> str:
     """What the RAM and the options come to."""
-    shares = batch.capacity.memory_plan
+    plan = batch.plan
     kept = "all weights stay"
-    if shares.streamed_bytes:
-        kept = f"{size(shares.resident_bytes)} of weights stay, {size(shares.streamed_bytes)} are read in each pass"
+    if plan.streamed_bytes:
+        kept = (
+            f"{size(plan.resident_bytes)} of weights stay, {size(plan.streamed_bytes)} are read in each pass"
+        )
     return (
-        f"RAM {size(shares.total)}: {kept}; batch {batch.capacity.batch}; speculation {batch.speculation}; "
+        f"RAM {size(plan.request.ram)}: {kept}; batch {plan.request.batch}; speculation {batch.proposer.words}; "
         "set them with --ram, --batch, --speculate"
     )
 

@@ -83,8 +83,9 @@ class Model(ModelRunner):
         `speculate="off"` and no draft a pass gives one token. Raises `BloomdeskError` for an empty prompt, an id
         outside the vocabulary, a `max_new_tokens` below 1, an unsuitable draft, or too little RAM.
         """
-        options = GenerationOptions(max_new_tokens, speculate, draft)
-        return Generation(self.batch([self.request(prompt_or_ids, max_new_tokens)], options, on_part))
+        requests = [self.request(prompt_or_ids, max_new_tokens)]
+        plan, proposer = self._plan(requests, GenerationOptions(max_new_tokens, speculate, draft))
+        return Generation(self, requests, plan, proposer, on_part)
 
     def generate_all(
         self,
@@ -109,13 +110,16 @@ class Model(ModelRunner):
         self, requests: Sequence[Request], options: GenerationOptions, on_part: OnPart | None = None
     ) -> Batch:
         """A batch of `requests`, of which each has its own `max_new_tokens`. Raises what `generate` raises."""
+        return Batch(self, requests, *self._plan(requests, options), on_part)
+
+    def _plan(self, requests: Sequence[Request], options: GenerationOptions) -> tuple[MemoryPlan, Proposer]:
         draft = None
         if options.draft:
             draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
         proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         planner = Planner(self.memory_request(capacities, 0), requests, proposer)
-        return Batch(self, requests, planner, options.batch, proposer, on_part)
+        return planner.plan(options.batch), proposer
 
     def request(self, prompt_or_ids: str | Sequence[int], max_new_tokens: int) -> Request:
         """A checked request for up to `max_new_tokens`. Raises `BloomdeskError` as `generate` does."""
