@@ -130,10 +130,12 @@ def prepare(
     from toolkit.commands.build import carry_out
     from toolkit.commands.prepare import plan_preparation
 
-    plan = plan_preparation(repo, destination, revision, _form(lossless))
-    print(f"{plan.source} into {destination}: {intention(plan)}", file=sys.stderr)
+    plan = plan_preparation(repo, destination, revision, _form(lossless), connections)
+    print(
+        f"{repo} at {plan.manifest.source.commit[:12]} into {destination}: {intention(plan)}", file=sys.stderr
+    )
     with _progress("preparing", plan.work) as progress:
-        done = carry_out(plan, progress, connections)
+        done = carry_out(plan, progress)
     print(
         f"{destination} is complete: {len(done.written)} parts written ({size(done.bytes_written)}), "
         f"{len(done.kept)} kept; shards: {received(done.received, done.resumed, done.seconds)}"
@@ -199,9 +201,9 @@ def repair(
         print_lines(verify_lines(report, time.monotonic() - start))
         return
     print_lines(damage_lines(report))
-    plan = plan_repair(directory, forget(directory, report.damage, source), source)
+    plan = plan_repair(directory, forget(directory, report.damage, source), source, connections)
     with _progress("repairing", plan.work) as progress:
-        parts = carry_out(plan, progress, connections).written
+        parts = carry_out(plan, progress).written
     others = {damage.file for damage in report.damage} - set(parts)
     print(f"{directory} is whole again: {len(parts)} parts and {len(others)} small files made anew")
 

@@ -6,7 +6,7 @@ record.py draws the directory; transfer.py fetches a single file.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -123,8 +123,8 @@ def carry_out(
         earlier = load_record(directory)
         if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
             raise _another(directory, earlier, str(chosen))
-        record, refuted = _check_present(chosen, directory, earlier, progress)
-        left = _plan(chosen, directory, record, refuted)
+        now = _plan(chosen, directory, earlier)
+        left, record = _check_present(now, DownloadRecord.of(chosen, earlier), progress)
         _refuse_impossible(left)
         if record != earlier:
             save_record(directory, record)
@@ -197,10 +197,8 @@ def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskE
     )
 
 
-def _plan(
-    revision: Revision, directory: Path, record: DownloadRecord | None, refuted: frozenset[str] = frozenset()
-) -> DownloadPlan:
-    """The plan; files in `refuted` have the right size and a wrong hash."""
+def _plan(revision: Revision, directory: Path, record: DownloadRecord | None) -> DownloadPlan:
+    """What is in the directory now."""
     known = DownloadRecord.of(revision, record)
     files = []
     for file in revision.files:
@@ -208,7 +206,7 @@ def _plan(
         partial = _size(path.with_name(path.name + TEMPORARY_SUFFIX))
         if known.files[file.path].sound_in(directory):
             state, present = "sound", file.size
-        elif _size(path) == file.size and file.path not in refuted:
+        elif _size(path) == file.size:
             state, present = "unchecked", file.size
         elif 0 < partial <= file.size:
             state, present = "partial", partial
@@ -221,23 +219,22 @@ def _size(path: Path) -> int:
 
 
 def _check_present(
-    revision: Revision, directory: Path, record: DownloadRecord | None, progress: Progress
-) -> tuple[DownloadRecord, frozenset[str]]:
-    """The record with the unchecked files whose hash is right, and the names of those whose hash is wrong."""
-    refuted = set()
-    known = DownloadRecord.of(revision, record)
-    for planned in _plan(revision, directory, known).files:
-        if planned.state != "unchecked":
-            continue
-        file = planned.file
-        # Taken first, so that a change while the file is read shows.
-        modified = (directory / file.path).stat().st_mtime_ns
-        digest = hash_file(directory / file.path, file, progress)
-        if digest.difference():
-            refuted.add(file.path)
-        else:
-            known = known.with_file(file.path, digest.sha256, modified)
-    return known, frozenset(refuted)
+    plan: DownloadPlan, record: DownloadRecord, progress: Progress
+) -> tuple[DownloadPlan, DownloadRecord]:
+    """The plan without unchecked files whose hash is wrong, and the record with those whose hash is right."""
+    files = []
+    for planned in plan.files:
+        file, path = planned.file, plan.directory / planned.file.path
+        if planned.state == "unchecked":
+            # Taken first, so that a change while the file is read shows.
+            modified = path.stat().st_mtime_ns
+            digest = hash_file(path, file, progress)
+            if digest.difference():
+                planned = PlannedFile(file, "absent", 0)
+            else:
+                record = record.with_file(file.path, digest.sha256, modified)
+        files.append(planned)
+    return replace(plan, files=tuple(files)), record
 
 
 def _refuse_impossible(plan: DownloadPlan) -> None:

@@ -27,11 +27,18 @@ from runner.errors import BloomdeskError
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
 from runner.format.safetensors import encode_header, read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
+from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
 from toolkit.hub.partial_file import settle
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.destination import LARGEST_COMPANION, put_file, require_free_space, sole_writer_of
+from toolkit.parts.destination import (
+    LARGEST_COMPANION,
+    other_files,
+    put_file,
+    require_free_space,
+    sole_writer_of,
+)
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
@@ -72,18 +79,7 @@ class ExportPlan:
         return sum(shard.size for shard in self.to_write)
 
 
-@dataclass(frozen=True)
-class ExportSummary:
-    """What an export did; `bytes_written` are those of the shards written now, `kept` existed already."""
-
-    destination: Path
-    written: tuple[str, ...]
-    kept: tuple[str, ...]
-    bytes_written: int
-    seconds: float
-
-
-def export(directory: Path, destination: Path, progress: Progress = silent) -> ExportSummary:
+def export(directory: Path, destination: Path, progress: Progress = silent) -> Summary:
     """Write the prepared checkpoint in `directory` to `destination` as sharded safetensors, or resume that.
 
     Raises `BloomdeskError` before anything is written if the checkpoint is not complete, or `destination` holds
@@ -118,7 +114,7 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     return plan
 
 
-def carry_out(plan: ExportPlan, progress: Progress = silent) -> ExportSummary:
+def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
     """Do what `plan_export` planned; `progress` is called with each shard's bytes, from this thread."""
     start = time.monotonic()
     with sole_writer_of(plan.destination):
@@ -132,7 +128,7 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> ExportSummary:
     written = tuple(shard.file for shard in plan.to_write)
     kept = tuple(shard.file for shard in plan.shards if shard.file not in written)
     seconds = time.monotonic() - start
-    return ExportSummary(plan.destination, written, kept, plan.bytes_to_write, seconds)
+    return Summary(written, kept, plan.bytes_to_write, seconds)
 
 
 def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
@@ -168,15 +164,12 @@ def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
 
 def _is_begun(destination: Path, index: bytes) -> bool:
     """Whether the destination has this export's index; False if it is new or empty, else an error."""
-    if destination.exists() and not destination.is_dir():
-        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     try:
         if read_small(destination / INDEX, LARGEST_INDEX) == index:
             return True
         what = "the index of another checkpoint"
-    except FileNotFoundError:
-        present = {path.name for path in destination.iterdir()} if destination.exists() else set()
-        others = sorted(present - {INDEX + TEMPORARY_SUFFIX, ".bloomdesk.lock"})
+    except (FileNotFoundError, NotADirectoryError):
+        others = other_files(destination, {INDEX + TEMPORARY_SUFFIX, ".bloomdesk.lock"})
         if not others:
             return False
         what = ", ".join(others[:3])

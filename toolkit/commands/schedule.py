@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from runner.format.layout import EMBEDDING, part_specs
@@ -31,7 +31,10 @@ class Schedule:
     @property
     def shard_bytes(self) -> int:
         """Bytes of all needed shards."""
-        return sum(map(self.shard_sizes.__getitem__, self.shards))
+        return self._shard_bytes(self.shards)
+
+    def _shard_bytes(self, names: Iterable[str]) -> int:
+        return sum(self.shard_sizes[name] for name in names)
 
     def needed_after(self, part: str) -> frozenset[str]:
         """Shards that parts after `part` need."""
@@ -49,7 +52,7 @@ class Schedule:
         written = peak = 0
         for part, held in self._held():
             written += self.part_sizes[part]
-            peak = max(peak, written + sum(map(self.shard_sizes.__getitem__, held)))
+            peak = max(peak, written + self._shard_bytes(held))
         return peak
 
     def _held(self) -> Iterator[tuple[str, set[str]]]:
@@ -70,9 +73,7 @@ class Schedule:
         for part in self.needs:
             written += self.part_sizes[part]
             peak = max(peak, written - freed)
-            gone = deletable - self.needed_after(part)
-            freed += sum(map(self.shard_sizes.__getitem__, gone))
-            deletable -= gone
+            freed = self._shard_bytes(deletable - self.needed_after(part))
         return peak
 
 

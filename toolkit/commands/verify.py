@@ -111,14 +111,14 @@ def plan_verify(
         raise BloomdeskError(
             "a quick check reads no tensors, so it takes no sample", "ask for one of the two"
         )
-    found = find_manifest(directory)
-    damage = tuple(Damage(file, None, what) for file, what in found.wrong.items())
+    manifest, wrong = find_manifest(directory)
+    damage = tuple(Damage(file, None, what) for file, what in wrong.items())
     regions: tuple[Region, ...] = ()
     if not quick:
-        regions = tuple(region for record in found.manifest.records for region in regions_of(record))
+        regions = tuple(region for record in manifest.records for region in regions_of(record))
     if sample is not None:
         regions = choose(regions, sample, seed)
-    return VerifyPlan(directory, found.manifest, damage, quick, sample, regions)
+    return VerifyPlan(directory, manifest, damage, quick, sample, regions)
 
 
 def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ_THREADS) -> VerifyReport:

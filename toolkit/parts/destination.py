@@ -38,19 +38,23 @@ def load_existing(destination: Path) -> Manifest | None:
 
     Raises `BloomdeskError` if it holds something else.
     """
-    # A broken link or a loop exists too.
-    if os.path.lexists(destination) and not destination.is_dir():
-        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     if (destination / MANIFEST).exists():
         return load_manifest(destination)
-    others = {path.name for path in destination.iterdir()} if destination.exists() else set()
-    others -= {MANIFEST + TEMPORARY_SUFFIX, STAGING}
+    others = other_files(destination, {MANIFEST + TEMPORARY_SUFFIX, STAGING})
     if others:
         raise BloomdeskError(
-            f"{destination} is no prepared checkpoint and is not empty: it holds {', '.join(sorted(others)[:3])}",
+            f"{destination} is no prepared checkpoint and is not empty: it holds {', '.join(others[:3])}",
             "give a new or an empty directory to write to",
         )
     return None
+
+
+def other_files(destination: Path, ours: set[str]) -> list[str]:
+    """Names in `destination` but `ours`, sorted; none if it is new, `BloomdeskError` if it is no directory."""
+    # A broken link or a loop exists too.
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
+    return sorted({path.name for path in destination.iterdir()} - ours) if destination.exists() else []
 
 
 def resume(

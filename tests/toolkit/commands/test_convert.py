@@ -384,13 +384,13 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path) -> None
 def test_a_source_that_ends_while_it_is_read(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     plan = plan_conversion(source, out)
-    part = plan.source.parts["block_00.safetensors"]
+    part = plan.shards.parts["block_00.safetensors"]
     moved = replace(
         part, tensors=tuple(replace(tensor, offset=tensor.offset + 10**9) for tensor in part.tensors)
     )
     with pytest.raises(BloomdeskError, match="too early"):
         carry_out(
-            replace(plan, source=replace(plan.source, parts={**plan.source.parts, moved.spec.file: moved}))
+            replace(plan, shards=replace(plan.shards, parts={**plan.shards.parts, moved.spec.file: moved}))
         )
     assert not (out / "block_00.safetensors").exists()
 
@@ -403,7 +403,7 @@ def test_delete_source_leaves_the_same_directory_and_no_shards(tmp_path: Path) -
     shards = set(source.glob("*.bin"))
     size = sum(shard.stat().st_size for shard in shards)
     plan = plan_conversion(source, tmp_path / "out", delete_source=True)
-    assert set(plan.source.deletable) == shards
+    assert set(plan.shards.deletable) == shards
     assert plan.peak_bytes < plan.bytes_to_write
     done = carry_out(plan)
     assert done.bytes_deleted == size
@@ -418,7 +418,7 @@ def test_delete_source_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         carry_out(plan, _interrupt_at("block_01.safetensors"))
     left = len(list(source.glob("*.bin")))
-    assert 0 < left < len(plan.source.deletable)
+    assert 0 < left < len(plan.shards.deletable)
     carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
     assert not list(source.glob("*.bin"))
     assert content(tmp_path / "out") == content(tmp_path / "expected")

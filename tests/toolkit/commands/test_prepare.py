@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,16 @@ from runner.format.manifest import load_manifest
 from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import Fault, LocalHub
+from tests.support.bloom_repos import fetched, ranges, sha256
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.schedule import Schedule
 from toolkit.hub import client as wire
-from toolkit.parts.destination import STAGING
+from toolkit.hub import revision
+from toolkit.parts.destination import STAGING, initialise
+from toolkit.source.shards import HEAD_BYTES
 
 REPO = "me/bloom"
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 6, "vocab_size": 700}
@@ -72,10 +77,33 @@ def test_the_result_is_that_of_download_and_convert(serve, tmp_path: Path, layou
     assert content(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_the_dtype_is_that_of_the_shards(serve, tmp_path: Path, dtype: str) -> None:
-    _, expected = serve(dtype=dtype)
-    prepare(REPO, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("dtype", "layout", "fault"),
+    [
+        ("F16", "bloom", Fault(times=0)),
+        ("F32", "single safetensors", Fault(drop_after=50, times=2)),
+        ("BF16", "safetensors shards", Fault(ignore_range=True, times=1)),
+        ("F16", "single bin", Fault(ignore_range=True, times=1)),
+    ],
+)
+def test_the_dtype_is_read_from_the_first_bytes_of_one_shard(
+    serve, tmp_path: Path, dtype: str, layout: str, fault: Fault
+) -> None:
+    hub, expected = serve(
+        LAYOUTS[layout], dtype={"F16": "float16", "F32": "float32", "BF16": "bfloat16"}[dtype]
+    )
+    shard = min(
+        path.name for path in (tmp_path / "repo").iterdir() if path.suffix in (".bin", ".safetensors")
+    )
+    hub.fail(shard, fault)
+    hub.requests.clear()
+    plan = plan_preparation(REPO, tmp_path / "out")
+    assert plan.manifest.model.dtype == dtype and not (tmp_path / "out").exists()
+    nbytes = min(HEAD_BYTES, (tmp_path / "repo" / shard).stat().st_size)
+    assert set(ranges(hub, shard)) == {f"bytes=0-{nbytes - 1}"}
+    assert len(ranges(hub, shard)) == 1 + (fault.drop_after is not None) * 2
+    assert fetched(hub).isdisjoint(set(plan.schedule.shards) - {shard})
+    carry_out(plan)
     assert content(tmp_path / "out") == expected
 
 
@@ -163,6 +191,42 @@ def test_a_corrupt_shard_never_counts(serve, tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="came damaged"):
         prepare(REPO, tmp_path / "out")
     assert "block_01.safetensors" not in load_manifest(tmp_path / "out").parts
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+def test_the_dtype_is_asked_for_only_if_neither_parts_nor_pins_say_it(
+    serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, expected = serve(dtype="float16")
+    prepare(REPO, tmp_path / "out")
+    (tmp_path / "out" / "block_01.safetensors").unlink()
+    files = {
+        path.name: (path.stat().st_size, sha256(path.read_bytes())) for path in (tmp_path / "repo").iterdir()
+    }
+    body = {"commit": load_manifest(tmp_path / "out").source.commit, "dtype": "F16", "files": files}
+    (tmp_path / "pins.json").write_text(json.dumps(body))
+    hub.requests.clear()
+    assert plan_preparation(REPO, tmp_path / "out").manifest.model.dtype == "F16"
+    with monkeypatch.context() as pinned:
+        pinned.setattr(revision, "PINS", tmp_path)
+        pinned.setattr(revision, "PINNED", {REPO: "pins.json"})
+        assert plan_preparation(REPO, tmp_path / "other").manifest.model.dtype == "F16"
+    assert not [name for name in fetched(hub) if name.endswith(".bin")]
+    with monkeypatch.context() as offline:
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(BloomdeskError, match="offline mode is on"):
+            plan_preparation(REPO, tmp_path / "other")
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+def test_a_dtype_that_was_guessed_before_any_part_was_made_is_read_anew(serve, tmp_path: Path) -> None:
+    _, expected = serve(dtype="float16")
+    plan = plan_preparation(REPO, tmp_path / "out")
+    guessed = replace(plan.manifest, model=replace(plan.manifest.model, dtype="BF16"))
+    (tmp_path / "out").mkdir()
+    initialise(tmp_path / "out", guessed, plan.companions)
     prepare(REPO, tmp_path / "out")
     assert content(tmp_path / "out") == expected
 
