@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 import runner
-from runner import BloomdeskError
-from runner.cli.generate import GenerateOptions, generate
 from tests.support.commands import refused, run, screen_of, started
 from tests.toolkit.cli.test_cli import REPORT_KEYS
 
@@ -112,23 +110,20 @@ def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
-        ({"prompt": None}, "either a PROMPT or a file of --prompts"),
-        ({"prompt": "a", "prompts": Path("a.txt")}, "either a PROMPT or a file of --prompts"),
-        ({"prompt": "a", "out": Path("out.jsonl")}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "batch": 2}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "speculate": "dice"}, "unknown --speculate 'dice'"),
-        ({"prompt": "a", "draft": Path("nowhere")}, "nowhere"),
-        ({"prompt": None, "prompts": Path("none.txt")}, "none.txt cannot be read"),
+        ([], "either a PROMPT or a file of --prompts"),
+        (["a", "--prompts", "a.txt"], "either a PROMPT or a file of --prompts"),
+        (["a", "--out", "out.jsonl"], "--out and --batch are for a file of --prompts"),
+        (["a", "--batch", "2"], "--out and --batch are for a file of --prompts"),
+        (["a", "--batch", "0"], "a batch must be of at least 1 prompt"),
+        (["a", "--speculate", "dice"], "unknown --speculate 'dice'"),
+        (["a", "--draft", "nowhere"], "nowhere"),
+        (["--prompts", "none.txt"], "none.txt cannot be read"),
     ],
 )
-def test_what_does_not_go_together(
-    miniature: tuple[Path, Path], given: dict[str, object], message: str
-) -> None:
-    with pytest.raises(BloomdeskError) as raised:
-        generate(GenerateOptions(miniature[1], **given))
-    assert message in raised.value.message
+def test_what_does_not_go_together(miniature: tuple[Path, Path], options: list[str], message: str) -> None:
+    assert message in refused("generate", miniature[1], *options)
 
 
 @pytest.mark.parametrize(
