@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runner.generation.batch import Batch
     from runner.generation.decode import Generation
     from runner.generation.model import Model
-    from runner.generation.sequence import Continuation
+    from runner.generation.sequence import Sequence as TextSequence
 
 _ENDS = {"eos": "the model ended its text", "length": "the limit of new tokens was reached"}
 Write = Callable[[int, Mapping[str, object]], None]
@@ -107,7 +107,7 @@ def _generate_one(options: GenerateOptions) -> int:
 
 def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Write) -> int:
     """Exit status, after each prompt's result was written as soon as it was done."""
-    from runner.generation.batch import Batch
+    from runner.generation.options import GenerationOptions
 
     model = _opened(options)
     requests = []
@@ -122,7 +122,8 @@ def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Wr
         )
         line.show(f"{counts} [part {part} of {parts}]")
 
-    batch = Batch(model, requests, options.batch, options.speculate, options.draft, on_part)
+    chosen = GenerationOptions(options.max_new_tokens, options.speculate, options.draft, options.batch)
+    batch = model.batch(requests, chosen, on_part)
     note(_setup(batch))
     start = time.perf_counter()
     try:
@@ -162,7 +163,7 @@ def _print_result(index: int, result: Mapping[str, object]) -> None:
     print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
 
 
-def _report(found: Generation | Continuation, text: str, seconds: float) -> dict[str, object]:
+def _report(found: Generation | TextSequence, text: str, seconds: float) -> dict[str, object]:
     tokens = len(found.ids)
     return {
         "prompt_token_ids": list(found.prompt_ids),
@@ -182,7 +183,7 @@ def _report(found: Generation | Continuation, text: str, seconds: float) -> dict
 
 def _setup(batch: Batch) -> str:
     """What the RAM and the options come to."""
-    shares = batch.capacity.shares
+    shares = batch.capacity.memory_plan
     kept = "all weights stay"
     if shares.streamed_bytes:
         kept = f"{size(shares.resident_bytes)} of weights stay, {size(shares.streamed_bytes)} are read in each pass"

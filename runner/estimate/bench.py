@@ -13,7 +13,8 @@ from runner.estimate import rates
 from runner.estimate.forecast import Forecast, coded_share, forecast, limit
 from runner.estimate.rates import Rates
 from runner.format.manifest import load_manifest
-from runner.generation.model import Model, OnPart
+from runner.generation.model import Model
+from runner.model.forward import OnPart
 from runner.model.kv_cache import KVCache
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES

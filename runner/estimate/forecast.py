@@ -17,8 +17,7 @@ from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import part_specs
 from runner.format.manifest import Manifest
 from runner.format.safetensors import DATA_ALIGNMENT, tensor_nbytes
-from runner.generation.memory_plan import Budget
-from runner.generation.model import shares
+from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.weights.chunks import row_ranges
 
 # The small operations between a block's products, measured with blocks whose weights weigh nothing.
@@ -38,7 +37,7 @@ class Forecast:
     least time of a pass of one row.
     """
 
-    shares: Budget
+    shares: MemoryPlan
     weight_bytes: int
     share: float
     limit_seconds: float
@@ -105,7 +104,8 @@ def forecast(
     Raises `BloomdeskError` if the RAM is too little.
     """
     chunks = chunk_bytes(model, share)
-    shared = shares(model, chunks, ram, process, prompt_tokens + new_tokens, prompt_tokens)
+    capacities = (prompt_tokens + new_tokens,)
+    shared = memory_plan(MemoryRequest(model, tuple(chunks), ram, process, capacities, prompt_tokens))
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
     least = limit(weights, shared.streamed_bytes, rates, share)
     prompt = max(

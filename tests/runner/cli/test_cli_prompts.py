@@ -131,7 +131,7 @@ def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp
         ({"prompt": "a", "prompts": Path("a.txt")}, "either a PROMPT or a file of --prompts"),
         ({"prompt": "a", "out": Path("out.jsonl")}, "--out and --batch are for a file of --prompts"),
         ({"prompt": "a", "batch": 2}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "speculate": "dice"}, "'dice' is no way to speculate"),
+        ({"prompt": "a", "speculate": "dice"}, "unknown --speculate 'dice'"),
         ({"prompt": "a", "draft": Path("nowhere")}, "nowhere"),
         ({"prompt": None, "prompts": Path("none.txt")}, "none.txt cannot be read"),
     ],

@@ -82,7 +82,7 @@ def test_it_cuts_and_shares_as_an_opened_model_does(
     for spare in (200_000, 500_000, 900_000, 10**8):
         model = replace(model, ram=10**8 + 48 * 2**20 + spare, process_nbytes=10**8 - 100_000)
         predicted = forecast.forecast(hyperparameters, model.ram, model.process_nbytes, DESKTOP, 5, 7)
-        assert predicted.shares == model.budget(12, 5)
+        assert predicted.shares == model.memory_plan(12, 5)
 
 
 def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
