@@ -304,7 +304,7 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
-    from toolkit.commands.space import space_to_prepare
+    from toolkit.commands.schedule import space_to_prepare
 
     return run_plan(PlanOptions(directory, ram, model, tokens, prompt_tokens, as_json), space_to_prepare)
 

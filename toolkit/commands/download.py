@@ -13,9 +13,9 @@ from typing import Literal
 from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
-from toolkit.hub import client as wire
 from toolkit.hub import revision as hub
 from toolkit.hub.digest import hash_file
+from toolkit.hub.failures import offline, offline_error
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch
@@ -181,7 +181,7 @@ def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRe
     if record is not None and record.repo != repo:
         raise _another(directory, record, repo)
     recorded = record is not None and revision in (None, record.commit)
-    if recorded and wire.offline() and hub.pinned(repo, revision) is None:
+    if recorded and offline() and hub.pinned(repo, revision) is None:
         return record.revision
     found = hub.resolve(repo, revision)
     if record is not None and record.commit != found.commit:
@@ -240,9 +240,9 @@ def _check_present(
 def _refuse_impossible(plan: DownloadPlan) -> None:
     """Raise `BloomdeskError` if files are missing and offline mode is on, or the disk is too small."""
     unfinished = plan.unfinished
-    if unfinished and wire.offline():
+    if unfinished and offline():
         count = f"{len(unfinished)} of {len(plan.files)} files of {plan.revision} are missing"
-        raise wire.offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
+        raise offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
     if not plan.fits:
         raise BloomdeskError(
             f"{plan.directory}: {plan.to_fetch:,} bytes are still to come, the disk has {plan.free:,} free",

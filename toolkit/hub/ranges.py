@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from toolkit.hub import client as wire
+from toolkit.hub.client import Location
 from toolkit.hub.connection import Connection
+from toolkit.hub.failures import Resource, network_errors
+from toolkit.hub.retry import RetryPolicy
 
 # All ranges that are on their way or wait for an earlier one: so many bytes are lost by a kill at most.
 WINDOW = 64 * 2**20
@@ -62,11 +64,11 @@ class Ahead:
     """
 
     def __init__(
-        self, asked: wire.Asked, locate: Callable[[], wire.Location], start: int, stop: int, connections: int
+        self, resource: Resource, locate: Callable[[], Location], start: int, stop: int, connections: int
     ) -> None:
-        """`locate` asks the Hub where the file is; raises one of `wire.network_errors` or `BloomdeskError`."""
+        """`locate` asks the Hub where the file is; raises one of `network_errors` or `BloomdeskError`."""
         self.received = 0
-        self._asked, self._address = asked, _Address(locate)
+        self._resource, self._address = resource, _Address(locate)
         self._start, self._next, self._stop = start, start, stop
         self._size = range_size(connections)
         self._ranges: deque[_Range] = deque()
@@ -80,7 +82,9 @@ class Ahead:
         count = min(connections, -(-(stop - start) // self._size))
         self._connections = [Connection() for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._work, args=(connection,), daemon=True, name=f"range {asked.path}")
+            threading.Thread(
+                target=self._work, args=(connection,), daemon=True, name=f"range {resource.path}"
+            )
             for connection in self._connections
         ]
 
@@ -172,20 +176,20 @@ class Ahead:
         return bytearray(self._size)
 
     def _fill(self, part: _Range) -> None:
-        patience = wire.Patience(self._asked, self._pause)
+        retries = RetryPolicy(self._resource, self._pause)
         while not part.whole:
             before, location = part.filled, None
             try:
                 location = self._address.location()
                 for count in part.connection.read(location, part.start + before, part.room[before:]):
                     self._grow(part, count)
-            except wire.network_errors() as error:
+            except network_errors() as error:
                 self._pause(0)  # not a failure where the others have hung up
                 if part.filled > before:
-                    patience.calm()
+                    retries.reset()
                 else:
                     self._address.renew(location)
-                patience.bear(error)
+                retries.backoff(error)
 
     def _grow(self, part: _Range, count: int) -> None:
         with self._changed:
@@ -212,17 +216,17 @@ class Ahead:
 class _Address:
     """Where a file is, asked for once and shared, until a connection found that it leads nowhere."""
 
-    def __init__(self, locate: Callable[[], wire.Location]) -> None:
+    def __init__(self, locate: Callable[[], Location]) -> None:
         self._locate, self._lock = locate, threading.Lock()
-        self._known: wire.Location | None = None
+        self._known: Location | None = None
 
-    def location(self) -> wire.Location:
+    def location(self) -> Location:
         with self._lock:
             if self._known is None:
                 self._known = self._locate()
             return self._known
 
-    def renew(self, failed: wire.Location | None) -> None:
+    def renew(self, failed: Location | None) -> None:
         """Ask anew the next time, unless another connection has done so since."""
         with self._lock:
             if self._known is failed:

@@ -16,7 +16,8 @@ from urllib.parse import quote
 
 from runner.errors import BloomdeskError
 from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS, is_file_name
-from toolkit.hub import client as wire
+from toolkit.hub.client import fetch_json
+from toolkit.hub.failures import Resource, endpoint, offline, offline_error
 from toolkit.source.shards import FORMS, LARGEST_INDEX
 
 PINS = Path(__file__).with_name("pins")
@@ -79,19 +80,19 @@ def resolve(repo: str, revision: str | None = None) -> Revision:
     """The commit that `revision` (a branch, tag, short name or commit; else `main`) means, with its files.
 
     For bigscience/bloom the default is the pinned commit, and its list is the pinned one: the Hub is not
-    asked. Raises `BloomdeskError` where the Hub does not know it, refuses it or stays away.
+    asked. Raises `BloomdeskError` if the Hub does not have it, refuses it or cannot be reached.
     """
     check_repo_name(repo)
     known = pinned(repo, revision)
     if known is not None:
         return known
-    asked = wire.Asked(repo, revision or "main")
-    if wire.offline():
-        raise wire.offline_error(f"the files of {repo} at {asked.revision} cannot be listed")
-    commit = asked.revision.lower()
+    resource = Resource(repo, revision or "main")
+    if offline():
+        raise offline_error(f"the files of {repo} at {resource.revision} cannot be listed")
+    commit = resource.revision.lower()
     if not COMMIT.fullmatch(commit):
-        commit = _commit_of(asked)
-    return pinned(repo, commit) or Revision(repo, commit, _list_files(replace(asked, revision=commit)))
+        commit = _commit_of(resource)
+    return pinned(repo, commit) or Revision(repo, commit, _list_files(replace(resource, revision=commit)))
 
 
 def check_repo_name(repo: str) -> None:
@@ -107,23 +108,23 @@ def check_repo_name(repo: str) -> None:
         ) from None
 
 
-def _commit_of(asked: wire.Asked) -> str:
-    path = f"/api/models/{asked.repo}/revision/{quote(asked.revision, safe='')}"
-    for page in wire.fetch_json(path, asked):
+def _commit_of(resource: Resource) -> str:
+    path = f"/api/models/{resource.repo}/revision/{quote(resource.revision, safe='')}"
+    for page in fetch_json(path, resource):
         commit = page.get("sha") if isinstance(page, dict) else None
         if isinstance(commit, str) and COMMIT.fullmatch(commit):
             return commit
-    raise _not_understood(asked, "no commit")
+    raise _not_understood(resource, "no commit")
 
 
-def _list_files(asked: wire.Asked) -> tuple[HubFile, ...]:
-    path = f"/api/models/{asked.repo}/tree/{asked.revision}?recursive=true&expand=false"
+def _list_files(resource: Resource) -> tuple[HubFile, ...]:
+    path = f"/api/models/{resource.repo}/tree/{resource.revision}?recursive=true&expand=false"
     files = []
-    for page in wire.fetch_json(path, asked):
+    for page in fetch_json(path, resource):
         try:
             files += [_decode(entry) for entry in page if entry["type"] == "file"]
         except (KeyError, TypeError, ValueError) as error:
-            raise _not_understood(asked, f"a list of files with {error}") from None
+            raise _not_understood(resource, f"a list of files with {error}") from None
     return tuple(files)
 
 
@@ -138,9 +139,9 @@ def _decode(entry: Any) -> HubFile:
     return HubFile(path, size, content_id, None) if lfs else HubFile(path, size, None, content_id)
 
 
-def _not_understood(asked: wire.Asked, what: str) -> BloomdeskError:
+def _not_understood(resource: Resource, what: str) -> BloomdeskError:
     return BloomdeskError(
-        f"{wire.endpoint()} gives {what} for {asked.repo} at {asked.revision}",
+        f"{endpoint()} gives {what} for {resource.repo} at {resource.revision}",
         "check HF_ENDPOINT: it must be a Hub's address",
     )
 

@@ -28,8 +28,7 @@ from toolkit.commands.convert import convert
 from toolkit.commands.download import download
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.schedule import Schedule
-from toolkit.hub import client as wire
-from toolkit.hub import revision
+from toolkit.hub import retry, revision
 from toolkit.parts.destination import STAGING, initialise
 from toolkit.source.shards import HEAD_BYTES
 
@@ -57,7 +56,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         synthetic(tmp_path / "repo", **{**SHAPE, **shape}, layout=layout)
         hub = hubs.enter_context(LocalHub({REPO: tmp_path / "repo"}))
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(wire, "WAITS", (0.01,) * 5)
+        monkeypatch.setattr(retry, "BACKOFF", (0.01,) * 5)
         download(REPO, tmp_path / "source")
         convert(tmp_path / "source", tmp_path / "expected")
         return hub, content(tmp_path / "expected")

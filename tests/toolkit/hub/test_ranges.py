@@ -341,7 +341,7 @@ def test_a_disk_that_fails_in_the_background_is_noticed(one, target, monkeypatch
 @pytest.mark.parametrize("seed", range(3))
 def test_random_faults_let_nothing_wrong_in(one, single, target, seed, monkeypatch):
     one.random_faults = RandomFaults(seed, share=0.2, longest_stall=0.05)
-    monkeypatch.setattr("toolkit.hub.client.WAITS", (0.0,) * 20)
+    monkeypatch.setattr("toolkit.hub.retry.BACKOFF", (0.0,) * 20)
     for _ in range(40):
         try:
             fetch(target)

@@ -14,7 +14,7 @@ import pytest
 from runner.errors import BloomdeskError
 from scripts.fakehub.server import Fault, LocalHub, Repo
 from tests.support.bloom_repos import BIN_INDEX, NEEDED, SMALL, add_safetensors, write_bin_repo, write_index
-from toolkit.hub import client as wire
+from toolkit.hub import retry
 from toolkit.hub import revision as hub
 
 PINNED_COMMIT = "2a3d62e072b65c210f519263339144a9428db0f4"
@@ -38,7 +38,7 @@ def surroundings(tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(wire, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "BACKOFF", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -302,13 +302,13 @@ def test_a_hub_that_stays_weak_is_an_error(serve, repo):
     with pytest.raises(BloomdeskError, match="answered 503") as caught:
         hub.resolve(NAME)
     assert "goes on where" in caught.value.hint
-    assert len(local.requests) == 1 + len(wire.WAITS)
+    assert len(local.requests) == 1 + len(retry.BACKOFF)
 
 
 @pytest.mark.parametrize("header", [{"Retry-After": "7"}, {"ratelimit": '"api";r=0;t=7'}])
 def test_a_hub_that_asks_for_a_pause_gets_it(serve, repo, monkeypatch, header):
     pauses = []
-    monkeypatch.setattr(wire.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
     local = serve({NAME: repo})
     local.fail(f"/api/models/{NAME}/revision/main", Fault(status=429, headers=header, times=1))
     hub.resolve(NAME)
@@ -374,9 +374,9 @@ def test_something_that_is_no_hub(tmp_path, monkeypatch, body):
 @pytest.mark.parametrize(
     ("link", "expected"),
     [
-        ("http://127.0.0.1:port/next", "to an address that is none"),
-        ("http://127.0.0.1:99999/next", "to an address that is none"),
-        ("//[bad/next", "files to another host|to an address that is none"),
+        ("http://127.0.0.1:port/next", "to an invalid address"),
+        ("http://127.0.0.1:99999/next", "to an invalid address"),
+        ("//[bad/next", "files to another host|to an invalid address"),
         ("http://localhost:1/next", "files to another host"),
         ("?recursive=true&expand=false", "without an end"),
     ],

@@ -26,9 +26,9 @@ from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.repair import forget, plan_repair
-from toolkit.commands.space import space_to_prepare
+from toolkit.commands.schedule import space_to_prepare
 from toolkit.commands.verify import verify
-from toolkit.hub import client as wire
+from toolkit.hub import retry
 from toolkit.parts.manifest_backup import write_backup
 from toolkit.parts.part import part_size
 
@@ -280,7 +280,7 @@ def test_sizes_are_estimated_from_above() -> None:
 
 @pytest.fixture
 def hub(coded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
-    monkeypatch.setattr(wire, "WAITS", (0.01,) * 5)
+    monkeypatch.setattr(retry, "BACKOFF", (0.01,) * 5)
     with LocalHub({REPO: coded[0]}) as local:
         monkeypatch.setenv("HF_ENDPOINT", local.endpoint)
         yield local
