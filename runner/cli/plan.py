@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.cli.report import Row, forecast_fields, print_rows, rates_row
 from runner.format.hyperparameters import Hyperparameters
+from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.units import duration, parse_size, size
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class PlanOptions:
     directory: Path = Path()
     ram: str | None = None
     model: str | None = None
-    tokens: int = 64
+    tokens: int = DEFAULT_NEW_TOKENS
     prompt_tokens: int = 16
     as_json: bool = False
 

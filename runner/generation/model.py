@@ -83,9 +83,8 @@ class Model(ModelRunner):
         `speculate="off"` and no draft a pass gives one token. Raises `BloomdeskError` for an empty prompt, an id
         outside the vocabulary, a `max_new_tokens` below 1, an unsuitable draft, or too little RAM.
         """
-        requests = [self.request(prompt_or_ids, max_new_tokens)]
-        plan, proposer = self._plan(requests, GenerationOptions(max_new_tokens, speculate, draft))
-        return Generation(self, requests, plan, proposer, on_part)
+        options = GenerationOptions(max_new_tokens, speculate, draft)
+        return self.batch([self.request(prompt_or_ids, max_new_tokens)], options, on_part, Generation)
 
     def generate_all(
         self,
@@ -107,19 +106,20 @@ class Model(ModelRunner):
         return self.batch(requests, options, on_part).run() if requests else iter(())
 
     def batch(
-        self, requests: Sequence[Request], options: GenerationOptions, on_part: OnPart | None = None
+        self,
+        requests: Sequence[Request],
+        options: GenerationOptions,
+        on_part: OnPart | None = None,
+        kind: type[Batch] = Batch,
     ) -> Batch:
         """A batch of `requests`, of which each has its own `max_new_tokens`. Raises what `generate` raises."""
-        return Batch(self, requests, *self._plan(requests, options), on_part)
-
-    def _plan(self, requests: Sequence[Request], options: GenerationOptions) -> tuple[MemoryPlan, Proposer]:
         draft = None
         if options.draft:
             draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
         proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         planner = Planner(self.memory_request(capacities, 0), requests, proposer)
-        return planner.plan(options.batch), proposer
+        return kind(self, requests, planner.plan(options.batch), proposer, on_part)
 
     def request(self, prompt_or_ids: str | Sequence[int], max_new_tokens: int) -> Request:
         """A checked request for up to `max_new_tokens`. Raises `BloomdeskError` as `generate` does."""

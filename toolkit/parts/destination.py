@@ -173,9 +173,7 @@ def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, b
 
 def write_manifest(destination: Path, manifest: Manifest) -> None:
     """Replace the manifest as a whole."""
-    path = destination / MANIFEST
-    with disk_errors(path):
-        write_atomically(path, manifest.to_json().encode())
+    put_file(destination / MANIFEST, manifest.to_json().encode())
 
 
 def put_file(path: Path, data: bytes) -> None:

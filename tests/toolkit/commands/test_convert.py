@@ -24,7 +24,8 @@ from runner.format.layout import part_specs
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import DATA_ALIGNMENT, read_header
 from runner.system import atomic as durable
-from scripts.fakehub.checkpoint import Layout, from_state, old_config, synthetic, write_repo
+from scripts.fakehub.checkpoint import Layout, from_state, old_config, write_repo
+from tests.support.lossless import content, make
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert, plan_conversion
@@ -33,17 +34,7 @@ from toolkit.hub.record import RECORD, DownloadRecord, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.source.key_map import assign
 
-SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 300}
 COMMIT = "0123456789" * 4
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def make(directory: Path, layout: Layout = LAYOUTS["bloom"], **changes: Any) -> Path:
-    synthetic(directory, **{**SHAPE, **changes}, layout=layout)
-    return directory
 
 
 def record_download(source: Path, repo: str = "me/bloom", **wrong: str) -> None:

@@ -23,6 +23,7 @@ from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import Fault, LocalHub
 from tests.support.bloom_repos import fetched, ranges, sha256
+from tests.support.lossless import content
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
@@ -42,10 +43,6 @@ LAYOUTS = {
     "safetensors shards": Layout(form="safetensors"),
     "lm_head": Layout(lm_head=True, prefix=True),
 }
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture

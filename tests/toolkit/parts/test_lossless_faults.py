@@ -26,7 +26,7 @@ from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.repair import forget, plan_repair
-from toolkit.commands.space import space_to_prepare
+from toolkit.commands.schedule import space_to_prepare
 from toolkit.commands.verify import verify
 from toolkit.hub import retry
 from toolkit.parts.manifest_backup import write_backup
