@@ -109,7 +109,7 @@ def download(
     if dry_run:
         print_lines(download_lines(plan))
         return 0 if plan.fits else 1
-    with _progress("downloading", plan.work) as progress:
+    with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
     files = f"{len(done.fetched)} files fetched, {len(done.kept)} kept, each checked against its hash"
     print(f"{done.revision} is in {directory}: {files} ({fetched(done)})")
@@ -127,7 +127,7 @@ def prepare(
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
-    plan = plan_preparation(repo, destination, revision, _form(lossless), connections)
+    plan = plan_preparation(repo, destination, revision, LOSSLESS if lossless else PLAIN, connections)
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
     print(f"{destination} is complete: {written('parts', _built('preparing', plan))}")
@@ -145,7 +145,9 @@ def convert(
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
     from toolkit.commands.convert import plan_conversion
 
-    plan = plan_conversion(source, destination, delete_source=delete_source, form=_form(lossless))
+    plan = plan_conversion(
+        source, destination, delete_source=delete_source, form=LOSSLESS if lossless else PLAIN
+    )
     print(f"{destination} is complete: {written('parts', _built('converting', plan))}")
 
 
@@ -201,7 +203,7 @@ def export(
     from toolkit.commands.export import carry_out, plan_export
 
     plan = plan_export(directory, destination)
-    with _progress("exporting", plan.bytes_to_write) as progress:
+    with WorkProgress("exporting", plan.bytes_to_write) as progress:
         done = carry_out(plan, progress)
     print(f"{destination} holds the checkpoint: {written('shards', done)}")
 
@@ -291,18 +293,10 @@ def plan(
     return run_plan(PlanOptions(directory, ram, model, tokens, prompt_tokens, as_json), space_to_prepare)
 
 
-def _form(lossless: bool) -> str:
-    return LOSSLESS if lossless else PLAIN
-
-
-def _progress(verb: str, total: int) -> WorkProgress:
-    return WorkProgress(verb, total, sys.stderr)
-
-
 def _built(verb: str, plan: BuildPlan) -> Summary:
     from toolkit.commands.build import carry_out
 
-    with _progress(verb, plan.work) as progress:
+    with WorkProgress(verb, plan.work) as progress:
         return carry_out(plan, progress)
 
 
@@ -310,7 +304,7 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     from toolkit.commands.verify import carry_out, plan_verify
 
     plan = plan_verify(directory, quick, sample=sample)
-    with _progress("verifying", plan.bytes_to_read) as progress:
+    with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
 
 
