@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -20,13 +19,12 @@ from runner.format.layout import PartSpec
 from runner.format.manifest import PartRecord, SourceShard, TensorRecord
 from runner.format.safetensors import open_regular, tensor_nbytes
 from runner.system.atomic import atomic_file
-from toolkit.io import hasher as checksum
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.coded_part import write_coded
-from toolkit.source.gather import open_shard, read_pieces
 from toolkit.source.shards import SourceTensor
+from toolkit.source.tensor_reader import TensorReader, ranges_of
 
 # Of a matrix's bytes, before it is coded; those of trained and of normal weights leave 0.67 to 0.70.
 CODED_SHARE = 0.72
@@ -135,17 +133,17 @@ def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
     header = part_header(part.spec.stored(part.dtype, {}))
     whole = xxhash.xxh3_128(header)
     records = []
-    with WriteBehind(file) as behind, ExitStack() as open_files:
+    ranges = [each for tensor in part.tensors for each in ranges_of(tensor)]
+    with TensorReader(ranges) as reader, WriteBehind(file.fileno()) as behind:
         behind.write(header)
         done = len(header)
-        readers = {shard: open_shard(shard, open_files) for shard in part.sources}
-        for (name, shape), tensor in zip(part.spec.tensors.items(), part.tensors, strict=True):
-            own = xxhash.xxh3_128()
-            for piece in read_pieces(tensor, readers[tensor.file], behind.buffers):
-                behind.write(piece)
-                own.update(piece)
-                whole.update(piece)
-                done += len(piece)
+        for index, (name, shape) in enumerate(part.spec.tensors.items()):
+            tensor, own = part.tensors[index], xxhash.xxh3_128()
+            for block in reader.blocks(index):
+                behind.write(block)
+                own.update(block)
+                whole.update(block)
+                done += len(block)
                 progress(part.spec.file, done, part.size)
             records.append(TensorRecord(name, tensor.dtype, shape, own.hexdigest()))
     return PartRecord(part.spec.file, part.size, whole.hexdigest(), tuple(records), ())
@@ -162,10 +160,8 @@ def is_in_place(path: Path, header: bytes, size: int) -> bool:
 
 def check_lm_head(lm_head: SourceTensor, embedding: SourceTensor) -> None:
     """Raise `BloomdeskError` where the two differ: the runner's head is the embedding, and another would be lost."""
-    with ExitStack() as open_files:
-        ours = read_pieces(lm_head, open_shard(lm_head.file, open_files), checksum.new_buffers())
-        theirs = read_pieces(embedding, open_shard(embedding.file, open_files), checksum.new_buffers())
-        for left, right in zip(ours, theirs, strict=True):
+    with TensorReader(ranges_of(lm_head)) as ours, TensorReader(ranges_of(embedding)) as theirs:
+        for left, right in zip(ours.blocks(0), theirs.blocks(0), strict=True):
             if left != right:
                 raise BloomdeskError(
                     f"{lm_head.file}: {lm_head.key} differs from the embedding, "

@@ -26,6 +26,7 @@ from toolkit.commands import export as module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
 from toolkit.io import reader as readahead
+from toolkit.io import writer
 from toolkit.source.key_map import name_table
 
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 300}
@@ -128,8 +129,8 @@ def test_converting_it_again_gives_the_same_parts(made: Path, tmp_path: Path) ->
 
 def test_large_tensors_go_in_pieces(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(made, tmp_path / "whole")
-    monkeypatch.setattr(readahead, "PIECE", 1_000)
-    monkeypatch.setattr(module, "SETTLE", 7_000)
+    monkeypatch.setattr(readahead, "BLOCK", 1_000)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 7_000)
     export(made, tmp_path / "pieces")
     assert content(tmp_path / "whole") == content(tmp_path / "pieces")
 
@@ -258,17 +259,20 @@ def test_running_again_redoes_what_is_unfinished_and_nothing_else(made: Path, tm
 @pytest.mark.parametrize("full_at", [0, 1, 60_000, 120_000])
 def test_a_full_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int) -> None:
     """In the index, in a shard's header, in its data; and going on once there is room."""
-    out, left, original = tmp_path / "out", full_at, Path.open
+    out, left, original, write = tmp_path / "out", full_at, Path.open, os.write
+
+    def take(data: Any) -> None:
+        nonlocal left
+        if len(data) > left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(data)
 
     class Full:
         def __init__(self, file: BinaryIO) -> None:
             self._file = file
 
         def write(self, data: Any) -> int:
-            nonlocal left
-            if len(data) > left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left -= len(data)
+            take(data)
             return self._file.write(data)
 
         def __getattr__(self, name: str) -> Any:
@@ -285,6 +289,7 @@ def test_a_full_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return Full(file) if set(mode) & set("wx") else file
 
     monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: take(data) or write(descriptor, data))
     with pytest.raises(BloomdeskError, match="the disk is full") as caught:
         export(made, out)
     assert "make room" in caught.value.hint

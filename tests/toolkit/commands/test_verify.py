@@ -190,7 +190,7 @@ def test_what_cannot_be_checked_at_all(prepared: Path, tmp_path: Path) -> None:
 
 def test_the_report_does_not_depend_on_the_threads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage in the order of the manifest, with pieces so small that every file is many."""
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     entries = read_header(prepared / BLOCK).tensors
     for name in ("mlp.dense_4h_to_h.weight", "input_layernorm.weight"):
         flip(prepared / BLOCK, entries[name].start)
@@ -214,17 +214,17 @@ def test_one_file_and_many_are_read_by_several_threads(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each read waits for a second one, of the same large file or of the next small one."""
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
-    read, meeting = readahead._read, threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
+    read, meeting = readahead.read_block, threading.Barrier(2, timeout=20)
     together: list[tuple[str, threading.Thread]] = []
 
-    def meet(file: readahead._File, start: int, buffer: memoryview) -> int:
+    def meet(file: readahead.OpenedFile, start: int, buffer: memoryview, keep_cached: bool) -> int:
         together.append((file.path.name, threading.current_thread()))
         if len(together) <= 6:
             meeting.wait()
-        return read(file, start, buffer)
+        return read(file, start, buffer, keep_cached)
 
-    monkeypatch.setattr(readahead, "_read", meet)
+    monkeypatch.setattr(readahead, "read_block", meet)
     assert verify(prepared, threads=2).sound
     assert len({thread for file, thread in together if file == BLOCK}) == 2
 
@@ -245,15 +245,15 @@ def test_progress_comes_from_the_calling_thread_and_only_rises(prepared: Path) -
 def test_an_error_in_the_middle_of_a_file_is_its_damage_alone(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
-    read = readahead._read
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
+    read = readahead.read_block
 
-    def fail(file: readahead._File, start: int, buffer: memoryview) -> int:
+    def fail(file: readahead.OpenedFile, start: int, buffer: memoryview, keep_cached: bool) -> int:
         if file.path.name == BLOCK and start > 50_000:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return read(file, start, buffer)
+        return read(file, start, buffer, keep_cached)
 
-    monkeypatch.setattr(readahead, "_read", fail)
+    monkeypatch.setattr(readahead, "read_block", fail)
     flip(prepared / "block_02.safetensors", 10_000)
     report = verify(prepared)
     assert [item.file for item in report.damage] == [BLOCK, "block_02.safetensors"]
@@ -274,7 +274,7 @@ def test_an_error_of_the_progress_ends_the_check(prepared: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such system call here")
 def test_what_was_read_leaves_the_page_cache(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     let_go: list[int] = []
 
     def advise(descriptor: int, start: int, length: int, advice: int) -> None:
@@ -407,7 +407,7 @@ def test_quick_takes_no_sample(prepared: Path) -> None:
 
 
 def test_systems_without_positioned_reads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     assert verify(prepared, threads=4).sound
