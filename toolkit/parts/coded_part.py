@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import xxhash
 
@@ -23,12 +23,10 @@ from runner.format.manifest import PartRecord, TensorRecord
 from toolkit.io.progress import Progress
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.io.writer import WriteBehind, drop_cached
+from toolkit.parts.part import PlannedPart
 from toolkit.parts.row_groups import CHUNK, Coders, RowGroups, batches_of_row_groups, chunk_nbytes
 from toolkit.source.shards import SourceTensor
 from toolkit.source.tensor_reader import TensorReader, ranges_of
-
-if TYPE_CHECKING:
-    from toolkit.parts.part import PlannedPart
 
 
 def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
