@@ -38,7 +38,7 @@ def bench(options: BenchOptions) -> int:
             parse_size(options.ram) if options.ram else None,
             options.tokens,
             options.prompt_tokens,
-            lambda part, parts: line.show(f"[part {part} of {parts}]"),
+            line.show_part,
         )
     finally:
         line.clear()

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from runner.weights.chunks import Chunk
-from runner.weights.ring import Buffer, Ring, Traffic
+from runner.weights.ring import Buffer, Ring
 
 # One reads while the other hands over.
 READERS = 2
@@ -38,23 +38,16 @@ class Stream:
 
     def __init__(self, chunks: Sequence[Chunk], readers: int = READERS, read: Read = Chunk.read) -> None:
         self.ring = Ring(chunks)
+        self.chunks, self.traffic = self.ring.chunks, self.ring.traffic
         self._readers, self._read = readers, read
         self._threads: list[threading.Thread] = []
         weakref.finalize(self, _end, self.ring, self._threads)
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        return self.ring.chunks
 
     @property
     def streamed_bytes(self) -> int:
         """Bytes of the chunks that are not resident: what each pass reads."""
         resident = self.ring.resident
         return sum(chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in resident)
-
-    @property
-    def traffic(self) -> Traffic:
-        return self.ring.traffic
 
     def arrange(self, resident: frozenset[int], buffers: int) -> None:
         """Keep the chunks with these indices from now on, and stream the others through `buffers` buffers.
@@ -84,10 +77,10 @@ class Stream:
             thread = threading.Thread(target=_read_ahead, args=arguments, name=READER_NAME, daemon=True)
             thread.start()
             self._threads.append(thread)
-        buffer, chunk = ring.take(index), ring.chunks[index]
+        buffer, file = ring.take(index), self.chunks[index].file
         # A streamed chunk's file is checked at each read; that of resident ones at its first chunk in each pass.
-        if index in ring.kept and (not index or ring.chunks[index - 1].file is not chunk.file):
-            chunk.file.check_unchanged()
+        if index in ring.kept and (not index or self.chunks[index - 1].file is not file):
+            file.check_unchanged()
         return buffer
 
 

@@ -24,6 +24,7 @@ from runner.cli.plan import plan as run_plan
 from runner.cli.report import print_lines, print_rows
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
+from runner.generation.options import GenerationOptions
 from runner.units import size
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
@@ -249,30 +250,27 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="The most new tokens of a prompt.")
-    ] = GenerateOptions.max_new_tokens,
-    ram: Ram = GenerateOptions.ram,
+    ] = GenerationOptions.max_new_tokens,
+    ram: Ram = None,
     batch: Annotated[
         int | None,
         typer.Option(metavar="N", help="Prompts that share a pass.", show_default="what the RAM suggests"),
-    ] = GenerateOptions.batch,
+    ] = None,
     speculate: Annotated[
         str,
         typer.Option(
             metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."
         ),
-    ] = GenerateOptions.speculate,
+    ] = GenerationOptions.speculate,
     draft: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
-    ] = GenerateOptions.draft,
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
-    return run_generate(
-        GenerateOptions(
-            directory, prompt, prompts, out, max_new_tokens, ram, batch, speculate, draft, as_json
-        )
-    )
+    generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
+    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation))
 
 
 @app.command()
@@ -306,7 +304,7 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
-    from toolkit.commands.space import space_to_prepare
+    from toolkit.commands.schedule import space_to_prepare
 
     return run_plan(PlanOptions(directory, ram, model, tokens, prompt_tokens, as_json), space_to_prepare)
 

@@ -50,10 +50,6 @@ class DownloadPlan:
     free: int
 
     @property
-    def total(self) -> int:
-        return self.revision.total
-
-    @property
     def to_fetch(self) -> int:
         return sum(planned.to_fetch for planned in self.files)
 
@@ -77,7 +73,6 @@ class DownloadSummary:
     """What a download did; `received` are bytes over the network, `resumed` those that earlier runs left."""
 
     revision: Revision
-    directory: Path
     fetched: tuple[str, ...]
     kept: tuple[str, ...]
     received: int
@@ -141,7 +136,7 @@ def carry_out(
     kept = tuple(file.path for file in chosen.files if file.path not in transfers)
     received = sum(transfer.received for transfer in transfers.values())
     resumed = sum(transfer.resumed for transfer in transfers.values())
-    return DownloadSummary(chosen, directory, tuple(transfers), kept, received, resumed)
+    return DownloadSummary(chosen, tuple(transfers), kept, received, resumed)
 
 
 def fetch_recorded(

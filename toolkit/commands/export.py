@@ -103,7 +103,7 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
     to_write = shards
-    if _is_begun(destination, small[INDEX]):
+    if _has_index(destination, small[INDEX]):
         # A shard is put in place only when it is whole; one cut or changed in size since then is written again.
         to_write = tuple(
             shard for shard in shards if not is_in_place(destination / shard.file, shard.header, shard.size)
@@ -118,7 +118,7 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
     start = time.monotonic()
     with sole_writer_of(plan.destination):
         # Another process may have been faster.
-        _is_begun(plan.destination, plan.small_files[INDEX])
+        _has_index(plan.destination, plan.small_files[INDEX])
         for name, data in plan.small_files.items():
             put_file(plan.destination / name, data)
         with Coders() as coders:
@@ -161,7 +161,7 @@ def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _is_begun(destination: Path, index: bytes) -> bool:
+def _has_index(destination: Path, index: bytes) -> bool:
     """Whether the destination has this export's index; False if it is new or empty, else an error."""
     try:
         if read_small(destination / INDEX, LARGEST_INDEX) == index:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from runner import BloomdeskError
 from runner.cli.bench import BenchOptions
@@ -44,7 +45,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_half(cls: type[Model], directory: Path, ram: int | None) -> Model:
         model = opened(cls, directory, ram)
         shares = replace(model, ram=2**40).memory_plan(20, 16)
-        taken = shares.process + shares.cache + shares.activations + 48 * 2**20
+        request = shares.request
+        taken = request.process + request.cache + request.activations + 48 * 2**20
         return replace(model, ram=taken + shares.resident_bytes // 2)
 
     monkeypatch.setattr(Model, "open", classmethod(open_half))
@@ -93,8 +95,14 @@ def _counted(path: Path) -> bool:
 
 def test_the_end_of_a_text_ends_no_bench(prepared, quick, monkeypatch: pytest.MonkeyPatch) -> None:
     run = bench_module.run(prepared()[1], None, 6, 3, None)
-    likeliest = bench_module._timed_pass
-    monkeypatch.setattr(bench_module, "_timed_pass", lambda *given: (likeliest(*given)[0], 2))  # </s>
+    forward = Model.forward
+
+    def ending(self: Model, *given: object, **options: object) -> torch.Tensor:
+        logits = forward(self, *given, **options).clone()
+        logits[:, self.weights.model.eos_token_id] = 1e6
+        return logits
+
+    monkeypatch.setattr(Model, "forward", ending)
     assert len(bench_module.run(prepared()[1], None, 6, 3, None).pass_seconds) == len(run.pass_seconds) == 6
 
 

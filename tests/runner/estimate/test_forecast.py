@@ -16,7 +16,7 @@ from runner.format.coded import LOSSLESS
 from runner.format.manifest import load_manifest
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
-from toolkit.commands.space import space_to_prepare
+from toolkit.commands.schedule import space_to_prepare
 
 DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
 BLOOM = family.hyperparameters("bigscience/bloom")

@@ -36,11 +36,8 @@ def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     report = json.loads(run("verify", tmp_path / "bloom", "--json").stdout)
     assert report["sound"] and report["files_checked"] == 76
     info = json.loads(run("info", tmp_path / "bloom", "--json").stdout)
-    assert (
-        info["complete"]
-        and info["source"]["repo"] == "bloomdesk/miniature"
-        and info["model"]["n_layer"] == 70
-    )
+    assert info["complete"] and info["model"]["n_layer"] == 70
+    assert info["source"]["repo"] == "bloomdesk/miniature"
     done = run("generate", tmp_path / "bloom", PROMPT)
     assert done.stdout == " SELECT * FROM books WHERE year = 1999;\n"
     assert done.stderr == ""
@@ -137,11 +134,14 @@ def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None
     assert "72 shards written" in run("export", bloom, tmp_path / "hub").stdout
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["generate"], ["verify"], ["convert", "somewhere"]])
-def test_a_directory_that_is_none(tmp_path: Path, arguments: list[str]) -> None:
-    command, *more = arguments
-    rest = ["a prompt"] if command == "generate" else more and [tmp_path / more[0]]
-    refused(command, tmp_path / "nowhere", *rest, status=2 if command == "verify" else 1)
+@pytest.mark.parametrize(
+    ("command", "rest", "status"),
+    [("info", (), 1), ("generate", ("a prompt",), 1), ("verify", (), 2), ("convert", ("somewhere",), 1)],
+)
+def test_a_directory_that_is_missing(
+    command: str, rest: tuple[str, ...], status: int, tmp_path: Path
+) -> None:
+    refused(command, tmp_path / "nowhere", *rest, status=status)
 
 
 def test_errors_of_the_network_are_sentences(tmp_path: Path) -> None:
@@ -188,13 +188,8 @@ def test_the_version() -> None:
     assert re.fullmatch(r"bloomdesk \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["generate", "--no-such"], ["generate"], ["no-such"], ["plan", "--tokens", "0"]]
-)
-def test_what_was_mistyped_is_one_sentence(arguments: list[str]) -> None:
-    assert "--help" in refused(*arguments, status=2)
-
-
-def test_no_arguments_show_the_help() -> None:
+def test_what_was_mistyped_is_one_sentence() -> None:
+    for arguments in (["generate", "--no-such"], ["generate"], ["no-such"], ["plan", "--tokens", "0"]):
+        assert "--help" in refused(*arguments, status=2)
     done = run()
     assert done.returncode == 2 and done.stderr.startswith("Usage: bloomdesk")
