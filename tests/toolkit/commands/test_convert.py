@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runner.errors import BloomdeskError
+from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.layout import part_specs
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import DATA_ALIGNMENT, read_header
@@ -318,12 +319,15 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(tmp_path: Path) -> None:
     assert content(out) == before
 
 
-@pytest.mark.parametrize("failing", range(12))
+@pytest.mark.parametrize(
+    ("form", "failing"),
+    [*((PLAIN, number) for number in range(12)), *((LOSSLESS, number) for number in (1, 3, 6, 9))],
+)
 def test_an_error_at_any_write_leaves_nothing_that_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, failing: int
 ) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
-    convert(source, tmp_path / "undisturbed")
+    convert(source, tmp_path / "undisturbed", form=form)
     writes = []
     real = os.fsync
 
@@ -335,13 +339,13 @@ def test_an_error_at_any_write_leaves_nothing_that_counts(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BloomdeskError, match="the disk is full") as caught:
-        convert(source, out)
+        convert(source, out, form=form)
     assert "run the same command again" in caught.value.hint
     monkeypatch.undo()
     if (out / "manifest.json").exists():
         recorded = load_manifest(out).parts
         assert not [damage for damage in verify(out).damage if damage.file in recorded]
-    convert(source, out)
+    convert(source, out, form=form)
     assert content(out) == content(tmp_path / "undisturbed")
 
 

@@ -73,19 +73,14 @@ def test_two_damaged_tensors_are_both_named(made_copy: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("position", [0, 7, 8, 20, 120, 4095])
-def test_a_flipped_bit_in_the_header_is_damage_of_the_file(made_copy: Path, position: int) -> None:
+@pytest.mark.parametrize("position", [0, 7, 8, 20, 30, 120, 4095])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_flipped_bit_in_the_header_is_damage_of_the_file(
+    made_copy: Path, position: int, quick: bool
+) -> None:
     """Length, JSON, padding."""
     flip(made_copy / BLOCK, position)
-    report = verify(made_copy)
-    assert set(named(report.damage)) == {(BLOCK, None)}
-    assert len(report.damage) == 1
-
-
-@pytest.mark.parametrize("position", [0, 8, 20, 30, 4095])
-def test_quick_sees_a_damaged_header(made_copy: Path, position: int) -> None:
-    flip(made_copy / BLOCK, position)
-    assert named(verify(made_copy, quick=True).damage) == [(BLOCK, None)]
+    assert named(verify(made_copy, quick=quick).damage) == [(BLOCK, None)]
 
 
 @pytest.mark.parametrize("length", [0, 5, 4096, 20_000, -1])

@@ -102,27 +102,6 @@ def flip_in_place(path: Path, position: int) -> None:
         file.write(bytes([byte ^ 16]))
 
 
-@pytest.mark.parametrize("failing", [1, 3, 6, 9])
-def test_an_error_at_any_write_leaves_nothing_that_counts(
-    coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
-    out, writes, real = tmp_path / "out", [], os.fsync
-
-    def full(descriptor: int) -> None:
-        writes.append(descriptor)
-        if len(writes) > 3 * failing:
-            raise OSError(28, "No space left on device")
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(BloomdeskError, match="the disk is full"):
-        convert(coded[0], out, form=LOSSLESS)
-    monkeypatch.undo()
-    assert not [damage for damage in verify(out).damage if damage.file in load_manifest(out).parts]
-    convert(coded[0], out, form=LOSSLESS)
-    assert content(out) == content(coded[1])
-
-
 def test_each_kind_of_damage_is_named(coded_copy: Path) -> None:
     entries = read_header(coded_copy / BLOCK).tensors
     for name in (MATRIX, MATRIX + ROW_GROUPS_SUFFIX, "mlp.dense_h_to_4h.bias"):
