@@ -18,7 +18,7 @@ from runner.generation.options import GenerationOptions
 from runner.units import duration, number, parse_size, rate, size
 
 if TYPE_CHECKING:
-    from runner.generation.batch import Batch
+    from runner.generation import Batch
     from runner.generation.decode import Generation
     from runner.generation.model import Model
     from runner.generation.sequence import Sequence as TextSequence
@@ -70,8 +70,8 @@ def _generate_one(options: GenerateOptions) -> int:
     terminal = StatusLine(sys.stderr, sys.stdout)
     model = _opened(options)
     request = model.request(options.prompt, options.generation.max_new_tokens)
-    generation = Generation(model.batch([request], options.generation, terminal.show_part))
-    note(_setup(generation.batch))
+    generation = model.batch([request], options.generation, terminal.show_part, Generation)
+    note(_setup(generation))
     stream = model.tokenizer.stream()
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
     start = time.perf_counter()
@@ -92,7 +92,7 @@ def _generate_one(options: GenerateOptions) -> int:
         tokens = len(generation.ids)
         pace = f"{duration(seconds / tokens)} a token, " if tokens else ""
         end = _ENDS.get(generation.stop_reason or "", "interrupted")
-        note(f"{tokens} tokens, {pace}{_work(generation.batch)}; {end}")
+        note(f"{tokens} tokens, {pace}{_work(generation)}; {end}")
     return status
 
 
@@ -111,7 +111,7 @@ def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Wr
 
     def on_part(part: int, parts: int) -> None:
         counts = f"{done} of {len(prompts)} prompts done"
-        counts += f", {batch.active} in the batch, {batch.waiting} waiting"
+        counts += f", {len(batch.active)} in the batch, {len(batch.waiting)} waiting"
         line.show_part(part, parts, counts)
 
     batch = model.batch(requests, options.generation, on_part)
@@ -166,14 +166,14 @@ def _report(found: Generation | TextSequence, text: str, seconds: float) -> dict
 
 def _setup(batch: Batch) -> str:
     """What the RAM and the options come to."""
-    plan = batch.capacity.memory_plan
+    plan = batch.plan
     kept = "all weights stay"
     if plan.streamed_bytes:
         kept = (
             f"{size(plan.resident_bytes)} of weights stay, {size(plan.streamed_bytes)} are read in each pass"
         )
     return (
-        f"RAM {size(plan.total)}: {kept}; batch {batch.capacity.batch}; speculation {batch.speculation}; "
+        f"RAM {size(plan.request.ram)}: {kept}; batch {plan.request.batch}; speculation {batch.proposer.words}; "
         "set them with --ram, --batch, --speculate"
     )
 

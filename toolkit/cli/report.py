@@ -49,7 +49,7 @@ def download_lines(plan: DownloadPlan) -> Iterator[str]:
     """What a download has to fetch, and whether the disk has free space for it."""
     for planned in plan.files:
         yield f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}"
-    yield f"{plan.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}"
+    yield f"{plan.revision.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}"
     verdict = "it fits" if plan.fits else f"it does not fit: {size(plan.to_fetch - plan.free)} too little"
     yield f"still to fetch: {size(plan.to_fetch)}, free in {plan.directory}: {size(plan.free)}: {verdict}"
 

@@ -45,7 +45,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_half(cls: type[Model], directory: Path, ram: int | None) -> Model:
         model = opened(cls, directory, ram)
         shares = replace(model, ram=2**40).memory_plan(20, 16)
-        taken = shares.process + shares.cache + shares.activations + 48 * 2**20
+        request = shares.request
+        taken = request.process + request.cache + request.activations + 48 * 2**20
         return replace(model, ram=taken + shares.resident_bytes // 2)
 
     monkeypatch.setattr(Model, "open", classmethod(open_half))
