@@ -25,6 +25,7 @@ from toolkit.commands import export as module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
 from toolkit.io import reader as readahead
+from toolkit.io import writer
 from toolkit.source.key_map import name_table
 
 SHARDS = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
@@ -100,10 +101,10 @@ def test_converting_it_again_gives_the_same_parts(made: Path, tmp_path: Path) ->
         assert (tmp_path / "again" / file).read_bytes() == (made / file).read_bytes(), file
 
 
-def test_large_tensors_go_in_pieces(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_buffer_size_changes_no_byte(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(made, tmp_path / "whole")
-    monkeypatch.setattr(readahead, "PIECE", 1_000)
-    monkeypatch.setattr(module, "SETTLE", 7_000)
+    monkeypatch.setattr(readahead, "BLOCK", 1_000)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 7_000)
     export(made, tmp_path / "pieces")
     assert content(tmp_path / "whole") == content(tmp_path / "pieces")
 
@@ -141,7 +142,7 @@ def test_a_damaged_header_or_small_file(made_copy: Path, tmp_path: Path, file: s
 
 
 @pytest.mark.parametrize("file", [BLOCK, "embedding.safetensors", "tokenizer.json"])
-def test_a_missing_or_cut_file_is_told_before_anything_is_written(
+def test_a_missing_or_cut_file_is_reported_before_anything_is_written(
     made_copy: Path, tmp_path: Path, file: str
 ) -> None:
     (made_copy / file).write_bytes((made_copy / file).read_bytes()[:-1])
@@ -165,7 +166,7 @@ def test_a_part_that_ends_while_it_is_read(
     assert not (tmp_path / "out" / SHARDS[2]).exists()
 
 
-def test_what_is_not_complete(made_copy: Path, tmp_path: Path) -> None:
+def test_an_incomplete_directory_is_refused(made_copy: Path, tmp_path: Path) -> None:
     manifest = load_manifest(made_copy)
     parts = {file: record for file, record in manifest.parts.items() if file != BLOCK}
     (made_copy / "manifest.json").write_text(type(manifest)(manifest.model, manifest.source, parts).to_json())
@@ -175,7 +176,7 @@ def test_what_is_not_complete(made_copy: Path, tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "out")
 
 
-def test_too_little_room_is_told_with_figures_before_the_start(
+def test_too_little_space_is_refused_with_the_figures(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -229,19 +230,24 @@ def test_running_again_redoes_what_is_unfinished_and_nothing_else(made: Path, tm
 
 
 @pytest.mark.parametrize("full_at", [0, 1, 60_000, 120_000])
-def test_a_full_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int) -> None:
+def test_a_full_disk_leaves_nothing_that_counts(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
+) -> None:
     """In the index, in a shard's header, in its data; and going on once there is room."""
-    out, left, original = tmp_path / "out", full_at, Path.open
+    out, left, original, write = tmp_path / "out", full_at, Path.open, os.write
+
+    def take(data: Any) -> None:
+        nonlocal left
+        if len(data) > left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(data)
 
     class Full:
         def __init__(self, file: BinaryIO) -> None:
             self._file = file
 
         def write(self, data: Any) -> int:
-            nonlocal left
-            if len(data) > left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left -= len(data)
+            take(data)
             return self._file.write(data)
 
         def __getattr__(self, name: str) -> Any:
@@ -258,6 +264,7 @@ def test_a_full_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return Full(file) if set(mode) & set("wx") else file
 
     monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: take(data) or write(descriptor, data))
     with pytest.raises(BloomdeskError, match="the disk is full") as caught:
         export(made, out)
     assert "make room" in caught.value.hint

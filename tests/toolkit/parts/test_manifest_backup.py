@@ -46,19 +46,19 @@ def make_incomplete(made_copy: Path) -> None:
     (made_copy / MANIFEST).write_text(replace(manifest, parts=parts).to_json())
 
 
-def test_it_is_the_manifest_byte_for_byte(made_copy: Path) -> None:
+def test_the_backup_is_the_manifest_byte_for_byte(made_copy: Path) -> None:
     assert (made_copy / MANIFEST_BACKUP).read_bytes() == (made_copy / MANIFEST).read_bytes()
     assert load_manifest(made_copy, MANIFEST_BACKUP) == load_manifest(made_copy)
 
 
-def test_only_a_complete_directory_gets_one(made_copy: Path) -> None:
+def test_only_a_complete_directory_gets_a_backup(made_copy: Path) -> None:
     (made_copy / MANIFEST_BACKUP).unlink()
     make_incomplete(made_copy)
     write_backup(made_copy, load_manifest(made_copy))
     assert not (made_copy / MANIFEST_BACKUP).exists()
 
 
-def test_it_is_not_written_again_where_it_is_right(made_copy: Path) -> None:
+def test_a_right_backup_is_not_written_again(made_copy: Path) -> None:
     before = (made_copy / MANIFEST_BACKUP).stat()
     write_backup(made_copy, load_manifest(made_copy))
     after = (made_copy / MANIFEST_BACKUP).stat()
@@ -74,7 +74,7 @@ def test_a_bad_backup_is_its_own_damage(made_copy: Path, harm: Harm, quick: bool
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_with_a_sound_backup_a_bad_manifest_is_damage_and_the_check_goes_on(
+def test_with_a_sound_backup_a_bad_manifest_is_damage_and_the_rest_is_checked(
     made_copy: Path, harm: Harm
 ) -> None:
     everything = verify(made_copy).bytes_read
@@ -97,7 +97,7 @@ def test_without_either_nothing_can_be_checked(made_copy: Path, harm: Harm) -> N
             check(made_copy)
 
 
-def test_an_incomplete_directory_has_none_and_that_is_no_damage(made_copy: Path) -> None:
+def test_an_incomplete_directory_without_a_backup_is_no_damage(made_copy: Path) -> None:
     make_incomplete(made_copy)
     (made_copy / MANIFEST_BACKUP).unlink()
     report = verify(made_copy, quick=True)
