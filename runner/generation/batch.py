@@ -152,11 +152,11 @@ class Batch:
         """Logits of each segment; the cost model learns what the pass took."""
         traffic, cost = self._stream.traffic, self._proposer.cost
         loaded, waited = traffic.bytes_loaded, traffic.waiting_seconds
-        fetched, reading = traffic.bytes_fetched, traffic.reading_seconds
+        fetched, reading = traffic.bytes_read, traffic.reading_seconds
         began = time.perf_counter()
         logits = self.model.forward_all(list(segments.values()), self._on_part)
         computing = time.perf_counter() - began - (traffic.waiting_seconds - waited)
-        fetched, reading = traffic.bytes_fetched - fetched, traffic.reading_seconds - reading
+        fetched, reading = traffic.bytes_read - fetched, traffic.reading_seconds - reading
         disk_seconds = self._stream.streamed_bytes * reading / fetched if fetched else cost.disk_seconds
         rows = sum(len(segment.ids) for segment in segments.values())
         # A pass that loads resident weights is slower than all later ones.
