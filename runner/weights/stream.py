@@ -135,14 +135,15 @@ class Stream:
     def _ready(self, index: int) -> Buffer:
         """The buffer with chunk `index`, the next in order, once it is read."""
         # A failure while reading ahead may be over by now, so it counts only if it happens again.
-        may_retry = self._current(index) is not None
+        buffer = self._current(index)
+        may_retry = buffer is not None
         while True:
-            self._read_ahead()
-            buffer = self._current(index)
-            if not buffer:
+            while not buffer:
+                self._read_ahead()
+                buffer = self._current(index)
                 # All buffers are still being read into, for chunks that are not needed any more.
-                self.buffers[0].read.done.wait(LONGEST_WAIT)
-                continue
+                if not buffer:
+                    self.buffers[0].read.done.wait(LONGEST_WAIT)
             while not buffer.read.done.is_set():
                 buffer.read.done.wait(LONGEST_WAIT)
             if not buffer.read.failure:
@@ -151,12 +152,13 @@ class Stream:
             self._restart(index)
             if not may_retry:
                 raise buffer.read.failure
-            may_retry = False
+            buffer, may_retry = None, False
 
     def _current(self, index: int) -> Buffer | None:
         """The buffer for chunk `index`, the next in order, if its read was started."""
-        streamed = (buffer for buffer in self.buffers if buffer.number == self.position)
-        return self.kept.get(index) or next(streamed, None)
+        if buffer := self.kept.get(index):
+            return buffer
+        return next((buffer for buffer in self.buffers if buffer.number == self.position), None)
 
     def _read_ahead(self) -> None:
         """Start reading the chunks that come next, as far as there are free buffers."""
