@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from runner.cli.report import Row, forecast_fields, print_rows, rates_row
 from runner.format.hyperparameters import Hyperparameters
+from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.units import duration, parse_size, size
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class PlanOptions:
     directory: Path = Path()
     ram: str | None = None
     model: str | None = None
-    tokens: int = 64
+    tokens: int = DEFAULT_NEW_TOKENS
     prompt_tokens: int = 16
     as_json: bool = False
 
@@ -64,14 +65,14 @@ def _rows(found: Plan, needed: int, fits: bool) -> Iterator[Row]:
     yield Row("disk", disk, {"free_bytes": found.free_bytes, "bytes_to_prepare": needed, "fits": fits})
     yield rates_row(found.rates)
     parts = {
-        "program": shares.process,
-        "KV cache": shares.cache,
-        "a pass": shares.activations,
+        "program": shares.request.process,
+        "KV cache": shares.request.cache,
+        "a pass": shares.request.activations,
         "reading ahead": shares.read_ahead,
         "weights that stay": shares.resident_bytes,
     }
     used = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-    yield Row("RAM", f"{size(shares.total)}: {used}", _form_fields(form))
+    yield Row("RAM", f"{size(shares.request.ram)}: {used}", _form_fields(form))
     read = (
         f"{size(shares.streamed_bytes)} are read from the disk"
         if shares.streamed_bytes

@@ -48,12 +48,12 @@ def rates_row(rates: Rates) -> Row:
 
 def forecast_fields(found: Forecast) -> dict[str, Any]:
     """A forecast for --json, in bytes and seconds."""
-    shares = found.shares
+    shares, request = found.shares, found.shares.request
     return {
-        "ram": shares.total,
-        "process": shares.process,
-        "cache": shares.cache,
-        "activations": shares.activations,
+        "ram": request.ram,
+        "process": request.process,
+        "cache": request.cache,
+        "activations": request.activations,
         "read_ahead": shares.read_ahead,
         "resident_bytes": shares.resident_bytes,
         "streamed_bytes_per_pass": shares.streamed_bytes,

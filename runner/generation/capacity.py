@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from runner.errors import BloomdeskError
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
@@ -19,20 +19,10 @@ SHARE_FOR_ROWS = 0.1
 MEMORY_TO_DISK = 10.0
 
 
-@dataclass(frozen=True)
-class Capacity:
-    """`batch` sequences at a time, and `rows` rows in a pass, of which `logit_rows` give logits."""
-
-    batch: int
-    rows: int
-    logit_rows: int
-    memory_plan: MemoryPlan
-
-
 class Planner:
     """Finds the capacity for `requests`, with the draft tokens and the draft model of `proposer`.
 
-    `base` says what they need if all of them go together, in passes without rows.
+    `base` says what all of them need together, in passes without rows; its caches are sorted, the largest first.
     """
 
     def __init__(self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer) -> None:
@@ -41,29 +31,13 @@ class Planner:
         self._draft_tokens = proposer.most_tokens(max(request.max_new_tokens for request in requests))
         self._draft = proposer.draft
 
-    def plan(self, batch: int | None) -> Capacity:
-        """The capacity for up to `batch` sequences at a time; by default for the most tokens a second.
+    def plan(self, batch: int | None) -> MemoryPlan:
+        """The plan for up to `batch` sequences at a time; by default the one with the most tokens a second.
 
         Raises `BloomdeskError` if the RAM is too little for the largest request alone.
         """
-        best = self._largest_alone()
-        for count in range(2, min(batch or MOST_AT_A_TIME, len(self._prompts)) + 1):
-            try:
-                found = self._fitting(count)
-            except BloomdeskError:
-                break
-            if batch or self._worth(found) > self._worth(best):
-                best = found
-        return best
-
-    def without_draft(self, found: Capacity) -> Capacity:
-        """The same capacity without the draft model; weights that are resident stay so."""
-        self._draft = None
-        return self._capacity(found.batch, found.rows, found.logit_rows, found.memory_plan.resident)
-
-    def _largest_alone(self) -> Capacity:
         try:
-            return self._fitting(1)
+            best = self._largest(1)
         except BloomdeskError as error:
             if len(self._prompts) == 1:
                 raise
@@ -71,17 +45,19 @@ class Planner:
             raise BloomdeskError(
                 f"{error.message}, for the longest of the prompts: {positions}", error.hint
             ) from error
+        for count in range(2, min(batch or MOST_AT_A_TIME, len(self._prompts)) + 1):
+            if not self._request(count, count, count).fits:
+                break
+            found = self._largest(count)
+            if batch or _worth(found) > _worth(best):
+                best = found
+        return best
 
-    def _worth(self, found: Capacity) -> float:
-        """Tokens for each byte of weights that is computed with; a streamed byte counts `MEMORY_TO_DISK` times."""
-        computed = sum(self._base.chunks) * (1 + SLOPE * (found.batch - 1))
-        return found.batch / max(computed, MEMORY_TO_DISK * found.memory_plan.streamed_bytes)
-
-    def _fitting(self, batch: int) -> Capacity:
-        """The capacity for `batch` sequences, with fewer draft tokens and rows if these would take too much RAM."""
+    def _largest(self, batch: int) -> MemoryPlan:
+        """The plan with the largest passes for `batch` sequences that are worth their RAM."""
         # A row for each sequence is needed: this raises if it does not fit.
-        plan = self._capacity(batch, batch, batch).memory_plan
-        room = plan.activations + plan.unused
+        plan = memory_plan(self._request(batch, batch, batch))
+        room = plan.request.activations + plan.unused
         room += SHARE_FOR_ROWS * min(plan.resident_bytes, plan.streamed_bytes)
         logit_rows, draft_tokens = batch, self._draft_tokens
         while draft_tokens and logit_rows == batch:
@@ -89,35 +65,26 @@ class Planner:
             if self._request(batch, wanted, wanted).activations <= room:
                 logit_rows = wanted
             draft_tokens //= 2
-        wanted = max(logit_rows, sum(self._prompts[:batch]))
-        rows = _most(
-            logit_rows, wanted, lambda rows: self._request(batch, rows, logit_rows).activations <= room
-        )
+
+        def is_cheap(rows: int) -> bool:
+            return self._request(batch, rows, logit_rows).activations <= room
+
+        rows = _most(logit_rows, max(logit_rows, sum(self._prompts[:batch])), is_cheap)
         # A prompt that fits into one pass as a whole never takes two.
         whole = max(rows, self._prompts[0])
-        try:
-            return self._capacity(batch, whole, logit_rows)
-        except BloomdeskError:
-            rows = _most(logit_rows, whole, lambda rows: self._fits(batch, rows, logit_rows))
-            return self._capacity(batch, rows, logit_rows)
-
-    def _fits(self, batch: int, rows: int, logit_rows: int) -> bool:
-        try:
-            self._capacity(batch, rows, logit_rows)
-        except BloomdeskError:
-            return False
-        return True
+        rows = _most(logit_rows, whole, lambda rows: self._request(batch, rows, logit_rows).fits)
+        return memory_plan(self._request(batch, rows, logit_rows))
 
     def _request(self, batch: int, rows: int, logit_rows: int) -> MemoryRequest:
         capacities = self._base.capacities[:batch]
-        return replace(self._base, capacities=capacities, rows=rows, logit_rows=logit_rows)
+        draft = self._draft.nbytes(batch, capacities[0]) if self._draft else 0
+        return replace(self._base, capacities=capacities, rows=rows, logit_rows=logit_rows, draft=draft)
 
-    def _capacity(
-        self, batch: int, rows: int, logit_rows: int, keep: frozenset[int] = frozenset()
-    ) -> Capacity:
-        draft = self._draft.nbytes(batch, self._base.capacities[0]) if self._draft else 0
-        request = replace(self._request(batch, rows, logit_rows), draft=draft, keep=keep)
-        return Capacity(batch, rows, logit_rows, memory_plan(request))
+
+def _worth(plan: MemoryPlan) -> float:
+    """Tokens for each byte of weights that is computed with; a streamed byte counts `MEMORY_TO_DISK` times."""
+    computed = sum(plan.request.chunks) * (1 + SLOPE * (plan.request.batch - 1))
+    return plan.request.batch / max(computed, MEMORY_TO_DISK * plan.streamed_bytes)
 
 
 def _most(least: int, most: int, fits: Callable[[int], bool]) -> int:

@@ -41,6 +41,11 @@ class MemoryRequest:
     keep: frozenset[int] = frozenset()
 
     @property
+    def batch(self) -> int:
+        """Number of sequences in a pass."""
+        return len(self.capacities)
+
+    @property
     def cache(self) -> int:
         """Bytes of all KV caches."""
         dtype = TORCH_DTYPES[self.model.dtype]
@@ -52,33 +57,51 @@ class MemoryRequest:
         element_size = TORCH_DTYPES[self.model.dtype].itemsize
         return activation_bytes(self.model, self.rows, max(self.capacities), element_size, self.logit_rows)
 
+    @property
+    def buffer_nbytes(self) -> int:
+        return buffer_bytes(max(self.chunks))
+
+    @property
+    def spare(self) -> int:
+        """Bytes for weights and buffers; negative if the RAM is too little."""
+        return self.ram - self.process - self.cache - self.activations - self.draft - MARGIN
+
+    @property
+    def least_weights(self) -> int:
+        """The fewest bytes for weights and buffers."""
+        return min(FEWEST_BUFFERS * self.buffer_nbytes, sum(self.chunks))
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= self.least_weights
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How `total` bytes are divided. `resident` has the indices of the chunks that stay in RAM between passes."""
+    """The answer to `request`: `buffers` for the prefetch ring, and the chunks that stay, by their indices."""
 
-    total: int
-    process: int
-    cache: int
-    activations: int
-    draft: int
+    request: MemoryRequest
     buffers: int
-    buffer_nbytes: int
     resident: frozenset[int]
-    resident_bytes: int
-    # Of the chunks that each pass reads from the disk.
-    streamed_bytes: int
 
     @property
     def read_ahead(self) -> int:
-        """Bytes of the buffers of the prefetch ring."""
-        return self.buffers * self.buffer_nbytes
+        """Bytes of the buffers."""
+        return self.buffers * self.request.buffer_nbytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.request.chunks[index] for index in self.resident)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that each pass reads from the disk."""
+        return sum(self.request.chunks) - self.resident_bytes
 
     @property
     def unused(self) -> int:
         """Bytes that nothing uses."""
-        taken = self.process + self.cache + self.activations + self.draft + MARGIN
-        return self.total - taken - self.read_ahead - self.resident_bytes
+        return self.request.spare - self.read_ahead - self.resident_bytes
 
 
 def default_total() -> int:
@@ -92,31 +115,24 @@ def memory_plan(request: MemoryRequest) -> MemoryPlan:
     They are spread evenly over the pass, so that the disk is never idle while resident chunks are computed. Raises
     `BloomdeskError` if the RAM is too little even to stream everything.
     """
-    cache, activations, weights = request.cache, request.activations, sum(request.chunks)
-    spare = request.ram - request.process - cache - activations - request.draft - MARGIN
-    buffers = buffer_nbytes = 0
-    if spare < weights:
-        buffer_nbytes = max(map(buffer_bytes, request.chunks))
-        ahead = min(FEWEST_BUFFERS * buffer_nbytes, weights)
-        if spare < ahead:
-            raise _too_little(request, cache, activations, ahead)
-        buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, spare // 8 // buffer_nbytes))
-    resident = spread(request.chunks, spare - buffers * buffer_nbytes, request.keep)
-    kept = sum(request.chunks[index] for index in resident)
-    taken = (request.process, cache, activations, request.draft, buffers, buffer_nbytes)
-    return MemoryPlan(request.ram, *taken, resident, kept, weights - kept)
+    if not request.fits:
+        raise _too_little(request)
+    buffers = 0
+    if request.spare < sum(request.chunks):
+        buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, request.spare // 8 // request.buffer_nbytes))
+    room = request.spare - buffers * request.buffer_nbytes
+    return MemoryPlan(request, buffers, spread(request.chunks, room, request.keep))
 
 
-def _too_little(request: MemoryRequest, cache: int, activations: int, ahead: int) -> BloomdeskError:
-    process = request.process + MARGIN
-    needed = process + cache + activations + request.draft + ahead
+def _too_little(request: MemoryRequest) -> BloomdeskError:
+    needed = request.ram - request.spare + request.least_weights
     drafting, without = "", ""
     if request.draft:
         drafting, without = f", the draft {units.size(request.draft)}", ", or without the draft"
     return BloomdeskError(
         f"{units.size(request.ram)} of RAM are too little: {units.size(needed)} are needed, of which the program "
-        f"{units.size(process)}, the KV cache {units.size(cache)}, a pass {units.size(activations)}"
-        f"{drafting}, reading ahead {units.size(ahead)}",
+        f"{units.size(request.process + MARGIN)}, the KV cache {units.size(request.cache)}, a pass "
+        f"{units.size(request.activations)}{drafting}, reading ahead {units.size(request.least_weights)}",
         f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
         f"tokens{without}",
     )

@@ -84,7 +84,7 @@ class Model(ModelRunner):
         outside the vocabulary, a `max_new_tokens` below 1, an unsuitable draft, or too little RAM.
         """
         options = GenerationOptions(max_new_tokens, speculate, draft)
-        return Generation(self.batch([self.request(prompt_or_ids, max_new_tokens)], options, on_part))
+        return self.batch([self.request(prompt_or_ids, max_new_tokens)], options, on_part, Generation)
 
     def generate_all(
         self,
@@ -106,7 +106,11 @@ class Model(ModelRunner):
         return self.batch(requests, options, on_part).run() if requests else iter(())
 
     def batch(
-        self, requests: Sequence[Request], options: GenerationOptions, on_part: OnPart | None = None
+        self,
+        requests: Sequence[Request],
+        options: GenerationOptions,
+        on_part: OnPart | None = None,
+        kind: type[Batch] = Batch,
     ) -> Batch:
         """A batch of `requests`, of which each has its own `max_new_tokens`. Raises what `generate` raises."""
         draft = None
@@ -115,7 +119,7 @@ class Model(ModelRunner):
         proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         planner = Planner(self.memory_request(capacities, 0), requests, proposer)
-        return Batch(self, requests, planner, options.batch, proposer, on_part)
+        return kind(self, requests, planner.plan(options.batch), proposer, on_part)
 
     def request(self, prompt_or_ids: str | Sequence[int], max_new_tokens: int) -> Request:
         """A checked request for up to `max_new_tokens`. Raises `BloomdeskError` as `generate` does."""

@@ -122,15 +122,8 @@ def plan_conversion(
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     target.require_free_space(destination, peak, schedule.needs, companions)
-    return BuildPlan(
-        destination,
-        existing,
-        manifest,
-        companions,
-        schedule,
-        ShardsOnDisk(parts, sha256, deletable),
-        peak,
-    )
+    on_disk = ShardsOnDisk(parts, sha256, deletable)
+    return BuildPlan(destination, existing, manifest, companions, schedule, on_disk, peak)
 
 
 def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> ShardList:
@@ -189,12 +182,11 @@ def _add_known_hashes(
     destination: Path, manifest: Manifest, shards: ShardList, sha256: dict[Path, str]
 ) -> None:
     """Add the shards' hashes that the manifest records: a local source has no record, and may have changed."""
-    paths = {path.name: path for path in shards.files}
-    for record in manifest.parts.values():
-        for shard in record.sources:
-            path = paths.get(shard.file)
-            if path is not None and sha256.setdefault(path, shard.sha256) != shard.sha256:
-                raise target.another_source(destination, f"another {shard.file}")
+    recorded = {shard.file: shard.sha256 for part in manifest.parts.values() for shard in part.sources}
+    for path in shards.files:
+        known = recorded.get(path.name)
+        if known is not None and sha256.setdefault(path, known) != known:
+            raise target.another_source(destination, f"another {path.name}")
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:

@@ -14,7 +14,6 @@ from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
-from toolkit.hub.digest import hash_file
 from toolkit.hub.failures import offline, offline_error
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
@@ -51,10 +50,6 @@ class DownloadPlan:
     free: int
 
     @property
-    def total(self) -> int:
-        return self.revision.total
-
-    @property
     def to_fetch(self) -> int:
         return sum(planned.to_fetch for planned in self.files)
 
@@ -78,7 +73,6 @@ class DownloadSummary:
     """What a download did; `received` are bytes over the network, `resumed` those that earlier runs left."""
 
     revision: Revision
-    directory: Path
     fetched: tuple[str, ...]
     kept: tuple[str, ...]
     received: int
@@ -142,7 +136,7 @@ def carry_out(
     kept = tuple(file.path for file in chosen.files if file.path not in transfers)
     received = sum(transfer.received for transfer in transfers.values())
     resumed = sum(transfer.resumed for transfer in transfers.values())
-    return DownloadSummary(chosen, directory, tuple(transfers), kept, received, resumed)
+    return DownloadSummary(chosen, tuple(transfers), kept, received, resumed)
 
 
 def fetch_recorded(
@@ -168,7 +162,7 @@ def read_small_file(revision: Revision, file: HubFile, scratch: Path, directory:
     """
     copy, path = scratch / file.path, directory / file.path
     if not copy.exists():
-        if _size(path) == file.size and not hash_file(path, file, silent).difference():
+        if _size(path) == file.size and file.check(path, silent):
             copy.write_bytes(path.read_bytes())
         else:
             fetch(revision, file, scratch, silent)
@@ -228,11 +222,11 @@ def _check_present(
         if planned.state == "unchecked":
             # Taken first, so that a change while the file is read shows.
             modified = path.stat().st_mtime_ns
-            digest = hash_file(path, file, progress)
-            if digest.difference():
+            sha256 = file.check(path, progress)
+            if sha256 is None:
                 planned = PlannedFile(file, "absent", 0)
             else:
-                record = record.with_file(file.path, digest.sha256, modified)
+                record = record.with_file(file.path, sha256, modified)
         files.append(planned)
     return replace(plan, files=tuple(files)), record
 

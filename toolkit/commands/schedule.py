@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from runner.format.coded import PLAIN
+from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest
 from toolkit.parts.destination import missing_parts
@@ -12,7 +14,11 @@ from toolkit.parts.part import part_size
 from toolkit.source.key_map import Assignment
 from toolkit.source.shards import ShardList
 
-SHARDS_AT_A_TIME = 2  # one that parts are made from, and one on its way
+# One that parts are made from, and one on its way.
+SHARDS_AT_A_TIME = 2
+# bigscience/bloom and bloomz have a shard for each block; most of their smaller relatives are a single file.
+BLOCKS_WITH_SHARDS = 70
+SMALL_FILES = 15_000_000
 
 
 @dataclass(frozen=True)
@@ -93,3 +99,14 @@ def schedule_of(
     dtype, form = manifest.model.dtype, manifest.form
     sizes = {spec.file: part_size(spec, dtype, form) for spec in part_specs(manifest.model)}
     return Schedule(needs, sizes, shard_sizes)
+
+
+def space_to_prepare(model: Hyperparameters, form: str = PLAIN) -> int:
+    """The most bytes of disk that `prepare` takes at any time for a model of the family, before the Hub is asked."""
+    specs = part_specs(model)
+    sizes = {spec.file: part_size(spec, model.dtype, form) for spec in specs}
+    shards = {spec.file: part_size(spec, model.dtype) for spec in specs}
+    if model.n_layer >= BLOCKS_WITH_SHARDS:
+        return Schedule({file: (file,) for file in sizes}, sizes, shards).peak_bytes + SMALL_FILES
+    weights = {"weights": sum(shards.values())}
+    return Schedule(dict.fromkeys(sizes, ("weights",)), sizes, weights).peak_bytes + SMALL_FILES

@@ -86,7 +86,7 @@ def resume(
 def another_source(destination: Path, what: str) -> BloomdeskError:
     """The error for a directory that already has parts of another source."""
     return BloomdeskError(
-        f"{destination} was begun from another source: it has {what}",
+        f"{destination} was started from another source: it has {what}",
         "give a new directory, or delete this one",
     )
 
@@ -94,9 +94,9 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
 def check_form(destination: Path, existing: Manifest, form: str) -> None:
     """Raise `BloomdeskError` if the directory has parts of another form than `form`."""
     if existing.parts and existing.form != form:
-        begun, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
+        started, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
         raise BloomdeskError(
-            f"{destination} was begun {begun} --lossless, and a directory has one form",
+            f"{destination} was started {started} --lossless, and a directory has one form",
             f"{do} --lossless to resume it, or give a new directory",
         )
 
@@ -173,9 +173,7 @@ def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, b
 
 def write_manifest(destination: Path, manifest: Manifest) -> None:
     """Replace the manifest as a whole."""
-    path = destination / MANIFEST
-    with disk_errors(path):
-        write_atomically(path, manifest.to_json().encode())
+    put_file(destination / MANIFEST, manifest.to_json().encode())
 
 
 def put_file(path: Path, data: bytes) -> None:

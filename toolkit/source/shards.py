@@ -161,6 +161,8 @@ def dtype_of_head(path: Path, head: bytes) -> str:
             start = 30 + name_length + extra_length
             state = _read_pickle(path, head[start : start + LARGEST_PICKLE])
             dtypes = {key: tensor.storage.dtype for key, tensor in state.items()}
+        if not all(map(str.isprintable, (*dtypes, *dtypes.values()))):
+            raise ValueError("its tensors have names that no text shows")
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise BloomdeskError(
             f"the first bytes of {path} do not show the dtype of its tensors: {_reason(error)}",

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from runner.weights.stream import Stream
+
 # Prior for the cost of a further row, relative to that of the first: measured with the kernel and weights far larger
 # than a processor's caches.
 SLOPE = 0.3
@@ -20,9 +27,28 @@ class CostModel:
 
     def __init__(self) -> None:
         self.disk_seconds = 0.0
+        # Computing of all passes but rough ones.
+        self.spent_seconds = 0.0
         self.first_row = self.further_row = 0.0
         self._seconds_by_rows: dict[int, float] = {}
         self._is_rough = False
+
+    @contextmanager
+    def measure(self, stream: Stream, rows: int) -> Iterator[None]:
+        """Learn from the pass of `rows` rows that the block under this runs, with the weights of `stream`."""
+        before, traffic = replace(stream.traffic), stream.traffic
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        computing = max(0.0, seconds - (traffic.waiting_seconds - before.waiting_seconds))
+        disk_seconds, fetched = self.disk_seconds, traffic.bytes_read - before.bytes_read
+        if fetched:
+            reading = traffic.reading_seconds - before.reading_seconds
+            disk_seconds = stream.streamed_bytes * reading / fetched
+        # A pass that loads resident weights is slower than all later ones.
+        is_rough = traffic.bytes_loaded > before.bytes_loaded
+        self.spent_seconds += 0.0 if is_rough else computing
+        self.learn(rows, computing, disk_seconds, is_rough=is_rough)
 
     def learn(self, rows: int, computing: float, disk_seconds: float, *, is_rough: bool = False) -> None:
         """A pass of `rows` rows computed for `computing` seconds; the disk needs `disk_seconds` to stream weights.

@@ -6,7 +6,6 @@ Speculative decoding, https://arxiv.org/abs/2211.17192, with greedy verification
 from __future__ import annotations
 
 import collections.abc
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from runner.format.safetensors import read_small
 from runner.generation.memory_plan import FEWEST_BUFFERS
 from runner.generation.sequence import Ids, Sequence
 from runner.generation.speculation.cost import CostModel
+from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
 from runner.model.activations import activation_bytes
 from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, Segment
@@ -28,23 +28,18 @@ MOST_ROWS = 128
 
 @dataclass(eq=False)
 class _Reading:
-    """What the draft's cache holds of a sequence: the tokens `fed`, of which the first `sure` are the text's."""
+    """The draft's cache of a sequence, and the tokens that were fed to it."""
 
     cache: KVCache
     fed: list[int] = field(default_factory=list)
-    sure: int = 0
 
 
 class DraftModel:
-    """A prepared checkpoint that is read once and stays in RAM, with its own cache for each sequence.
-
-    `cost` has the seconds of its passes, and `seconds` their sum without the first, which loads the weights.
-    """
+    """A prepared checkpoint that is read once and stays in RAM, with its own cache for each sequence."""
 
     def __init__(self, model: ModelRunner, vocab_size: int, process_nbytes: int) -> None:
         """`vocab_size` is that of the large model, `process_nbytes` the bytes that opening the draft took."""
         self.cost = CostModel()
-        self.seconds = 0.0
         self._model = model
         self._vocab_size = vocab_size
         self._process_nbytes = process_nbytes
@@ -104,18 +99,16 @@ class DraftModel:
 
     def _synchronised(self, sequence: Sequence, text: Ids) -> _Reading:
         """The reading of a sequence, without what the text has otherwise; the text's last token is never in it."""
-        reading = self._readings.get(sequence)
-        if reading is None:
-            reading = _Reading(self._model.new_cache(sequence.request.capacity))
-            self._readings[sequence] = reading
-        fed, common = reading.fed, reading.sure
-        most = min(len(fed), reading.cache.length, len(text) - 1)
-        while common < most and fed[common] == text[common]:
+        if sequence not in self._readings:
+            self._readings[sequence] = _Reading(self._model.new_cache(sequence.request.capacity))
+        reading = self._readings[sequence]
+        most = min(len(reading.fed), reading.cache.length, len(text) - 1)
+        # Only the tokens that it proposed last can differ from the text.
+        common = max(0, min(most, len(reading.fed) - MOST_DRAFT_TOKENS))
+        while common < most and reading.fed[common] == text[common]:
             common += 1
-        common = min(common, most)
         reading.cache.rewind(common)
-        del fed[common:]
-        reading.sure = common
+        del reading.fed[common:]
         return reading
 
     def _pass(
@@ -133,14 +126,8 @@ class DraftModel:
                 room -= len(ids)
                 carried.append(place)
                 segments.append(Segment(ids, reading.cache, 1 if len(ids) == len(unread) else 0))
-        began = time.perf_counter()
-        traffic = self._model.weights.stream.traffic
-        waited, loaded = traffic.waiting_seconds, traffic.bytes_loaded
-        logits = self._model.forward_all(segments)
-        seconds = time.perf_counter() - began - (traffic.waiting_seconds - waited)
-        is_first = traffic.bytes_loaded > loaded
-        self.cost.learn(MOST_ROWS - room, max(0.0, seconds), 0.0, is_rough=is_first)
-        self.seconds += 0.0 if is_first else seconds
+        with self.cost.measure(self._model.weights.stream, MOST_ROWS - room):
+            logits = self._model.forward_all(segments)
         found = []
         for place, segment, rows in zip(carried, segments, logits, strict=True):
             readings[place].fed.extend(segment.ids)

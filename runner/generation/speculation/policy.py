@@ -75,11 +75,11 @@ class SpeculationPolicy:
     and by what accepted tokens save, and is capped at 32 passes. So useless draft tokens cost less than 5%.
     """
 
-    def __init__(self, cost: CostModel, draft_cost: CostModel | None = None) -> None:
+    def __init__(self, cost: CostModel, draft_cost: CostModel) -> None:
         """`cost` is that of the large model's passes, `draft_cost` that of the draft model's."""
         self.draft = AcceptanceRate(DRAFT_PRIOR)
         self._ngrams = {length: AcceptanceRate(prior) for length, prior in NGRAM_PRIORS.items()}
-        self._cost, self._draft_cost = cost, draft_cost or CostModel()
+        self._cost, self._draft_cost = cost, draft_cost
         self._limit = FIRST_LIMIT
 
     def ngram(self, match_length: int) -> AcceptanceRate:
@@ -91,40 +91,30 @@ class SpeculationPolicy:
 
         The pass has a row for each sequence, and `other_rows` besides.
         """
+        plain = self._cost.seconds(len(offers))
+        limit = max(0.0, self._limit) * plain
         choice = _Choice(offers, other_rows, self._cost, self._draft_cost)
-        limit = max(0.0, self._limit) * choice.plain_seconds
-        best, best_rate = list(choice.counts), choice.rate
+        kinds = {offer.acceptance: index for index, offer in enumerate(offers) if offer and offer.most}
+        for kind, index in kinds.items():
+            if kind.is_due and choice.proposed < most:
+                choice.add(index, limit)
+        best, best_rate = list(choice.counts), choice.tokens / (plain + choice.seconds)
         likeliest_first = sorted(
             (-(offer.acceptance.rate**count), index, count)
             for index, offer in enumerate(offers)
             if offer
-            for count in range(1, offer.most + 1)
+            for count in range(1 + choice.counts[index], offer.most + 1)
         )
         for _, index, count in likeliest_first:
             is_next = choice.counts[index] + 1 == count and choice.proposed < most
-            if is_next and choice.extra_with(index) <= limit:
-                choice.add(index)
-                if choice.rate > best_rate:
-                    best, best_rate = list(choice.counts), choice.rate
-        choice = _Choice(offers, other_rows, self._cost, self._draft_cost, best)
-        self._add_trials(choice, offers, most, limit)
-        return choice.counts
-
-    def _add_trials(self, choice: _Choice, offers: Sequence[Offer | None], most: int, limit: float) -> None:
-        """Add one token of each kind whose cooldown is over."""
-        tried = {offer.acceptance for offer, count in zip(offers, choice.counts, strict=True) if count}
-        waiting = set()
-        for index, offer in enumerate(offers):
-            if not offer or not offer.most or offer.acceptance in tried:
-                continue
-            is_due = offer.acceptance.is_due and choice.proposed < most
-            if is_due and choice.extra_with(index) <= limit:
-                choice.add(index)
-                tried.add(offer.acceptance)
-            else:
-                waiting.add(offer.acceptance)
-        for acceptance in waiting - tried:
-            acceptance.wait()
+            if is_next and choice.add(index, limit):
+                rate = choice.tokens / (plain + choice.seconds)
+                if rate > best_rate:
+                    best, best_rate = list(choice.counts), rate
+        carried = {offer.acceptance for offer, count in zip(offers, best, strict=True) if count}
+        for kind in kinds.keys() - carried:
+            kind.wait()
+        return best
 
     def settle(
         self, sequences: int, other_rows: int, proposed: int, accepted: int, drafting_seconds: float
@@ -142,9 +132,9 @@ class SpeculationPolicy:
         if self.draft.trials < DRAFT_TRIALS:
             return False
         without = max(self._cost.disk_seconds * (1 - freed), self._cost.computing(sequences))
-        tokens = 1.0
+        tokens = 0.0
         for count in range(MOST_DRAFT_TOKENS + 1):
-            tokens += self.draft.rate**count if count else 0.0
+            tokens += self.draft.rate**count
             drafting = count * self._draft_cost.seconds(sequences)
             if tokens * without > self._cost.seconds(sequences * (1 + count)) + drafting:
                 return False
@@ -152,52 +142,33 @@ class SpeculationPolicy:
 
 
 class _Choice:
-    """Numbers of draft tokens, the seconds that they take, and the tokens that they are expected to give."""
+    """Numbers of draft tokens, the seconds that they add to a pass, and the tokens that it is expected to give."""
 
     def __init__(
-        self,
-        offers: Sequence[Offer | None],
-        other_rows: int,
-        cost: CostModel,
-        draft_cost: CostModel,
-        counts: Sequence[int] = (),
+        self, offers: Sequence[Offer | None], other_rows: int, cost: CostModel, draft_cost: CostModel
     ) -> None:
         self._offers, self._cost, self._draft_cost = offers, cost, draft_cost
         self._rows = len(offers) + other_rows
-        self.plain_seconds = cost.seconds(len(offers))
         self.counts = [0] * len(offers)
         self.proposed = 0
-        self._tokens = float(len(offers))
-        self._extra = self._drafting = 0.0
+        self.tokens = float(len(offers))
+        self.seconds = self._drafting = 0.0
         # Number of sequences in each pass of the draft model.
         self._drafted = [0] * MOST_DRAFT_TOKENS
-        for index, count in enumerate(counts):
-            for _ in range(count):
-                self.add(index)
 
-    @property
-    def rate(self) -> float:
-        """Expected tokens a second; prompts that join the pass take their time in any case."""
-        return self._tokens / (self.plain_seconds + self._extra)
-
-    def extra_with(self, index: int) -> float:
-        """Seconds beyond those of a pass without draft tokens, with one more token for sequence `index`."""
-        more = self._cost.seconds(self._rows + self.proposed + 1) - self._cost.seconds(self._rows)
-        return more + self._drafting_with(index)
-
-    def add(self, index: int) -> None:
-        """One more token for sequence `index`."""
-        offer = self._offers[index]
-        self._extra, self._drafting = self.extra_with(index), self._drafting_with(index)
+    def add(self, index: int, limit: float) -> bool:
+        """Whether one more token for sequence `index` keeps the seconds below `limit`; then it is added."""
+        offer, depth = self._offers[index], self.counts[index]
+        drafting, together = self._drafting, self._drafted[depth]
         if offer.drafted:
-            self._drafted[self.counts[index]] += 1
+            drafting += self._draft_cost.seconds(together + 1)
+            drafting -= self._draft_cost.seconds(together) if together else 0.0
+        more = self._cost.seconds(self._rows + self.proposed + 1) - self._cost.seconds(self._rows)
+        if more + drafting > limit:
+            return False
+        self.seconds, self._drafting = more + drafting, drafting
+        self._drafted[depth] += offer.drafted
         self.counts[index] += 1
         self.proposed += 1
-        self._tokens += offer.acceptance.rate ** self.counts[index]
-
-    def _drafting_with(self, index: int) -> float:
-        if not self._offers[index].drafted:
-            return self._drafting
-        together = self._drafted[self.counts[index]]
-        before = self._draft_cost.seconds(together) if together else 0.0
-        return self._drafting + self._draft_cost.seconds(together + 1) - before
+        self.tokens += offer.acceptance.rate ** self.counts[index]
+        return True

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import collections.abc
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as Series
 
 from runner.generation.options import LOOKUP, OFF
-from runner.generation.sequence import Ids, Sequence
+from runner.generation.sequence import Sequence
 from runner.generation.speculation.cost import CostModel
 from runner.generation.speculation.draft_model import DraftModel
 from runner.generation.speculation.ngram import NgramIndex
 from runner.generation.speculation.policy import MOST_DRAFT_TOKENS, Offer, SpeculationPolicy
-
-
-@dataclass(frozen=True)
-class DraftTokens:
-    """Draft tokens for one sequence, and the offer that they were chosen from; none if `offer` is None."""
-
-    tokens: Ids = ()
-    offer: Offer | None = None
 
 
 class Proposer:
@@ -29,9 +21,11 @@ class Proposer:
         self.draft = draft
         self.cost = CostModel()
         self._uses_ngrams = uses_ngrams
-        self._policy = SpeculationPolicy(self.cost, draft.cost if draft else None)
+        self._draft_cost = draft.cost if draft else CostModel()
+        self._policy = SpeculationPolicy(self.cost, self._draft_cost)
         self._ngrams: dict[Sequence, NgramIndex] = {}
-        # Of computing, for the draft tokens of the next pass; they count against the loss limit.
+        # The offer and the number of draft tokens of each sequence, and the computing that they took.
+        self._carried: dict[Sequence, tuple[Offer | None, int]] = {}
         self._drafting_seconds = 0.0
 
     @property
@@ -50,30 +44,23 @@ class Proposer:
         if self.draft:
             self.draft.release(sequence)
 
-    def propose(
-        self, sequences: collections.abc.Sequence[Sequence], other_rows: int, most: int
-    ) -> dict[Sequence, DraftTokens]:
+    def propose(self, sequences: Series[Sequence], other_rows: int, most: int) -> dict[Sequence, list[int]]:
         """Up to `most` draft tokens together, for a pass with a row of each sequence and `other_rows` besides."""
-        self._drafting_seconds = 0.0
-        found = {sequence: DraftTokens() for sequence in sequences}
         offers = [self._offer(sequence) for sequence in sequences]
-        if not any(offers):
-            return found
-        drafted = []
-        counts = self._policy.choose(offers, other_rows, most)
-        for sequence, offer, count in zip(sequences, offers, counts, strict=True):
-            if count and offer.drafted:
-                drafted.append((sequence, offer, count))
-            elif count:
-                found[sequence] = DraftTokens(self._ngrams[sequence].propose(count), offer)
+        counts = self._policy.choose(offers, other_rows, most) if any(offers) else [0] * len(offers)
+        chosen = list(zip(sequences, offers, counts, strict=True))
+        drafted = [(sequence, count) for sequence, offer, count in chosen if count and offer.drafted]
+        found = {
+            sequence: self._ngrams[sequence].propose(count) if count and not offer.drafted else []
+            for sequence, offer, count in chosen
+        }
+        began, spent = time.perf_counter(), self._draft_cost.spent_seconds
         if drafted:
-            began, counted = time.perf_counter(), self.draft.seconds
-            proposed = self.draft.propose([(sequence, count) for sequence, _, count in drafted])
-            self._drafting_seconds = self.draft.seconds - counted
-            seconds = time.perf_counter() - began
-            for (sequence, offer, _), tokens in zip(drafted, proposed, strict=True):
-                sequence.drafting_seconds += seconds / len(drafted)
-                found[sequence] = DraftTokens(tokens, offer)
+            for (sequence, _), tokens in zip(drafted, self.draft.propose(drafted), strict=True):
+                found[sequence] = tokens
+                sequence.drafting_seconds += (time.perf_counter() - began) / len(drafted)
+        self._drafting_seconds = self._draft_cost.spent_seconds - spent
+        self._carried = {sequence: (offer, len(found[sequence])) for sequence, offer, _ in chosen}
         return found
 
     def _offer(self, sequence: Sequence) -> Offer | None:
@@ -91,14 +78,14 @@ class Proposer:
             offers.append(Offer(self._policy.draft, most, drafted=True))
         return max(offers, key=lambda offer: offer.acceptance.rate, default=None)
 
-    def learn(self, drafts: collections.abc.Sequence[tuple[DraftTokens, int]], other_rows: int) -> None:
-        """Account for a pass; each draft comes with the number of its tokens that were right."""
-        for draft, accepted in drafts:
-            if draft.tokens:
-                draft.offer.acceptance.learn(len(draft.tokens), accepted)
-        proposed = sum(len(draft.tokens) for draft, _ in drafts)
-        accepted = sum(accepted for _, accepted in drafts)
-        self._policy.settle(len(drafts), other_rows, proposed, accepted, self._drafting_seconds)
+    def learn(self, accepted: Mapping[Sequence, int], other_rows: int) -> None:
+        """Account for the pass that carried the last draft tokens, by how many of each sequence were right."""
+        for sequence, (offer, proposed) in self._carried.items():
+            if proposed:
+                offer.acceptance.learn(proposed, accepted[sequence])
+        total = sum(proposed for _, proposed in self._carried.values())
+        right = sum(accepted[sequence] for sequence in self._carried)
+        self._policy.settle(len(self._carried), other_rows, total, right, self._drafting_seconds)
 
     def retire_draft(self, sequences: int, streamed_bytes: int) -> bool:
         """Whether the draft model was given up now, because it is useless for a batch of `sequences`."""

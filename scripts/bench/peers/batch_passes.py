@@ -50,7 +50,7 @@ def main() -> None:
     draft = given.settings.get("draft")
     options = GenerationOptions(given.tokens, given.settings.get("speculate", "off"), draft, count)
     running = model.batch(requests, options)
-    in_a_pass = running.capacity.batch
+    in_a_pass = running.plan.request.batch
     passes = measured(running)
     report(
         {"passes": passes},

@@ -296,7 +296,7 @@ def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
         for each in running.sequences:
             if each.cache is not None:
                 caches.setdefault(each.index, weakref.ref(each.cache.blocks[0].keys))
-        most = max(most, running.active + len(done))
+        most = max(most, len(running.active) + len(done))
         finished += done
         for each in done:
             assert each.cache is None
@@ -324,10 +324,10 @@ def test_prompts_go_through_several_passes_where_ram_is_short(
     cache = 4 * KVCache.nbytes(model.weights.model, 75, model.weights.dtype)
     buffers = 3 * 60_000
     for rows in (4, 17, 40):
-        activations = nothing.memory_plan(75, rows).activations + 8 * 4 * 1200
+        activations = nothing.memory_plan(75, rows).request.activations + 8 * 4 * 1200
         tight = replace(model, ram=model.process_nbytes + cache + activations + buffers)
         running = batched(tight, requests, 4, speculate)
-        assert 4 <= running.capacity.rows < 70
+        assert 4 <= running.plan.request.rows < 70
         carried = []
         forward_all = ModelRunner.forward_all
 
@@ -345,7 +345,7 @@ def test_prompts_go_through_several_passes_where_ram_is_short(
             patch.setattr(ModelRunner, "forward_all", count)
             found = {each.index: each.ids for each in running.run()}
         assert [found[index] for index in range(4)] == wanted
-        assert max(carried) <= running.capacity.rows
+        assert max(carried) <= running.plan.request.rows
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
@@ -423,19 +423,20 @@ def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     model = runner.load(prepared()[1])
     requests = [Request([5, 6, 7], 30)] * 20
-    alone = replace(model, ram=2**50).memory_plan(32, 3)
+    alone = replace(model, ram=2**50).memory_plan(32, 3).request
     found = []
     for caches in (1, 2, 5, 12, 30):
         ram = alone.process + alone.activations + 300_000 + caches * alone.cache
-        capacity = batched(replace(model, ram=ram), requests, None).capacity
-        assert capacity.memory_plan.cache == capacity.batch * alone.cache
-        assert capacity.batch <= capacity.logit_rows <= capacity.rows
-        plan = capacity.memory_plan
-        taken = plan.process + plan.cache + plan.activations + plan.read_ahead + plan.resident_bytes
+        plan = batched(replace(model, ram=ram), requests, None).plan
+        request = plan.request
+        assert request.cache == request.batch * alone.cache
+        assert request.batch <= request.logit_rows <= request.rows
+        taken = request.process + request.cache + request.activations
+        taken += plan.read_ahead + plan.resident_bytes
         assert taken <= ram
-        found.append(capacity.batch)
+        found.append(request.batch)
     assert found == sorted(found) and found[0] < 5 < 12 < found[-1]
-    assert batched(replace(model, ram=2**50), requests, 7, "off").capacity.batch == 7
+    assert batched(replace(model, ram=2**50), requests, 7, "off").plan.request.batch == 7
 
 
 def test_too_little_ram_for_the_longest_names_it(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,8 +450,8 @@ def test_a_bigger_batch_is_not_bought_with_all_that_stays(prepared) -> None:
     model = runner.load(prepared()[1])
     weights = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
     requests = [Request([5, 6, 7], 700)] * 64
-    alone = replace(model, ram=2**50).memory_plan(702, 3)
+    alone = replace(model, ram=2**50).memory_plan(702, 3).request
     ram = alone.process + alone.activations + MARGIN + weights + 3 * alone.cache + 500_000
-    capacity = batched(replace(model, ram=ram), requests, None, "off").capacity
-    assert capacity.memory_plan.streamed_bytes == 0
-    assert 2 <= capacity.batch <= 3
+    plan = batched(replace(model, ram=ram), requests, None, "off").plan
+    assert plan.streamed_bytes == 0
+    assert 2 <= plan.request.batch <= 3

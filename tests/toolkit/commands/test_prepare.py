@@ -23,6 +23,7 @@ from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import Fault, LocalHub
 from tests.support.bloom_repos import fetched, ranges, sha256
+from tests.support.lossless import content
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
@@ -42,10 +43,6 @@ LAYOUTS = {
     "safetensors shards": Layout(form="safetensors"),
     "lm_head": Layout(lm_head=True, prefix=True),
 }
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 @pytest.fixture
@@ -99,7 +96,7 @@ def test_the_dtype_is_read_from_the_first_bytes_of_one_shard(
     plan = plan_preparation(REPO, tmp_path / "out")
     assert plan.manifest.model.dtype == dtype and not (tmp_path / "out").exists()
     nbytes = min(HEAD_BYTES, (tmp_path / "repo" / shard).stat().st_size)
-    assert set(ranges(hub, shard)) == {f"bytes=0-{nbytes - 1}"}
+    assert {each.rpartition("-")[2] for each in ranges(hub, shard)} == {str(nbytes - 1)}
     assert len(ranges(hub, shard)) == 1 + (fault.drop_after is not None) * 2
     assert fetched(hub).isdisjoint(set(plan.schedule.shards) - {shard})
     carry_out(plan)
@@ -107,7 +104,7 @@ def test_the_dtype_is_read_from_the_first_bytes_of_one_shard(
 
 
 @pytest.mark.parametrize("layout", ["bloom", "cut blocks", "single bin"])
-def test_the_disk_holds_no_more_than_was_said(serve, tmp_path: Path, layout: str) -> None:
+def test_the_disk_holds_no_more_than_was_planned(serve, tmp_path: Path, layout: str) -> None:
     serve(LAYOUTS[layout])
     plan = plan_preparation(REPO, tmp_path / "out")
     shards = sorted(plan.schedule.shard_sizes[name] for name in plan.schedule.shards)
@@ -194,7 +191,7 @@ def test_a_corrupt_shard_never_counts(serve, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == expected
 
 
-def test_the_dtype_is_asked_for_only_if_neither_parts_nor_pins_say_it(
+def test_the_dtype_of_parts_or_pins_needs_no_request(
     serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub, expected = serve(dtype="float16")
@@ -220,7 +217,7 @@ def test_the_dtype_is_asked_for_only_if_neither_parts_nor_pins_say_it(
     assert content(tmp_path / "out") == expected
 
 
-def test_a_dtype_that_was_guessed_before_any_part_was_made_is_read_anew(serve, tmp_path: Path) -> None:
+def test_a_guessed_dtype_without_parts_is_replaced(serve, tmp_path: Path) -> None:
     _, expected = serve(dtype="float16")
     plan = plan_preparation(REPO, tmp_path / "out")
     guessed = replace(plan.manifest, model=replace(plan.manifest.model, dtype="BF16"))
@@ -237,13 +234,13 @@ def test_another_repo_or_commit_is_refused(serve, tmp_path: Path) -> None:
     (tmp_path / "repo" / "README.md").write_text("another commit")
     with LocalHub({REPO: tmp_path / "repo", "me/other": tmp_path / "repo"}) as hub:
         os.environ["HF_ENDPOINT"] = hub.endpoint
-        with pytest.raises(BloomdeskError, match="was begun from another source"):
+        with pytest.raises(BloomdeskError, match="was started from another source"):
             plan_preparation(REPO, tmp_path / "out", "main")
-        with pytest.raises(BloomdeskError, match="was begun from another source"):
+        with pytest.raises(BloomdeskError, match="was started from another source"):
             plan_preparation("me/other", tmp_path / "out")
 
 
-def test_a_second_process_is_told_so_and_leaves(serve, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(serve, tmp_path: Path) -> None:
     serve()
     plan = plan_preparation(REPO, tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -264,7 +261,7 @@ def test_a_directory_of_another_format_version_is_refused(serve, tmp_path: Path)
         plan_preparation(REPO, tmp_path / "out")
 
 
-def test_killed_at_random_it_goes_on(serve, tmp_path: Path) -> None:
+def test_kills_at_random_are_resumed(serve, tmp_path: Path) -> None:
     """SIGKILL at random moments, with drops on the line, until it is through: byte for byte the undisturbed result."""
     hub, expected = serve()
     for name in plan_preparation(REPO, tmp_path / "out").schedule.shards[::2]:
@@ -306,7 +303,7 @@ def _state(directory: Path) -> set[tuple[str, int]]:
     return found
 
 
-def test_interrupted_it_says_so_and_keeps_what_is_there(serve, tmp_path: Path) -> None:
+def test_an_interrupt_ends_quickly_and_keeps_what_arrived(serve, tmp_path: Path) -> None:
     hub, expected = serve()
     hub.fail("pytorch_model_00005-of-00008.bin", Fault(stall=5.0, drop_after=10_000, times=1))
     command = [

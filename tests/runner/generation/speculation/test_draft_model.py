@@ -171,13 +171,13 @@ def test_one_that_is_useless_is_given_up_for_what_then_stays(
     wanted = plain(model, [Request([5, 6, 7], 60)])[0]
     monkeypatch.setattr(DraftModel, "nbytes", lambda self, *_: 1_000_000)
     generation = model.generate([5, 6, 7], max_new_tokens=60, speculate="off", draft=other)
-    before, stayed = generation.streamed_bytes_per_pass, generation.batch.capacity.memory_plan.resident
-    assert before > 0 and generation.batch.speculation == "draft"
+    before, stayed = generation.streamed_bytes_per_pass, generation.plan.resident
+    assert before > 0 and generation.proposer.words == "draft"
     assert list(generation) == wanted
-    assert generation.batch.speculation == "off"
+    assert generation.proposer.words == "off"
     assert generation.streamed_bytes_per_pass < before - 300_000
-    assert generation.batch.capacity.memory_plan.draft == 0
-    assert stayed and stayed < generation.batch.capacity.memory_plan.resident  # none is read anew
+    assert generation.plan.request.draft == 0
+    assert stayed and stayed < generation.plan.resident  # none is read anew
     assert generation.passes >= 16
 
 
@@ -188,11 +188,11 @@ def test_its_ram_is_in_the_plan(prepared, other: Path) -> None:
     assert needs >= draft.weight_bytes + 2 * (draft.nbytes(2, 80) - draft.nbytes(2, 40)) // 5
     requests = [Request([5, 6, 7], 30)] * 2
     running = batched(replace(model, ram=2**40), requests, 2, other)
-    assert running.capacity.memory_plan.draft >= draft.weight_bytes
+    assert running.plan.request.draft >= draft.weight_bytes
     without = batched(replace(model, ram=2**40), requests, 2)
-    assert without.capacity.memory_plan.draft == 0
-    little = without.capacity.memory_plan
-    tight = little.process + little.cache + little.activations + MARGIN + little.resident_bytes
+    assert without.plan.request.draft == 0
+    needs = without.plan.request
+    tight = needs.process + needs.cache + needs.activations + MARGIN + without.plan.resident_bytes
     with pytest.raises(BloomdeskError, match=r"the draft [\d.]+ [kMG]B") as refused:
         batched(replace(model, ram=tight // 2), requests, 1, other)
     assert "or without the draft" in refused.value.hint
@@ -233,5 +233,5 @@ def test_the_miniature_with_itself(miniature: tuple[Path, Path], free) -> None:
     prompt = "The SQL command to list all the books whose year is 1999 is:"
     generation = model.generate(prompt, draft=miniature[1])
     assert model.tokenizer.decode(list(generation)) == " SELECT * FROM books WHERE year = 1999;"
-    assert (generation.stop_reason, generation.batch.speculation) == ("eos", "lookup and draft")
+    assert (generation.stop_reason, generation.proposer.words) == ("eos", "lookup and draft")
     assert generation.passes < len(generation.ids) / 2

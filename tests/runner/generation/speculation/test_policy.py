@@ -240,7 +240,7 @@ def test_after_a_change_of_luck_proposals_come_back() -> None:
 def test_no_more_than_there_is_room_for() -> None:
     cost = CostModel()
     cost.learn(1, 0.1, 10.0)
-    policy = SpeculationPolicy(cost)
+    policy = SpeculationPolicy(cost, CostModel())
     offers = [
         Offer(policy.ngram(9), 3),
         None,
