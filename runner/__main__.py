@@ -11,6 +11,7 @@ from typing import NoReturn
 from runner.cli.command import Guard
 from runner.cli.generate import GenerateOptions, generate
 from runner.errors import BloomdeskError
+from runner.generation.options import GenerationOptions
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,15 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m runner", description="Generate from a prepared BLOOM checkpoint.")
     parser.add_argument("directory", type=Path, help="a prepared directory")
     parser.add_argument("prompt", help="the text to continue")
-    tokens = GenerateOptions.max_new_tokens
+    tokens = GenerationOptions.max_new_tokens
     parser.add_argument(
         "--max-new-tokens", type=int, default=tokens, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--ram", metavar="SIZE", help="RAM to use, like 12GB; default: what is free")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    given = vars(parser.parse_args(arguments))
-    return Guard(given.pop("debug")).run(lambda: generate(GenerateOptions(**given)))
+    given = parser.parse_args(arguments)
+    generation = GenerationOptions(given.max_new_tokens)
+    options = GenerateOptions(
+        given.directory, given.prompt, ram=given.ram, as_json=given.json, generation=generation
+    )
+    return Guard(given.debug).run(lambda: generate(options))
 
 
 if __name__ == "__main__":

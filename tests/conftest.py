@@ -57,6 +57,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "out"
 
 
+@pytest.fixture
+def made_copy(made: Path, tmp_path: Path) -> Path:
+    """A complete prepared directory of the test's own."""
+    return Path(shutil.copytree(made, tmp_path / "made"))
+
+
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(source of 72 shards, prepared directory) of the trained miniature."""

@@ -19,7 +19,6 @@ ROOMS = (
     "runner.kernel",
     "runner.weights",
     "runner.model",
-    "runner.generation.speculation",
     "runner.generation",
     "runner",  # the public face: `runner.load`
     "runner.estimate",

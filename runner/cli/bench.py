@@ -38,22 +38,22 @@ def bench(options: BenchOptions) -> int:
             parse_size(options.ram) if options.ram else None,
             options.tokens,
             options.prompt_tokens,
-            lambda part, parts: line.show(f"[part {part} of {parts}]"),
+            line.show_part,
         )
     finally:
         line.clear()
-    print_rows(_rows(found), as_json=options.as_json)
+    print_rows(_rows(options, found), as_json=options.as_json)
     return 0
 
 
-def _rows(found: Bench) -> Iterator[Row]:
+def _rows(options: BenchOptions, found: Bench) -> Iterator[Row]:
     run, forecast = found.run, found.forecast
     token, limit = found.seconds_per_token, found.limit_seconds
     yield Row(
         "measured",
         f"{duration(token)} a token, {percent(limit / token)} of the limit",
         {
-            "directory": str(found.directory),
+            "directory": str(options.directory),
             "seconds_per_token": token,
             "percent_of_limit": 100 * limit / token,
         },
@@ -61,7 +61,8 @@ def _rows(found: Bench) -> Iterator[Row]:
     yield Row("limit", f"{duration(limit)} a token", {"limit_seconds": limit})
     yield rates_row(found.rates)
     yield Row("each token", ", ".join(map(duration, run.pass_seconds)), asdict(run))
-    yield Row("prompt", f"{duration(run.prompt_seconds)} for {run.prompt_tokens} tokens, everything cold")
+    prompt = f"{duration(run.prompt_seconds)} for {run.prompt_tokens} tokens"
+    yield Row("prompt", f"{prompt}, while nothing is in the page cache")
     counted = "not counted by this system"
     if run.bytes_read_per_token is not None:
         counted = f"{size(run.bytes_read_per_token)} by the system's count"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +14,14 @@ from runner.cli.command import INTERRUPTED, note
 from runner.cli.prompts import Prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
+from runner.generation.options import GenerationOptions
 from runner.units import duration, number, parse_size, rate, size
 
 if TYPE_CHECKING:
-    from runner.generation.batch import Batch
+    from runner.generation import Batch
     from runner.generation.decode import Generation
     from runner.generation.model import Model
-    from runner.generation.sequence import Continuation
+    from runner.generation.sequence import Sequence as TextSequence
 
 _ENDS = {"eos": "the model ended its text", "length": "the limit of new tokens was reached"}
 Write = Callable[[int, Mapping[str, object]], None]
@@ -29,21 +29,15 @@ Write = Callable[[int, Mapping[str, object]], None]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What `generate` is asked for: one `prompt`, or a file of `prompts` whose results go to `out`.
-
-    `ram` is a size like 12GB.
-    """
+    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB"."""
 
     directory: Path
     prompt: str | None = None
     prompts: Path | None = None
     out: Path | None = None
-    max_new_tokens: int = 64
     ram: str | None = None
-    batch: int | None = None
-    speculate: str = "lookup"
-    draft: Path | None = None
     as_json: bool = False
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
 
 
 def generate(options: GenerateOptions) -> int:
@@ -54,7 +48,7 @@ def generate(options: GenerateOptions) -> int:
     if (options.prompt is None) == (options.prompts is None):
         raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
     if options.prompts is None:
-        if options.out is not None or options.batch is not None:
+        if options.out is not None or options.generation.batch is not None:
             raise BloomdeskError("--out and --batch are for a file of --prompts, and there is one PROMPT")
         return _generate_one(options)
     given = read_prompts(options.prompts)
@@ -71,16 +65,13 @@ def generate(options: GenerateOptions) -> int:
 
 
 def _generate_one(options: GenerateOptions) -> int:
+    from runner.generation.decode import Generation
+
     terminal = StatusLine(sys.stderr, sys.stdout)
     model = _opened(options)
-    generation = model.generate(
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        speculate=options.speculate,
-        draft=options.draft,
-        on_part=lambda part, parts: terminal.show(f"[part {part} of {parts}]"),
-    )
-    note(_setup(generation.batch))
+    request = model.request(options.prompt, options.generation.max_new_tokens)
+    generation = model.batch([request], options.generation, terminal.show_part, Generation)
+    note(_setup(generation))
     stream = model.tokenizer.stream()
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
     start = time.perf_counter()
@@ -101,28 +92,29 @@ def _generate_one(options: GenerateOptions) -> int:
         tokens = len(generation.ids)
         pace = f"{duration(seconds / tokens)} a token, " if tokens else ""
         end = _ENDS.get(generation.stop_reason or "", "interrupted")
-        note(f"{tokens} tokens, {pace}{_work(generation.batch)}; {end}")
+        note(f"{tokens} tokens, {pace}{_work(generation)}; {end}")
     return status
 
 
 def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Write) -> int:
     """Exit status, after each prompt's result was written as soon as it was done."""
-    from runner.generation.batch import Batch
-
     model = _opened(options)
     requests = []
     for prompt in prompts:
-        with _located(f"{options.prompts}, line {prompt.line}"):
-            requests.append(model.request(prompt.text, prompt.max_new_tokens or options.max_new_tokens))
+        count = prompt.max_new_tokens or options.generation.max_new_tokens
+        try:
+            requests.append(model.request(prompt.text, count))
+        except BloomdeskError as error:
+            where = f"{options.prompts}, line {prompt.line}"
+            raise BloomdeskError(f"{where}: {error.message}", error.hint) from error
     line, done = StatusLine(sys.stderr), 0
 
     def on_part(part: int, parts: int) -> None:
-        counts = (
-            f"{done} of {len(prompts)} prompts done, {batch.active} in the batch, {batch.waiting} waiting"
-        )
-        line.show(f"{counts} [part {part} of {parts}]")
+        counts = f"{done} of {len(prompts)} prompts done"
+        counts += f", {len(batch.active)} in the batch, {len(batch.waiting)} waiting"
+        line.show_part(part, parts, counts)
 
-    batch = Batch(model, requests, options.batch, options.speculate, options.draft, on_part)
+    batch = model.batch(requests, options.generation, on_part)
     note(_setup(batch))
     start = time.perf_counter()
     try:
@@ -150,19 +142,11 @@ def _opened(options: GenerateOptions) -> Model:
     return runner.load(options.directory, parse_size(options.ram) if options.ram else None)
 
 
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    try:
-        yield
-    except BloomdeskError as error:
-        raise BloomdeskError(f"{where}: {error.message}", error.hint) from error
-
-
 def _print_result(index: int, result: Mapping[str, object]) -> None:
     print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
 
 
-def _report(found: Generation | Continuation, text: str, seconds: float) -> dict[str, object]:
+def _report(found: Generation | TextSequence, text: str, seconds: float) -> dict[str, object]:
     tokens = len(found.ids)
     return {
         "prompt_token_ids": list(found.prompt_ids),
@@ -182,12 +166,14 @@ def _report(found: Generation | Continuation, text: str, seconds: float) -> dict
 
 def _setup(batch: Batch) -> str:
     """What the RAM and the options come to."""
-    shares = batch.capacity.shares
+    plan = batch.plan
     kept = "all weights stay"
-    if shares.streamed_bytes:
-        kept = f"{size(shares.resident_bytes)} of weights stay, {size(shares.streamed_bytes)} are read in each pass"
+    if plan.streamed_bytes:
+        kept = (
+            f"{size(plan.resident_bytes)} of weights stay, {size(plan.streamed_bytes)} are read in each pass"
+        )
     return (
-        f"RAM {size(shares.total)}: {kept}; batch {batch.capacity.batch}; speculation {batch.speculation}; "
+        f"RAM {size(plan.request.ram)}: {kept}; batch {plan.request.batch}; speculation {batch.proposer.words}; "
         "set them with --ram, --batch, --speculate"
     )
 
@@ -197,7 +183,7 @@ def _work(batch: Batch) -> str:
     traffic = batch.model.weights.stream.traffic
     text = f"{size(batch.bytes_read)} of weights read in {batch.passes} passes"
     if traffic.reading_seconds:
-        text += f" at {rate(traffic.bytes_fetched / traffic.reading_seconds)}"
+        text += f" at {rate(traffic.bytes_read / traffic.reading_seconds)}"
     if batch.proposed:
         text += f", {number(batch.tokens / batch.passes)} tokens a pass, "
         text += f"{batch.accepted} of {batch.proposed} draft tokens accepted"

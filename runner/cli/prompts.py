@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 
-LONGEST_LINE = 2**24  # bytes; more is no prompt
+# Bytes; a longer line is not a prompt.
+LONGEST_LINE = 2**24
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The prompt number `index`, from 0 on, in line `line` of its file, from 1 on.
-
-    `max_new_tokens` is None where the file does not say.
-    """
+    """Prompt number `index`, from 0, in line `line` of its file, from 1; `max_new_tokens` is None without its own."""
 
     index: int
     line: int
@@ -27,20 +26,20 @@ class Prompt:
 
     @property
     def key(self) -> tuple[str, str | int]:
-        """By what its result is known: its id where it has one."""
+        """What its result is known by: its id if it has one."""
         return ("index", self.index) if self.id is None else ("id", self.id)
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
-    """All prompts of a file; blank lines are none.
+    """All prompts of a file, without its blank lines.
 
-    A `.txt` prompt is its line as it stands. A `.jsonl` prompt is an object with "prompt", and "id" and
-    "max_new_tokens" where it likes; what else it has is left alone. Raises `BloomdeskError` with the number of the line
-    for anything else, and where the file cannot be read, holds no prompt, or has an id twice.
+    A line of a `.txt` file is a prompt as it stands. A line of a `.jsonl` file is an object with "prompt", and
+    optionally "id" and "max_new_tokens"; other fields are ignored. Raises `BloomdeskError` with the number of the line
+    for anything else, and if the file cannot be read, holds no prompt, or has an id twice.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise BloomdeskError(
-            f"{path} is no file of prompts: its name must end in .txt or .jsonl",
+            f"{path} is not a file of prompts: its name must end in .txt or .jsonl",
             "put one prompt on each line of a .txt, or one object with a prompt on each line of a .jsonl",
         )
     try:
@@ -58,19 +57,13 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
 
 
 def _prompts(path: Path) -> Iterator[Prompt]:
-    index = 0
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        if path.suffix == ".txt":
-            yield Prompt(index, number, line)
-        else:
-            yield _parsed(path, index, number, line)
-        index += 1
+    parsed = Prompt if path.suffix == ".txt" else partial(_parsed, path)
+    filled = ((number, line) for number, line in _lines(path) if line.strip())
+    return (parsed(index, number, line) for index, (number, line) in enumerate(filled))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, without what ends them."""
+    """Lines with their numbers, without line ends."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):

@@ -1,37 +1,36 @@
-"""A file of results, one JSON object a line, each there for good as soon as it is written."""
+"""A file of results, one JSON object a line, each synced to the disk before the next."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from runner.cli.prompts import Prompt
 from runner.errors import BloomdeskError
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
-_BEGINNING = b'{"index": '  # of every line
+# How every line begins.
+_BEGINNING = b'{"index": '
 
 
-class Results:
+class Results(AbstractContextManager["Results"]):
     """The results of these prompts so far, and those to come.
 
-    A line that a kill cut off in the middle is taken away, so that running again is going on. `done` holds the indices
-    of the prompts whose results are there, known by id or index and by their text.
+    A line that a kill cut off is removed, so that running the command again resumes. `done` holds the indices of the
+    prompts that have a result, found by id or index and compared by text.
     """
 
     def __init__(self, path: Path, prompts: Sequence[Prompt]) -> None:
-        """Raises `BloomdeskError` where the file cannot be used, is in another process's use, or holds anything but
-        results of these prompts.
-        """
+        """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
         self._path = path
-        with self._worded("opened"):
+        with self._named("opened"):
             is_new = not path.exists()
-            self._file = path.open("ab", buffering=0)  # nothing is left to be written when it is closed
+            # Without a buffer, closing writes nothing that could fail.
+            self._file = path.open("ab", buffering=0)
             try:
                 lock(self._file.fileno(), path)
                 self.done = self._read({prompt.key: prompt for prompt in prompts})
@@ -41,19 +40,14 @@ class Results:
                 self._file.close()
                 raise
 
-    def __enter__(self) -> Results:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def append(self, index: int, result: Mapping[str, object]) -> None:
-        """Add a result, on the disk when this returns. Raises `BloomdeskError` where that cannot be."""
+        """Add a result, which is on the disk when this returns. Raises `BloomdeskError` if that fails."""
         line = json.dumps({"index": index, **result}, ensure_ascii=False)
         left = memoryview(line.encode() + b"\n")
-        with self._worded("written"):
+        with self._named("written"):
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
@@ -71,14 +65,15 @@ class Results:
         return done
 
     def _cut(self, line: bytes, number: int, end: int) -> None:
-        """Take the last line away where it is the beginning of a result, or of nothing yet."""
-        written = line.rstrip(b"\0")  # after a power cut
+        """Remove the last line if it is the beginning of a result, or empty."""
+        # A power cut can leave zeros.
+        written = line.rstrip(b"\0")
         if not _BEGINNING.startswith(written[: len(_BEGINNING)]):
             raise self._foreign(number, "it does not end like a file of results")
         self._file.truncate(end)
 
     def _known(self, line: bytes, number: int, expected: Mapping[tuple[str, str | int], Prompt]) -> int:
-        """The index of the prompt whose result this is."""
+        """Index of the prompt whose result this line is."""
         try:
             found = json.loads(line)
             identity = found.get("id")
@@ -86,30 +81,28 @@ class Results:
             text = found["prompt"]
             prompt = expected.get(key)
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
-            raise self._foreign(number, "it is no result") from None
+            raise self._foreign(number, "it is not a result") from None
         if prompt is None:
             raise self._foreign(number, f"there is no prompt with the {key[0]} {key[1]!r}")
         if prompt.text != text:
-            raise self._foreign(
-                number,
-                f"the prompt is {_short(text)}, that with the {key[0]} {key[1]!r} {_short(prompt.text)}",
-            )
+            wanted = f"that with the {key[0]} {key[1]!r} {_short(prompt.text)}"
+            raise self._foreign(number, f"the prompt is {_short(text)}, {wanted}")
         return prompt.index
 
     def _foreign(self, number: int, why: str) -> BloomdeskError:
         return BloomdeskError(
-            f"{self._path} holds something else than results of these prompts: line {number}: {why}",
-            "give another --out, or the prompts that it was made from",
+            f"{self._path} does not hold results of these prompts: line {number}: {why}",
+            "give another --out, or the prompts of those results",
         )
 
     @contextmanager
-    def _worded(self, what: str) -> Iterator[None]:
+    def _named(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise BloomdeskError(
                 f"{self._path} cannot be {what}: {error.strerror}",
-                "what is done stays; see to it, then run the same command again: it goes on where it stopped",
+                "see to it, then run the same command again: it resumes, and keeps what is done",
             ) from error
 
 

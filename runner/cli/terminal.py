@@ -49,6 +49,10 @@ class StatusLine:
         self._is_shown = self._is_terminal
         self._next = time.monotonic() + self._interval
 
+    def show_part(self, part: int, parts: int, before: str = "") -> None:
+        """Show that `part` of the `parts` of a pass is done."""
+        self.show(f"{before} [part {part} of {parts}]".lstrip())
+
     def write(self, text: str) -> None:
         """Write text to `out` at once, in place of the status."""
         self.clear()

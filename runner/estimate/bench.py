@@ -1,4 +1,4 @@
-"""A few tokens, measured against the least time that this machine's disk and memory allow for them."""
+"""A few tokens, timed beside the least time that this machine's disk and memory allow for them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from runner.errors import BloomdeskError
 from runner.estimate import rates
 from runner.estimate.forecast import Forecast, coded_share, forecast, limit
 from runner.estimate.rates import Rates
 from runner.format.manifest import load_manifest
-from runner.generation.model import Model, OnPart
-from runner.kernel.matmul import Kernel
-from runner.kernel.threads import workers
+from runner.generation.model import Model
+from runner.model.forward import OnPart
 from runner.model.kv_cache import KVCache
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
 
-_FIRST_ID, _STEP = 1000, 37  # any ids make a prompt; these are no special ones where the vocabulary is large
+# Any ids make a prompt; these are no special ones of a large vocabulary.
+_FIRST_ID, _STEP = 1000, 37
 
 
 @dataclass(frozen=True)
 class Run:
     """What a prompt and some passes of one row took.
 
-    `bytes_read_per_token` is what the kernel fetched from storage for each pass, None where it does not count;
-    `stream_rate` the bytes a second that the stream saw while it read, None where it read nothing.
+    `bytes_read_per_token` is the operating system's count of bytes from storage for each pass, None if it does not
+    count. `stream_rate` is the stream's bytes a second while it read, None if it read nothing. `waiting_seconds` is
+    the time that the passes of one row waited for the disk.
     """
 
     ram: int
@@ -40,66 +39,57 @@ class Run:
     pass_seconds: tuple[float, ...]
     bytes_read_per_token: float | None
     streamed_bytes_per_pass: float
-    waiting_seconds: float  # of these passes, for the disk
+    waiting_seconds: float
     stream_rate: float | None
     peak_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A run beside the machine's rates, and what `forecast` makes of them."""
+    """A run, the machine's rates, and the forecast from them."""
 
-    directory: Path
     rates: Rates
     run: Run
     forecast: Forecast
 
     @property
     def seconds_per_token(self) -> float:
-        """The median of the passes of one row."""
+        """Median of the passes of one row."""
         return median(self.run.pass_seconds)
 
     @property
     def limit_seconds(self) -> float:
-        """The least that a pass can take: what was streamed at the disk's rate, or all weights at the memory's."""
-        found = self.forecast
-        return limit(found.weight_bytes, self.run.streamed_bytes_per_pass, self.rates, found.share)
+        """The least time of such a pass: streamed bytes at the disk's rate, or all weights at the memory's."""
+        weights, share = self.forecast.weight_bytes, self.forecast.share
+        return limit(weights, self.run.streamed_bytes_per_pass, self.rates, share)
 
 
 def bench(
     directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_part: OnPart | None = None
 ) -> Bench:
-    """Measure the disk, then a prompt and `tokens` passes of one row, then disk, memory and processor.
+    """Times of a prompt and of `tokens` passes of one row, between two measurements of the disk.
 
-    The parts are cold at first, so the prompt's pass reads all of them. Raises `BloomdeskError` where the directory
-    is no sound prepared checkpoint, or the RAM is too little.
+    The parts are cold at first, so the prompt's pass reads all of them. Raises `BloomdeskError` if the directory is
+    no sound prepared checkpoint, or the RAM is too little.
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
     manifest = load_manifest(directory)
-    paths = [
-        directory / file for file in manifest.parts if (directory / file).is_file()
-    ]  # `run` misses the others
+    model = manifest.model
+    # A missing part is reported by `run`.
+    paths = [path for file in manifest.parts if (path := directory / file).is_file()]
     before = rates.disk_rate(paths)
-    measured = run(directory, ram, tokens, prompt_tokens, on_part)  # its memory is free by the next line
-    dtype = TORCH_DTYPES[manifest.model.dtype]
-    kernel = Kernel(dtype, workers(torch.get_num_threads()))
-    disk = max(before, rates.disk_rate(paths))  # of a disk that others use as well, what it can give
-    found = Rates(disk, *rates.kernel_rates(kernel, dtype))
-    predicted = forecast(
-        manifest.model,
-        measured.ram,
-        measured.process_bytes,
-        found,
-        prompt_tokens,
-        tokens,
-        coded_share(manifest),
-    )
-    return Bench(directory, found, measured, predicted)
+    done = run(directory, ram, tokens, prompt_tokens, on_part)
+    # Other programs may use the disk: the higher rate is the one that it can give.
+    disk = max(before, rates.disk_rate(paths))
+    found = Rates(disk, *rates.kernel_rates(rates.compiled(model.dtype), TORCH_DTYPES[model.dtype]))
+    share = coded_share(manifest)
+    predicted = forecast(model, done.ram, done.process_bytes, found, prompt_tokens, tokens, share)
+    return Bench(found, done, predicted)
 
 
 def run(directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_part: OnPart | None) -> Run:
-    """Greedy generation that no end of a text ends."""
+    """Greedy generation of exactly `tokens` tokens: an end of text does not end it."""
     model = Model.open(directory, ram)
     vocabulary = model.weights.model.vocab_size
     ids = [(_FIRST_ID + _STEP * place) % vocabulary for place in range(prompt_tokens)]
@@ -111,19 +101,17 @@ def run(directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_pa
     for _ in range(tokens):
         seconds, last = _timed_pass(model, [last], cache, on_part)
         taken.append(seconds)
-    read_since = memory.bytes_read_from_disk()
+    now = memory.bytes_read_from_disk()
     return Run(
         ram=model.ram,
         process_bytes=model.process_nbytes,
         prompt_tokens=prompt_tokens,
         prompt_seconds=prompt_seconds,
         pass_seconds=tuple(taken),
-        bytes_read_per_token=(read_since - read) / tokens
-        if read is not None and read_since is not None
-        else None,
+        bytes_read_per_token=None if read is None or now is None else (now - read) / tokens,
         streamed_bytes_per_pass=(traffic.bytes_streamed - streamed) / tokens,
         waiting_seconds=traffic.waiting_seconds - waited,
-        stream_rate=traffic.bytes_fetched / traffic.reading_seconds if traffic.reading_seconds else None,
+        stream_rate=traffic.bytes_read / traffic.reading_seconds if traffic.reading_seconds else None,
         peak_bytes=memory.peak_memory(),
     )
 
@@ -131,7 +119,7 @@ def run(directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_pa
 def _timed_pass(
     model: Model, ids: Sequence[int], cache: KVCache, on_part: OnPart | None
 ) -> tuple[float, int]:
-    """Its seconds, and the likeliest next id."""
+    """Seconds of a pass, and the likeliest next id."""
     began = time.perf_counter()
     logits = model.forward(ids, cache, on_part=on_part)
     following = int(logits[-1].float().argmax())

@@ -7,7 +7,7 @@ import re
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 
-# hidden size, heads, blocks; all with one vocabulary
+# Hidden size, heads and blocks; the vocabulary is the same.
 SHAPES = {
     "bloom": (14336, 112, 70),
     "bloom-560m": (1024, 16, 24),
@@ -20,16 +20,16 @@ VOCABULARY = 250_880
 
 
 def hyperparameters(name: str) -> Hyperparameters:
-    """The shape of `bigscience/bloom-3b`, `bloom-3b`, or of the bloomz that was made from it.
+    """The shape of `bigscience/bloom-3b`, `bloom-3b`, or a bloomz that was made from it.
 
-    The dtype is BF16, as bigscience/bloom has it; where a model of the family has F16, the sizes are the same.
-    Raises `BloomdeskError` for any other name.
+    The dtype is BF16, as in bigscience/bloom; some models of the family have F16, with the same sizes. Raises
+    `BloomdeskError` for any other name.
     """
     found = re.fullmatch(r"(?:bigscience/)?bloomz?((?:-\d+[bm]\d*)?)(?:-mt|-p3)?", name.lower())
     shape = SHAPES.get(f"bloom{found[1]}") if found else None
     if shape is None:
         raise BloomdeskError(
-            f"{name[:80]!r} is no model of the BLOOM family",
+            f"unknown model {name[:80]!r}",
             f"name one of {', '.join(SHAPES)}, or a bloomz of the same size",
         )
     hidden_size, heads, blocks = shape

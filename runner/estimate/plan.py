@@ -1,12 +1,10 @@
-"""What to expect of a model on this machine, before it is there: its disk measured, its needs and its pace forecast."""
+"""What a model will take of this machine, before it is downloaded: the rates measured, the rest forecast."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from runner.errors import BloomdeskError
 from runner.estimate import family, rates
@@ -24,9 +22,7 @@ from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST
 from runner.format.manifest import Manifest, load_manifest
-from runner.generation import memory_plan as budget
-from runner.kernel.matmul import Kernel
-from runner.kernel.threads import workers
+from runner.generation.memory_plan import default_total
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
@@ -37,8 +33,10 @@ OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
 
 @dataclass(frozen=True)
 class Form:
-    """A model's weights in one form. `others` gives forecasts for other amounts of RAM, up to the first in which
-    everything stays, and None for those that are too little."""
+    """A model's weights in one form.
+
+    `others` has forecasts for other amounts of RAM, up to the first in which all weights stay; None for too little.
+    """
 
     form: str
     disk_bytes: int
@@ -52,25 +50,22 @@ class Form:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model on the disk of `directory`. All sizes are bytes.
+    """One model on the disk of a directory; sizes in bytes.
 
-    `name` is None where the directory holds it already; `form` is then the form in which it does, else the plain one.
-    `lossless` is the other choice, None where there is none.
+    `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `lossless`
+    is the other choice, None if there is none.
     """
 
-    directory: Path
     name: str | None
     model: Hyperparameters
     free_bytes: int
     rates: Rates
-    prompt_tokens: int
-    tokens: int
     form: Form
     lossless: Form | None
 
     @property
     def advice(self) -> str:
-        """The form to choose: the lossless one unless its decoding takes longer than its reading saves."""
+        """The faster form: the lossless one, unless decoding takes longer than reading fewer bytes saves."""
         if self.lossless is None:
             return self.form.form
         plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
@@ -78,10 +73,10 @@ class Plan:
 
 
 def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
-    """Measure this machine, the disk of `directory` included, and forecast the model that it holds, or `name`.
+    """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
-    Where the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError`
-    for a name that is none of the family's, a disk that can't be measured, and too little RAM.
+    If the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError` for an
+    unknown name, a disk that cannot be measured, and too little RAM.
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
@@ -91,11 +86,11 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
     place = existing_directory(directory)
-    dtype = TORCH_DTYPES[model.dtype]
-    kernel = Kernel(dtype, workers(torch.get_num_threads()))  # compiled now, so that its memory counts
+    # Compiled before the process is measured, so that the kernel's memory counts.
+    kernel = rates.compiled(model.dtype)
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
-    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, dtype))
-    chosen = ram or budget.default_total()
+    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
+    chosen = ram or default_total()
 
     def form(form: str, share: float) -> Form:
         def expected(size: int) -> Forecast:
@@ -106,7 +101,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
     is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
     lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
-    return Plan(directory, name, model, free_bytes(place), found, prompt_tokens, tokens, own, lossless)
+    return Plan(name, model, free_bytes(place), found, own, lossless)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
@@ -116,7 +111,7 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
             others[size] = expected(size)
         except BloomdeskError:
             others[size] = None
-        if (shown := others[size]) and not shown.shares.streamed_bytes:
+        if (shown := others[size]) and not shown.memory_plan.streamed_bytes:
             break
     return others
 

@@ -1,4 +1,4 @@
-"""What this machine gives: its disk to a stream, its memory to a product of one row, its cores to many rows."""
+"""The rates of this machine: its disk's to a stream, its memory's to a product of one row, its cores' to many rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import errno
 import io
 import mmap
 import os
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +21,34 @@ from runner.errors import BloomdeskError
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.matmul import Kernel
 from runner.kernel.panel import CODES, GROUP, HEADER
-from runner.system import files, memory, platform
+from runner.kernel.threads import workers
+from runner.system import files, memory
 from runner.system.disk import free_bytes
+from runner.weights.checkpoint import TORCH_DTYPES
 from runner.weights.chunks import LARGEST_CHUNK
 from runner.weights.stream import READERS
 
 COLUMNS = 4096
-MEMORY_BYTES = 256 * 2**20  # no cache of a desktop's processor holds as much
+# No cache of a desktop's processor holds as much.
+MEMORY_BYTES = 256 * 2**20
 COMPUTE_ROWS = 64
 ROUNDS = 5
 DISK_SECONDS = 3.0
 DISK_BYTES = 2**30
-SMALLEST_SCRATCH = LARGEST_CHUNK  # one of less says nothing about a disk
-_WRITING_SECONDS = 5.0  # a slow disk need not take all of it
+# A smaller file says nothing about a disk.
+SMALLEST_SCRATCH = LARGEST_CHUNK
+# A slow disk gets a smaller file.
+_WRITING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes of a cold file a second, bytes of weights a second at one row, multiply-adds a second at many rows.
+    """What a machine does in a second.
 
-    `decoded` is that of losslessly coded weights at one row, counted as what they decode to.
+    disk      bytes of cold files
+    memory    bytes of plain weights in products of one row
+    compute   multiply-adds in products of many rows
+    decoded   bytes that losslessly coded weights decode to, in products of one row
     """
 
     disk: float
@@ -49,77 +58,64 @@ class Rates:
 
 
 def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int = DISK_BYTES) -> float:
-    """Bytes a second of these files one after another, cold, read in the way of a stream.
+    """Bytes a second of these files one after another, cold, read as a stream reads them.
 
-    It ends with the files, or after so many seconds or bytes. Raises `BloomdeskError` where one cannot be read.
+    It ends with the files, or after that many seconds or bytes. Raises `BloomdeskError` if one cannot be read.
     """
     sizes = {path: path.stat().st_size for path in paths}
-    chunks = iter([(path, start) for path in paths for start in range(0, sizes[path], LARGEST_CHUNK)])
-    lock, over = threading.Lock(), threading.Event()
-    counts = [0] * READERS
-    failures: list[OSError] = []
-
-    def read(number: int) -> None:
-        buffer = memoryview(buffers[number])
-        while time.perf_counter() < deadline and sum(counts) < nbytes and not over.is_set():
-            with lock:
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            path, start = chunk
-            wanted = min(LARGEST_CHUNK, sizes[path] - start)
-            try:
-                files.read_uncached(path, start, buffer, wanted)
-                counts[number] += wanted
-            except OSError as error:
-                failures.append(error)
-                over.set()
-
-    buffers = [_touched(LARGEST_CHUNK) for _ in counts]
-    for path in paths:
+    for path, size in sizes.items():
         with io.FileIO(path) as file:
-            files.forget(file, 0, sizes[path])
+            files.forget(file, 0, size)
+    starts = [(path, start) for path, size in sizes.items() for start in range(0, size, LARGEST_CHUNK)]
+    left = iter(starts[: -(-nbytes // LARGEST_CHUNK)])
+    buffers = [memory.anonymous(LARGEST_CHUNK) for _ in range(READERS)]
+    for buffer in buffers:
+        buffer[:] = bytes(LARGEST_CHUNK)  # so that its pages are there, as after a buffer's first use
     began = time.perf_counter()
-    deadline = began + seconds
-    threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(READERS)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    finally:  # also after Ctrl-C nobody is left reading
-        over.set()
-        for thread in threads:
-            thread.join()
-    taken = time.perf_counter() - began
-    if failures:
-        raise BloomdeskError(f"{paths[0].parent} cannot be read: {failures[0].strerror}") from failures[0]
-    return sum(counts) / taken
+
+    def read(buffer: mmap.mmap) -> int:
+        count = 0
+        for path, start in left:  # each reader takes the next one
+            wanted = min(LARGEST_CHUNK, sizes[path] - start)
+            files.read_uncached(path, start, memoryview(buffer), wanted)
+            count += wanted
+            if time.perf_counter() - began >= seconds:
+                break
+        return count
+
+    with ThreadPoolExecutor(READERS) as readers:
+        try:
+            count = sum(readers.map(read, buffers))
+        except OSError as error:
+            raise BloomdeskError(f"{paths[0].parent} cannot be read: {error.strerror}") from error
+        finally:
+            deque(left, maxlen=0)  # also after Ctrl-C the readers find nothing more
+    return count / (time.perf_counter() - began)
 
 
 @contextmanager
 def scratch(directory: Path, nbytes: int = DISK_BYTES) -> Iterator[Path]:
-    """A path to a file of up to `nbytes` bytes on the disk of `directory`, which is gone afterwards.
+    """A path to a file of up to `nbytes` bytes on the disk of `directory`, deleted afterwards.
 
-    It is smaller where the disk is slow or nearly full. Raises `BloomdeskError` where nothing can be written there.
+    It is smaller if the disk is slow or nearly full. Raises `BloomdeskError` if nothing can be written there.
     """
     try:
-        room = free_bytes(directory) // 2
-        if room < SMALLEST_SCRATCH:
-            raise OSError(errno.ENOSPC, "there is no room to measure it")
+        space = free_bytes(directory) // 2
+        if space < SMALLEST_SCRATCH:
+            raise OSError(errno.ENOSPC, "there is too little free space")
         with files.scratch_file(directory) as path:
-            files.past_the_cache_if_possible(lambda past: _fill_with_noise(path, min(nbytes, room), past))
+            files.past_the_cache_if_possible(lambda past: _fill_with_noise(path, min(nbytes, space), past))
             yield path
     except OSError as error:
         raise BloomdeskError(
             f"{directory} cannot be measured: {error.strerror}",
-            "name a directory on the disk in question, one that you may write to: bloomdesk plan DIRECTORY",
+            "name a directory on that disk in which you may write: bloomdesk plan DIRECTORY",
         ) from error
 
 
 def _fill_with_noise(path: Path, nbytes: int, past_the_cache: bool) -> None:
     buffer = memory.anonymous(LARGEST_CHUNK)
-    buffer.write(os.urandom(LARGEST_CHUNK))  # a disk that compresses gains nothing
+    buffer.write(os.urandom(LARGEST_CHUNK))  # which a disk that compresses cannot make smaller
     deadline = time.perf_counter() + _WRITING_SECONDS
     with files.open_for_streaming(path, "r+", past_the_cache=past_the_cache) as file:
         while file.tell() < nbytes and time.perf_counter() < deadline:
@@ -128,10 +124,15 @@ def _fill_with_noise(path: Path, nbytes: int, past_the_cache: bool) -> None:
                 os.fsync(file.fileno())
 
 
-def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, float]:
-    """The product's `memory`, `compute` and `decoded` of `Rates`; `COMPUTE_ROWS` rows are many.
+def compiled(dtype: str) -> Kernel:
+    """The kernel for weights of `dtype`, like "BF16", on all cores."""
+    return Kernel(TORCH_DTYPES[dtype], workers(torch.get_num_threads()))
 
-    It takes `MEMORY_BYTES` of memory while it measures.
+
+def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, float]:
+    """The product's `memory`, `compute` (at `COMPUTE_ROWS` rows) and `decoded` of `Rates`.
+
+    Measuring takes `MEMORY_BYTES` of memory.
     """
     buffer = memory.anonymous(MEMORY_BYTES)
     weight = torch.frombuffer(buffer, dtype=dtype).view(-1, COLUMNS).fill_(0.01)
@@ -145,9 +146,9 @@ def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, floa
 
 
 def _coded_noise(buffer: mmap.mmap) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Coded bytes that fill `memory` as they may be in a real matrix, their row groups, and how many rows they are.
+    """A coded matrix that fills `buffer`: its bytes, where its row groups begin, and the number of its rows.
 
-    In random codes each one in four is an escape, which normal weights come near.
+    One random code in four is an escape, about as many as in a matrix of normal weights.
     """
     weights = ROW_GROUP_ROWS * COLUMNS
     counts = [weights // 4**level for level in (1, 2, 3)]
@@ -163,7 +164,7 @@ def _coded_noise(buffer: mmap.mmap) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 def _seconds(product: Callable[[torch.Tensor, torch.Tensor], None], rows: int, outputs: int) -> float:
-    """What a product of so many rows and outputs takes, the median of some."""
+    """Seconds of a product with that many rows and outputs, the median of `ROUNDS`."""
     x, out = torch.ones(rows, COLUMNS), torch.zeros(rows, outputs)
     taken = []
     for _ in range(ROUNDS):
@@ -171,11 +172,3 @@ def _seconds(product: Callable[[torch.Tensor, torch.Tensor], None], rows: int, o
         product(x, out)
         taken.append(time.perf_counter() - began)
     return median(taken)
-
-
-def _touched(nbytes: int) -> mmap.mmap:
-    """Memory whose pages are there already, as those of a buffer are after its first use."""
-    buffer = memory.anonymous(nbytes)
-    for start in range(0, nbytes, platform.PAGE):
-        buffer[start] = 0
-    return buffer

@@ -6,35 +6,37 @@ import json
 import sys
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 
 from runner.format.safetensors import Described, encode_header
 
 PLAIN, LOSSLESS = "plain", "lossless"
-# What is fixed of the coding; runner/kernel/decode.py knows the rest.
+# Constants of the coding that a file depends on; the bytes of a panel are described in runner/kernel/panel.py.
 CODED_DTYPE = "BF16"
 ROW_GROUP_ROWS = 12
 PANEL_COLUMNS = 4096
-CODING_KEY = "bloomdesk.lossless"  # in a part's __metadata__
-CODING_VERSION = 1
+# In a part's __metadata__.
+CODING_KEY, CODING_VERSION = "bloomdesk.lossless", 1
 ROW_GROUPS_SUFFIX = ".strips"
 CODED_ALIGNMENT = 16
-LARGEST_CODED = 10**14  # no matrix comes near; its digits are the room that a header keeps for a size
+# Bytes, far above every matrix; a header reserves space for the digits of this number.
+LARGEST_CODED = 10**14
 
 
 def row_group_count(rows: int) -> int:
-    """Strips of a coded matrix: `ROW_GROUP_ROWS` rows each, the last one what is left."""
+    """Number of row groups of a matrix: `ROW_GROUP_ROWS` rows each, fewer in the last one."""
     return -(-rows // ROW_GROUP_ROWS)
 
 
 def largest_row_group(columns: int) -> int:
-    """Bytes that no coded row group exceeds: twice those of its rows, and a page for each panel."""
+    """The most bytes that a coded row group may have: twice those of its rows, and a page for each panel."""
     return 2 * ROW_GROUP_ROWS * columns * 2 + 4096 * -(-columns // PANEL_COLUMNS)
 
 
 def read_row_groups(data: bytes | bytearray | memoryview, rows: int, columns: int, nbytes: int) -> array[int]:
     """The offsets of the row groups of a coded matrix [rows, columns] of `nbytes` bytes, from the bytes of NAME.strips.
 
-    Raises `ValueError` unless they are those of row groups that lie one after another, each of a possible size.
+    Raises `ValueError` unless the row groups lie one after another, each of a possible size.
     """
     offsets = array("q")
     offsets.frombytes(data)
@@ -43,16 +45,16 @@ def read_row_groups(data: bytes | bytearray | memoryview, rows: int, columns: in
     if len(offsets) != row_group_count(rows) + 1 or offsets[0] != 0 or offsets[-1] != nbytes:
         raise ValueError("its row groups do not begin and end where the coded bytes do")
     largest = largest_row_group(columns)
-    for index in range(len(offsets) - 1):
-        if not 0 < offsets[index + 1] - offsets[index] <= largest:
-            raise ValueError(f"row group {index:,} cannot have {offsets[index + 1] - offsets[index]:,} bytes")
+    for index, (start, end) in enumerate(pairwise(offsets)):
+        if not 0 < end - start <= largest:
+            raise ValueError(f"row group {index:,} cannot have {end - start:,} bytes")
     return offsets
 
 
 def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) -> bytes:
-    """The first bytes of a part, up to its data: it holds `stored`, of which `decoded` are coded.
+    """The first bytes of a part, up to its data: it holds `stored`, which decode to `decoded` if they are coded.
 
-    The length does not depend on the sizes of the coded tensors, so it is known before they are.
+    The length does not depend on the sizes of coded tensors, so it is known before they are.
     """
     if not decoded:
         return encode_header(stored)

@@ -29,29 +29,24 @@ class Hyperparameters:
     pad_token_id: int | None = 3
 
     def __post_init__(self) -> None:
+        def check(name: str, is_valid: bool, rule: str) -> None:
+            if not is_valid:
+                found = quoted(getattr(self, name))
+                raise BloomdeskError(f"the model's {name} must {rule}, found {found}")
+
         for name, limit in LIMITS.items():
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value <= limit:
-                raise BloomdeskError(f"the model's {name} must be from 1 to {limit:,}, found {quoted(value)}")
+            check(name, type(value) is int and 0 < value <= limit, f"be from 1 to {limit:,}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or not 0 <= value < self.vocab_size):
-                raise BloomdeskError(f"the model's {name} must lie in the vocabulary, found {quoted(value)}")
-        if self.hidden_size % self.n_head:
-            raise BloomdeskError(
-                f"the model's hidden_size {self.hidden_size} is no multiple of its {self.n_head} heads"
-            )
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise BloomdeskError(
-                f"the model's dtype must be one of {', '.join(DTYPES)}, found {quoted(self.dtype)}"
-            )
+            is_token = type(value) is int and 0 <= value < self.vocab_size
+            check(name, value is None or is_token, "lie in the vocabulary")
+        check("hidden_size", not self.hidden_size % self.n_head, f"be a multiple of its {self.n_head} heads")
+        check("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}")
         epsilon = self.layer_norm_epsilon
-        if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-            raise BloomdeskError(
-                f"the model's layer_norm_epsilon must be between 0 and 1, found {quoted(epsilon)}"
-            )
-        if not isinstance(self.apply_residual_connection_post_layernorm, bool):
-            raise BloomdeskError("the model's apply_residual_connection_post_layernorm must be true or false")
+        check("layer_norm_epsilon", isinstance(epsilon, float) and 0 < epsilon < 1, "be between 0 and 1")
+        after = "apply_residual_connection_post_layernorm"
+        check(after, isinstance(getattr(self, after), bool), "be true or false")
 
     @property
     def head_dim(self) -> int:
@@ -59,5 +54,5 @@ class Hyperparameters:
 
 
 def quoted(value: object) -> str:
-    """A value that may be anything, short enough for one sentence."""
+    """Any value as text that is short enough for one sentence."""
     return repr(value)[:80]

@@ -20,7 +20,7 @@ FINAL_LAYERNORM = "final_layernorm.safetensors"
 
 @dataclass(frozen=True)
 class PartSpec:
-    """What a part must hold: its file name, and its tensors' shapes in the order of a pass."""
+    """The file name of a part, and the shapes of its tensors in the order of a pass."""
 
     file: str
     tensors: dict[str, Shape]
@@ -35,7 +35,7 @@ class PartSpec:
         return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
 
     def stored(self, dtype: str, coded: Mapping[str, int]) -> tuple[Described, ...]:
-        """What the file holds, in its order; `coded` gives the bytes of each coded matrix, none in a plain one."""
+        """The tensors in the file, in its order; `coded` has the bytes of each coded matrix, in a plain part none."""
         found: list[Described] = []
         for name, shape in self.tensors.items():
             if name in coded:
@@ -46,21 +46,22 @@ class PartSpec:
         return tuple(found)
 
     def decoded(self, form: str) -> tuple[Described, ...]:
-        """What its coded tensors decode to; nothing in a plain directory."""
+        """The tensors that the coded ones decode to; none in a plain directory."""
         coded = self.matrices if form == LOSSLESS else {}
         return tuple((name, CODED_DTYPE, shape) for name, shape in coded.items())
 
 
 def is_file_name(name: object) -> bool:
-    """Whether `name` is that of a visible file right in a directory, whatever system the directory is on."""
+    """Whether `name` names a visible file right inside a directory, on every operating system."""
     if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 240:
         return False
-    device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", name)  # on Windows, in any directory
+    # On Windows these are devices, in every directory.
+    device = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", name)
     return device is None and re.fullmatch(r"(?!\.)[^/\\:*?\"<>|]+", name) is not None
 
 
 def block_file(index: int, n_layer: int) -> str:
-    """`block_07.safetensors`; two digits, more where the model has more than 100 blocks."""
+    """`block_07.safetensors`: two digits, more if the model has more than 100 blocks."""
     return f"block_{index:0{max(2, len(str(n_layer - 1)))}d}.safetensors"
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from runner.errors import BloomdeskError
 
 DATA_ALIGNMENT = 4096
-# The reference reader takes 100 MB, which as JSON can come to gigabytes; all of BLOOM-176B in one file needs 0.1 MB.
+# The reference reader allows 100 MB, whose JSON can take gigabytes; all of BLOOM-176B in one file needs 0.1 MB.
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_AXES = 8
 
@@ -53,7 +53,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself; `tensors` is in the order of the data."""
+    """The header of a safetensors file; `tensors` is in the order of the data."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -61,9 +61,9 @@ class Header:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file at `path`, or the one that links from there lead to, opened to read its bytes.
+    """The regular file at `path`, links followed, opened to read its bytes.
 
-    Raises `OSError`, also for what is no regular file: a pipe would be waited for, and a device may never end.
+    Raises `OSError`, also for a file of another kind: a pipe would block, and a device may never end.
     """
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
@@ -74,7 +74,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_small(path: Path, largest: int) -> bytes:
-    """All of a file that has a known limit; `OSError` as from `open_regular`, also where it is larger."""
+    """All bytes of a regular file. Raises `OSError`, also if they are more than `largest`."""
     with open_regular(path) as file:
         data = file.read(largest + 1)
     if len(data) > largest:
@@ -109,9 +109,8 @@ def encode_header(
 def read_header(path: Path) -> Header:
     """The header of the safetensors file at `path`, checked against the file's size.
 
-    Reads the header's bytes and nothing more. Raises `BloomdeskError` for anything the format does not allow:
-    a length beyond the file, no JSON, a name given twice, gaps, overlaps, data that ends before or after
-    the file does.
+    Only the header's bytes are read. Raises `BloomdeskError` for anything that the format does not allow: a length
+    beyond the file, invalid JSON, a repeated name, gaps, overlaps, data that ends before or after the file does.
     """
     try:
         with open_regular(path) as file:
@@ -122,7 +121,7 @@ def read_header(path: Path) -> Header:
                 raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
             if length > MAX_HEADER_BYTES:
                 raise _damaged(
-                    path, f"its header has {length:,} bytes, no BLOOM's exceeds {MAX_HEADER_BYTES:,}"
+                    path, f"its header has {length:,} bytes, expected {MAX_HEADER_BYTES:,} at most"
                 )
             text = file.read(length)
     except OSError as error:
@@ -141,7 +140,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            raise ValueError("a name stands twice")
+            raise ValueError("a name is repeated")
         return result
 
     try:
@@ -156,7 +155,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        # Limits first: the product of a million numbers takes for ever.
+        # Limits first: a product of a million numbers takes minutes.
         whole = len(shape) <= MAX_AXES and all(
             type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)
         )
@@ -172,9 +171,8 @@ def _check_gapless(path: Path, entries: list[TensorEntry], data_start: int, size
     position = data_start
     for entry in entries:
         if entry.start != position:
-            raise _damaged(
-                path, f"{entry.name[:120]!r} starts at byte {entry.start:,}, expected {position:,}"
-            )
+            name = entry.name[:120]
+            raise _damaged(path, f"{name!r} starts at byte {entry.start:,}, expected {position:,}")
         position = entry.end
     if position != size:
         raise _damaged(path, f"its header describes {position:,} bytes and the file has {size:,}")

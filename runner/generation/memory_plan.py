@@ -1,4 +1,4 @@
-"""How a number of bytes of RAM is shared out: what has to be there, what is read ahead, and what stays resident."""
+"""The memory plan: how bytes of RAM are divided between process, caches, activations, buffers and weights."""
 
 from __future__ import annotations
 
@@ -8,129 +8,155 @@ from dataclasses import dataclass
 from runner import units
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
+from runner.model.activations import activation_bytes
+from runner.model.kv_cache import KVCache
 from runner.system import memory
+from runner.weights.checkpoint import TORCH_DTYPES
+from runner.weights.ring import buffer_bytes
 
-# Of what the machine has to spare, so that it stays a machine to work on.
+# Fraction of what the machine can spare that a run takes by default; the rest keeps the machine usable.
 DEFAULT_SHARE = 0.9
 FEWEST_BUFFERS, MOST_BUFFERS = 3, 16
-# What the process takes beside what is counted: compiled code, threads, page tables, the text so far.
+# Bytes of the process beside what is counted: compiled code, threads, page tables, the text so far.
 MARGIN = 48 * 2**20
-# Bytes for each element: float32 sums, their rounded form, and what an activation function makes of them on its way.
-BYTES_BY_FEATURE = 14
-BYTES_BY_SCORE = 14
-# Scores of a long prompt are computed for so many bytes at a time, or for a few rows.
-SCORE_BYTES = 64 * 2**20
-LEAST_SCORE_ROWS = 4
-
-
-def score_rows(n_head: int, length: int) -> int:
-    """Rows of a sequence whose scores over `length` positions are computed at a time."""
-    return max(LEAST_SCORE_ROWS, SCORE_BYTES // (n_head * length * BYTES_BY_SCORE))
-
-
-def activation_bytes(
-    model: Hyperparameters, rows: int, length: int, element_size: int, logit_rows: int = 1
-) -> int:
-    """The most that a pass needs beside weights and caches.
-
-    `rows` rows, those of one sequence over up to `length` positions; `logit_rows` of them give logits.
-    """
-    widest = rows * 4 * model.hidden_size * BYTES_BY_FEATURE
-    scores = model.n_head * min(rows, score_rows(model.n_head, length)) * length * BYTES_BY_SCORE
-    states = 8 * rows * model.hidden_size * element_size
-    return max(widest, scores) + states + 8 * logit_rows * model.vocab_size
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Where `total` bytes go. `resident` holds the indices of the chunks that stay."""
+class MemoryRequest:
+    """What passes need: `ram` bytes in all, of which the process already holds `process`.
 
-    total: int
+    The matrices of `model` are in chunks of `chunks` bytes, in the order of a pass. There is a cache for each of
+    `capacities` positions, and a pass has up to `rows` rows, of which `logit_rows` give logits. `draft` is the bytes
+    of a draft model with its caches. The chunks `keep` are in RAM already, and stay there if they fit.
+    """
+
+    model: Hyperparameters
+    chunks: tuple[int, ...]
+    ram: int
     process: int
-    cache: int
-    activations: int
-    draft: int  # a draft model with all that is its own
+    capacities: tuple[int, ...]
+    rows: int
+    logit_rows: int = 1
+    draft: int = 0
+    keep: frozenset[int] = frozenset()
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences in a pass."""
+        return len(self.capacities)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of all KV caches."""
+        dtype = TORCH_DTYPES[self.model.dtype]
+        return sum(KVCache.nbytes(self.model, capacity, dtype) for capacity in self.capacities)
+
+    @property
+    def activations(self) -> int:
+        """Bytes of the activations of one pass."""
+        element_size = TORCH_DTYPES[self.model.dtype].itemsize
+        return activation_bytes(self.model, self.rows, max(self.capacities), element_size, self.logit_rows)
+
+    @property
+    def buffer_nbytes(self) -> int:
+        return buffer_bytes(max(self.chunks))
+
+    @property
+    def spare(self) -> int:
+        """Bytes for weights and buffers; negative if the RAM is too little."""
+        return self.ram - self.process - self.cache - self.activations - self.draft - MARGIN
+
+    @property
+    def least_weights(self) -> int:
+        """The fewest bytes for weights and buffers."""
+        return min(FEWEST_BUFFERS * self.buffer_nbytes, sum(self.chunks))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the RAM is enough."""
+        return self.spare >= self.least_weights
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The answer to `request`: `buffers` for the prefetch ring, and the chunks that stay, by their indices."""
+
+    request: MemoryRequest
     buffers: int
-    buffer_nbytes: int
     resident: frozenset[int]
-    resident_bytes: int
-    streamed_bytes: int  # in each pass
 
     @property
     def read_ahead(self) -> int:
-        return self.buffers * self.buffer_nbytes
+        """Bytes of the buffers."""
+        return self.buffers * self.request.buffer_nbytes
+
+    @property
+    def resident_bytes(self) -> int:
+        return sum(self.request.chunks[index] for index in self.resident)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that each pass reads from the disk."""
+        return sum(self.request.chunks) - self.resident_bytes
 
     @property
     def unused(self) -> int:
-        """What nothing has a use for."""
-        taken = self.process + self.cache + self.activations + self.draft + MARGIN
-        return self.total - taken - self.read_ahead - self.resident_bytes
+        """Bytes that nothing uses."""
+        return self.request.spare - self.read_ahead - self.resident_bytes
 
 
 def default_total() -> int:
-    """Bytes for this process when nobody says: most of what machine and control group can spare."""
+    """Bytes for this process by default: most of what the machine and its control group can spare."""
     return int(DEFAULT_SHARE * (memory.memory_to_spare() + memory.memory_of_its_own()))
 
 
-def share_out(
-    total: int,
-    process: int,
-    cache: int,
-    activations: int,
-    chunks: Sequence[int],
-    buffer_nbytes: int,
-    draft: int = 0,
-    keep: frozenset[int] = frozenset(),
-) -> Budget:
-    """Share `total` bytes out, for chunks of these sizes in the order of a pass.
+def memory_plan(request: MemoryRequest) -> MemoryPlan:
+    """The division of the RAM that keeps as many chunks resident as fit.
 
-    What stays resident is spread evenly over the pass, so that the disk is never idle while resident chunks are
-    computed; the chunks `keep`, which are in RAM already, go on staying where they fit. Raises `BloomdeskError` where
-    not even streaming everything fits.
+    They are spread evenly over the pass, so that the disk is never idle while resident chunks are computed. Raises
+    `BloomdeskError` if the RAM is too little even to stream everything.
     """
-    weights = sum(chunks)
-    spare = total - process - cache - activations - draft - MARGIN
-    if spare >= weights:
-        everything = frozenset(range(len(chunks)))
-        return Budget(total, process, cache, activations, draft, 0, 0, everything, weights, 0)
-    ahead = min(FEWEST_BUFFERS * buffer_nbytes, weights)
-    needed = total - spare + ahead
-    if needed > total:
-        drafting, without = "", ""
-        if draft:
-            drafting, without = f", the draft {units.size(draft)}", ", or without the draft"
-        raise BloomdeskError(
-            f"{units.size(total)} of RAM are too little: {units.size(needed)} are needed, of which the program "
-            f"{units.size(process + MARGIN)}, the KV cache {units.size(cache)}, a pass {units.size(activations)}"
-            f"{drafting}, reading ahead {units.size(ahead)}",
-            f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
-            f"tokens{without}",
-        )
-    buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, spare // 8 // buffer_nbytes))
-    resident = spread(chunks, spare - buffers * buffer_nbytes, keep)
-    kept = sum(chunks[index] for index in resident)
-    return Budget(
-        total, process, cache, activations, draft, buffers, buffer_nbytes, resident, kept, weights - kept
+    if not request.fits:
+        raise _too_little(request)
+    buffers = 0
+    if request.spare < sum(request.chunks):
+        buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, request.spare // 8 // request.buffer_nbytes))
+    room = request.spare - buffers * request.buffer_nbytes
+    return MemoryPlan(request, buffers, spread(request.chunks, room, request.keep))
+
+
+def _too_little(request: MemoryRequest) -> BloomdeskError:
+    needed = request.ram - request.spare + request.least_weights
+    drafting, without = "", ""
+    if request.draft:
+        drafting, without = f", the draft {units.size(request.draft)}", ", or without the draft"
+    return BloomdeskError(
+        f"{units.size(request.ram)} of RAM are too little: {units.size(needed)} are needed, of which the program "
+        f"{units.size(request.process + MARGIN)}, the KV cache {units.size(request.cache)}, a pass "
+        f"{units.size(request.activations)}{drafting}, reading ahead {units.size(request.least_weights)}",
+        f"run it with --ram {-(-needed // 10**8) / 10:.1f}GB or more, or with a shorter prompt or fewer new "
+        f"tokens{without}",
     )
 
 
 def spread(sizes: Sequence[int], room: int, keep: frozenset[int] = frozenset()) -> frozenset[int]:
-    """Indices of chunks that together fit into `room`, as evenly spread as their sizes allow.
+    """Indices of chunks that together fit into `room` bytes, by error diffusion: as evenly spread as sizes allow.
 
     Those of `keep` are among them if all of these fit, and the others are spread beside them.
     """
     chosen = set(keep) if sum(sizes[index] for index in keep) <= room else set()
     room -= sum(sizes[index] for index in chosen)
-    open_sizes = {index: size for index, size in enumerate(sizes) if index not in chosen}
-    share = min(1.0, max(0, room) / max(1, sum(open_sizes.values())))
-    credit = 0.0
-    for index, size in open_sizes.items():
-        credit += size * share
-        if credit >= size / 2 and size <= room:
+    others = {index: size for index, size in enumerate(sizes) if index not in chosen}
+    share = min(1.0, max(0, room) / max(1, sum(others.values())))
+    error = 0.0
+    for index, size in others.items():
+        error += size * share
+        if error >= size / 2 and size <= room:
             chosen.add(index)
-            credit -= size
+            error -= size
             room -= size
-    for index, size in open_sizes.items():  # what rounding left over
+    # What rounding left over.
+    for index, size in others.items():
         if index not in chosen and size <= room:
             chosen.add(index)
             room -= size

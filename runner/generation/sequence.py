@@ -1,34 +1,38 @@
-"""One prompt of a batch: what was asked, and the tokens that it has so far."""
+"""A sequence: a prompt, what was asked for it, and the tokens that it has so far."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections.abc
+import math
 from dataclasses import dataclass, field
 
-from runner.generation.speculation.ngram import Lookup
+import torch
+
 from runner.model.kv_cache import KVCache, Segment
+
+Ids = collections.abc.Sequence[int]
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of at least one token id, and how many new tokens it may get."""
+    """A prompt of at least one token id, and the largest number of new tokens."""
 
-    prompt_ids: Sequence[int]
+    prompt_ids: Ids
     max_new_tokens: int
 
     @property
     def capacity(self) -> int:
-        """Positions in a cache; the last token is never fed back, so it needs none."""
+        """Positions of the cache; the last token is never fed back, so it needs none."""
         return len(self.prompt_ids) + self.max_new_tokens - 1
 
 
 @dataclass(eq=False)
-class Continuation:
+class Sequence:
     """A prompt's new tokens, and what they took.
 
-    `stop_reason` is "eos" where the last of `ids` is `</s>`, "length" where `max_new_tokens` ended it, and None while
-    more may come. `passes` are those that carried rows of it; `bytes_read`, `seconds` and `drafting_seconds` are its
-    even share of them. `proposed` counts the tokens that a pass carried on trial, `accepted` those that were right.
+    `stop_reason` is "eos" if the last of `ids` is `</s>`, "length" if `max_new_tokens` was reached, and None while
+    more may come. `passes` counts those that carried rows of it; `bytes_read`, `seconds` and `drafting_seconds` are
+    its even share of them. `proposed` counts the draft tokens that passes carried, `accepted` those that were right.
     """
 
     index: int
@@ -41,22 +45,27 @@ class Continuation:
     proposed: int = 0
     accepted: int = 0
     drafting_seconds: float = 0.0
-    is_unsound: bool = False  # what is proposed for it made numbers overflow
+    # Whether draft tokens made numbers overflow; then it gets no more of them.
+    is_unsound: bool = False
     cache: KVCache | None = None
-    lookup: Lookup | None = None
 
     @property
-    def prompt_ids(self) -> Sequence[int]:
+    def prompt_ids(self) -> Ids:
         return self.request.prompt_ids
 
     @property
+    def text(self) -> list[int]:
+        """The ids of the prompt and of all tokens that follow."""
+        return [*self.prompt_ids, *self.ids]
+
+    @property
     def remaining(self) -> int:
-        """Tokens that may still come."""
+        """Number of tokens that may still come."""
         return self.request.max_new_tokens - len(self.ids)
 
     @property
-    def settled(self) -> int:
-        """Positions of the cache that the next token leaves as they are, once the prompt is through."""
+    def committed(self) -> int:
+        """Number of positions of the cache that no later token changes, once the prompt is through."""
         return len(self.prompt_ids) + len(self.ids) - 1
 
     def prompt_segment(self, most: int) -> Segment:
@@ -65,25 +74,37 @@ class Continuation:
         ids = self.prompt_ids[done : done + most]
         return Segment(ids, self.cache, 1 if done + len(ids) == len(self.prompt_ids) else 0)
 
-    def segment(self, proposed: Sequence[int]) -> Segment:
-        """The last token's row, and one for each that is proposed to follow."""
-        return Segment([self.ids[-1], *proposed], self.cache, 1 + len(proposed))
+    def segment(self, draft_tokens: Ids) -> Segment:
+        """The row of the last token, and one row for each draft token."""
+        return Segment([self.ids[-1], *draft_tokens], self.cache, 1 + len(draft_tokens))
 
-    def take(self, likeliest: Sequence[int], proposed: Sequence[int], eos: int | None) -> int:
-        """Add what a pass gave: the likeliest token after each row, of which the first is certain; how many it took.
+    def rewind(self) -> None:
+        """Remove from the cache all positions that are not committed."""
+        self.cache.rewind(min(self.cache.length, self.committed))
 
-        Row n counts where all proposals before it were right.
+    def verify(self, logits: torch.Tensor, draft_tokens: Ids, eos: int | None) -> int:
+        """The number of draft tokens that were right, once the tokens that `logits` [n, V] give are appended.
+
+        The likeliest token after row n counts if all draft tokens before it were right; so the first is certain.
         """
-        self.proposed += len(proposed)
-        for place, token in enumerate(likeliest):
+        if not len(logits):
+            return 0
+        self.proposed += len(draft_tokens)
+        accepted = 0
+        if draft_tokens and not math.isfinite(float(logits[0].float().max())):
+            # 0 times infinity is not a number, so a draft token's row that overflows spoils the rows before it. This
+            # pass gives nothing then, and the next ones of this sequence carry no draft tokens.
+            self.is_unsound = True
+            logits = logits[:0]
+        # In float32, as the reference does it: the lowest id wins a tie.
+        for accepted, token in enumerate([int(row.float().argmax()) for row in logits]):
             self.ids.append(token)
-            if self.lookup:
-                self.lookup.append(token)
             if token == eos:
                 self.stop_reason = "eos"
             elif not self.remaining:
                 self.stop_reason = "length"
-            if self.stop_reason or place == len(proposed) or proposed[place] != token:
+            if self.stop_reason or accepted == len(draft_tokens) or draft_tokens[accepted] != token:
                 break
-        self.accepted += place
-        return place + 1
+        self.accepted += accepted
+        self.rewind()
+        return accepted

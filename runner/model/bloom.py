@@ -1,13 +1,13 @@
 """BLOOM as functions on tensors, in the order of operations of the reference implementation.
 
 Reference: transformers, `models/bloom/modeling_bloom.py`; the model: https://arxiv.org/abs/2211.05100.
-Where a result is rounded (to bfloat16 after every operation) decides bits, so the grouping of the operations
-here is part of the contract: docs/architecture.md says how equality is tested.
+Every operation rounds its result to the dtype, so the grouping of the operations here decides bits and is part of the
+contract: docs/architecture.md says how equality is tested.
 
-A pass may carry rows of several sequences. Their rows lie one after another in x; every operation but attention takes
-them one by one, and attention goes by sequence: so each row has the bits that it has alone.
+A pass may carry rows of several sequences, one after another in x. Attention takes one sequence at a time, and every
+other operation one row at a time: so each row has the bits that it has alone.
 
-Shapes: T rows of this pass, S positions of a cache that they may look at, H heads, D head dim, E hidden = H * D,
+Shapes: T rows of this pass, S cached positions that they attend to, H heads, D head dim, E hidden = H * D,
 V vocabulary.
 """
 
@@ -21,8 +21,8 @@ import torch
 from torch.nn import functional as F
 
 from runner.format.hyperparameters import Hyperparameters
-from runner.generation.memory_plan import score_rows
-from runner.model.kv_cache import BlockCache, whole_lanes
+from runner.model.activations import score_rows
+from runner.model.kv_cache import BlockCache, Segment, whole_lanes
 from runner.weights.checkpoint import Part
 
 
@@ -68,7 +68,7 @@ def alibi_bias(n_head: int, length: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def causal_mask(rows: int, length: int, padded: int, dtype: torch.dtype) -> torch.Tensor:
-    """[T, S]: 0 where the row may look, the dtype's lowest number where the position lies after it.
+    """[T, S]: 0 if the row attends to the position, the dtype's lowest number if the position comes after the row.
 
     The last of the T rows is at position `length - 1`; `padded` is S.
     """
@@ -77,11 +77,11 @@ def causal_mask(rows: int, length: int, padded: int, dtype: torch.dtype) -> torc
 
 
 @dataclass(frozen=True)
-class View:
-    """What one sequence's rows of a pass may look at.
+class AttentionMetadata:
+    """Which rows of a pass belong to one sequence, and which positions each of them attends to.
 
-    Rows `first` to `last` of x are those of the sequence, and go to its cache from position `start` on. `masks` are
-    [t, S] for t of them after another: so the scores of a long prompt are never in memory all at once.
+    Rows `first` to `last` of x are the sequence's, and its cache stores them from position `start` on. `masks` are
+    [t, S] for groups of t rows, so that the scores of a long prompt are never in memory all at once.
     """
 
     first: int
@@ -90,8 +90,10 @@ class View:
     masks: tuple[torch.Tensor, ...]
 
     @classmethod
-    def of(cls, first: int, rows: int, start: int, n_head: int, dtype: torch.dtype) -> View:
-        step = score_rows(n_head, start + rows)
+    def of(cls, segment: Segment, first: int, n_head: int, dtype: torch.dtype) -> AttentionMetadata:
+        """The metadata of `segment`, whose rows begin at row `first` of the pass."""
+        rows, start = len(segment.ids), segment.cache.length
+        step = score_rows(n_head, segment.length)
         masks = []
         for done in range(0, rows, step):
             count = min(step, rows - done)
@@ -100,16 +102,18 @@ class View:
         return cls(first, first + rows, start, tuple(masks))
 
 
-def attend(fused: torch.Tensor, cache: BlockCache, view: View, alibi: torch.Tensor) -> torch.Tensor:
+def attend(
+    fused: torch.Tensor, cache: BlockCache, attended: AttentionMetadata, alibi: torch.Tensor
+) -> torch.Tensor:
     """Causal self-attention of one sequence: fused queries, keys and values [T, H, 3, D] -> [T, E].
 
-    S may reach beyond a row's position: what lies there is masked, and weighs nothing.
+    S may reach beyond a row's position: later positions are masked, and weigh nothing.
     """
     D = cache.head_dim
     q, k, v = (fused[:, :, i].transpose(0, 1) for i in range(3))  # 3 x [H, T, D]
-    cache.write(k, v, view.start)
+    cache.write(k, v, attended.start)
     contexts, done = [], 0
-    for mask in view.masks:
+    for mask in attended.masks:
         t, S = mask.shape
         products = cache.scores(q[:, done : done + t], S) * (1.0 / math.sqrt(D))  # [H, t, S]
         scores = products.add_(alibi[:, :, :S]).to(fused.dtype) + mask
@@ -120,14 +124,18 @@ def attend(fused: torch.Tensor, cache: BlockCache, view: View, alibi: torch.Tens
 
 
 def attention(
-    x: torch.Tensor, block: Part, caches: Sequence[BlockCache], views: Sequence[View], alibi: torch.Tensor
+    x: torch.Tensor,
+    block: Part,
+    caches: Sequence[BlockCache],
+    attended: Sequence[AttentionMetadata],
+    alibi: torch.Tensor,
 ) -> torch.Tensor:
     """Self-attention of x [T, E], each sequence's rows over its own cache -> [T, E]."""
     H, D = caches[0].n_head, caches[0].head_dim
     fused = linear(x, block, "self_attention.query_key_value").view(len(x), H, 3, D)
     contexts = [
-        attend(fused[view.first : view.last], cache, view, alibi)
-        for cache, view in zip(caches, views, strict=True)
+        attend(fused[each.first : each.last], cache, each, alibi)
+        for cache, each in zip(caches, attended, strict=True)
     ]
     context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
     return linear(context, block, "self_attention.dense")
@@ -147,23 +155,23 @@ def block_forward(
     x: torch.Tensor,
     block: Part,
     caches: Sequence[BlockCache],
-    views: Sequence[View],
+    attended: Sequence[AttentionMetadata],
     alibi: torch.Tensor,
     model: Hyperparameters,
 ) -> torch.Tensor:
-    """One transformer block: x [T, E] -> [T, E], with the cache and the view of each sequence.
+    """One transformer block: x [T, E] -> [T, E], with the cache and the attention metadata of each sequence.
 
-    The residual is x itself or, as a few models have it, what the LayerNorm made of x.
+    The residual is x itself or, in a few models, the LayerNorm of x.
     """
     after_norm = model.apply_residual_connection_post_layernorm
 
     normed = layer_norm(x, block, "input_layernorm.", model.layer_norm_epsilon)
-    x = (normed if after_norm else x) + attention(normed, block, caches, views, alibi)
+    x = (normed if after_norm else x) + attention(normed, block, caches, attended, alibi)
 
     normed = layer_norm(x, block, "post_attention_layernorm.", model.layer_norm_epsilon)
     return (normed if after_norm else x) + mlp(normed, block)
 
 
 def head(x: torch.Tensor, final_layernorm: Part, embedding: Part, epsilon: float) -> torch.Tensor:
-    """x [T, E] -> logits [T, V]; the output matrix is the embedding, used where it lies."""
+    """x [T, E] -> logits [T, V]; the output matrix is the embedding itself, never a copy."""
     return embedding.matrices["word_embeddings.weight"].product(layer_norm(x, final_layernorm, "", epsilon))

@@ -1,4 +1,4 @@
-"""Keys and values of every position so far, in memory that is reserved once, and the products with them."""
+"""The KV cache: keys and values of all positions so far in memory that is reserved once, and products with them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LEAST_POSITIONS = 16
 
 @dataclass(frozen=True)
 class BlockCache:
-    """One block's keys [H, capacity, D] and values [H, D, capacity]: both are then rows of a product.
+    """One block's keys [H, capacity, D] and values [H, D, capacity], so that both are rows of a product.
 
-    Positions that were never written hold zeros, so that products may run over them.
+    Positions that were never written hold zeros, so that products may include them.
     """
 
     keys: torch.Tensor
@@ -39,11 +39,6 @@ class BlockCache:
         self.keys[:, start:end] = keys
         self.values[:, :, start:end] = values.transpose(1, 2)
 
-    def clear(self, first: int, last: int) -> None:
-        """Have positions `first` to `last` hold zeros again."""
-        self.keys[:, first:last] = 0
-        self.values[:, :, first:last] = 0
-
     def scores(self, queries: torch.Tensor, length: int) -> torch.Tensor:
         """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
@@ -62,9 +57,9 @@ class BlockCache:
 class KVCache:
     """The caches of all blocks: 2 * n_layer * E elements for each position, 4.0 MB of them for BLOOM-176B.
 
-    The memory is reserved at once and taken from the machine as it fills. `length` positions count: a pass adds
-    its rows to it when it is through all blocks, so that a pass that was interrupted can simply be run again.
-    The memory goes back to the machine with the last reference to the cache.
+    The memory is reserved at once; the system provides its pages as it fills. `length` is the number of valid
+    positions: a pass adds its rows to it at its end, so that an interrupted pass can simply be run again.
+    The memory is freed with the last reference to the cache.
     """
 
     def __init__(self, model: Hyperparameters, capacity: int, dtype: torch.dtype, kernel: Kernel) -> None:
@@ -77,26 +72,27 @@ class KVCache:
         self.length = 0
 
     def rewind(self, length: int) -> None:
-        """Forget all positions from `length` on. Raises ValueError where there are not so many."""
+        """Forget all positions from `length` on. Raises ValueError if the cache has fewer."""
         if not 0 <= length <= self.length:
             raise ValueError(f"a cache of {self.length} positions cannot go back to {length}")
         self.clear(length, self.length)
         self.length = length
 
     def clear(self, first: int, last: int) -> None:
-        """Have positions `first` to `last` of all blocks hold zeros again."""
+        """Set positions `first` to `last` of all blocks to zeros."""
         for block in self.blocks:
-            block.clear(first, last)
+            block.keys[:, first:last] = 0
+            block.values[:, :, first:last] = 0
 
     @staticmethod
     def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:
-        """What a cache for `capacity` positions takes."""
+        """Bytes of a cache for `capacity` positions."""
         return 2 * model.n_layer * whole_lanes(capacity) * model.hidden_size * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one sequence in a pass: `ids` go to the end of its cache, and the last `logits` of them give logits."""
+    """Rows of one sequence in a pass: `ids` are appended to its cache, and the last `logits` of them give logits."""
 
     ids: Sequence[int]
     cache: KVCache
@@ -104,13 +100,13 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Positions in the cache after the pass."""
+        """Number of positions in the cache after the pass."""
         return self.cache.length + len(self.ids)
 
 
 def whole_lanes(positions: int) -> int:
-    """The next multiple of the kernel's lanes: with it, a row's sums are the same however many rows come after it.
+    """The next multiple of the kernel's lanes, so that the sums of a row do not depend on how many rows follow it.
 
-    At least the lanes of a 512-bit register, below which torch's softmax takes its sum in another order.
+    At least the lanes of a 512-bit register: below that, torch's softmax sums in another order.
     """
     return max(LEAST_POSITIONS, -(-positions // LANES) * LANES)

@@ -1,4 +1,4 @@
-"""tokenizer.json: text to token ids, and token ids to text while it grows."""
+"""tokenizer.json: text to token ids, and a growing list of token ids to text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from tokenizers.decoders import ByteLevel, DecodeStream
 from runner.errors import BloomdeskError
 from runner.format.safetensors import read_small
 
-LARGEST_TOKENIZER = 2**26  # BLOOM's has 14.5 MB
+# Bytes. BLOOM's tokenizer.json has 14.5 MB.
+LARGEST_TOKENIZER = 2**26
 
 
 class Tokenizer:
     """The tokenizer that the checkpoint came with."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BloomdeskError` where the file is missing, or is no tokenizer as BLOOM has it."""
+        """Raises `BloomdeskError` if the file is missing, or is not a tokenizer of BLOOM's kind."""
         repair = f"see what is damaged: bloomdesk verify {path.parent}"
         try:
             data = read_small(path, LARGEST_TOKENIZER)
@@ -28,15 +29,17 @@ class Tokenizer:
             raise BloomdeskError(f"{path}: cannot be read: {error.strerror}", repair) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except BaseException as error:  # the library raises plain Exception, and what is none where it panics
+        except BaseException as error:
+            # The library raises plain Exception, and a BaseException if it panics.
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             reason = str(error)[:200].encode("unicode_escape").decode()
             raise BloomdeskError(f"{path} is not a tokenizer: {reason}", repair) from None
         if self._tokenizer.normalizer is not None or not isinstance(self._tokenizer.decoder, ByteLevel):
-            # Others can be chains of replacements, which make a line of text as long as they like.
+            # A chain of replacements can make a text of any length.
             raise BloomdeskError(f"{path} is not a tokenizer of BLOOM: it rewrites texts", repair)
-        self._tokenizer.no_padding()  # or it could fill up a prompt to any length
+        # Padding could make a prompt of any length.
+        self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
     @property
@@ -45,14 +48,15 @@ class Tokenizer:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with nothing added. Raises `BloomdeskError` where it is not valid Unicode."""
+        """Token ids of `text`, with nothing added. Raises `BloomdeskError` if it is not valid Unicode."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (UnicodeEncodeError, TypeError) as error:  # what the library raises for a lone surrogate
+        except (UnicodeEncodeError, TypeError) as error:
+            # The library raises these for a lone surrogate.
             raise BloomdeskError("the prompt is not valid UTF-8 text") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> TextStream:
@@ -61,7 +65,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text from ids that come one at a time; a character whose bytes are spread over tokens is held until whole."""
+    """Text from ids that come one at a time; a character that several tokens encode is held back until it is whole."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -70,12 +74,12 @@ class TextStream:
         self._emitted = ""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now and was not before; often empty inside a character."""
+        """The text that this id completes; often empty inside a character."""
         self._ids.append(token_id)
         text = self._stream.step(self._tokenizer, token_id) or ""
         self._emitted += text
         return text
 
     def finish(self) -> str:
-        """What is still held: bytes that never became a character, as replacement characters."""
+        """The text that is still held back: incomplete characters as replacement characters."""
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(self._emitted) :]

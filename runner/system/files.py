@@ -9,13 +9,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from runner.system import platform
 
 _CACHED_STEP = 2**20
-
-T = TypeVar("T")
 
 
 def whole_pages(nbytes: int) -> int:
@@ -35,14 +32,14 @@ def open_for_streaming(path: Path, mode: str = "r", *, past_the_cache: bool) -> 
     return io.FileIO(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
 
 
-def past_the_cache_if_possible(action: Callable[[bool], T]) -> T:
-    """`action(True)`; if the file system cannot go past the page cache, `action(False)`."""
+def past_the_cache_if_possible(action: Callable[[bool], None]) -> None:
+    """Do `action(True)`; if the file system cannot go past the page cache, `action(False)`."""
     try:
-        return action(True)
+        action(True)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return action(False)
+        action(False)
 
 
 def read_uncached(

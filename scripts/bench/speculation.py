@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import runner
-from runner.generation import batch
 from runner.generation.model import Model
+from runner.generation.options import GenerationOptions
 from scripts.bench import turns
 from scripts.bench.harness import Column, save, table
 from scripts.bench.peers.forms import convert, is_prepared
@@ -101,7 +101,7 @@ def measure(
     began = time.perf_counter()
     if way.batch:
         requests = [model.request(prompt, MOST_TOKENS) for prompt in prompts]
-        runs = [batch.Batch(model, requests, way.batch, **options, on_part=None)]
+        runs = [model.batch(requests, GenerationOptions(MOST_TOKENS, batch=way.batch, **options))]
         for found in runs[0].run():
             answers[found.index] = list(found.ids)
             result.passes += found.passes

@@ -14,30 +14,16 @@ from runner.units import duration, number, parse_size, percent, rate, size
 MIB, GB = 2**20, 10**9
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("12GB", 12 * GB),
-        ("12 GB", 12 * GB),
-        ("12g", 12 * GB),
-        ("  1.5 Gb ", 1_500_000_000),
-        ("900MB", 900_000_000),
-        ("900m", 900_000_000),
-        ("64k", 64_000),
-        ("2TB", 2 * 10**12),
-        ("12GiB", 12 * 2**30),
-        ("1.5 gi", 3 * 2**29),
-        ("512MiB", 512 * MIB),
-        ("1KiB", 1024),
-        ("1TiB", 2**40),
-        ("4096", 4096),
-        ("4096 B", 4096),
-        (".5GB", 500_000_000),
-        ("3.GB", 3 * GB),
-    ],
-)
-def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
+READ = {
+    "12GB": 12 * GB, "12 GB": 12 * GB, "12g": 12 * GB, "  1.5 Gb ": 1_500_000_000, "900MB": 900_000_000,
+    "900m": 900_000_000, "64k": 64_000, "2TB": 2 * 10**12, "12GiB": 12 * 2**30, "1.5 gi": 3 * 2**29,
+    "512MiB": 512 * MIB, "1KiB": 1024, "1TiB": 2**40, "4096": 4096, "4096 B": 4096, ".5GB": 500_000_000, "3.GB": 3 * GB,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", READ)
+def test_sizes_are_read_as_people_write_them(text: str) -> None:
+    assert parse_size(text) == READ[text]
 
 
 HOSTILE = [
@@ -48,7 +34,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_other_texts_are_refused(text: str) -> None:
     with pytest.raises(BloomdeskError, match="is not an amount of memory") as caught:
         parse_size(text)
     assert len(caught.value.message) < 300 and caught.value.message.isprintable()
@@ -76,39 +62,24 @@ def test_units_are_powers_of_1000_or_of_1024(
     assert parse_size(text) == int(float(number) * (expected // number))
 
 
-@pytest.mark.parametrize(
-    ("shown", "value", "text"),
-    [
-        (size, 0, "0 bytes"),
-        (size, 17, "17 bytes"),
-        (size, 58_279, "58.3 kB"),
-        (size, 900_000_000, "900 MB"),
-        (size, 999_600_000, "1 GB"),
-        (size, 12_340_000_000, "12.3 GB"),
-        (size, 352_490_000_000, "352 GB"),
-        (size, 1_234_500_000_000, "1.23 TB"),
-        (size, 2**60, "1,150,000 TB"),
-        (rate, 0.0, "0 bytes/s"),
-        (rate, 11_750_000.0, "11.8 MB/s"),
-        (rate, 2.35e9, "2.35 GB/s"),
-        (duration, 0.0, "0 s"),
-        (duration, 0.0000123, "0.0123 ms"),
-        (duration, 0.0278, "27.8 ms"),
-        (duration, 0.9996, "1 s"),
-        (duration, 7.834, "7.83 s"),
-        (duration, 99.94, "99.9 s"),
-        (duration, 99.96, "1 min 40 s"),
-        (duration, 3599.6, "1 h 0 min"),
-        (duration, 12_000, "3 h 20 min"),
-        (percent, 0.0061, "0.61%"),
-        (percent, 0.9734, "97.3%"),
-        (percent, 1.0, "100%"),
-        (number, 2350.0, "2,350"),
-        (number, 1e-9, "0"),
-    ],
-)
-def test_numbers_read_well_at_every_size(shown: Callable[[float], str], value: float, text: str) -> None:
-    assert shown(value) == text
+SHOWN = {
+    size: {
+        0: "0 bytes", 17: "17 bytes", 58_279: "58.3 kB", 900_000_000: "900 MB", 999_600_000: "1 GB",
+        12_340_000_000: "12.3 GB", 352_490_000_000: "352 GB", 1_234_500_000_000: "1.23 TB", 2**60: "1,150,000 TB",
+    },
+    rate: {0.0: "0 bytes/s", 11_750_000.0: "11.8 MB/s", 2.35e9: "2.35 GB/s"},
+    duration: {
+        0.0: "0 s", 0.0000123: "0.0123 ms", 0.0278: "27.8 ms", 0.9996: "1 s", 7.834: "7.83 s", 99.94: "99.9 s",
+        99.96: "1 min 40 s", 3599.6: "1 h 0 min", 12_000: "3 h 20 min",
+    },
+    percent: {0.0061: "0.61%", 0.9734: "97.3%", 1.0: "100%"},
+    number: {2350.0: "2,350", 12.345: "12.3", 1e-9: "0"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("show", SHOWN, ids=lambda show: show.__name__)
+def test_numbers_read_well_at_every_size(show: Callable[[float], str]) -> None:
+    assert [show(value) for value in SHOWN[show]] == [*SHOWN[show].values()]
 
 
 @given(st.integers(1, 10**15))

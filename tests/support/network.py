@@ -9,7 +9,7 @@ import pytest
 
 from scripts.fakehub.server import LocalHub, Repo
 from tests.support.bloom_repos import BLOOM, COMMIT, NAME, write_bin_repo, write_pins
-from toolkit.hub import client as wire
+from toolkit.hub import retry
 from toolkit.hub import revision as hub
 
 
@@ -29,7 +29,7 @@ def surroundings(tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(wire, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "BACKOFF", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")

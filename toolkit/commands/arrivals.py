@@ -18,23 +18,26 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest, SourceShard
 from runner.system.atomic import TEMPORARY_SUFFIX
-from toolkit.commands.build import BuildPlan, plan_source_part
+from toolkit.commands.build import plan_source_part
 from toolkit.commands.download import fetch_recorded
-from toolkit.commands.schedule import SHARDS_AT_A_TIME
+from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
 from toolkit.hub.record import DownloadRecord, load_record
-from toolkit.hub.revision import Revision
+from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import Transfer
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
 from toolkit.parts.destination import STAGING
 from toolkit.parts.part import PlannedPart
+from toolkit.source.index import ShardList
 from toolkit.source.key_map import Assignment, assign
-from toolkit.source.shards import ShardList, SourceTensor, common_dtype, read_member
+from toolkit.source.shards import read_member
+from toolkit.source.tensor import SourceTensor, common_dtype
 
 
 def staged_bytes(destination: Path, names: Iterable[str]) -> int:
@@ -48,14 +51,23 @@ class _Stopped(Exception):
 
 
 class ArrivingShards:
-    """The shards of a `Source` on the Hub; `_changed` guards which are there and what the current part waits for."""
+    """The needed shards of a revision; `_changed` guards which are there and what the current part waits for."""
 
-    def __init__(self, plan: BuildPlan, revision: Revision, index: ShardList, connections: int) -> None:
+    def __init__(
+        self,
+        destination: Path,
+        manifest: Manifest,
+        schedule: Schedule,
+        revision: Revision,
+        index: ShardList,
+        connections: int,
+    ) -> None:
+        """`index` says which shard has each key, or names the single file."""
         self.received = self.resumed = 0
-        self._plan, self._revision, self._index = plan, revision, index
-        self._connections = connections
-        self._directory = plan.destination / STAGING
-        self._record = DownloadRecord.of(revision, _readable_record(self._directory))
+        self._manifest, self._schedule, self._revision = manifest, schedule, revision
+        self._index, self._connections = index, connections
+        self._directory = destination / STAGING
+        self._record = DownloadRecord.of(revision, None)
         self._changed = threading.Condition()
         self._sha256: dict[str, str] = {}  # of the shards that are there
         self._awaited: tuple[str, ...] = ()
@@ -65,13 +77,16 @@ class ArrivingShards:
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """The manifest that `make` returns in its own thread; this one fetches shard after shard meanwhile."""
+        # A damaged record is no error: the shards are then fetched again.
+        with suppress(BloomdeskError):
+            self._record = DownloadRecord.of(self._revision, load_record(self._directory))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts") as thread:
-            making = thread.submit(make, self._until_stopped(progress))
+            making = thread.submit(make, _checking(self._raise_if_stopped, progress))
             making.add_done_callback(self._wake)
             try:
-                for name in self._plan.schedule.shards:
+                for name in self._schedule.shards:
                     self._wait_for_turn(name, making)
-                    transfer = self._fetch(name, _until_failed(progress, making))
+                    transfer = self._fetch(name, _checking(lambda: _raise_failure(making), progress))
                     self.received += transfer.received
                     self.resumed += transfer.resumed
                     with self._changed:
@@ -87,14 +102,13 @@ class ArrivingShards:
 
     def part(self, file: str) -> PlannedPart:
         """The part `file`, as soon as its shards are there; they must be of the dtype that was planned."""
-        shards, manifest = self._plan.schedule.needs[file], self._plan.manifest
+        shards, manifest = self._schedule.needs[file], self._manifest
         with self._changed:
             self._awaited = shards
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._stopped or self._sha256.keys() >= set(shards))
             self._awaited = ()
-            if self._stopped:
-                raise _Stopped
+        self._raise_if_stopped()
         tensors: dict[str, SourceTensor] = {}
         for name in shards:
             if name not in self._tensors:
@@ -130,17 +144,15 @@ class ArrivingShards:
             self._changed.wait_for(
                 lambda: len(self._sha256) < SHARDS_AT_A_TIME or name in self._awaited or making.done()
             )
-        if making.done():
-            making.result()
+        _raise_failure(making)
 
     def _fetch(self, name: str, progress: Progress) -> Transfer:
         """Fetch one shard, or keep the one that an earlier run has fetched and checked."""
-        known, file = self._record.files[name], self._revision.find(name)
+        known = self._record.files[name]
         if known.sound_in(self._directory):
             progress(name, known.size, known.size)
             return Transfer(known.sha256 or "", known.size, 0)
-        if file is None:
-            raise BloomdeskError(f"{self._revision} has no {name}")
+        file = HubFile(name, known.size, known.sha256, known.git_sha1)
         with disk_errors(self._directory / name):
             self._directory.mkdir(parents=True, exist_ok=True)
             # It is not known to be sound.
@@ -150,35 +162,25 @@ class ArrivingShards:
             )
         return transfer
 
-    def _until_stopped(self, progress: Progress) -> Progress:
-        """`progress` for the thread that makes parts, which it ends soon after the other one has failed."""
-
-        def report(file: str, done: int, total: int) -> None:
-            if self._stopped:
-                raise _Stopped
-            progress(file, done, total)
-
-        return report
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            raise _Stopped
 
     def _wake(self, *_: object) -> None:
         with self._changed:
             self._changed.notify_all()
 
 
-def _until_failed(progress: Progress, making: Future[Manifest]) -> Progress:
-    """`progress` for the thread that fetches, which it ends soon after a part has failed."""
+def _raise_failure(making: Future[Manifest]) -> None:
+    if making.done():
+        making.result()
+
+
+def _checking(check: Callable[[], None], progress: Progress) -> Progress:
+    """`progress` after `check`, which raises to end a thread soon after the other one has failed."""
 
     def report(file: str, done: int, total: int) -> None:
-        if making.done():
-            making.result()
+        check()
         progress(file, done, total)
 
     return report
-
-
-def _readable_record(directory: Path) -> DownloadRecord | None:
-    """The record of an earlier run; None if it is damaged, and the shards are then fetched again."""
-    try:
-        return load_record(directory)
-    except BloomdeskError:
-        return None

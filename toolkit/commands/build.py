@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Protocol
 
 from runner.errors import BloomdeskError
-from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest, SourceShard
 from toolkit.commands.schedule import Schedule
-from toolkit.hub.transfer import CONNECTIONS
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import write_backup
-from toolkit.parts.part import PlannedPart, check_lm_head, check_shape, part_work, plan_part, write_part
+from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
+from toolkit.parts.part_writer import check_lm_head, write_part
 from toolkit.parts.release import Release
 from toolkit.source.key_map import Assignment
-from toolkit.source.shards import SourceTensor
+from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):
@@ -49,20 +48,13 @@ class Shards(Protocol):
         """Call `delete` for every shard that may be deleted and is not among `needed`."""
 
 
-class Source(Protocol):
-    """Where a plan's shards come from."""
-
-    def shards(self, plan: BuildPlan, connections: int) -> Shards:
-        """The shards, for one run."""
-
-
 @dataclass(frozen=True)
 class BuildPlan:
     """What `carry_out` will do, checked as far as possible before anything is written.
 
     `existing` is the manifest that the destination has now, if any, and `manifest` what is kept of it. `companions`
-    are the small files' bytes. `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert`
-    beyond what is taken now. `bytes_to_fetch` are those of the needed shards of the Hub, also if already on the disk.
+    are the small files' bytes. `shards` serve one run. `peak_bytes` is the most disk taken at any time: by `prepare`
+    in all, by `convert` beyond what is taken now. `bytes_to_fetch` are those of all needed shards of the Hub.
     """
 
     destination: Path
@@ -70,7 +62,7 @@ class BuildPlan:
     manifest: Manifest
     companions: Mapping[str, bytes]
     schedule: Schedule
-    source: Source
+    shards: Shards
     peak_bytes: int
     bytes_to_fetch: int = 0
 
@@ -88,18 +80,19 @@ class BuildPlan:
 
 
 @dataclass(frozen=True)
-class BuildSummary:
-    """What a build did, in bytes of parts written and of source shards deleted, received and resumed."""
+class Summary:
+    """What a command did: the files that it wrote, and kept from earlier runs, in the order of a pass.
 
-    destination: Path
-    model: Hyperparameters
+    `bytes_deleted` are those of source shards; of the Hub's, `received` came now and `resumed` in earlier runs.
+    """
+
     written: tuple[str, ...]
     kept: tuple[str, ...]
     bytes_written: int
-    bytes_deleted: int
-    received: int
-    resumed: int
     seconds: float
+    bytes_deleted: int = 0
+    received: int = 0
+    resumed: int = 0
 
 
 def plan_source_part(
@@ -116,7 +109,7 @@ def plan_source_part(
     return part
 
 
-def carry_out(plan: BuildPlan, progress: Progress = silent, connections: int = CONNECTIONS) -> BuildSummary:
+def carry_out(plan: BuildPlan, progress: Progress = silent) -> Summary:
     """Make what is missing; `progress` is called for parts and fetched shards, from up to two threads.
 
     Raises `BloomdeskError` if another process writes there, if the Hub, a shard or the disk fails, or if something is
@@ -127,31 +120,24 @@ def carry_out(plan: BuildPlan, progress: Progress = silent, connections: int = C
         if target.load_existing(plan.destination) != plan.existing:
             raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
         manifest = target.initialise(plan.destination, plan.manifest, plan.companions)
-        shards, release = plan.source.shards(plan, connections), Release(plan.destination)
-
-        def make(report: Progress) -> Manifest:
-            return _make_parts(plan, manifest, shards, release, report)
-
-        whole = shards.run(make, progress)
+        release = Release(plan.destination)
+        whole = plan.shards.run(lambda report: _make_parts(plan, manifest, release, report), progress)
         write_backup(plan.destination, whole)
     written = tuple(plan.schedule.needs)
     kept = tuple(file for file in whole.parts if file not in written)
     size = sum(whole.parts[file].size for file in written)
-    traffic = release.bytes, shards.received, shards.resumed
-    return BuildSummary(
-        plan.destination, whole.model, written, kept, size, *traffic, time.monotonic() - start
-    )
+    seconds = time.monotonic() - start
+    return Summary(written, kept, size, seconds, release.bytes, plan.shards.received, plan.shards.resumed)
 
 
-def _make_parts(
-    plan: BuildPlan, manifest: Manifest, shards: Shards, release: Release, progress: Progress
-) -> Manifest:
+def _make_parts(plan: BuildPlan, manifest: Manifest, release: Release, progress: Progress) -> Manifest:
     """The manifest with every part, each recorded as soon as it is in place."""
 
     def delete(shard: Path) -> None:
         release.delete(shard, manifest)
 
     # An earlier run may have made the parts of a shard and ended before it deleted the shard.
+    shards = plan.shards
     shards.release(frozenset(plan.schedule.shards), delete)
     for file in plan.schedule.needs:
         record = write_part(shards.part(file), plan.destination, shards.checked, progress)

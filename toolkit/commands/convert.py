@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.manifest import Manifest, Source, SourceShard
-from toolkit.commands.build import BuildPlan, BuildSummary, carry_out, plan_source_part
+from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import schedule_of
 from toolkit.hub.record import RECORD, load_record
 from toolkit.io.hasher import ShardHashes
@@ -18,55 +18,47 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.source.config import read_config
+from toolkit.source.index import ShardList, find_shards
 from toolkit.source.key_map import Assignment, assign
-from toolkit.source.shards import ShardList, SourceTensor, common_dtype, find_shards, read_listed
+from toolkit.source.shards import read_listed
+from toolkit.source.tensor import SourceTensor, common_dtype
 
 FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The source of a conversion: planned parts by file name, in the order of a pass.
+@dataclass
+class ShardsOnDisk:
+    """The shards of a checkpoint on disk, hashed in a thread while parts are made from them.
 
-    `sha256` are the shards' hashes known beforehand, and `deletable` the shards to delete once no part needs them.
+    `parts` are the planned parts by file name, in the order of a pass, `sha256` the hashes known beforehand, and
+    `deletable` the shards to delete once no part needs them.
     """
 
     parts: Mapping[str, PlannedPart]
     sha256: Mapping[Path, str]
     deletable: tuple[Path, ...]
-
-    def shards(self, plan: BuildPlan, connections: int) -> ShardsOnDisk:
-        """The shards, for one run; the Hub's connections are not needed."""
-        return ShardsOnDisk(self)
-
-
-class ShardsOnDisk:
-    """Shards that are all there, hashed in a thread while parts are made from them."""
-
-    received = resumed = 0
-
-    def __init__(self, source: Checkpoint) -> None:
-        self._source, self._hashes = source, ShardHashes()
-        self._deletable = list(source.deletable)
+    hashes: ShardHashes = field(default_factory=ShardHashes)
+    received: int = 0
+    resumed: int = 0
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns."""
-        with self._hashes:
+        with self.hashes:
             return make(progress)
 
     def part(self, file: str) -> PlannedPart:
         """The part as it was planned; its shards and those of the next one are hashed from now on."""
-        files = list(self._source.parts)
+        files = list(self.parts)
         position = files.index(file)
         for soon in files[position : position + 2]:
-            for shard in self._source.parts[soon].sources:
-                self._hashes.begin(shard)
-        return self._source.parts[file]
+            for shard in self.parts[soon].sources:
+                self.hashes.begin(shard)
+        return self.parts[file]
 
     def checked(self, shard: Path) -> SourceShard:
         """The shard with its hash; `BloomdeskError` if that is not the one known beforehand."""
-        found = self._hashes.result(shard)
-        expected = self._source.sha256.get(shard, found)
+        found = self.hashes.result(shard)
+        expected = self.sha256.get(shard, found)
         if found != expected:
             raise BloomdeskError(
                 f"{shard} is damaged or has changed: its sha256 is {found}, expected {expected}",
@@ -76,14 +68,12 @@ class ShardsOnDisk:
 
     def release(self, needed: frozenset[str], delete: Callable[[Path], None]) -> None:
         """Delete the deletable shards that are not among `needed`."""
-        for shard in [shard for shard in self._deletable if shard.name not in needed]:
-            delete(shard)
-            self._deletable.remove(shard)
+        for shard in self.deletable:
+            if shard.name not in needed and shard.exists():
+                delete(shard)
 
 
-def convert(
-    source: Path, destination: Path, progress: Progress = silent, *, form: str = PLAIN
-) -> BuildSummary:
+def convert(source: Path, destination: Path, progress: Progress = silent, *, form: str = PLAIN) -> Summary:
     """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
     Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM or the
@@ -134,15 +124,8 @@ def plan_conversion(
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     target.require_free_space(destination, peak, schedule.needs, companions)
-    return BuildPlan(
-        destination,
-        existing,
-        manifest,
-        companions,
-        schedule,
-        Checkpoint(parts, sha256, deletable),
-        peak,
-    )
+    on_disk = ShardsOnDisk(parts, sha256, deletable)
+    return BuildPlan(destination, existing, manifest, companions, schedule, on_disk, peak)
 
 
 def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> ShardList:
@@ -201,12 +184,11 @@ def _add_known_hashes(
     destination: Path, manifest: Manifest, shards: ShardList, sha256: dict[Path, str]
 ) -> None:
     """Add the shards' hashes that the manifest records: a local source has no record, and may have changed."""
-    paths = {path.name: path for path in shards.files}
-    for record in manifest.parts.values():
-        for shard in record.sources:
-            path = paths.get(shard.file)
-            if path is not None and sha256.setdefault(path, shard.sha256) != shard.sha256:
-                raise target.another_source(destination, f"another {shard.file}")
+    recorded = {shard.file: shard.sha256 for part in manifest.parts.values() for shard in part.sources}
+    for path in shards.files:
+        known = recorded.get(path.name)
+        if known is not None and sha256.setdefault(path, known) != known:
+            raise target.another_source(destination, f"another {path.name}")
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:

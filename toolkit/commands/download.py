@@ -6,16 +6,15 @@ record.py draws the directory; transfer.py fetches a single file.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
-from toolkit.hub import client as wire
 from toolkit.hub import revision as hub
-from toolkit.hub.digest import hash_file
+from toolkit.hub.failures import offline, offline_error
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch
@@ -51,10 +50,6 @@ class DownloadPlan:
     free: int
 
     @property
-    def total(self) -> int:
-        return self.revision.total
-
-    @property
     def to_fetch(self) -> int:
         return sum(planned.to_fetch for planned in self.files)
 
@@ -78,7 +73,6 @@ class DownloadSummary:
     """What a download did; `received` are bytes over the network, `resumed` those that earlier runs left."""
 
     revision: Revision
-    directory: Path
     fetched: tuple[str, ...]
     kept: tuple[str, ...]
     received: int
@@ -123,8 +117,8 @@ def carry_out(
         earlier = load_record(directory)
         if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
             raise _another(directory, earlier, str(chosen))
-        record, refuted = _check_present(chosen, directory, earlier, progress)
-        left = _plan(chosen, directory, record, refuted)
+        now = _plan(chosen, directory, earlier)
+        left, record = _check_present(now, DownloadRecord.of(chosen, earlier), progress)
         _refuse_impossible(left)
         if record != earlier:
             save_record(directory, record)
@@ -142,7 +136,7 @@ def carry_out(
     kept = tuple(file.path for file in chosen.files if file.path not in transfers)
     received = sum(transfer.received for transfer in transfers.values())
     resumed = sum(transfer.resumed for transfer in transfers.values())
-    return DownloadSummary(chosen, directory, tuple(transfers), kept, received, resumed)
+    return DownloadSummary(chosen, tuple(transfers), kept, received, resumed)
 
 
 def fetch_recorded(
@@ -168,7 +162,7 @@ def read_small_file(revision: Revision, file: HubFile, scratch: Path, directory:
     """
     copy, path = scratch / file.path, directory / file.path
     if not copy.exists():
-        if _size(path) == file.size and not hash_file(path, file, silent).difference():
+        if _size(path) == file.size and file.check(path, silent):
             copy.write_bytes(path.read_bytes())
         else:
             fetch(revision, file, scratch, silent)
@@ -181,7 +175,7 @@ def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRe
     if record is not None and record.repo != repo:
         raise _another(directory, record, repo)
     recorded = record is not None and revision in (None, record.commit)
-    if recorded and wire.offline() and hub.pinned(repo, revision) is None:
+    if recorded and offline() and hub.pinned(repo, revision) is None:
         return record.revision
     found = hub.resolve(repo, revision)
     if record is not None and record.commit != found.commit:
@@ -197,10 +191,8 @@ def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskE
     )
 
 
-def _plan(
-    revision: Revision, directory: Path, record: DownloadRecord | None, refuted: frozenset[str] = frozenset()
-) -> DownloadPlan:
-    """The plan; files in `refuted` have the right size and a wrong hash."""
+def _plan(revision: Revision, directory: Path, record: DownloadRecord | None) -> DownloadPlan:
+    """What is in the directory now."""
     known = DownloadRecord.of(revision, record)
     files = []
     for file in revision.files:
@@ -208,7 +200,7 @@ def _plan(
         partial = _size(path.with_name(path.name + TEMPORARY_SUFFIX))
         if known.files[file.path].sound_in(directory):
             state, present = "sound", file.size
-        elif _size(path) == file.size and file.path not in refuted:
+        elif _size(path) == file.size:
             state, present = "unchecked", file.size
         elif 0 < partial <= file.size:
             state, present = "partial", partial
@@ -221,31 +213,30 @@ def _size(path: Path) -> int:
 
 
 def _check_present(
-    revision: Revision, directory: Path, record: DownloadRecord | None, progress: Progress
-) -> tuple[DownloadRecord, frozenset[str]]:
-    """The record with the unchecked files whose hash is right, and the names of those whose hash is wrong."""
-    refuted = set()
-    known = DownloadRecord.of(revision, record)
-    for planned in _plan(revision, directory, known).files:
-        if planned.state != "unchecked":
-            continue
-        file = planned.file
-        # Taken first, so that a change while the file is read shows.
-        modified = (directory / file.path).stat().st_mtime_ns
-        digest = hash_file(directory / file.path, file, progress)
-        if digest.difference():
-            refuted.add(file.path)
-        else:
-            known = known.with_file(file.path, digest.sha256, modified)
-    return known, frozenset(refuted)
+    plan: DownloadPlan, record: DownloadRecord, progress: Progress
+) -> tuple[DownloadPlan, DownloadRecord]:
+    """The plan without unchecked files whose hash is wrong, and the record with those whose hash is right."""
+    files = []
+    for planned in plan.files:
+        file, path = planned.file, plan.directory / planned.file.path
+        if planned.state == "unchecked":
+            # Taken first, so that a change while the file is read shows.
+            modified = path.stat().st_mtime_ns
+            sha256 = file.check(path, progress)
+            if sha256 is None:
+                planned = PlannedFile(file, "absent", 0)
+            else:
+                record = record.with_file(file.path, sha256, modified)
+        files.append(planned)
+    return replace(plan, files=tuple(files)), record
 
 
 def _refuse_impossible(plan: DownloadPlan) -> None:
     """Raise `BloomdeskError` if files are missing and offline mode is on, or the disk is too small."""
     unfinished = plan.unfinished
-    if unfinished and wire.offline():
+    if unfinished and offline():
         count = f"{len(unfinished)} of {len(plan.files)} files of {plan.revision} are missing"
-        raise wire.offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
+        raise offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
     if not plan.fits:
         raise BloomdeskError(
             f"{plan.directory}: {plan.to_fetch:,} bytes are still to come, the disk has {plan.free:,} free",

@@ -27,20 +27,26 @@ from runner.errors import BloomdeskError
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
 from runner.format.safetensors import encode_header, read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
+from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
-from toolkit.hub.partial_file import settle
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.destination import LARGEST_COMPANION, put_file, require_free_space, sole_writer_of
+from toolkit.io.writer import WriteBehind
+from toolkit.parts.destination import (
+    LARGEST_COMPANION,
+    other_files,
+    put_file,
+    require_free_space,
+    sole_writer_of,
+)
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
+from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
-from toolkit.source.shards import LARGEST_INDEX
 
 INDEX = "model.safetensors.index.json"
 # Bytes after which a shard is synced to the disk and dropped from the page cache.
-SETTLE = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -72,18 +78,7 @@ class ExportPlan:
         return sum(shard.size for shard in self.to_write)
 
 
-@dataclass(frozen=True)
-class ExportSummary:
-    """What an export did; `bytes_written` are those of the shards written now, `kept` existed already."""
-
-    destination: Path
-    written: tuple[str, ...]
-    kept: tuple[str, ...]
-    bytes_written: int
-    seconds: float
-
-
-def export(directory: Path, destination: Path, progress: Progress = silent) -> ExportSummary:
+def export(directory: Path, destination: Path, progress: Progress = silent) -> Summary:
     """Write the prepared checkpoint in `directory` to `destination` as sharded safetensors, or resume that.
 
     Raises `BloomdeskError` before anything is written if the checkpoint is not complete, or `destination` holds
@@ -108,7 +103,7 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
     to_write = shards
-    if _is_begun(destination, small[INDEX]):
+    if _has_index(destination, small[INDEX]):
         # A shard is put in place only when it is whole; one cut or changed in size since then is written again.
         to_write = tuple(
             shard for shard in shards if not is_in_place(destination / shard.file, shard.header, shard.size)
@@ -118,12 +113,12 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     return plan
 
 
-def carry_out(plan: ExportPlan, progress: Progress = silent) -> ExportSummary:
+def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
     """Do what `plan_export` planned; `progress` is called with each shard's bytes, from this thread."""
     start = time.monotonic()
     with sole_writer_of(plan.destination):
         # Another process may have been faster.
-        _is_begun(plan.destination, plan.small_files[INDEX])
+        _has_index(plan.destination, plan.small_files[INDEX])
         for name, data in plan.small_files.items():
             put_file(plan.destination / name, data)
         with Coders() as coders:
@@ -132,7 +127,7 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> ExportSummary:
     written = tuple(shard.file for shard in plan.to_write)
     kept = tuple(shard.file for shard in plan.shards if shard.file not in written)
     seconds = time.monotonic() - start
-    return ExportSummary(plan.destination, written, kept, plan.bytes_to_write, seconds)
+    return Summary(written, kept, plan.bytes_to_write, seconds)
 
 
 def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
@@ -166,17 +161,14 @@ def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _is_begun(destination: Path, index: bytes) -> bool:
+def _has_index(destination: Path, index: bytes) -> bool:
     """Whether the destination has this export's index; False if it is new or empty, else an error."""
-    if destination.exists() and not destination.is_dir():
-        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     try:
         if read_small(destination / INDEX, LARGEST_INDEX) == index:
             return True
         what = "the index of another checkpoint"
-    except FileNotFoundError:
-        present = {path.name for path in destination.iterdir()} if destination.exists() else set()
-        others = sorted(present - {INDEX + TEMPORARY_SUFFIX, ".bloomdesk.lock"})
+    except (FileNotFoundError, NotADirectoryError):
+        others = other_files(destination, {INDEX + TEMPORARY_SUFFIX, ".bloomdesk.lock"})
         if not others:
             return False
         what = ", ".join(others[:3])
@@ -204,20 +196,21 @@ def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress
     path, part = plan.destination / shard.file, plan.directory / shard.part.file
     tensors = tuple(shard.tensors.values())
     try:
-        with disk_errors(path), atomic_file(path) as file, PartReader(part, tensors, coders) as reader:
-            file.write(shard.header)
-            done, settled = len(shard.header), 0
+        with (
+            disk_errors(path),
+            atomic_file(path) as file,
+            PartReader(part, tensors, coders) as reader,
+            WriteBehind(file.fileno()) as behind,
+        ):
+            behind.write(shard.header)
+            done = len(shard.header)
             for index, stored in enumerate(tensors):
                 own = xxhash.xxh3_128()
-                for piece in reader.bits(index):
-                    own.update(piece)
-                    file.write(piece)
-                    done += len(piece)
+                for block in reader.bits(index):
+                    behind.write(block)
+                    own.update(block)
+                    done += len(block)
                     progress(shard.file, done, shard.size)
-                    if done - settled >= SETTLE:
-                        file.flush()
-                        settle(file.fileno(), settled, done)
-                        settled = done
                 found, expected = own.hexdigest(), stored.tensor.xxh3_128
                 if found != expected:
                     raise DamagedTensor(f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}")

@@ -7,40 +7,26 @@ resumes: the manifest says which parts there are, the staging directory which sh
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS
 from runner.format.manifest import Manifest, Source
 from toolkit.commands.arrivals import ArrivingShards, staged_bytes
-from toolkit.commands.build import BuildPlan, BuildSummary, carry_out
+from toolkit.commands.build import BuildPlan, Summary, carry_out
 from toolkit.commands.download import read_small_file
 from toolkit.commands.schedule import schedule_of
 from toolkit.hub import revision as hub
 from toolkit.hub.revision import Revision
-from toolkit.hub.transfer import CONNECTIONS, read_head
+from toolkit.hub.transfer import CONNECTIONS, read_range
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.part import check_form_dtype
 from toolkit.source.config import read_config
+from toolkit.source.index import ShardList, find_shards
 from toolkit.source.key_map import assign
-from toolkit.source.shards import HEAD_BYTES, ShardList, dtype_of_head, find_shards
-
-
-@dataclass(frozen=True)
-class Repository:
-    """The source of a preparation; `index` says which shard has each key, or names the single file."""
-
-    revision: Revision
-    index: ShardList
-
-    def __str__(self) -> str:
-        return str(self.revision)
-
-    def shards(self, plan: BuildPlan, connections: int) -> ArrivingShards:
-        """The shards, for one run."""
-        return ArrivingShards(plan, self.revision, self.index, connections)
+from toolkit.source.shards import HEAD_BYTES, dtype_of_head
 
 
 def prepare(
@@ -51,13 +37,17 @@ def prepare(
     connections: int = CONNECTIONS,
     *,
     form: str = PLAIN,
-) -> BuildSummary:
+) -> Summary:
     """Make a prepared directory of `repo`, or resume one: `plan_preparation` and `carry_out` in one."""
-    return carry_out(plan_preparation(repo, destination, revision, form), progress, connections)
+    return carry_out(plan_preparation(repo, destination, revision, form, connections), progress)
 
 
 def plan_preparation(
-    repo: str, destination: Path, revision: str | None = None, form: str = PLAIN
+    repo: str,
+    destination: Path,
+    revision: str | None = None,
+    form: str = PLAIN,
+    connections: int = CONNECTIONS,
 ) -> BuildPlan:
     """What is to be fetched and made; nothing is written to `destination`.
 
@@ -97,9 +87,9 @@ def plan_preparation(
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
     target.require_free_space(destination, to_come, schedule.needs, companions)
-    source = Repository(chosen, index)
+    shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections)
     return BuildPlan(
-        destination, existing, manifest, companions, schedule, source, peak, schedule.shard_bytes
+        destination, existing, manifest, companions, schedule, shards, peak, schedule.shard_bytes
     )
 
 
@@ -107,4 +97,4 @@ def _dtype_on_the_hub(revision: Revision, shard: str) -> str:
     """The dtype of the weights, from the first bytes of one shard; `BloomdeskError` if they do not show it."""
     file = revision.find(shard)
     assert file is not None
-    return dtype_of_head(Path(shard), read_head(revision, file, HEAD_BYTES))
+    return dtype_of_head(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))

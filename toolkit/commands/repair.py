@@ -20,19 +20,23 @@ from toolkit.commands.build import BuildPlan
 from toolkit.commands.convert import plan_conversion
 from toolkit.commands.prepare import plan_preparation
 from toolkit.commands.verify import Damage
+from toolkit.hub.transfer import CONNECTIONS
 from toolkit.io.disk import disk_errors
 from toolkit.parts.destination import write_manifest
 from toolkit.parts.manifest_backup import recover_manifest
 
 
-def plan_repair(directory: Path, known: Manifest, source: Path | None) -> BuildPlan:
+def plan_repair(
+    directory: Path, known: Manifest, source: Path | None, connections: int = CONNECTIONS
+) -> BuildPlan:
     """The plan that makes what is missing from the checkpoint `source`, or else from the Hub.
 
     `known` is what the complete directory records, as `forget` returns it: the source must be the one it names.
     """
     if source is not None:
         return plan_conversion(source, directory, known=known, form=known.form)
-    return plan_preparation(known.source.repo or "", directory, known.source.commit, known.form)
+    repo, commit = known.source.repo or "", known.source.commit
+    return plan_preparation(repo, directory, commit, known.form, connections)
 
 
 def forget(directory: Path, damage: Sequence[Damage], source: Path | None) -> Manifest:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from runner.format.coded import PLAIN
+from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest
 from toolkit.parts.destination import missing_parts
 from toolkit.parts.part import part_size
+from toolkit.source.index import ShardList
 from toolkit.source.key_map import Assignment
-from toolkit.source.shards import ShardList
 
-SHARDS_AT_A_TIME = 2  # one that parts are made from, and one on its way
+# One that parts are made from, and one on its way.
+SHARDS_AT_A_TIME = 2
+# bigscience/bloom and bloomz have a shard for each block; most of their smaller relatives are a single file.
+BLOCKS_WITH_SHARDS = 70
+SMALL_FILES = 15_000_000
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,10 @@ class Schedule:
     @property
     def shard_bytes(self) -> int:
         """Bytes of all needed shards."""
-        return sum(map(self.shard_sizes.__getitem__, self.shards))
+        return self._shard_bytes(self.shards)
+
+    def _shard_bytes(self, names: Iterable[str]) -> int:
+        return sum(self.shard_sizes[name] for name in names)
 
     def needed_after(self, part: str) -> frozenset[str]:
         """Shards that parts after `part` need."""
@@ -49,7 +58,7 @@ class Schedule:
         written = peak = 0
         for part, held in self._held():
             written += self.part_sizes[part]
-            peak = max(peak, written + sum(map(self.shard_sizes.__getitem__, held)))
+            peak = max(peak, written + self._shard_bytes(held))
         return peak
 
     def _held(self) -> Iterator[tuple[str, set[str]]]:
@@ -70,9 +79,7 @@ class Schedule:
         for part in self.needs:
             written += self.part_sizes[part]
             peak = max(peak, written - freed)
-            gone = deletable - self.needed_after(part)
-            freed += sum(map(self.shard_sizes.__getitem__, gone))
-            deletable -= gone
+            freed = self._shard_bytes(deletable - self.needed_after(part))
         return peak
 
 
@@ -92,3 +99,14 @@ def schedule_of(
     dtype, form = manifest.model.dtype, manifest.form
     sizes = {spec.file: part_size(spec, dtype, form) for spec in part_specs(manifest.model)}
     return Schedule(needs, sizes, shard_sizes)
+
+
+def space_to_prepare(model: Hyperparameters, form: str = PLAIN) -> int:
+    """The most bytes of disk that `prepare` takes at any time for a model of the family, before the Hub is asked."""
+    specs = part_specs(model)
+    sizes = {spec.file: part_size(spec, model.dtype, form) for spec in specs}
+    shards = {spec.file: part_size(spec, model.dtype) for spec in specs}
+    if model.n_layer >= BLOCKS_WITH_SHARDS:
+        return Schedule({file: (file,) for file in sizes}, sizes, shards).peak_bytes + SMALL_FILES
+    weights = {"weights": sum(shards.values())}
+    return Schedule(dict.fromkeys(sizes, ("weights",)), sizes, weights).peak_bytes + SMALL_FILES

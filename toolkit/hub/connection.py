@@ -17,9 +17,10 @@ from typing import Any
 from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
-from toolkit.hub import client as wire
+from toolkit.hub.client import Location, first_byte, read_timeout
+from toolkit.hub.failures import ConnectionFailed, IncompleteAnswer, network_errors
 
-PIECE = 2**18
+BLOCK = 2**18
 
 
 class Unranged(Exception):
@@ -35,27 +36,27 @@ class Connection:
         self._socket: socket.socket | None = None
         self._hung_up = False
 
-    def read(self, location: wire.Location, start: int, room: memoryview) -> Iterator[int]:
+    def read(self, location: Location, start: int, room: memoryview) -> Iterator[int]:
         """Fill `room` with the file's bytes from `start` on: yields 0 when they are promised, then how many
         more came each time.
 
-        Raises `Unranged`, or one of `wire.network_errors`; what was yielded until then is sound.
+        Raises `Unranged`, or one of `network_errors`; what was yielded until then is sound.
         """
         answer, whole = None, False
         try:
             answer = self._ask(location, start, start + len(room))
             yield 0
             while room:
-                count = answer.readinto(room[:PIECE])
+                count = answer.readinto(room[:BLOCK])
                 if not count:
-                    raise wire.CutShort(f"{len(room):,} bytes of a range did not come")
+                    raise IncompleteAnswer(f"{len(room):,} bytes of a range did not come")
                 room = room[count:]
                 yield count
             whole = answer.isclosed()  # not where more comes than was asked for
-        except wire.network_errors():
+        except network_errors():
             raise
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise wire.Unreachable(str(error) or type(error).__name__) from error
+            raise ConnectionFailed(str(error) or type(error).__name__) from error
         finally:
             if answer is not None:
                 answer.close()
@@ -83,7 +84,7 @@ class Connection:
         if line is not None:
             line.close()
 
-    def _ask(self, location: wire.Location, start: int, stop: int) -> http.client.HTTPResponse:
+    def _ask(self, location: Location, start: int, stop: int) -> http.client.HTTPResponse:
         import httpx2
 
         url = httpx2.URL(location.url)
@@ -95,7 +96,7 @@ class Connection:
             answer.status, headers=answer.getheaders(), request=httpx2.Request("GET", url)
         )
         if not response.is_redirect:
-            wire.beginning(response, location, start)
+            first_byte(response, location, start)
         if answer.status != 206:
             answer.close()
             raise Unranged(f"the file's store answered {answer.status} to a range")
@@ -110,7 +111,7 @@ class Connection:
             self._line.connect()
         self._socket = self._line.sock
         if self._hung_up:  # while it was being made
-            raise wire.Unreachable("the connection was given up")
+            raise ConnectionFailed("the connection was given up")
         return self._line
 
 
@@ -123,11 +124,11 @@ def _line(url: Any) -> http.client.HTTPConnection:
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if proxy is None:
         kind = _SecureLine if url.scheme == "https" else http.client.HTTPConnection
-        return kind(host, url.port, timeout=wire.silence())
+        return kind(host, url.port, timeout=read_timeout())
     through = httpx2.URL(proxy if "://" in proxy else f"http://{proxy}")
     if through.scheme != "http" or url.scheme != "https":
         raise Unranged("this kind of proxy is left to the session")
-    line = _SecureLine(through.host, through.port or 80, timeout=wire.silence())
+    line = _SecureLine(through.host, through.port or 80, timeout=read_timeout())
     line.set_tunnel(host, url.port or 443, _proxy_credentials(through))
     line.server_name = host
     return line

@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from toolkit.hub import client as wire
+from toolkit.hub.client import Location
 from toolkit.hub.connection import Connection
+from toolkit.hub.failures import Resource, network_errors
+from toolkit.hub.retry import RetryPolicy
 
 # All ranges that are on their way or wait for an earlier one: so many bytes are lost by a kill at most.
 WINDOW = 64 * 2**20
 SMALLEST, LARGEST = 2**20, 8 * 2**20
 MOST_CONNECTIONS = 32
-PIECE = 2**20
+BLOCK = 2**20
 # What came of a range is handed out after so many seconds, also where it is little.
-SECONDS_BETWEEN_PIECES = 0.5
+SECONDS_BETWEEN_BLOCKS = 0.5
 # A range for which all others have waited so long goes on over a new connection.
 SECONDS_OF_GRACE = 3.0
 # For a thread that waits in a name look-up; any other one ends at once.
@@ -58,15 +60,15 @@ class Ahead:
     """The bytes of a file from `start` to `stop`, fetched ahead by as many threads as connections.
 
     Each range is tried again and gone on with on its own. A first range alone shows that there are ranges;
-    where there are none, `pieces` raises `Unranged` at the position it has reached.
+    where there are none, `blocks` raises `Unranged` at the position it has reached.
     """
 
     def __init__(
-        self, asked: wire.Asked, locate: Callable[[], wire.Location], start: int, stop: int, connections: int
+        self, resource: Resource, locate: Callable[[], Location], start: int, stop: int, connections: int
     ) -> None:
-        """`locate` asks the Hub where the file is; raises one of `wire.network_errors` or `BloomdeskError`."""
+        """`locate` asks the Hub where the file is; raises one of `network_errors` or `BloomdeskError`."""
         self.received = 0
-        self._asked, self._address = asked, _Address(locate)
+        self._resource, self._address = resource, _Address(locate)
         self._start, self._next, self._stop = start, start, stop
         self._size = range_size(connections)
         self._ranges: deque[_Range] = deque()
@@ -80,7 +82,9 @@ class Ahead:
         count = min(connections, -(-(stop - start) // self._size))
         self._connections = [Connection() for _ in range(count)]
         self._threads = [
-            threading.Thread(target=self._work, args=(connection,), daemon=True, name=f"range {asked.path}")
+            threading.Thread(
+                target=self._work, args=(connection,), daemon=True, name=f"range {resource.path}"
+            )
             for connection in self._connections
         ]
 
@@ -101,8 +105,8 @@ class Ahead:
             if thread.ident is not None:
                 thread.join(SECONDS_TO_STOP)
 
-    def pieces(self) -> Iterator[memoryview]:
-        """What comes, in order; a piece may change once the next one is asked for.
+    def blocks(self) -> Iterator[memoryview]:
+        """What comes, in order; a block may change once the next one is asked for.
 
         Raises `Unranged`, or `BloomdeskError` where the Hub refuses or stays away; before that, all that came
         up to the gap is handed out.
@@ -116,20 +120,20 @@ class Ahead:
                     self._changed.notify_all()
 
     def _take(self) -> memoryview:
-        """The next bytes at the frontier, a piece of some size if it is not long in coming."""
+        """The next bytes at the frontier, a block of some size if it is not long in coming."""
         with self._changed:
             in_time = True
             while True:
                 if self._ranges:
                     first = self._ranges[0]
                     count = first.filled - first.taken
-                    now = first.whole or count >= PIECE or not in_time or self._failure is not None
+                    now = first.whole or count >= BLOCK or not in_time or self._failure is not None
                     if count and now:
                         first.taken = first.filled
                         return first.room[first.taken - count : first.taken]
                 if self._failure is not None:
                     raise self._failure
-                in_time = self._changed.wait(SECONDS_BETWEEN_PIECES)
+                in_time = self._changed.wait(SECONDS_BETWEEN_BLOCKS)
                 self._drop_straggler()
 
     def _drop_straggler(self) -> None:
@@ -147,7 +151,7 @@ class Ahead:
         try:
             while (part := self._claim(connection)) is not None:
                 self._fill(part)
-        except BaseException as error:  # raised again where the pieces are taken
+        except BaseException as error:  # raised again where the blocks are taken
             self._end(error)
         finally:
             connection.close()
@@ -172,27 +176,27 @@ class Ahead:
         return bytearray(self._size)
 
     def _fill(self, part: _Range) -> None:
-        patience = wire.Patience(self._asked, self._pause)
+        retries = RetryPolicy(self._resource, self._pause)
         while not part.whole:
             before, location = part.filled, None
             try:
                 location = self._address.location()
                 for count in part.connection.read(location, part.start + before, part.room[before:]):
                     self._grow(part, count)
-            except wire.network_errors() as error:
+            except network_errors() as error:
                 self._pause(0)  # not a failure where the others have hung up
                 if part.filled > before:
-                    patience.calm()
+                    retries.reset()
                 else:
                     self._address.renew(location)
-                patience.bear(error)
+                retries.backoff(error)
 
     def _grow(self, part: _Range, count: int) -> None:
         with self._changed:
             part.filled += count
             self.received += count
             self._proven = True
-            if not count or part.whole or part.filled // PIECE > (part.filled - count) // PIECE:
+            if not count or part.whole or part.filled // BLOCK > (part.filled - count) // BLOCK:
                 self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:
@@ -212,17 +216,17 @@ class Ahead:
 class _Address:
     """Where a file is, asked for once and shared, until a connection found that it leads nowhere."""
 
-    def __init__(self, locate: Callable[[], wire.Location]) -> None:
+    def __init__(self, locate: Callable[[], Location]) -> None:
         self._locate, self._lock = locate, threading.Lock()
-        self._known: wire.Location | None = None
+        self._known: Location | None = None
 
-    def location(self) -> wire.Location:
+    def location(self) -> Location:
         with self._lock:
             if self._known is None:
                 self._known = self._locate()
             return self._known
 
-    def renew(self, failed: wire.Location | None) -> None:
+    def renew(self, failed: Location | None) -> None:
         """Ask anew the next time, unless another connection has done so since."""
         with self._lock:
             if self._known is failed:

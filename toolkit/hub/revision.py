@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from runner.errors import BloomdeskError
-from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS, is_file_name
-from toolkit.hub import client as wire
-from toolkit.source.shards import FORMS, LARGEST_INDEX
+from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS
+from toolkit.hub.client import fetch_json
+from toolkit.hub.failures import Resource, endpoint, offline, offline_error
+from toolkit.io.hasher import Digest, hash_file
+from toolkit.io.progress import FileProgress, Progress
+from toolkit.source.index import FORMS, LARGEST_INDEX, parse_index
 
 PINS = Path(__file__).with_name("pins")
 PINNED = {"bigscience/bloom": "bigscience_bloom.json"}
@@ -33,10 +36,22 @@ class HubFile:
     sha256: str | None
     git_sha1: str | None = None
 
-    @property
-    def content_id(self) -> str:
-        """The hash that the file is checked against."""
-        return self.sha256 or self.git_sha1 or ""
+    def digest(self) -> Digest:
+        """The hashes to take of the file's bytes."""
+        return Digest(None if self.sha256 else self.size)
+
+    def difference(self, digest: Digest) -> str:
+        """Empty if the bytes that `digest` has seen are the file's, else what was expected and what was found."""
+        kind, expected, found = "sha256", self.sha256, digest.sha256
+        if expected is None:
+            kind, expected, found = "git blob sha1", self.git_sha1, digest.git_sha1
+        return "" if found == expected else f"its {kind} should be {expected} and is {found}"
+
+    def check(self, path: Path, progress: Progress) -> str | None:
+        """The sha256 of the file at `path` if its bytes are this file's, else None."""
+        digest = self.digest()
+        hash_file(path, digest, FileProgress(progress, self.path, self.size))
+        return None if self.difference(digest) else digest.sha256
 
 
 @dataclass(frozen=True)
@@ -79,19 +94,19 @@ def resolve(repo: str, revision: str | None = None) -> Revision:
     """The commit that `revision` (a branch, tag, short name or commit; else `main`) means, with its files.
 
     For bigscience/bloom the default is the pinned commit, and its list is the pinned one: the Hub is not
-    asked. Raises `BloomdeskError` where the Hub does not know it, refuses it or stays away.
+    asked. Raises `BloomdeskError` if the Hub does not have it, refuses it or cannot be reached.
     """
     check_repo_name(repo)
     known = pinned(repo, revision)
     if known is not None:
         return known
-    asked = wire.Asked(repo, revision or "main")
-    if wire.offline():
-        raise wire.offline_error(f"the files of {repo} at {asked.revision} cannot be listed")
-    commit = asked.revision.lower()
+    resource = Resource(repo, revision or "main")
+    if offline():
+        raise offline_error(f"the files of {repo} at {resource.revision} cannot be listed")
+    commit = resource.revision.lower()
     if not COMMIT.fullmatch(commit):
-        commit = _commit_of(asked)
-    return pinned(repo, commit) or Revision(repo, commit, _list_files(replace(asked, revision=commit)))
+        commit = _commit_of(resource)
+    return pinned(repo, commit) or Revision(repo, commit, _list_files(replace(resource, revision=commit)))
 
 
 def check_repo_name(repo: str) -> None:
@@ -107,23 +122,23 @@ def check_repo_name(repo: str) -> None:
         ) from None
 
 
-def _commit_of(asked: wire.Asked) -> str:
-    path = f"/api/models/{asked.repo}/revision/{quote(asked.revision, safe='')}"
-    for page in wire.fetch_json(path, asked):
+def _commit_of(resource: Resource) -> str:
+    path = f"/api/models/{resource.repo}/revision/{quote(resource.revision, safe='')}"
+    for page in fetch_json(path, resource):
         commit = page.get("sha") if isinstance(page, dict) else None
         if isinstance(commit, str) and COMMIT.fullmatch(commit):
             return commit
-    raise _not_understood(asked, "no commit")
+    raise _not_understood(resource, "no commit")
 
 
-def _list_files(asked: wire.Asked) -> tuple[HubFile, ...]:
-    path = f"/api/models/{asked.repo}/tree/{asked.revision}?recursive=true&expand=false"
+def _list_files(resource: Resource) -> tuple[HubFile, ...]:
+    path = f"/api/models/{resource.repo}/tree/{resource.revision}?recursive=true&expand=false"
     files = []
-    for page in wire.fetch_json(path, asked):
+    for page in fetch_json(path, resource):
         try:
             files += [_decode(entry) for entry in page if entry["type"] == "file"]
         except (KeyError, TypeError, ValueError) as error:
-            raise _not_understood(asked, f"a list of files with {error}") from None
+            raise _not_understood(resource, f"a list of files with {error}") from None
     return tuple(files)
 
 
@@ -138,9 +153,9 @@ def _decode(entry: Any) -> HubFile:
     return HubFile(path, size, content_id, None) if lfs else HubFile(path, size, None, content_id)
 
 
-def _not_understood(asked: wire.Asked, what: str) -> BloomdeskError:
+def _not_understood(resource: Resource, what: str) -> BloomdeskError:
     return BloomdeskError(
-        f"{wire.endpoint()} gives {what} for {asked.repo} at {asked.revision}",
+        f"{endpoint()} gives {what} for {resource.repo} at {resource.revision}",
         "check HF_ENDPOINT: it must be a Hub's address",
     )
 
@@ -167,7 +182,8 @@ def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFi
     for index_name, single_name, suffix in FORMS:
         index, single = revision.find(index_name), revision.find(single_name)
         if index is not None:
-            names = shard_names(_read_index(revision, index, read), suffix, f"{index_name} of {revision}")
+            data = _read_index(revision, index, read)
+            names = sorted(set(parse_index(data, suffix, f"{index_name} of {revision}").values()))
             shards = [revision.find(name) for name in names]
             if None not in shards:
                 return [index, *(shard for shard in shards if shard is not None)]
@@ -185,30 +201,3 @@ def _read_index(revision: Revision, index: HubFile, read: Callable[[HubFile], by
     if index.size > LARGEST_INDEX:
         raise BloomdeskError(f"{index.path} of {revision} has {index.size:,} bytes: no index is that large")
     return read(index)
-
-
-def shard_names(index: bytes, suffix: str, where: str) -> list[str]:
-    """The files that a checkpoint's index names, sorted; their numbers mean nothing here.
-
-    Raises `BloomdeskError` where it is damaged, or names anything but files beside it ending in `suffix`.
-    """
-    try:
-        weight_map = json.loads(index)["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BloomdeskError(
-            f"{where} is not a checkpoint's index: {type(error).__name__}: {error}"
-        ) from None
-    if not names:
-        raise BloomdeskError(f"{where} names no files")
-    _refuse_strange(names, suffix, where)
-    return sorted(names)
-
-
-def _refuse_strange(names: Iterable[Any], suffix: str, where: str) -> None:
-    for name in names:
-        if not is_file_name(name) or not name.endswith(suffix):
-            raise BloomdeskError(
-                f"{where} names {repr(name)[:120]}: only *{suffix} files beside it are taken",
-                "do not use this checkpoint: a sound one does not do that",
-            )

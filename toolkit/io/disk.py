@@ -1,4 +1,4 @@
-"""What went wrong with writing to a disk, in one sentence."""
+"""What went wrong with reading from or writing to a disk, in one sentence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.system.disk import free_bytes
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError or EOFError of reading `path` into an error that says what went wrong."""
+    try:
+        yield
+    except OSError as error:
+        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    except EOFError as error:
+        raise BloomdeskError(f"{path}: {error}") from None
 
 
 @contextmanager

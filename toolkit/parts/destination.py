@@ -38,19 +38,23 @@ def load_existing(destination: Path) -> Manifest | None:
 
     Raises `BloomdeskError` if it holds something else.
     """
-    # A broken link or a loop exists too.
-    if os.path.lexists(destination) and not destination.is_dir():
-        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
     if (destination / MANIFEST).exists():
         return load_manifest(destination)
-    others = {path.name for path in destination.iterdir()} if destination.exists() else set()
-    others -= {MANIFEST + TEMPORARY_SUFFIX, STAGING}
+    others = other_files(destination, {MANIFEST + TEMPORARY_SUFFIX, STAGING})
     if others:
         raise BloomdeskError(
-            f"{destination} is no prepared checkpoint and is not empty: it holds {', '.join(sorted(others)[:3])}",
+            f"{destination} is no prepared checkpoint and is not empty: it holds {', '.join(others[:3])}",
             "give a new or an empty directory to write to",
         )
     return None
+
+
+def other_files(destination: Path, ours: set[str]) -> list[str]:
+    """Names in `destination` but `ours`, sorted; none if it is new, `BloomdeskError` if it is no directory."""
+    # A broken link or a loop exists too.
+    if os.path.lexists(destination) and not destination.is_dir():
+        raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
+    return sorted({path.name for path in destination.iterdir()} - ours) if destination.exists() else []
 
 
 def resume(
@@ -82,7 +86,7 @@ def resume(
 def another_source(destination: Path, what: str) -> BloomdeskError:
     """The error for a directory that already has parts of another source."""
     return BloomdeskError(
-        f"{destination} was begun from another source: it has {what}",
+        f"{destination} was started from another source: it has {what}",
         "give a new directory, or delete this one",
     )
 
@@ -90,9 +94,9 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
 def check_form(destination: Path, existing: Manifest, form: str) -> None:
     """Raise `BloomdeskError` if the directory has parts of another form than `form`."""
     if existing.parts and existing.form != form:
-        begun, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
+        started, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
         raise BloomdeskError(
-            f"{destination} was begun {begun} --lossless, and a directory has one form",
+            f"{destination} was started {started} --lossless, and a directory has one form",
             f"{do} --lossless to resume it, or give a new directory",
         )
 
@@ -169,9 +173,7 @@ def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, b
 
 def write_manifest(destination: Path, manifest: Manifest) -> None:
     """Replace the manifest as a whole."""
-    path = destination / MANIFEST
-    with disk_errors(path):
-        write_atomically(path, manifest.to_json().encode())
+    put_file(destination / MANIFEST, manifest.to_json().encode())
 
 
 def put_file(path: Path, data: bytes) -> None:

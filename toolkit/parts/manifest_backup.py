@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -13,24 +11,17 @@ from runner.format.safetensors import read_small
 from toolkit.parts.destination import put_file
 
 
-@dataclass(frozen=True)
-class FoundManifest:
-    """The manifest to trust, and what is wrong with manifest.json or its backup, by file name."""
-
-    manifest: Manifest
-    wrong: Mapping[str, str]
-
-
 def write_backup(directory: Path, manifest: Manifest) -> None:
     """Write the backup atomically, unless the manifest still lacks files."""
     if not manifest.missing:
         put_file(directory / MANIFEST_BACKUP, manifest.to_json().encode())
 
 
-def find_manifest(directory: Path) -> FoundManifest:
-    """The manifest of a prepared directory, from manifest.json or else from the backup.
+def find_manifest(directory: Path) -> tuple[Manifest, dict[str, str]]:
+    """The manifest of a prepared directory, and what is wrong with manifest.json or its backup, by file name.
 
-    Only a complete directory must have a backup. Raises `BloomdeskError` if neither can be trusted.
+    It is that of manifest.json, or else of the backup. Only a complete directory must have a backup. Raises
+    `BloomdeskError` if neither can be trusted.
     """
     try:
         manifest = load_manifest(directory)
@@ -40,9 +31,9 @@ def find_manifest(directory: Path) -> FoundManifest:
         except BloomdeskError:
             raise error from None
         what = error.message if (directory / MANIFEST).exists() else "it is missing"
-        return FoundManifest(backup, {MANIFEST: f"{what} ({MANIFEST_BACKUP} is sound)"})
+        return backup, {MANIFEST: f"{what} ({MANIFEST_BACKUP} is sound)"}
     what = None if manifest.missing else _backup_damage(directory)
-    return FoundManifest(manifest, {MANIFEST_BACKUP: what} if what else {})
+    return manifest, {MANIFEST_BACKUP: what} if what else {}
 
 
 def recover_manifest(directory: Path) -> Manifest:
@@ -50,11 +41,11 @@ def recover_manifest(directory: Path) -> Manifest:
 
     Raises `BloomdeskError` if neither can be trusted or the disk fails.
     """
-    found = find_manifest(directory)
-    if found.wrong:
-        put_file(directory / MANIFEST, found.manifest.to_json().encode())
-        write_backup(directory, found.manifest)
-    return found.manifest
+    manifest, wrong = find_manifest(directory)
+    if wrong:
+        put_file(directory / MANIFEST, manifest.to_json().encode())
+        write_backup(directory, manifest)
+    return manifest
 
 
 def _backup_damage(directory: Path) -> str | None:

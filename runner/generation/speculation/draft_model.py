@@ -1,87 +1,81 @@
-"""A small model that proposes what the large one is likely to say.
+"""A draft model: a small model that proposes what the large one is likely to say.
 
-Speculative decoding with a draft model, https://arxiv.org/abs/2211.17192, where only what is equal is accepted.
+Speculative decoding, https://arxiv.org/abs/2211.17192, with greedy verification: only equal tokens are accepted.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import collections.abc
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runner.errors import BloomdeskError
 from runner.format.safetensors import read_small
-from runner.generation import memory_plan as budget
 from runner.generation.memory_plan import FEWEST_BUFFERS
-from runner.generation.sequence import Continuation
-from runner.generation.speculation.cost import Pace
+from runner.generation.sequence import Ids, Sequence
+from runner.generation.speculation.cost import CostModel
+from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
+from runner.model.activations import activation_bytes
+from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, Segment
 from runner.model.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from runner.system import memory
+from runner.weights.checkpoint import Weights
 
-if TYPE_CHECKING:
-    from runner.generation.model import Model
-
-MOST_ROWS = 128  # of one pass of the draft; all its weights are in RAM, so a prompt in several costs no more
+# Rows of one pass. All weights are in RAM, so a prompt in several passes costs no more.
+MOST_ROWS = 128
 
 
 @dataclass(eq=False)
 class _Reading:
-    """How far the draft has read a sequence: `fed` is what its cache holds, the first `sure` of it the text's."""
+    """The draft's cache of a sequence, and the tokens that were fed to it."""
 
     cache: KVCache
     fed: list[int] = field(default_factory=list)
-    sure: int = 0
 
 
-class Draft:
-    """A prepared checkpoint that is read once and stays in RAM, with a cache of its own for each sequence."""
+class DraftModel:
+    """A prepared checkpoint that is read once and stays in RAM, with its own cache for each sequence."""
 
-    def __init__(self, model: Model, vocab_size: int, process_nbytes: int) -> None:
-        """`vocab_size` is that of the large model, `process_nbytes` what opening the draft took beside its weights."""
-        self.pace = Pace()
-        self.seconds = 0.0  # of computing, but for the first pass, which brings the weights
+    def __init__(self, model: ModelRunner, vocab_size: int, process_nbytes: int) -> None:
+        """`vocab_size` is that of the large model, `process_nbytes` the bytes that opening the draft took."""
+        self.cost = CostModel()
         self._model = model
         self._vocab_size = vocab_size
         self._process_nbytes = process_nbytes
-        self._readings: dict[Continuation, _Reading] = {}
+        self._readings: dict[Sequence, _Reading] = {}
 
     @classmethod
-    def open(cls, directory: Path, large: Model) -> Draft:
-        """Raises `BloomdeskError` where the directory is no sound prepared checkpoint, or speaks other tokens."""
-        from runner.generation.model import Model
-        from runner.weights.checkpoint import Weights
-
+    def open(cls, directory: Path, large: Weights, tokenizer: Tokenizer) -> DraftModel:
+        """Raises `BloomdeskError` if the directory is not a sound prepared checkpoint, or has other tokens."""
         before = memory.memory_in_use()
         weights = Weights.open(directory)
-        _check_tokens(directory, weights.model.vocab_size, large)
+        _check_tokens(directory, weights.model.vocab_size, large, tokenizer)
         taken = max(0, memory.memory_in_use() - before)
-        model = Model(weights, large.tokenizer, large.ram, large.process_nbytes)
-        return cls(model, large.weights.model.vocab_size, taken)
+        return cls(ModelRunner(weights), large.model.vocab_size, taken)
 
     @property
     def weight_bytes(self) -> int:
-        """Of the matrices as they are in RAM, coded ones coded; opening it took the vectors."""
+        """Bytes of the matrices in RAM, in their form; the vectors count with what opening it took."""
         return sum(chunk.nbytes for chunk in self._model.weights.stream.chunks)
 
     def nbytes(self, sequences: int, capacity: int) -> int:
-        """All that it takes of the RAM for so many sequences of up to `capacity` positions."""
+        """All bytes of RAM that it takes for `sequences` sequences of up to `capacity` positions."""
         shape, dtype = self._model.weights.model, self._model.weights.dtype
         rows = min(MOST_ROWS, sequences * capacity)
-        activations = budget.activation_bytes(shape, rows, capacity, dtype.itemsize, sequences)
+        activations = activation_bytes(shape, rows, capacity, dtype.itemsize, sequences)
         caches = sequences * KVCache.nbytes(shape, capacity, dtype)
         return self._process_nbytes + self.weight_bytes + caches + activations
 
-    def propose(self, wanted: Sequence[tuple[Continuation, int]]) -> list[list[int]]:
-        """For each sequence up to so many tokens, greedy; fewer where `</s>` or a token unknown to the large model
-        comes. The sequences share the draft's passes."""
-        texts = [[*continuation.prompt_ids, *continuation.ids] for continuation, _ in wanted]
+    def propose(self, wanted: collections.abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
+        """Up to `count` greedy tokens for each (sequence, count), which share the draft's passes.
+
+        They end early at `</s>`, and before a token that the large model does not have.
+        """
+        texts = [sequence.text for sequence, _ in wanted]
         lengths = [len(text) for text in texts]
         readings = [
-            self._synchronised(continuation, text)
-            for (continuation, _), text in zip(wanted, texts, strict=True)
+            self._synchronised(sequence, text) for (sequence, _), text in zip(wanted, texts, strict=True)
         ]
         unfinished = [place for place, (_, count) in enumerate(wanted) if count]
         while unfinished:
@@ -93,54 +87,47 @@ class Draft:
                     unfinished.remove(place)
         return [text[length:] for text, length in zip(texts, lengths, strict=True)]
 
-    def release(self, continuation: Continuation) -> None:
-        """Forget a sequence that is done."""
-        self._readings.pop(continuation, None)
+    def release(self, sequence: Sequence) -> None:
+        """Free the cache of a sequence that is done."""
+        self._readings.pop(sequence, None)
 
     def close(self) -> None:
-        """Give all of its RAM back; it cannot propose any more."""
+        """Free all of its RAM; it cannot propose any more."""
         self._readings.clear()
-        self._model.weights.stream.arrange(
-            frozenset(), FEWEST_BUFFERS
-        )  # whose memory is taken only when it is used
+        # Buffers take memory only when they are used.
+        self._model.weights.stream.arrange(frozenset(), FEWEST_BUFFERS)
 
-    def _synchronised(self, continuation: Continuation, text: Sequence[int]) -> _Reading:
-        """The reading of a sequence, without what the large model said otherwise; the text's last token is unread."""
-        reading = self._readings.get(continuation)
-        if reading is None:
-            reading = _Reading(self._model.new_cache(continuation.request.capacity))
-            self._readings[continuation] = reading
-        fed, common = reading.fed, reading.sure
-        most = min(len(fed), reading.cache.length, len(text) - 1)
-        while common < most and fed[common] == text[common]:
+    def _synchronised(self, sequence: Sequence, text: Ids) -> _Reading:
+        """The reading of a sequence, without what the text has otherwise; the text's last token is never in it."""
+        if sequence not in self._readings:
+            self._readings[sequence] = _Reading(self._model.new_cache(sequence.request.capacity))
+        reading = self._readings[sequence]
+        most = min(len(reading.fed), reading.cache.length, len(text) - 1)
+        # Only the tokens that it proposed last can differ from the text.
+        common = max(0, min(most, len(reading.fed) - MOST_DRAFT_TOKENS))
+        while common < most and reading.fed[common] == text[common]:
             common += 1
-        common = min(common, most)
         reading.cache.rewind(common)
-        del fed[common:]
-        reading.sure = common
+        del reading.fed[common:]
         return reading
 
     def _pass(
-        self, places: Sequence[int], texts: Sequence[Sequence[int]], readings: Sequence[_Reading]
+        self,
+        places: collections.abc.Sequence[int],
+        texts: collections.abc.Sequence[Ids],
+        readings: collections.abc.Sequence[_Reading],
     ) -> list[tuple[int, int]]:
-        """One pass over what is unread of these texts, as far as it fits: the likeliest token after each that ends."""
+        """(place, likeliest next token) of each text that one pass over unread tokens finishes."""
         room, carried, segments = MOST_ROWS, [], []
         for place in places:
             reading = readings[place]
             unread = texts[place][len(reading.fed) :]
-            ids = unread[:room]
-            room -= len(ids)
-            if ids:
+            if ids := unread[:room]:
+                room -= len(ids)
                 carried.append(place)
                 segments.append(Segment(ids, reading.cache, 1 if len(ids) == len(unread) else 0))
-        began = time.perf_counter()
-        traffic = self._model.weights.stream.traffic
-        waited, loaded = traffic.waiting_seconds, traffic.bytes_loaded
-        logits = self._model.forward_all(segments)
-        seconds = time.perf_counter() - began - (traffic.waiting_seconds - waited)
-        is_first = traffic.bytes_loaded > loaded
-        self.pace.learn(MOST_ROWS - room, max(0.0, seconds), 0.0, is_rough=is_first)
-        self.seconds += 0.0 if is_first else seconds
+        with self.cost.measure(self._model.weights.stream, MOST_ROWS - room):
+            logits = self._model.forward_all(segments)
         found = []
         for place, segment, rows in zip(carried, segments, logits, strict=True):
             readings[place].fed.extend(segment.ids)
@@ -149,24 +136,23 @@ class Draft:
         return found
 
 
-def _check_tokens(directory: Path, vocab_size: int, large: Model) -> None:
+def _check_tokens(directory: Path, vocab_size: int, large: Weights, tokenizer: Tokenizer) -> None:
     """Raises `BloomdeskError` unless a token id means the same to both models."""
     advice = "name a smaller BLOOM with the same tokenizer, as bloom-560m beside bloom"
     own, other = (
-        directory / "tokenizer.json",
-        large.weights.stream.chunks[0].file.path.parent / "tokenizer.json",
+        folder / "tokenizer.json" for folder in (directory, large.stream.chunks[0].file.path.parent)
     )
     try:
         is_same = read_small(own, LARGEST_TOKENIZER) == read_small(other, LARGEST_TOKENIZER)
     except OSError as error:
         raise BloomdeskError(f"{own} cannot be compared with {other}: {error.strerror}") from error
-    if not is_same and Tokenizer(own).vocabulary != large.tokenizer.vocabulary:
+    if not is_same and Tokenizer(own).vocabulary != tokenizer.vocabulary:
         raise BloomdeskError(
             f"{directory} cannot draft: its tokenizer.json has other tokens than {other}", advice
         )
-    if vocab_size < large.weights.model.vocab_size:
+    if vocab_size < large.model.vocab_size:
         raise BloomdeskError(
-            f"{directory} cannot draft: it knows {vocab_size:,} token ids, "
-            f"the large model {large.weights.model.vocab_size:,}",
+            f"{directory} cannot draft: it has {vocab_size:,} token ids, "
+            f"the large model {large.model.vocab_size:,}",
             advice,
         )

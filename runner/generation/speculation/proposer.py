@@ -1,107 +1,98 @@
-"""What goes on trial for each sequence of a batch: whether lookup or the draft proposes it, and how much of it."""
+"""The proposer: the draft tokens of each sequence of a batch, from its n-grams or from the draft model."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from collections.abc import Sequence as Series
 
-from runner.generation.sequence import Continuation
-from runner.generation.speculation.cost import Pace
-from runner.generation.speculation.draft_model import Draft
-from runner.generation.speculation.ngram import Lookup
-from runner.generation.speculation.policy import MOST_PROPOSED, Offer, Speculation
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Tokens proposed for one sequence, and of which kind they are; none where `offer` is None."""
-
-    tokens: Sequence[int] = ()
-    offer: Offer | None = None
+from runner.generation.options import LOOKUP, OFF
+from runner.generation.sequence import Sequence
+from runner.generation.speculation.cost import CostModel
+from runner.generation.speculation.draft_model import DraftModel
+from runner.generation.speculation.ngram import NgramIndex
+from runner.generation.speculation.policy import MOST_DRAFT_TOKENS, Offer, SpeculationPolicy
 
 
-class Proposals:
-    """Proposes for the sequences of a batch, and learns from what became of it."""
+class Proposer:
+    """Proposes draft tokens, and learns from what was accepted. `cost` is that of the batch's passes."""
 
-    def __init__(self, pace: Pace, *, looks_up: bool, draft: Draft | None) -> None:
-        self.looks_up = looks_up
+    def __init__(self, *, uses_ngrams: bool, draft: DraftModel | None) -> None:
         self.draft = draft
-        self.proposed = self.accepted = 0
-        self.drafting_seconds = 0.0
-        self._pace = pace
-        self._speculation = Speculation(draft.pace if draft else None)
-        self._drafting = 0.0  # seconds for the pass at hand, which count against its proposals
+        self.cost = CostModel()
+        self._uses_ngrams = uses_ngrams
+        self._draft_cost = draft.cost if draft else CostModel()
+        self._policy = SpeculationPolicy(self.cost, self._draft_cost)
+        self._ngrams: dict[Sequence, NgramIndex] = {}
+        # The offer and the number of draft tokens of each sequence, and the computing that they took.
+        self._carried: dict[Sequence, tuple[Offer | None, int]] = {}
+        self._drafting_seconds = 0.0
 
-    def join(self, sequence: Continuation) -> None:
-        """Read the prompt of a sequence that has come into the batch."""
-        if self.looks_up:
-            sequence.lookup = Lookup(sequence.prompt_ids)
+    @property
+    def words(self) -> str:
+        """What proposes now: "lookup", "draft", "lookup and draft" or "off"."""
+        names = [LOOKUP] * self._uses_ngrams + ["draft"] * (self.draft is not None)
+        return " and ".join(names) or OFF
 
-    def leave(self, sequence: Continuation) -> None:
-        """Forget one that is done."""
-        sequence.lookup = None
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """The largest number of draft tokens for one sequence in a pass."""
+        return min(MOST_DRAFT_TOKENS, max_new_tokens - 1) if self._uses_ngrams or self.draft else 0
+
+    def release(self, sequence: Sequence) -> None:
+        """Free what is kept for a sequence that is done."""
+        self._ngrams.pop(sequence, None)
         if self.draft:
             self.draft.release(sequence)
 
-    def make(
-        self, sequences: Sequence[Continuation], other_rows: int, most: int
-    ) -> dict[Continuation, Trial]:
-        """Trials of up to `most` tokens together, for a pass with a row of each sequence and `other_rows` besides."""
-        self._drafting = 0.0
-        trials = {sequence: Trial() for sequence in sequences}
+    def propose(self, sequences: Series[Sequence], other_rows: int, most: int) -> dict[Sequence, list[int]]:
+        """Up to `most` draft tokens together, for a pass with a row of each sequence and `other_rows` besides."""
         offers = [self._offer(sequence) for sequence in sequences]
-        if not any(offers):
-            return trials
-        counts = self._speculation.choose(offers, other_rows, most, self._pace)
-        drafted = []
-        for sequence, offer, count in zip(sequences, offers, counts, strict=True):
-            if count and offer.drafted:
-                drafted.append((sequence, offer, count))
-            elif count:
-                trials[sequence] = Trial(sequence.lookup.propose(count), offer)
+        counts = self._policy.choose(offers, other_rows, most) if any(offers) else [0] * len(offers)
+        chosen = list(zip(sequences, offers, counts, strict=True))
+        drafted = [(sequence, count) for sequence, offer, count in chosen if count and offer.drafted]
+        found = {
+            sequence: self._ngrams[sequence].propose(count) if count and not offer.drafted else []
+            for sequence, offer, count in chosen
+        }
+        began, spent = time.perf_counter(), self._draft_cost.spent_seconds
         if drafted:
-            began, counted = time.perf_counter(), self.draft.seconds
-            found = self.draft.propose([(sequence, count) for sequence, _, count in drafted])
-            self._drafting = self.draft.seconds - counted
-            seconds = time.perf_counter() - began
-            self.drafting_seconds += seconds
-            for (sequence, offer, _), tokens in zip(drafted, found, strict=True):
-                sequence.drafting_seconds += seconds / len(drafted)
-                trials[sequence] = Trial(tokens, offer)
-        return trials
+            for (sequence, _), tokens in zip(drafted, self.draft.propose(drafted), strict=True):
+                found[sequence] = tokens
+                sequence.drafting_seconds += (time.perf_counter() - began) / len(drafted)
+        self._drafting_seconds = self._draft_cost.spent_seconds - spent
+        self._carried = {sequence: (offer, len(found[sequence])) for sequence, offer, _ in chosen}
+        return found
 
-    def _offer(self, sequence: Continuation) -> Offer | None:
-        """The proposer for a sequence: of lookup and draft the one that was right more often, where both could be."""
-        most = min(MOST_PROPOSED, sequence.remaining - 1)
+    def _offer(self, sequence: Sequence) -> Offer | None:
+        """The offer of n-grams or of the draft model, whichever has the higher acceptance rate."""
+        most = min(MOST_DRAFT_TOKENS, sequence.remaining - 1)
         if sequence.is_unsound or most < 1:
             return None
-        drafted = Offer(self._speculation.draft, most, drafted=True) if self.draft else None
-        if not sequence.lookup or sequence.lookup.place is None:
-            return drafted
-        looked_up = Offer(self._speculation.lookup(sequence.lookup.match_length), most)
-        if drafted and drafted.acceptance.chance > looked_up.acceptance.chance:
-            return drafted
-        return looked_up
+        offers = []
+        if self._uses_ngrams:
+            ngrams = self._ngrams.setdefault(sequence, NgramIndex())
+            ngrams.extend(sequence.text[len(ngrams.ids) :])
+            if ngrams.place is not None:
+                offers.append(Offer(self._policy.ngram(ngrams.match_length), most))
+        if self.draft:
+            offers.append(Offer(self._policy.draft, most, drafted=True))
+        return max(offers, key=lambda offer: offer.acceptance.rate, default=None)
 
-    def learn(self, trials: Iterable[tuple[Trial, int]], other_rows: int) -> None:
-        """Of each trial that `make` gave, so many tokens were right."""
-        trials = list(trials)
-        for trial, accepted in trials:
-            if trial.tokens:
-                trial.offer.acceptance.learn(len(trial.tokens), accepted)
-        proposed = sum(len(trial.tokens) for trial, _ in trials)
-        accepted = sum(accepted for _, accepted in trials)
-        self.proposed += proposed
-        self.accepted += accepted
-        self._speculation.settle(len(trials), other_rows, proposed, accepted, self._drafting, self._pace)
+    def learn(self, accepted: Mapping[Sequence, int], other_rows: int) -> None:
+        """Account for the pass that carried the last draft tokens, by how many of each sequence were right."""
+        for sequence, (offer, proposed) in self._carried.items():
+            if proposed:
+                offer.acceptance.learn(proposed, accepted[sequence])
+        total = sum(proposed for _, proposed in self._carried.values())
+        right = sum(accepted[sequence] for sequence in self._carried)
+        self._policy.settle(len(self._carried), other_rows, total, right, self._drafting_seconds)
 
     def retire_draft(self, sequences: int, streamed_bytes: int) -> bool:
-        """Give up a draft that has proven useless for a batch of so many sequences; whether that was done now."""
+        """Whether the draft model was given up now, because it is useless for a batch of `sequences`."""
         if not self.draft or not sequences:
             return False
         freed = min(1.0, self.draft.weight_bytes / streamed_bytes) if streamed_bytes else 0.0
-        if not self._speculation.draft_is_useless(sequences, self._pace, freed):
+        if not self._policy.draft_is_useless(sequences, freed):
             return False
         self.draft.close()
         self.draft = None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import runner
-from runner.generation import batch
+from runner.generation.batch import Batch
+from runner.generation.options import GenerationOptions
 from scripts.bench.peers.passes import disk_bytes, peak_rss, report, task
 
 STEP = (
@@ -20,11 +21,11 @@ STEP = (
 )
 
 
-def measured(running: batch.Batch) -> list[dict[str, Any]]:
+def measured(running: Batch) -> list[dict[str, Any]]:
     """Every pass: seconds, bytes from disk, new tokens, and whether it carried rows of a prompt."""
     passes = []
     while running.active or running.waiting:
-        begun = sum(bool(each.ids) for each in running.continuations)
+        begun = sum(bool(each.ids) for each in running.sequences)
         before, tokens, start = disk_bytes(), running.tokens, time.perf_counter()
         running.step()
         passes.append(
@@ -32,7 +33,7 @@ def measured(running: batch.Batch) -> list[dict[str, Any]]:
                 "seconds": time.perf_counter() - start,
                 "read_bytes": disk_bytes() - before,
                 "tokens": running.tokens - tokens,
-                "prompt": begun < len(running.continuations),
+                "prompt": begun < len(running.sequences),
             }
         )
     return passes
@@ -47,12 +48,13 @@ def main() -> None:
     prompts = [[(i + STEP * number) % vocabulary for i in given.prompt] for number in range(count)]
     requests = [model.request(prompt, given.tokens) for prompt in prompts]
     draft = given.settings.get("draft")
-    running = batch.Batch(model, requests, count, given.settings.get("speculate", "off"), draft, None)
-    in_a_pass = running.capacity.batch
+    options = GenerationOptions(given.tokens, given.settings.get("speculate", "off"), draft, count)
+    running = model.batch(requests, options)
+    in_a_pass = running.plan.request.batch
     passes = measured(running)
     report(
         {"passes": passes},
-        ids=[list(each.ids) for each in running.continuations],
+        ids=[list(each.ids) for each in running.sequences],
         proposed=running.proposed,
         accepted=running.accepted,
         drafting_seconds=running.drafting_seconds,

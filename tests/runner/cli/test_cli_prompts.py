@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 import runner
-from runner import BloomdeskError
-from runner.cli.generate import GenerateOptions, generate
 from tests.support.commands import refused, run, screen_of, started
 from tests.toolkit.cli.test_cli import REPORT_KEYS
 
@@ -22,16 +20,17 @@ WORDS = ("books", "users", "orders", "movies", "students", "cities")
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    lines = [
-        {
-            "prompt": f"The SQL command to list all the {word} whose year is 1999 is:",
-            "max_new_tokens": 6 + place,
-        }
-        for place, word in enumerate(WORDS)
-    ]
+    text = "The SQL command to list all the {} whose year is 1999 is:"
+    lines = [{"prompt": text.format(word), "max_new_tokens": 6 + at} for at, word in enumerate(WORDS)]
     lines[2]["id"] = "third"
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
+
+
+@pytest.fixture(scope="module")
+def given(miniature: tuple[Path, Path], prompts: Path) -> tuple[str | Path, ...]:
+    """The command without --out."""
+    return "generate", miniature[1], "--prompts", prompts
 
 
 @pytest.fixture(scope="module")
@@ -49,64 +48,54 @@ def by_index(text: str) -> dict[int, dict[str, object]]:
     return {each["index"]: each for each in found}
 
 
-def test_results_are_those_of_each_prompt_alone(
-    miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]], tmp_path: Path
-) -> None:
+def test_results_are_those_of_each_prompt_alone(given, wanted: list[list[int]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    done = run(
-        "generate", miniature[1], "--prompts", prompts, "--out", out, "--batch", 4, "--draft", miniature[1]
-    )
+    done = run(*given, "--out", out, "--batch", "4", "--draft", given[1])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     found = by_index(out.read_text())
     assert [found[index]["token_ids"] for index in range(6)] == wanted
     assert list(found[0]) == ["index", *REPORT_KEYS] and list(found[2]) == ["index", "id", *REPORT_KEYS]
     before = out.stat().st_mtime_ns
-    assert run("generate", miniature[1], "--prompts", prompts, "--out", out).returncode == 0
+    assert run(*given, "--out", out).returncode == 0
     assert out.stat().st_mtime_ns == before  # nothing was left to do
-    assert "results of these prompts" in refused(
-        "generate", miniature[1], "--prompts", prompts, "--out", prompts
-    )
+    assert "does not hold results of these prompts" in refused(*given, "--out", given[-1])
 
 
-def test_results_on_standard_output(
-    miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]]
-) -> None:
-    done = run("generate", miniature[1], "--prompts", prompts, "--speculate", "off")
+def test_results_on_standard_output(given, wanted: list[list[int]]) -> None:
+    done = run(*given, "--speculate", "off")
     assert (done.returncode, done.stderr) == (0, "")
     found = by_index(done.stdout)
     assert [found[index]["token_ids"] for index in range(6)] == wanted
     assert all(each["proposed"] == 0 and each["acceptance"] is None for each in found.values())
 
 
-def begun(miniature: tuple[Path, Path], prompts: Path, out: Path) -> subprocess.Popen[str]:
+def begun(given: tuple[str | Path, ...], out: Path) -> subprocess.Popen[str]:
     """A run that has written at least one result, and is not through."""
-    process = started("generate", miniature[1], "--prompts", prompts, "--out", out, "--batch", "1")
+    process = started(*given, "--out", out, "--batch", "1")
     deadline = time.monotonic() + 60
     while not (out.exists() and b"\n" in out.read_bytes()) and time.monotonic() < deadline:
         time.sleep(0.005)
     return process
 
 
-def test_a_killed_run_goes_on(
-    miniature: tuple[Path, Path], prompts: Path, wanted: list[list[int]], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_a_killed_run_resumes(given, wanted: list[list[int]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with begun(miniature, prompts, out) as process:
+    with begun(given, out) as process:
         process.kill()
     kept = out.read_bytes()
     assert 1 <= kept.count(b"\n") < 6
     out.write_bytes(kept + b'{"index": 5, "prom')  # as if the kill had come while it wrote
-    assert run("generate", miniature[1], "--prompts", prompts, "--out", out).returncode == 0
+    assert run(*given, "--out", out).returncode == 0
     assert out.read_bytes().startswith(kept)
     found = by_index(out.read_text())
     assert [found[index]["token_ids"] for index in range(6)] == wanted
 
 
-def test_an_interrupted_run_says_how_far_it_came(
-    miniature: tuple[Path, Path], prompts: Path, tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_an_interrupted_run_says_how_far_it_came(given, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    with begun(miniature, prompts, out) as process:
+    with begun(given, out) as process:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -114,10 +103,9 @@ def test_an_interrupted_run_says_how_far_it_came(
     assert errors == f"interrupted: {done} of 6 prompts are done\n"
 
 
-def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp_path: Path) -> None:
-    screen = screen_of(
-        "generate", miniature[1], "--prompts", prompts, "--out", tmp_path / "o.jsonl", "--batch", "2"
-    )
+@pytest.mark.slow
+def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
+    screen = screen_of(*given, "--out", tmp_path / "o.jsonl", "--batch", "2")
     first, *_, last = screen.replace("\r\n", "\n").strip().split("\n")
     assert first.startswith("(RAM ") and "all weights stay; batch 2; speculation lookup" in first
     assert "0 of 6 prompts done, 2 in the batch, 4 waiting [part " in screen
@@ -125,23 +113,22 @@ def test_progress_on_a_terminal(miniature: tuple[Path, Path], prompts: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
-        ({"prompt": None}, "either a PROMPT or a file of --prompts"),
-        ({"prompt": "a", "prompts": Path("a.txt")}, "either a PROMPT or a file of --prompts"),
-        ({"prompt": "a", "out": Path("out.jsonl")}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "batch": 2}, "--out and --batch are for a file of --prompts"),
-        ({"prompt": "a", "speculate": "dice"}, "'dice' is no way to speculate"),
-        ({"prompt": "a", "draft": Path("nowhere")}, "nowhere"),
-        ({"prompt": None, "prompts": Path("none.txt")}, "none.txt cannot be read"),
+        ([], "either a PROMPT or a file of --prompts"),
+        (["a", "--prompts", "a.txt"], "either a PROMPT or a file of --prompts"),
+        (["a", "--out", "out.jsonl"], "--out and --batch are for a file of --prompts"),
+        (["a", "--batch", "2"], "--out and --batch are for a file of --prompts"),
+        (["a", "--batch", "0"], "a batch must be of at least 1 prompt"),
+        (["a", "--speculate", "dice"], "unknown --speculate 'dice'"),
+        (["a", "--draft", "nowhere"], "nowhere"),
+        (["--prompts", "none.txt"], "none.txt cannot be read"),
     ],
 )
-def test_what_does_not_go_together(
-    miniature: tuple[Path, Path], given: dict[str, object], message: str
+def test_options_that_exclude_each_other_are_refused(
+    miniature: tuple[Path, Path], options: list[str], message: str
 ) -> None:
-    with pytest.raises(BloomdeskError) as raised:
-        generate(GenerateOptions(miniature[1], **given))
-    assert message in raised.value.message
+    assert message in refused("generate", miniature[1], *options)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +139,7 @@ def test_what_does_not_go_together(
         ('{"prompt": "a", "max_new_tokens": 90000000}', ["--ram", "3GB"], "for the longest of the prompts"),
     ],
 )
-def test_one_bad_prompt_among_good_ones(
+def test_a_bad_prompt_is_refused_with_its_line(
     miniature: tuple[Path, Path], tmp_path: Path, line: str, options: list[str], message: str
 ) -> None:
     path = tmp_path / "prompts.jsonl"

@@ -54,7 +54,7 @@ def test_a_line_torn_anywhere_is_done_again(whole: Path) -> None:
         assert sorted(whole.read_bytes().split(b"\n")) == sorted(data.split(b"\n"))
 
 
-def test_what_a_power_cut_leaves_is_done_again(whole: Path) -> None:
+def test_zeros_after_a_power_cut_are_removed(whole: Path) -> None:
     data = whole.read_bytes()
     whole.write_bytes(data + b"\0" * 300)
     with Results(whole, PROMPTS) as results:
@@ -66,12 +66,12 @@ def test_what_a_power_cut_leaves_is_done_again(whole: Path) -> None:
     ("data", "message"),
     [
         (b"a diary without an end", "line 1: it does not end like a file of results"),
-        (b"a diary\n", "line 1: it is no result"),
-        (b'{"index": 0}\n', "line 1: it is no result"),
-        (b'{"index": [], "prompt": "one"}\n', "line 1: it is no result"),
-        (b'{"index": 0, "id": {}, "prompt": "one"}\n', "line 1: it is no result"),
-        (b"[" * 100_000 + b"\n", "line 1: it is no result"),
-        (b"\xff\n", "line 1: it is no result"),
+        (b"a diary\n", "line 1: it is not a result"),
+        (b'{"index": 0}\n', "line 1: it is not a result"),
+        (b'{"index": [], "prompt": "one"}\n', "line 1: it is not a result"),
+        (b'{"index": 0, "id": {}, "prompt": "one"}\n', "line 1: it is not a result"),
+        (b"[" * 100_000 + b"\n", "line 1: it is not a result"),
+        (b"\xff\n", "line 1: it is not a result"),
         (b'{"index": 9, "prompt": "one"}\n', "there is no prompt with the index 9"),
         (b'{"index": 1, "id": "c", "prompt": "two"}\n', "there is no prompt with the id 'c'"),
         (b'{"index": 0, "prompt": "two"}\n', "the prompt is 'two', that with the index 0 'one'"),
@@ -80,20 +80,20 @@ def test_what_a_power_cut_leaves_is_done_again(whole: Path) -> None:
 def test_other_files_are_left_alone(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(data)
-    with pytest.raises(BloomdeskError, match="something else than results of these prompts") as raised:
+    with pytest.raises(BloomdeskError, match="does not hold results of these prompts") as raised:
         Results(path, PROMPTS)
     assert message in raised.value.message
     assert path.read_bytes() == data
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="cannot be opened: No such file"):
         Results(tmp_path / "none" / "out.jsonl", PROMPTS)
     with pytest.raises(BloomdeskError, match="cannot be opened: Is a directory"):
         Results(tmp_path, PROMPTS)
 
 
-def test_a_full_disk_is_a_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -101,7 +101,7 @@ def test_a_full_disk_is_a_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(BloomdeskError, match="cannot be written: No space left") as raised:
             results.append(0, result(PROMPTS[0]))
-    assert "it goes on where it stopped" in raised.value.hint
+    assert "it resumes" in raised.value.hint
 
 
 def test_each_result_is_on_the_disk_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
-"""Prompts that share their passes: each has the logits and the tokens of its own run, whoever comes and goes."""
+"""Prompts that share their passes: each has the logits and tokens of its own run, whichever others join and end."""
 
 from __future__ import annotations
 
 import random
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,36 +15,18 @@ from hypothesis import strategies as st
 
 import runner
 import runner.generation.memory_plan
+import runner.model.activations
 from runner import BloomdeskError
-from runner.generation.batch import Batch
-from runner.generation.model import Model
-from runner.generation.sequence import Continuation, Request
-from runner.generation.speculation.cost import Pace
-from runner.generation.speculation.ngram import Lookup
+from runner.generation.memory_plan import MARGIN
+from runner.generation.sequence import Request, Sequence
+from runner.generation.speculation.cost import CostModel
+from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, Segment
-
-DTYPES = ["bfloat16", "float16", "float32"]
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(4, 1200, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def plain(model: Model, requests: list[Request]) -> list[list[int]]:
-    """The tokens of each request's own run, a row at a time after the prompt."""
-    return [plain_run(model, request.prompt_ids, request.max_new_tokens) for request in requests]
-
-
-def plain_run(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-    cache, ids, rows = model.cache(len(prompt_ids) + max_new_tokens), [], list(prompt_ids)
-    while len(ids) < max_new_tokens and ids[-1:] != [model.weights.model.eos_token_id]:
-        ids.append(int(model.forward(rows, cache)[-1].float().argmax()))
-        rows = ids[-1:]
-    return ids
+from tests.support.prompts import DTYPES, batched, plain, plain_run, tokens
 
 
 def some_requests(count: int, seed: int) -> list[Request]:
-    """Ragged ones; some repeat themselves, so that lookup has something to say."""
+    """Ragged ones; some repeat themselves, so that n-grams match."""
     source = random.Random(seed)
     found = []
     for number in range(count):
@@ -52,13 +35,34 @@ def some_requests(count: int, seed: int) -> list[Request]:
     return found
 
 
+NGRAMS = "runner.generation.speculation.proposer.NgramIndex"
+
+
+def ngrams_that(propose: Callable[[list[int], int], list[int]]) -> type:
+    """An index of n-grams that always has a long match, and proposes what the function says of the text."""
+
+    class Index:
+        match_length, place = 16, 0
+
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+
+        def extend(self, ids: list[int]) -> None:
+            self.ids += ids
+
+        def propose(self, count: int) -> list[int]:
+            return propose(self.ids, count)
+
+    return Index
+
+
 # One pass.
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 2**32))
-def test_rows_have_the_bits_that_they_have_alone(prepared, dtype: str, seed: int) -> None:
-    """Sequences of any lengths, each cut as it likes, each beginning when it likes."""
+def test_rows_have_the_same_bits_alone_and_in_company(prepared, dtype: str, seed: int) -> None:
+    """Sequences of any lengths, cut at random, beginning at random passes."""
     model, source = runner.load(prepared(dtype=dtype)[1]), random.Random(seed)
     texts = [tokens(source.randint(1, 40), seed + place) for place in range(source.randint(1, 5))]
     alone = [model.forward(text, model.cache(len(text)), all_rows=True) for text in texts]
@@ -84,14 +88,14 @@ def test_scores_a_few_rows_at_a_time_are_the_same(
     ids = tokens(75, 1)
     whole = model.forward(ids, model.cache(75), all_rows=True)
     for least in (1, 4, 13):
-        monkeypatch.setattr(runner.generation.memory_plan, "SCORE_BYTES", 1)
-        monkeypatch.setattr(runner.generation.memory_plan, "LEAST_SCORE_ROWS", least)
+        monkeypatch.setattr(runner.model.activations, "SCORE_BYTES", 1)
+        monkeypatch.setattr(runner.model.activations, "LEAST_SCORE_ROWS", least)
         assert torch.equal(model.forward(ids, model.cache(75), all_rows=True), whole)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_a_cache_that_went_back_is_as_if_it_had_never_gone_on(prepared, data: st.DataObject) -> None:
+def test_a_rewound_cache_equals_one_that_was_never_longer(prepared, data: st.DataObject) -> None:
     model = runner.load(prepared(dtype=data.draw(st.sampled_from(DTYPES)))[1])
     text, cache = tokens(30, 3), model.cache(40)
     expected = model.forward(text, model.cache(30), all_rows=True)
@@ -135,12 +139,12 @@ def test_an_interrupted_pass_changes_no_cache(prepared) -> None:
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_prompt_says_what_it_says_alone(prepared, dtype: str, speculate: str) -> None:
+def test_every_prompt_has_the_tokens_of_its_own_run(prepared, dtype: str, speculate: str) -> None:
     model = runner.load(prepared(dtype=dtype)[1])
     requests = some_requests(9, 7)
     wanted = plain(model, requests)
     for batch in (1, 3, None):
-        running = Batch(model, requests, batch, speculate, None, None)
+        running = batched(model, requests, batch, speculate)
         found = {each.index: each for each in running.run()}
         assert [found[index].ids for index in range(9)] == wanted
         assert all(each.stop_reason == "length" or each.ids[-1] == 2 for each in found.values())
@@ -151,28 +155,29 @@ def test_every_prompt_says_what_it_says_alone(prepared, dtype: str, speculate: s
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_same(
+def test_neither_draft_tokens_nor_the_clock_change_a_token(
     prepared, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     model, source = runner.load(prepared()[1]), random.Random(seed)
     requests = [Request(tokens(4, number), 30) for number in range(5)]
     wanted = plain(model, requests)
     texts = [[*request.prompt_ids, *ids] for request, ids in zip(requests, wanted, strict=True)]
-    learn = Pace.learn
+    learn = CostModel.learn
 
-    def learn_nonsense(self: Pace, rows: int, *_: float, is_rough: bool) -> None:
+    def learn_nonsense(self: CostModel, rows: int, *_: float, is_rough: bool) -> None:
         learn(self, rows, source.expovariate(1), source.choice([0.0, 50.0, 50.0]), is_rough=is_rough)
 
-    def propose(self: Lookup, count: int) -> list[int]:
-        text = next(text for text in texts if text[:4] == self._ids[:4])
-        following = text[len(self._ids) :][:count]
+    def propose(ids: list[int], count: int) -> list[int]:
+        text = next(text for text in texts if text[:4] == ids[:4])
+        following = text[len(ids) :][:count]
         return [token if source.random() < 0.8 else source.randrange(1200) for token in following]
 
-    monkeypatch.setattr(Pace, "learn", learn_nonsense)
-    monkeypatch.setattr(Lookup, "match_length", property(lambda self: source.choice([0, 2, 5, 16])))
-    monkeypatch.setattr(Lookup, "place", property(lambda self: source.choice([None, 0, 3])))
-    monkeypatch.setattr(Lookup, "propose", propose)
-    running = Batch(model, requests, 3, "lookup", None, None)
+    monkeypatch.setattr(CostModel, "learn", learn_nonsense)
+    index = ngrams_that(propose)
+    index.match_length = property(lambda self: source.choice([0, 2, 5, 16]))
+    index.place = property(lambda self: source.choice([None, 0, 3]))
+    monkeypatch.setattr(NGRAMS, index)
+    running = batched(model, requests, 3)
     found = {each.index: each.ids for each in running.run()}
     assert [found[index] for index in range(5)] == wanted
     assert running.proposed >= running.accepted > 10
@@ -182,7 +187,7 @@ def test_texts_that_repeat_themselves_take_fewer_passes(prepared, monkeypatch: p
     model = runner.load(prepared()[1])
     ids = tokens(5, 1)
     said = plain_run(model, ids, 40)
-    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)  # rows are free
+    monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)  # rows are free
     generation = model.generate([*ids, *said, *ids], max_new_tokens=30)
     found = list(generation)
     assert found == plain_run(model, [*ids, *said, *ids], 30)
@@ -190,15 +195,13 @@ def test_texts_that_repeat_themselves_take_fewer_passes(prepared, monkeypatch: p
     assert generation.passes == 30 - generation.accepted
 
 
-def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
+def test_an_end_of_text_among_accepted_draft_tokens_ends_the_sequence(
     prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proposals are right far beyond it."""
+    """The draft tokens are right far beyond it."""
     model = runner.load(prepared()[1])
     said = plain_run(model, [5, 6, 7], 40)
-    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
-    monkeypatch.setattr(Lookup, "match_length", 16)
-    monkeypatch.setattr(Lookup, "place", 0)
+    monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)
     for end in (1, 2, 5, 9, 30):
         shape = replace(model.weights.model, eos_token_id=said[end])
         wanted = said[: said.index(said[end]) + 1]
@@ -213,84 +216,75 @@ def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
 
 
 def propose_from(said: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have lookup know what comes."""
-
-    def propose(self: Lookup, count: int) -> list[int]:
-        done = len(self._ids) - 3
-        return [*said, *[9] * 20][done : done + count]
-
-    monkeypatch.setattr(Lookup, "propose", propose)
+    """Have n-grams propose what comes."""
+    known = [*said, *[9] * 20]
+    monkeypatch.setattr(NGRAMS, ngrams_that(lambda ids, count: known[len(ids) - 3 :][:count]))
 
 
 @pytest.mark.parametrize("wrong_at", [0, 1, 3])
-def test_wrong_proposals_leave_no_trace(prepared, monkeypatch: pytest.MonkeyPatch, wrong_at: int) -> None:
+def test_wrong_draft_tokens_change_nothing(prepared, monkeypatch: pytest.MonkeyPatch, wrong_at: int) -> None:
     model = runner.load(prepared(dtype="float16")[1])
     said = plain_run(model, [5, 6, 7], 30)
-    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
-    monkeypatch.setattr(Lookup, "match_length", 16)
-    monkeypatch.setattr(Lookup, "place", 0)
+    monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)
 
-    def propose(self: Lookup, count: int) -> list[int]:
-        done = len(self._ids) - 3
-        following = said[done : done + count]
+    def propose(ids: list[int], count: int) -> list[int]:
+        following = said[len(ids) - 3 :][:count]
         return [(token + 1) % 1200 if place == wrong_at else token for place, token in enumerate(following)]
 
-    monkeypatch.setattr(Lookup, "propose", propose)
+    monkeypatch.setattr(NGRAMS, ngrams_that(propose))
     generation = model.generate([5, 6, 7], max_new_tokens=30)
     assert list(generation) == said
     assert generation.proposed > generation.accepted
     assert wrong_at == 0 or generation.accepted > 10
 
 
-def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As 0 times infinity is no number, a row on trial could spoil those before it."""
+def test_a_pass_is_made_again_if_its_draft_tokens_overflow(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 times infinity is not a number, so the row of a draft token can spoil those before it."""
     model = runner.load(prepared(dtype="float16")[1])
     said = plain_run(model, [5, 6, 7], 20)
-    monkeypatch.setattr(Pace, "seconds", lambda self, rows: 1.0)
-    monkeypatch.setattr(Lookup, "match_length", 16)
-    monkeypatch.setattr(Lookup, "place", 0)
+    monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)
     propose_from(said, monkeypatch)
-    forward_all, spoilt = Model.forward_all, []
+    forward_all, spoilt = ModelRunner.forward_all, []
 
-    def spoil(self: Model, segments: list[Segment], on_part: object) -> list[torch.Tensor]:
+    def spoil(self: ModelRunner, segments: list[Segment], on_part: object) -> list[torch.Tensor]:
         logits = forward_all(self, segments, on_part)
         if segments[0].logits > 1:
             spoilt.append(len(logits[0]))
             logits[0] = logits[0] * torch.nan
         return logits
 
-    monkeypatch.setattr(Model, "forward_all", spoil)
+    monkeypatch.setattr(ModelRunner, "forward_all", spoil)
     assert list(model.generate([5, 6, 7], max_new_tokens=20)) == said
     assert len(spoilt) == 1  # then it is left alone
 
 
-def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
+def test_sequences_join_as_others_end_and_ram_is_freed(prepared) -> None:
     model = runner.load(prepared()[1])
     requests = [Request(tokens(4, number), new) for number, new in enumerate([2, 9, 3, 5, 1, 7])]
-    running = Batch(model, requests, 2, "off", None, None)
+    running = batched(model, requests, 2, "off")
     caches: dict[int, weakref.ref] = {}
     finished, most = [], 0
     while running.active or running.waiting:
         done = running.step()
-        for each in running.continuations:
+        for each in running.sequences:
             if each.cache is not None:
                 caches.setdefault(each.index, weakref.ref(each.cache.blocks[0].keys))
-        most = max(most, running.active + len(done))
+        most = max(most, len(running.active) + len(done))
         finished += done
         for each in done:
-            assert each.cache is None and each.lookup is None
+            assert each.cache is None
             assert each.index not in caches or caches[each.index]() is None
     assert most == 2
     assert [each.index for each in finished] == [0, 2, 1, 3, 4, 5]
-    assert [each.passes for each in running.continuations] == [2, 9, 3, 5, 1, 7]
+    assert [each.passes for each in running.sequences] == [2, 9, 3, 5, 1, 7]
     assert running.passes == 17
     everything = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
     assert running.bytes_read == everything
-    assert 0 < sum(each.bytes_read for each in running.continuations) <= everything
+    assert 0 < sum(each.bytes_read for each in running.sequences) <= everything
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
-def test_prompts_go_through_several_passes_where_ram_is_short(
+def test_prompts_take_several_passes_if_ram_is_short(
     prepared, monkeypatch: pytest.MonkeyPatch, speculate: str
 ) -> None:
     model = runner.load(prepared()[1])
@@ -303,28 +297,32 @@ def test_prompts_go_through_several_passes_where_ram_is_short(
     cache = 4 * KVCache.nbytes(model.weights.model, 75, model.weights.dtype)
     buffers = 3 * 60_000
     for rows in (4, 17, 40):
-        activations = nothing.budget(75, rows).activations + 8 * 4 * 1200
+        activations = nothing.memory_plan(75, rows).request.activations + 8 * 4 * 1200
         tight = replace(model, ram=model.process_nbytes + cache + activations + buffers)
-        running = Batch(tight, requests, 4, speculate, None, None)
-        assert 4 <= running.capacity.rows < 70
+        running = batched(tight, requests, 4, speculate)
+        assert 4 <= running.plan.request.rows < 70
         carried = []
-        forward_all = Model.forward_all
+        forward_all = ModelRunner.forward_all
 
         def count(
-            self: Model, segments: list[Segment], on_part: object, forward_all=forward_all, carried=carried
+            self: ModelRunner,
+            segments: list[Segment],
+            on_part: object,
+            forward_all=forward_all,
+            carried=carried,
         ):
             carried.append(sum(len(segment.ids) for segment in segments))
             return forward_all(self, segments, on_part)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Model, "forward_all", count)
+            patch.setattr(ModelRunner, "forward_all", count)
             found = {each.index: each.ids for each in running.run()}
         assert [found[index] for index in range(4)] == wanted
-        assert max(carried) <= running.capacity.rows
+        assert max(carried) <= running.plan.request.rows
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
-def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
+def test_an_interrupted_batch_can_continue(prepared, speculate: str) -> None:
     model = runner.load(prepared()[1])
     requests = some_requests(5, 20)
     wanted = plain(model, requests)
@@ -334,7 +332,7 @@ def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
         if source.random() < 0.1:
             raise KeyboardInterrupt
 
-    running, interrupted, found = Batch(model, requests, 3, speculate, None, interrupt), 0, {}
+    running, interrupted, found = batched(model, requests, 3, speculate, on_part=interrupt), 0, {}
     while running.active or running.waiting:
         try:
             found |= {each.index: each.ids for each in running.step()}
@@ -345,16 +343,16 @@ def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
 
 
 @pytest.mark.parametrize("passes", [0, 2])
-def test_an_interruption_right_after_a_pass_costs_that_pass_alone(
+def test_an_interruption_right_after_a_pass_costs_only_that_pass(
     prepared, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
     model = runner.load(prepared()[1])
     wanted = plain_run(model, [5, 6, 7], 8)
-    running = Batch(model, [Request([5, 6, 7], 8)], None, "off", None, None)
+    running = batched(model, [Request([5, 6, 7], 8)], None, "off")
     for _ in range(passes):
         running.step()
     with monkeypatch.context() as patch:
-        patch.setattr(Continuation, "take", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Sequence, "verify", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             running.step()
     assert [each.ids for each in running.run()] == [wanted]
@@ -380,12 +378,12 @@ def test_the_miniature_answers_many_prompts_at_a_time(miniature: tuple[Path, Pat
     ("options", "message"),
     [
         ({"batch": 0}, "at least 1 prompt, found 0"),
-        ({"speculate": "guess"}, "'guess' is no way to speculate"),
+        ({"speculate": "guess"}, "unknown --speculate 'guess'"),
         ({"max_new_tokens": 0}, "at least 1, found 0"),
         ({"draft": "nowhere"}, "nowhere"),
     ],
 )
-def test_what_is_refused(prepared, options: dict[str, object], message: str) -> None:
+def test_unusable_options_are_refused(prepared, options: dict[str, object], message: str) -> None:
     model = runner.load(prepared()[1])
     with pytest.raises(BloomdeskError, match=message):
         model.generate_all([[5, 6]], **options)
@@ -393,46 +391,40 @@ def test_what_is_refused(prepared, options: dict[str, object], message: str) -> 
         model.generate_all([[5, 6], ""])
 
 
-def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ram_lets_more_sequences_share_a_pass(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
     monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     model = runner.load(prepared()[1])
     requests = [Request([5, 6, 7], 30)] * 20
-    alone = replace(model, ram=2**50).budget(32, 3)
+    alone = replace(model, ram=2**50).memory_plan(32, 3).request
     found = []
     for caches in (1, 2, 5, 12, 30):
         ram = alone.process + alone.activations + 300_000 + caches * alone.cache
-        capacity = Batch(replace(model, ram=ram), requests, None, "lookup", None, None).capacity
-        assert capacity.cache_nbytes == capacity.batch * alone.cache
-        assert capacity.batch <= capacity.logit_rows <= capacity.rows
-        shares = capacity.shares
-        taken = shares.process + shares.cache + shares.activations + shares.read_ahead + shares.resident_bytes
+        plan = batched(replace(model, ram=ram), requests, None).plan
+        request = plan.request
+        assert request.cache == request.batch * alone.cache
+        assert request.batch <= request.logit_rows <= request.rows
+        taken = request.process + request.cache + request.activations
+        taken += plan.read_ahead + plan.resident_bytes
         assert taken <= ram
-        found.append(capacity.batch)
+        found.append(request.batch)
     assert found == sorted(found) and found[0] < 5 < 12 < found[-1]
-    assert Batch(replace(model, ram=2**50), requests, 7, "off", None, None).capacity.batch == 7
+    assert batched(replace(model, ram=2**50), requests, 7, "off").plan.request.batch == 7
 
 
-def test_too_little_ram_for_the_longest_names_it(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_about_ram_names_the_longest_prompt(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     model = replace(runner.load(prepared()[1]), ram=2 * 10**8, process_nbytes=10**8)
     with pytest.raises(BloomdeskError, match=r"KV cache .* for the longest of the prompts: 900,002 tokens"):
         model.generate_all([[5], [5, 6, 7], [8]], max_new_tokens=900_000)
 
 
-def test_a_bigger_batch_is_not_bought_with_all_that_stays(prepared) -> None:
-    """Where everything fits, a few prompts at the memory's speed are faster than many at the disk's."""
+def test_a_larger_batch_does_not_displace_all_resident_weights(prepared) -> None:
+    """If everything fits, a few prompts at the memory's speed are faster than many at the disk's."""
     model = runner.load(prepared()[1])
     weights = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
     requests = [Request([5, 6, 7], 700)] * 64
-    alone = replace(model, ram=2**50).budget(702, 3)
-    ram = (
-        alone.process
-        + alone.activations
-        + runner.generation.memory_plan.MARGIN
-        + weights
-        + 3 * alone.cache
-        + 500_000
-    )
-    capacity = Batch(replace(model, ram=ram), requests, None, "off", None, None).capacity
-    assert capacity.shares.streamed_bytes == 0
-    assert 2 <= capacity.batch <= 3
+    alone = replace(model, ram=2**50).memory_plan(702, 3).request
+    ram = alone.process + alone.activations + MARGIN + weights + 3 * alone.cache + 500_000
+    plan = batched(replace(model, ram=ram), requests, None, "off").plan
+    assert plan.streamed_bytes == 0
+    assert 2 <= plan.request.batch <= 3

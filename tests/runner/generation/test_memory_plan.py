@@ -1,10 +1,11 @@
-"""Bytes of RAM: as people write them, shared out, and kept to."""
+"""The memory plan: how bytes of RAM are divided, and that a run keeps to them."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from runner.generation.memory_plan import (
     FEWEST_BUFFERS,
     MARGIN,
     MOST_BUFFERS,
-    Budget,
-    share_out,
+    MemoryPlan,
+    MemoryRequest,
+    memory_plan,
     spread,
 )
 from runner.units import parse_size
+from runner.weights.ring import buffer_bytes
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
 
@@ -29,53 +32,57 @@ ROOT = Path(__file__).resolve().parents[3]
 MIB, GB = 2**20, 10**9
 
 
-# Sharing out.
-
 SIZES = st.lists(st.integers(1, 40 * MIB), min_size=1, max_size=120)
 PARTS = st.integers(0, 2**32)
 
 
-def shared(total: int, sizes: list[int], process: int = 0, cache: int = 0, activations: int = 0) -> Budget:
-    return share_out(total, process, cache, activations, sizes, max(sizes) + 4096)
+@dataclass(frozen=True)
+class Sizes(MemoryRequest):
+    """A request whose caches and activations are given in bytes."""
+
+    cache: int = 0
+    activations: int = 0
+
+
+def planned(
+    total: int, sizes: list[int], process: int = 0, cache: int = 0, activations: int = 0
+) -> MemoryPlan:
+    return memory_plan(Sizes(None, tuple(sizes), total, process, (), 0, cache=cache, activations=activations))
 
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
 @example([10], 0, 0, 0, MARGIN + 9)
-def test_nothing_is_promised_twice(
+def test_a_plan_never_exceeds_its_total(
     sizes: list[int], process: int, cache: int, activations: int, total: int
 ) -> None:
     try:
-        budget = shared(total, sizes, process, cache, activations)
+        plan = planned(total, sizes, process, cache, activations)
     except BloomdeskError:
         return
-    assert process + cache + activations + MARGIN + budget.resident_bytes + budget.read_ahead <= total
-    assert (budget.total, budget.process, budget.cache, budget.activations) == (
-        total,
-        process,
-        cache,
-        activations,
-    )
-    assert budget.resident_bytes == sum(sizes[index] for index in budget.resident)
-    assert budget.resident_bytes + budget.streamed_bytes == sum(sizes)
-    if budget.streamed_bytes:
-        assert FEWEST_BUFFERS <= budget.buffers <= MOST_BUFFERS
-        assert budget.buffer_nbytes >= max(sizes)
+    assert process + cache + activations + MARGIN + plan.resident_bytes + plan.read_ahead <= total
+    assert plan.resident_bytes == sum(sizes[index] for index in plan.resident)
+    assert plan.resident_bytes + plan.streamed_bytes == sum(sizes)
+    if plan.streamed_bytes:
+        assert FEWEST_BUFFERS <= plan.buffers <= MOST_BUFFERS
+        assert plan.request.buffer_nbytes >= max(sizes)
 
 
 @given(SIZES, PARTS, PARTS, PARTS)
-def test_what_fits_stays(sizes: list[int], process: int, cache: int, activations: int) -> None:
+def test_everything_is_resident_if_it_fits(
+    sizes: list[int], process: int, cache: int, activations: int
+) -> None:
     needed = sum(sizes) + process + cache + activations + MARGIN
-    budget = shared(needed, sizes, process, cache, activations)
-    assert budget.resident == frozenset(range(len(sizes)))
-    assert (budget.buffers, budget.read_ahead, budget.streamed_bytes) == (0, 0, 0)
+    plan = planned(needed, sizes, process, cache, activations)
+    assert plan.resident == frozenset(range(len(sizes)))
+    assert (plan.buffers, plan.read_ahead, plan.streamed_bytes) == (0, 0, 0)
 
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
-def test_an_amount_that_is_too_little_names_one_that_is_enough(
+def test_an_error_names_an_amount_of_ram_that_is_enough(
     sizes: list[int], process: int, cache: int, activations: int, total: int
 ) -> None:
     try:
-        shared(total, sizes, process, cache, activations)
+        planned(total, sizes, process, cache, activations)
     except BloomdeskError as error:
         refused = error
     else:
@@ -85,16 +92,18 @@ def test_an_amount_that_is_too_little_names_one_that_is_enough(
         assert units.size(part) in refused.message
     enough = parse_size(re.search(r"--ram (\S+GB)", refused.hint)[1])
     assert enough > total
-    shared(enough, sizes, process, cache, activations)
-    least = min(FEWEST_BUFFERS * (max(sizes) + 4096), sum(sizes)) + process + cache + activations + MARGIN
+    planned(enough, sizes, process, cache, activations)
+    least = (
+        min(FEWEST_BUFFERS * buffer_bytes(max(sizes)), sum(sizes)) + process + cache + activations + MARGIN
+    )
     assert f"{units.size(least)} are needed" in refused.message
-    shared(least, sizes, process, cache, activations)
+    planned(least, sizes, process, cache, activations)
     with pytest.raises(BloomdeskError):
-        shared(least - 1, sizes, process, cache, activations)
+        planned(least - 1, sizes, process, cache, activations)
 
 
 @given(SIZES, st.integers(0, 2**32))
-def test_no_room_is_left_in_which_a_streamed_chunk_would_fit(sizes: list[int], room: int) -> None:
+def test_no_streamed_chunk_fits_into_the_rest(sizes: list[int], room: int) -> None:
     chosen = spread(sizes, room)
     left = room - sum(sizes[index] for index in chosen)
     assert left >= 0
@@ -102,7 +111,7 @@ def test_no_room_is_left_in_which_a_streamed_chunk_would_fit(sizes: list[int], r
 
 
 @given(SIZES, st.floats(0, 1))
-def test_every_segment_of_a_pass_has_its_share_of_what_stays(sizes: list[int], part: float) -> None:
+def test_resident_chunks_are_spread_evenly_over_the_pass(sizes: list[int], part: float) -> None:
     """So the disk is never idle for more than a few chunks, wherever the pass is."""
     room = int(sum(sizes) * part)
     chosen = spread(sizes, room)
@@ -124,7 +133,7 @@ def test_chunks_of_one_size_alternate_as_evenly_as_can_be(count: int, data: st.D
 
 
 @given(SIZES, st.floats(0, 1), st.integers(0, 2**32))
-def test_more_room_moves_nothing_that_stays(sizes: list[int], part: float, more: int) -> None:
+def test_resident_chunks_stay_resident_with_more_room(sizes: list[int], part: float, more: int) -> None:
     room = int(sum(sizes) * part)
     before = spread(sizes, room)
     after = spread(sizes, room + more, before)
@@ -136,18 +145,18 @@ def test_more_room_moves_nothing_that_stays(sizes: list[int], part: float, more:
 
 
 @pytest.mark.parametrize("room", [-5, 0])
-def test_without_room_nothing_stays(room: int) -> None:
+def test_without_room_nothing_is_resident(room: int) -> None:
     assert spread([3, 4, 5], room) == frozenset()
 
 
 def test_more_ram_never_streams_more_than_a_chunk_more() -> None:
     sizes = [30 * MIB] * 12 + [17 * MIB] * 5 + [31 * MIB] * 20
-    streamed = [shared(MARGIN + 100 * MIB + step * 10 * MIB, sizes).streamed_bytes for step in range(110)]
+    streamed = [planned(MARGIN + 100 * MIB + step * 10 * MIB, sizes).streamed_bytes for step in range(110)]
     assert streamed[0] > streamed[-1] == 0
     assert all(after <= before + 2 * max(sizes) for before, after in pairwise(streamed))
 
 
-# And kept to.
+# Runs keep to the plan.
 
 IN_LITTLE_RAM = r"""
 import ctypes, faulthandler, mmap, os, re, sys
@@ -174,20 +183,20 @@ def cached(chunk):
     return sum(page & 1 for page in pages) * size
 if sum(map(cached, chunks)) > 1e6:
     sys.exit("the file system keeps its pages")
-least = replace(model, ram=2**50).budget(24, 16)
+least = replace(model, ram=2**50).memory_plan(24, 16).request
 ram = least.process + least.cache + least.activations + MARGIN + 3 * 34 * 2**20 + 40 * 2**20
 model = replace(model, ram=ram)
 generation = model.generate(list(range(5, 21)), max_new_tokens=3)
 tokens = list(generation)
-shares = generation.batch.capacity.shares
-assert shares.resident_bytes > 20e6 and shares.streamed_bytes > 60e6, shares
+plan = generation.plan
+assert plan.resident_bytes > 20e6 and plan.streamed_bytes > 60e6, plan
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(ram, peak, sum(map(cached, chunks)), *tokens)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at memory as Linux shows it")
-def test_a_run_keeps_to_its_ram_and_leaves_the_page_cache_alone(tmp_path: Path) -> None:
+def test_a_run_stays_within_its_ram_and_leaves_the_page_cache_alone(tmp_path: Path) -> None:
     make_checkpoint.synthetic(tmp_path / "source", hidden_size=1024, heads=16, blocks=4, vocab_size=60_000)
     convert(tmp_path / "source", tmp_path / "bloom")  # 220 MB
     run = subprocess.run(

@@ -22,7 +22,7 @@ from tests.support.commands import COMMAND, refused, run, screen_of, started
 PROMPT = "The SQL command to list all the books whose year is 1999 is:"
 
 
-def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_hub_to_generated_text(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     """Hub, download, convert, verify, info, generate: as scripts/demo does it."""
     with LocalHub({"bloomdesk/miniature": miniature[0]}) as hub:
         environment = {"HF_ENDPOINT": hub.endpoint}
@@ -36,11 +36,8 @@ def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     report = json.loads(run("verify", tmp_path / "bloom", "--json").stdout)
     assert report["sound"] and report["files_checked"] == 76
     info = json.loads(run("info", tmp_path / "bloom", "--json").stdout)
-    assert (
-        info["complete"]
-        and info["source"]["repo"] == "bloomdesk/miniature"
-        and info["model"]["n_layer"] == 70
-    )
+    assert info["complete"] and info["model"]["n_layer"] == 70
+    assert info["source"]["repo"] == "bloomdesk/miniature"
     done = run("generate", tmp_path / "bloom", PROMPT)
     assert done.stdout == " SELECT * FROM books WHERE year = 1999;\n"
     assert done.stderr == ""
@@ -65,12 +62,14 @@ def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
     assert report["bytes_read"] == sum(chunk.nbytes for chunk in chunks)
 
 
+@pytest.mark.slow
 def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "runner", str(miniature[1]), PROMPT]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, " SELECT * FROM books WHERE year = 1999;\n")
 
 
+@pytest.mark.slow
 def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
     """Text grows on standard output, the status of the pass comes and goes, and a summary ends it."""
     screen = screen_of("generate", miniature[1], PROMPT)
@@ -78,6 +77,7 @@ def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
     assert screen.replace("\r", "").rstrip().endswith("; the model ended its text)")
 
 
+@pytest.mark.slow
 def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> None:
     with started("generate", miniature[1], "When I was 6", "--max-new-tokens", "2000", "--json") as process:
         _wait_for_generation(process)
@@ -97,6 +97,7 @@ def _wait_for_generation(process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(miniature: tuple[Path, Path]) -> None:
     line = " ".join([*COMMAND, "info", str(miniature[1]), "| true"])
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
@@ -137,11 +138,14 @@ def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None
     assert "72 shards written" in run("export", bloom, tmp_path / "hub").stdout
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["generate"], ["verify"], ["convert", "somewhere"]])
-def test_a_directory_that_is_none(tmp_path: Path, arguments: list[str]) -> None:
-    command, *more = arguments
-    rest = ["a prompt"] if command == "generate" else more and [tmp_path / more[0]]
-    refused(command, tmp_path / "nowhere", *rest, status=2 if command == "verify" else 1)
+@pytest.mark.parametrize(
+    ("command", "rest", "status"),
+    [("info", (), 1), ("generate", ("a prompt",), 1), ("verify", (), 2), ("convert", ("somewhere",), 1)],
+)
+def test_a_directory_that_is_missing(
+    command: str, rest: tuple[str, ...], status: int, tmp_path: Path
+) -> None:
+    refused(command, tmp_path / "nowhere", *rest, status=status)
 
 
 def test_errors_of_the_network_are_sentences(tmp_path: Path) -> None:
@@ -166,6 +170,7 @@ def test_a_bug_shows_its_traceback_only_with_debug(tmp_path: Path, monkeypatch: 
         run("--debug", "info", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_status_of_its_command(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "verify", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
@@ -184,17 +189,12 @@ def test_help_names_every_command_and_breaks_no_word(option: str, monkeypatch: p
         assert not [line for line in lines if len(line) > 80 or line.endswith("-")]
 
 
-def test_the_version() -> None:
+def test_the_version_is_shown() -> None:
     assert re.fullmatch(r"bloomdesk \d+\.\d+\.\d+\n", run("--version").stdout)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["generate", "--no-such"], ["generate"], ["no-such"], ["plan", "--tokens", "0"]]
-)
-def test_what_was_mistyped_is_one_sentence(arguments: list[str]) -> None:
-    assert "--help" in refused(*arguments, status=2)
-
-
-def test_no_arguments_show_the_help() -> None:
+def test_what_was_mistyped_is_one_sentence() -> None:
+    for arguments in (["generate", "--no-such"], ["generate"], ["no-such"], ["plan", "--tokens", "0"]):
+        assert "--help" in refused(*arguments, status=2)
     done = run()
     assert done.returncode == 2 and done.stderr.startswith("Usage: bloomdesk")

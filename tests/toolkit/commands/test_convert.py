@@ -20,11 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runner.errors import BloomdeskError
+from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.layout import part_specs
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import DATA_ALIGNMENT, read_header
 from runner.system import atomic as durable
-from scripts.fakehub.checkpoint import Layout, from_state, old_config, synthetic, write_repo
+from scripts.fakehub.checkpoint import Layout, from_state, old_config, write_repo
+from tests.support.lossless import content, make
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert, plan_conversion
@@ -33,17 +35,7 @@ from toolkit.hub.record import RECORD, DownloadRecord, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.source.key_map import assign
 
-SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 300}
 COMMIT = "0123456789" * 4
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def make(directory: Path, layout: Layout = LAYOUTS["bloom"], **changes: Any) -> Path:
-    synthetic(directory, **{**SHAPE, **changes}, layout=layout)
-    return directory
 
 
 def record_download(source: Path, repo: str = "me/bloom", **wrong: str) -> None:
@@ -224,7 +216,7 @@ def test_a_head_that_differs_in_one_bit(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(BloomdeskError, match=r"needs [\d,]+ bytes and the disk has 1,000,000 free"):
@@ -249,7 +241,7 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     assert content(tmp_path / "letters") == {"letter.txt": b"dear reader"}
 
 
-def test_a_destination_begun_from_another_source_is_refused(tmp_path: Path) -> None:
+def test_a_destination_of_another_source_is_refused(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     record_download(source)
     convert(source, out)
@@ -262,7 +254,7 @@ def test_a_destination_begun_from_another_source_is_refused(tmp_path: Path) -> N
     ):
         if other.name != "unrecorded":
             record_download(other, "you/bloom" if other.name == "other repo" else "me/bloom")
-        with pytest.raises(BloomdeskError, match="begun from another source"):
+        with pytest.raises(BloomdeskError, match="started from another source"):
             convert(other, out)
     manifest = (out / "manifest.json").read_text()
     (out / "manifest.json").write_text(manifest.replace("me/bloom", "you/bloom"))
@@ -272,7 +264,7 @@ def test_a_destination_begun_from_another_source_is_refused(tmp_path: Path) -> N
     assert content(out) == before
 
 
-def test_a_shard_that_is_not_the_recorded_one(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_the_recorded_one_makes_no_part(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     shard = "pytorch_model_00003-of-00005.bin"
     record_download(source, **{shard: "0" * 64})
@@ -286,7 +278,7 @@ def test_a_shard_that_is_not_the_recorded_one(tmp_path: Path) -> None:
     assert verify(out).sound
 
 
-def test_a_download_that_is_not_whole(tmp_path: Path) -> None:
+def test_an_incomplete_download_is_refused(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     record_download(source)
     with (source / "pytorch_model_00005-of-00005.bin").open("ab") as file:
@@ -327,12 +319,15 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(tmp_path: Path) -> None:
     assert content(out) == before
 
 
-@pytest.mark.parametrize("failing", range(12))
+@pytest.mark.parametrize(
+    ("form", "failing"),
+    [*((PLAIN, number) for number in range(12)), *((LOSSLESS, number) for number in (1, 3, 6, 9))],
+)
 def test_an_error_at_any_write_leaves_nothing_that_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, failing: int
 ) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
-    convert(source, tmp_path / "undisturbed")
+    convert(source, tmp_path / "undisturbed", form=form)
     writes = []
     real = os.fsync
 
@@ -344,13 +339,13 @@ def test_an_error_at_any_write_leaves_nothing_that_counts(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BloomdeskError, match="the disk is full") as caught:
-        convert(source, out)
+        convert(source, out, form=form)
     assert "run the same command again" in caught.value.hint
     monkeypatch.undo()
     if (out / "manifest.json").exists():
         recorded = load_manifest(out).parts
         assert not [damage for damage in verify(out).damage if damage.file in recorded]
-    convert(source, out)
+    convert(source, out, form=form)
     assert content(out) == content(tmp_path / "undisturbed")
 
 
@@ -381,16 +376,16 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path) -> None
     assert content(out) == content(tmp_path / "undisturbed")
 
 
-def test_a_source_that_ends_while_it_is_read(tmp_path: Path) -> None:
+def test_a_source_that_ends_while_it_is_read_makes_no_part(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     plan = plan_conversion(source, out)
-    part = plan.source.parts["block_00.safetensors"]
+    part = plan.shards.parts["block_00.safetensors"]
     moved = replace(
         part, tensors=tuple(replace(tensor, offset=tensor.offset + 10**9) for tensor in part.tensors)
     )
     with pytest.raises(BloomdeskError, match="too early"):
         carry_out(
-            replace(plan, source=replace(plan.source, parts={**plan.source.parts, moved.spec.file: moved}))
+            replace(plan, shards=replace(plan.shards, parts={**plan.shards.parts, moved.spec.file: moved}))
         )
     assert not (out / "block_00.safetensors").exists()
 
@@ -403,7 +398,7 @@ def test_delete_source_leaves_the_same_directory_and_no_shards(tmp_path: Path) -
     shards = set(source.glob("*.bin"))
     size = sum(shard.stat().st_size for shard in shards)
     plan = plan_conversion(source, tmp_path / "out", delete_source=True)
-    assert set(plan.source.deletable) == shards
+    assert set(plan.shards.deletable) == shards
     assert plan.peak_bytes < plan.bytes_to_write
     done = carry_out(plan)
     assert done.bytes_deleted == size
@@ -411,14 +406,14 @@ def test_delete_source_leaves_the_same_directory_and_no_shards(tmp_path: Path) -
     assert content(tmp_path / "out") == content(tmp_path / "expected")
 
 
-def test_delete_source_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_delete_source_resumes_after_a_kill(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
     convert(make(tmp_path / "again"), tmp_path / "expected")
     plan = plan_conversion(source, tmp_path / "out", delete_source=True)
     with pytest.raises(KeyboardInterrupt):
         carry_out(plan, _interrupt_at("block_01.safetensors"))
     left = len(list(source.glob("*.bin")))
-    assert 0 < left < len(plan.source.deletable)
+    assert 0 < left < len(plan.shards.deletable)
     carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
     assert not list(source.glob("*.bin"))
     assert content(tmp_path / "out") == content(tmp_path / "expected")
@@ -427,7 +422,7 @@ def test_delete_source_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert carry_out(again).written == ()
 
 
-def test_a_deleted_shard_whose_part_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_deleted_shard_of_a_missing_part_is_named(tmp_path: Path) -> None:
     source = make(tmp_path / "source")
     carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
     (tmp_path / "out" / "block_01.safetensors").unlink()

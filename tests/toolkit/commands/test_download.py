@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("client", "surroundings")
 
 
 @pytest.mark.parametrize("name", [NAME, BLOOM])
-def test_all_that_is_needed_comes_and_nothing_else(local, repo, pins, target, name):
+def test_exactly_the_needed_files_are_fetched(local, repo, pins, target, name):
     told = []
     result = download(name, target, progress=lambda *each: told.append(each))
     assert_whole(target, repo)
@@ -52,7 +52,7 @@ def test_all_that_is_needed_comes_and_nothing_else(local, repo, pins, target, na
     assert result.revision.pinned == (name == BLOOM)
 
 
-def test_the_pinned_list_is_believed_without_the_hub_s(local, pins, target):
+def test_the_pinned_list_is_used_without_asking_the_hub(local, pins, target):
     download(BLOOM, target)
     assert not [each for each in local.requests if each.path.startswith("/api")]
 
@@ -60,7 +60,7 @@ def test_the_pinned_list_is_believed_without_the_hub_s(local, pins, target):
 def test_a_second_run_fetches_and_hashes_nothing(local, repo, pins, target, monkeypatch):
     download(BLOOM, target)
     local.requests.clear()
-    monkeypatch.setattr("toolkit.commands.download.hash_file", None)
+    monkeypatch.setattr(hub.HubFile, "check", None)
     result = download(BLOOM, target)
     assert (result.fetched, result.kept, result.received) == ((), NEEDED, 0)
     assert local.requests == []
@@ -117,7 +117,7 @@ download(sys.argv[1], Path(sys.argv[2]))
 """
 
 
-def test_a_killed_process_is_gone_on_from_in_a_new_one(local, repo, target):
+def test_a_new_process_resumes_after_a_kill(local, repo, target):
     local.fail(VICTIM, Fault(drop_after=200_000, stall=60.0, times=1))
     command = [sys.executable, "-c", CHILD, NAME, str(target)]
     with subprocess.Popen(command) as child:
@@ -204,7 +204,7 @@ def test_a_plan_does_not_go_into_a_directory_that_another_download_has_taken_sin
         carry_out(plan)
 
 
-def test_a_second_process_is_told_so_and_leaves(local, repo, target):
+def test_a_second_writer_is_refused(local, repo, target):
     local.fail(VICTIM, Fault(drop_after=200_000, stall=60.0, times=1))
     command = [sys.executable, "-c", CHILD, NAME, str(target)]
     with subprocess.Popen(command) as child:
@@ -235,27 +235,27 @@ def test_a_plan_gives_the_figures_and_writes_nothing(local, repo, target, tmp_pa
     target, total = target / "deep" / "down", sum((repo / name).stat().st_size for name in NEEDED)
     plan = plan_download(NAME, target)
     assert [each.file.path for each in plan.files] == list(NEEDED)
-    assert (plan.total, plan.to_fetch, plan.fits) == (total, total, True)
+    assert (plan.revision.total, plan.to_fetch, plan.fits) == (total, total, True)
     assert abs(plan.free - shutil.disk_usage(tmp_path).free) < 2**30
     assert not target.parent.exists()
     download(NAME, target)
     (target / VICTIM).unlink()
     (target / f"{VICTIM}.incomplete").write_bytes(b"x" * 1000)
     plan = plan_download(NAME, target)
-    assert (plan.total, plan.to_fetch, plan.work) == (total, SHARD - 1000, SHARD)
+    assert (plan.revision.total, plan.to_fetch, plan.work) == (total, SHARD - 1000, SHARD)
     assert [file.path for file in plan.unfinished] == [VICTIM]
 
 
 def test_the_plan_for_the_real_bloom_needs_no_network(target, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     plan = plan_download(BLOOM, target)
-    assert len(plan.unfinished) == 77 and plan.to_fetch == plan.total == 352_509_349_350
-    assert plan.fits == (plan.free >= plan.total)
+    assert len(plan.unfinished) == 77 and plan.to_fetch == plan.revision.total == 352_509_349_350
+    assert plan.fits == (plan.free >= plan.revision.total)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_comes(local, repo, target, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(local, repo, target, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    total = plan_download(NAME, target).total
+    total = plan_download(NAME, target).revision.total
     with pytest.raises(BloomdeskError, match=f"{total:,} bytes are still to come, the disk has 1,000 free"):
         download(NAME, target)
     assert not plan_download(NAME, target).fits

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,35 +19,17 @@ from runner.format.layout import COMPANIONS
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
 from runner.system.lock import sole_writer
-from scripts.fakehub.checkpoint import synthetic
 from tests.conftest import PreparedFactory
+from tests.support.lossless import content, flip, make
 from toolkit.commands import export as module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
 from toolkit.io import reader as readahead
+from toolkit.io import writer
 from toolkit.source.key_map import name_table
 
-SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 300}
 SHARDS = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
 BLOCK = "block_01.safetensors"  # what SHARDS[2] is made from
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = tmp_path_factory.mktemp("made")
-    synthetic(base / "source", **SHAPE)
-    convert(base / "source", base / "bloom")
-    return base / "bloom"
-
-
-@pytest.fixture
-def bloom(made: Path, tmp_path: Path) -> Path:
-    """A prepared directory of the test's own."""
-    return Path(shutil.copytree(made, tmp_path / "bloom"))
-
-
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -60,12 +41,6 @@ def prepared_tensors(directory: Path) -> dict[str, torch.Tensor]:
     parts = {file: load_file(directory / file) for file in load_manifest(directory).parts}
     table = name_table(load_manifest(directory).model)
     return {key: parts[file][name] for key, (file, name) in table.items()}
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
 
 
 def test_names_index_and_small_files(made: Path, tmp_path: Path) -> None:
@@ -126,10 +101,10 @@ def test_converting_it_again_gives_the_same_parts(made: Path, tmp_path: Path) ->
         assert (tmp_path / "again" / file).read_bytes() == (made / file).read_bytes(), file
 
 
-def test_large_tensors_go_in_pieces(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_buffer_size_changes_no_byte(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(made, tmp_path / "whole")
-    monkeypatch.setattr(readahead, "PIECE", 1_000)
-    monkeypatch.setattr(module, "SETTLE", 7_000)
+    monkeypatch.setattr(readahead, "BLOCK", 1_000)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 7_000)
     export(made, tmp_path / "pieces")
     assert content(tmp_path / "whole") == content(tmp_path / "pieces")
 
@@ -142,66 +117,66 @@ def test_progress_reaches_the_end_of_every_shard(made: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_a_damaged_tensor_is_never_exported(bloom: Path, tmp_path: Path, last: bool) -> None:
+def test_a_damaged_tensor_is_never_exported(made_copy: Path, tmp_path: Path, last: bool) -> None:
     out = tmp_path / "out"
-    for entry in read_header(bloom / BLOCK).tensors.values():
+    for entry in read_header(made_copy / BLOCK).tensors.values():
         position = entry.end - 1 if last else entry.start
-        flip(bloom / BLOCK, position)
+        flip(made_copy / BLOCK, position)
         with pytest.raises(BloomdeskError) as caught:
-            export(bloom, out)
+            export(made_copy, out)
         assert f"{entry.name} has the xxh3-128" in caught.value.message and BLOCK in caught.value.message
         assert "bloomdesk repair" in caught.value.hint
         assert not (out / SHARDS[2]).exists() and not list(out.glob("*.incomplete"))
-        flip(bloom / BLOCK, position)
-    assert export(bloom, out).kept == tuple(SHARDS[:2])
+        flip(made_copy / BLOCK, position)
+    assert export(made_copy, out).kept == tuple(SHARDS[:2])
 
 
 @pytest.mark.parametrize(
     ("file", "position"), [(BLOCK, 0), (BLOCK, 30), ("tokenizer.json", 9), ("config.json", 3)]
 )
-def test_a_damaged_header_or_small_file(bloom: Path, tmp_path: Path, file: str, position: int) -> None:
-    flip(bloom / file, position)
+def test_a_damaged_header_or_small_file(made_copy: Path, tmp_path: Path, file: str, position: int) -> None:
+    flip(made_copy / file, position)
     with pytest.raises(BloomdeskError, match=f"{file} is damaged and was not exported") as caught:
-        export(bloom, tmp_path / "out")
+        export(made_copy, tmp_path / "out")
     assert "bloomdesk repair" in caught.value.hint
 
 
 @pytest.mark.parametrize("file", [BLOCK, "embedding.safetensors", "tokenizer.json"])
-def test_a_missing_or_cut_file_is_told_before_anything_is_written(
-    bloom: Path, tmp_path: Path, file: str
+def test_a_missing_or_cut_file_is_reported_before_anything_is_written(
+    made_copy: Path, tmp_path: Path, file: str
 ) -> None:
-    (bloom / file).write_bytes((bloom / file).read_bytes()[:-1])
+    (made_copy / file).write_bytes((made_copy / file).read_bytes()[:-1])
     for what in ("expected", "missing"):
         with pytest.raises(BloomdeskError, match=f"{file} .*{what}"):
-            export(bloom, tmp_path / "out")
-        (bloom / file).unlink(missing_ok=True)
+            export(made_copy, tmp_path / "out")
+        (made_copy / file).unlink(missing_ok=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_part_that_ends_while_it_is_read(
-    bloom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = module.plan_export(bloom, tmp_path / "out")
-    (bloom / BLOCK).write_bytes((bloom / BLOCK).read_bytes()[:-50_000])
+    plan = module.plan_export(made_copy, tmp_path / "out")
+    (made_copy / BLOCK).write_bytes((made_copy / BLOCK).read_bytes()[:-50_000])
     with pytest.raises(BloomdeskError, match=r"mlp.dense_4h_to_h.*ends .* bytes too early"):
         module.carry_out(plan)
-    (bloom / BLOCK).unlink()
+    (made_copy / BLOCK).unlink()
     with pytest.raises(BloomdeskError, match="cannot be read"):
         module.carry_out(plan)
     assert not (tmp_path / "out" / SHARDS[2]).exists()
 
 
-def test_what_is_not_complete(bloom: Path, tmp_path: Path) -> None:
-    manifest = load_manifest(bloom)
+def test_an_incomplete_directory_is_refused(made_copy: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(made_copy)
     parts = {file: record for file, record in manifest.parts.items() if file != BLOCK}
-    (bloom / "manifest.json").write_text(type(manifest)(manifest.model, manifest.source, parts).to_json())
+    (made_copy / "manifest.json").write_text(type(manifest)(manifest.model, manifest.source, parts).to_json())
     with pytest.raises(BloomdeskError, match="not complete: 3 files"):
-        export(bloom, tmp_path / "out")
+        export(made_copy, tmp_path / "out")
     with pytest.raises(BloomdeskError, match="not a prepared checkpoint"):
         export(tmp_path, tmp_path / "out")
 
 
-def test_too_little_room_is_told_with_figures_before_the_start(
+def test_too_little_space_is_refused_with_the_figures(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
@@ -227,8 +202,7 @@ def test_other_directories_are_refused(made: Path, tmp_path: Path) -> None:
 
 def test_another_checkpoint_of_the_same_shape_is_refused(made: Path, tmp_path: Path) -> None:
     """Its shards have equal names, sizes and headers."""
-    synthetic(tmp_path / "source", **SHAPE, seed=1)
-    convert(tmp_path / "source", tmp_path / "other")
+    convert(make(tmp_path / "source", seed=1), tmp_path / "other")
     export(tmp_path / "other", tmp_path / "out")
     (tmp_path / "out" / SHARDS[0]).unlink()
     before = content(tmp_path / "out")
@@ -256,19 +230,24 @@ def test_running_again_redoes_what_is_unfinished_and_nothing_else(made: Path, tm
 
 
 @pytest.mark.parametrize("full_at", [0, 1, 60_000, 120_000])
-def test_a_full_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int) -> None:
+def test_a_full_disk_leaves_nothing_that_counts(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
+) -> None:
     """In the index, in a shard's header, in its data; and going on once there is room."""
-    out, left, original = tmp_path / "out", full_at, Path.open
+    out, left, original, write = tmp_path / "out", full_at, Path.open, os.write
+
+    def take(data: Any) -> None:
+        nonlocal left
+        if len(data) > left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(data)
 
     class Full:
         def __init__(self, file: BinaryIO) -> None:
             self._file = file
 
         def write(self, data: Any) -> int:
-            nonlocal left
-            if len(data) > left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left -= len(data)
+            take(data)
             return self._file.write(data)
 
         def __getattr__(self, name: str) -> Any:
@@ -285,6 +264,7 @@ def test_a_full_disk(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return Full(file) if set(mode) & set("wx") else file
 
     monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: take(data) or write(descriptor, data))
     with pytest.raises(BloomdeskError, match="the disk is full") as caught:
         export(made, out)
     assert "make room" in caught.value.hint

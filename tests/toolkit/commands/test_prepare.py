@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,16 @@ from runner.format.manifest import load_manifest
 from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import Fault, LocalHub
+from tests.support.bloom_repos import fetched, ranges, sha256
+from tests.support.lossless import content
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.commands.schedule import Schedule
-from toolkit.hub import client as wire
-from toolkit.parts.destination import STAGING
+from toolkit.hub import retry, revision
+from toolkit.parts.destination import STAGING, initialise
+from toolkit.source.shards import HEAD_BYTES
 
 REPO = "me/bloom"
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 6, "vocab_size": 700}
@@ -40,10 +45,6 @@ LAYOUTS = {
 }
 
 
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 @pytest.fixture
 def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`serve(layout)` -> (hub, what an undisturbed download and conversion give)."""
@@ -52,7 +53,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         synthetic(tmp_path / "repo", **{**SHAPE, **shape}, layout=layout)
         hub = hubs.enter_context(LocalHub({REPO: tmp_path / "repo"}))
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(wire, "WAITS", (0.01,) * 5)
+        monkeypatch.setattr(retry, "BACKOFF", (0.01,) * 5)
         download(REPO, tmp_path / "source")
         convert(tmp_path / "source", tmp_path / "expected")
         return hub, content(tmp_path / "expected")
@@ -72,15 +73,38 @@ def test_the_result_is_that_of_download_and_convert(serve, tmp_path: Path, layou
     assert content(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_the_dtype_is_that_of_the_shards(serve, tmp_path: Path, dtype: str) -> None:
-    _, expected = serve(dtype=dtype)
-    prepare(REPO, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("dtype", "layout", "fault"),
+    [
+        ("F16", "bloom", Fault(times=0)),
+        ("F32", "single safetensors", Fault(drop_after=50, times=2)),
+        ("BF16", "safetensors shards", Fault(ignore_range=True, times=1)),
+        ("F16", "single bin", Fault(ignore_range=True, times=1)),
+    ],
+)
+def test_the_dtype_is_read_from_the_first_bytes_of_one_shard(
+    serve, tmp_path: Path, dtype: str, layout: str, fault: Fault
+) -> None:
+    hub, expected = serve(
+        LAYOUTS[layout], dtype={"F16": "float16", "F32": "float32", "BF16": "bfloat16"}[dtype]
+    )
+    shard = min(
+        path.name for path in (tmp_path / "repo").iterdir() if path.suffix in (".bin", ".safetensors")
+    )
+    hub.fail(shard, fault)
+    hub.requests.clear()
+    plan = plan_preparation(REPO, tmp_path / "out")
+    assert plan.manifest.model.dtype == dtype and not (tmp_path / "out").exists()
+    nbytes = min(HEAD_BYTES, (tmp_path / "repo" / shard).stat().st_size)
+    assert {each.rpartition("-")[2] for each in ranges(hub, shard)} == {str(nbytes - 1)}
+    assert len(ranges(hub, shard)) == 1 + (fault.drop_after is not None) * 2
+    assert fetched(hub).isdisjoint(set(plan.schedule.shards) - {shard})
+    carry_out(plan)
     assert content(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize("layout", ["bloom", "cut blocks", "single bin"])
-def test_the_disk_holds_no_more_than_was_said(serve, tmp_path: Path, layout: str) -> None:
+def test_the_disk_holds_no_more_than_was_planned(serve, tmp_path: Path, layout: str) -> None:
     serve(LAYOUTS[layout])
     plan = plan_preparation(REPO, tmp_path / "out")
     shards = sorted(plan.schedule.shard_sizes[name] for name in plan.schedule.shards)
@@ -167,6 +191,42 @@ def test_a_corrupt_shard_never_counts(serve, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == expected
 
 
+def test_the_dtype_of_parts_or_pins_needs_no_request(
+    serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, expected = serve(dtype="float16")
+    prepare(REPO, tmp_path / "out")
+    (tmp_path / "out" / "block_01.safetensors").unlink()
+    files = {
+        path.name: (path.stat().st_size, sha256(path.read_bytes())) for path in (tmp_path / "repo").iterdir()
+    }
+    body = {"commit": load_manifest(tmp_path / "out").source.commit, "dtype": "F16", "files": files}
+    (tmp_path / "pins.json").write_text(json.dumps(body))
+    hub.requests.clear()
+    assert plan_preparation(REPO, tmp_path / "out").manifest.model.dtype == "F16"
+    with monkeypatch.context() as pinned:
+        pinned.setattr(revision, "PINS", tmp_path)
+        pinned.setattr(revision, "PINNED", {REPO: "pins.json"})
+        assert plan_preparation(REPO, tmp_path / "other").manifest.model.dtype == "F16"
+    assert not [name for name in fetched(hub) if name.endswith(".bin")]
+    with monkeypatch.context() as offline:
+        offline.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(BloomdeskError, match="offline mode is on"):
+            plan_preparation(REPO, tmp_path / "other")
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
+def test_a_guessed_dtype_without_parts_is_replaced(serve, tmp_path: Path) -> None:
+    _, expected = serve(dtype="float16")
+    plan = plan_preparation(REPO, tmp_path / "out")
+    guessed = replace(plan.manifest, model=replace(plan.manifest.model, dtype="BF16"))
+    (tmp_path / "out").mkdir()
+    initialise(tmp_path / "out", guessed, plan.companions)
+    prepare(REPO, tmp_path / "out")
+    assert content(tmp_path / "out") == expected
+
+
 def test_another_repo_or_commit_is_refused(serve, tmp_path: Path) -> None:
     hub, _ = serve()
     prepare(REPO, tmp_path / "out")
@@ -174,13 +234,13 @@ def test_another_repo_or_commit_is_refused(serve, tmp_path: Path) -> None:
     (tmp_path / "repo" / "README.md").write_text("another commit")
     with LocalHub({REPO: tmp_path / "repo", "me/other": tmp_path / "repo"}) as hub:
         os.environ["HF_ENDPOINT"] = hub.endpoint
-        with pytest.raises(BloomdeskError, match="was begun from another source"):
+        with pytest.raises(BloomdeskError, match="was started from another source"):
             plan_preparation(REPO, tmp_path / "out", "main")
-        with pytest.raises(BloomdeskError, match="was begun from another source"):
+        with pytest.raises(BloomdeskError, match="was started from another source"):
             plan_preparation("me/other", tmp_path / "out")
 
 
-def test_a_second_process_is_told_so_and_leaves(serve, tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(serve, tmp_path: Path) -> None:
     serve()
     plan = plan_preparation(REPO, tmp_path / "out")
     (tmp_path / "out").mkdir()
@@ -201,7 +261,7 @@ def test_a_directory_of_another_format_version_is_refused(serve, tmp_path: Path)
         plan_preparation(REPO, tmp_path / "out")
 
 
-def test_killed_at_random_it_goes_on(serve, tmp_path: Path) -> None:
+def test_kills_at_random_are_resumed(serve, tmp_path: Path) -> None:
     """SIGKILL at random moments, with drops on the line, until it is through: byte for byte the undisturbed result."""
     hub, expected = serve()
     for name in plan_preparation(REPO, tmp_path / "out").schedule.shards[::2]:
@@ -243,7 +303,7 @@ def _state(directory: Path) -> set[tuple[str, int]]:
     return found
 
 
-def test_interrupted_it_says_so_and_keeps_what_is_there(serve, tmp_path: Path) -> None:
+def test_an_interrupt_ends_quickly_and_keeps_what_arrived(serve, tmp_path: Path) -> None:
     hub, expected = serve()
     hub.fail("pytorch_model_00005-of-00008.bin", Fault(stall=5.0, drop_after=10_000, times=1))
     command = [

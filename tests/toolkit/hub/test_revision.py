@@ -14,8 +14,9 @@ import pytest
 from runner.errors import BloomdeskError
 from scripts.fakehub.server import Fault, LocalHub, Repo
 from tests.support.bloom_repos import BIN_INDEX, NEEDED, SMALL, add_safetensors, write_bin_repo, write_index
-from toolkit.hub import client as wire
+from toolkit.hub import retry
 from toolkit.hub import revision as hub
+from toolkit.source.index import parse_index
 
 PINNED_COMMIT = "2a3d62e072b65c210f519263339144a9428db0f4"
 SHARED = Path(__file__).parents[4] / "shared" / "hub"
@@ -38,7 +39,7 @@ def surroundings(tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(wire, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "BACKOFF", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_the_pins_are_the_reference_data():
 def test_the_pinned_shards_are_those_of_the_real_index():
     index = (SHARED / "bigscience-bloom-2a3d62e" / BIN_INDEX).read_bytes()
     pinned = [file.path for file in hub.pinned("bigscience/bloom").files if file.path.endswith(".bin")]
-    assert hub.shard_names(index, ".bin", "the index") == pinned
+    assert sorted(set(parse_index(index, ".bin", "the index").values())) == pinned
 
 
 @pytest.mark.parametrize("revision", [None, PINNED_COMMIT, PINNED_COMMIT.upper()])
@@ -219,8 +220,8 @@ def test_a_repository_without_a_required_file_is_refused(serve, repo, name):
 )
 def test_an_index_that_reaches_elsewhere_is_refused(tmp_path, name):
     write_index(tmp_path / "index", ["good.bin", name])
-    with pytest.raises(BloomdeskError, match=r"only \*\.bin files beside it"):
-        hub.shard_names((tmp_path / "index").read_bytes(), ".bin", "the index")
+    with pytest.raises(BloomdeskError, match=r"not the name of a shard beside it, which ends in \.bin"):
+        parse_index((tmp_path / "index").read_bytes(), ".bin", "the index")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_an_index_that_reaches_elsewhere_is_refused(tmp_path, name):
 )
 def test_a_damaged_index_is_refused(text):
     with pytest.raises(BloomdeskError, match="the index"):
-        hub.shard_names(text.encode("latin-1"), ".bin", "the index")
+        parse_index(text.encode("latin-1"), ".bin", "the index")
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "../x", "a--b", "someone/", "-a", "x\n"])
@@ -302,13 +303,13 @@ def test_a_hub_that_stays_weak_is_an_error(serve, repo):
     with pytest.raises(BloomdeskError, match="answered 503") as caught:
         hub.resolve(NAME)
     assert "goes on where" in caught.value.hint
-    assert len(local.requests) == 1 + len(wire.WAITS)
+    assert len(local.requests) == 1 + len(retry.BACKOFF)
 
 
 @pytest.mark.parametrize("header", [{"Retry-After": "7"}, {"ratelimit": '"api";r=0;t=7'}])
 def test_a_hub_that_asks_for_a_pause_gets_it(serve, repo, monkeypatch, header):
     pauses = []
-    monkeypatch.setattr(wire.time, "sleep", pauses.append)
+    monkeypatch.setattr(retry.time, "sleep", pauses.append)
     local = serve({NAME: repo})
     local.fail(f"/api/models/{NAME}/revision/main", Fault(status=429, headers=header, times=1))
     hub.resolve(NAME)
@@ -374,9 +375,9 @@ def test_something_that_is_no_hub(tmp_path, monkeypatch, body):
 @pytest.mark.parametrize(
     ("link", "expected"),
     [
-        ("http://127.0.0.1:port/next", "to an address that is none"),
-        ("http://127.0.0.1:99999/next", "to an address that is none"),
-        ("//[bad/next", "files to another host|to an address that is none"),
+        ("http://127.0.0.1:port/next", "to an invalid address"),
+        ("http://127.0.0.1:99999/next", "to an invalid address"),
+        ("//[bad/next", "files to another host|to an invalid address"),
         ("http://localhost:1/next", "files to another host"),
         ("?recursive=true&expand=false", "without an end"),
     ],

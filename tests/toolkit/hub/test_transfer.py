@@ -19,7 +19,7 @@ from tests.support.bloom_repos import (
     sha256,
 )
 from toolkit.commands.download import download
-from toolkit.hub import client as wire
+from toolkit.hub import retry, transfer
 from toolkit.hub import revision as hub
 from toolkit.hub.record import RECORD, load_record
 
@@ -123,7 +123,7 @@ def test_a_server_that_ignores_ranges_and_always_drops_is_given_up(local, target
     local.fail(VICTIM, Fault(drop_after=1000, ignore_range=True))
     with pytest.raises(BloomdeskError):
         download(NAME, target)
-    assert len(ranges(local, VICTIM)) == 1 + len(wire.WAITS)
+    assert len(ranges(local, VICTIM)) == 1 + len(retry.BACKOFF)
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
@@ -199,9 +199,31 @@ def test_an_address_that_is_none_is_a_clear_error(local, target, monkeypatch, pl
     monkeypatch.setattr("toolkit.hub.ranges.SMALLEST", 4096)
     monkeypatch.setattr("toolkit.hub.ranges.LARGEST", 16_384)
     local.fail(VICTIM, Fault(method="HEAD", location=place))
-    with pytest.raises(
-        BloomdeskError, match=f"sends {VICTIM} of {NAME} to an address that is none"
-    ) as caught:
+    with pytest.raises(BloomdeskError, match=f"sends {VICTIM} of {NAME} to an invalid address") as caught:
         download(NAME, target, connections=connections)
     assert "HF_ENDPOINT" in caught.value.hint
     assert len(local.asked("HEAD", VICTIM)) == 1
+
+
+@pytest.mark.parametrize("fault", [Fault(), Fault(drop_after=100), Fault(ignore_range=True)])
+@pytest.mark.parametrize(("start", "nbytes"), [(0, 8), (0, 5000), (1234, 4000), (7, 0)])
+def test_a_range_of_a_file_has_its_bytes(local, repo, fault, start, nbytes):
+    local.fail(VICTIM, fault)
+    revision = hub.resolve(NAME)
+    found = transfer.read_range(revision, revision.find(VICTIM), start, nbytes)
+    assert found == (repo / VICTIM).read_bytes()[start : start + nbytes]
+
+
+def test_a_range_beyond_the_end_of_a_file_is_refused(local):
+    revision = hub.resolve(NAME)
+    file = revision.find(VICTIM)
+    with pytest.raises(BloomdeskError, match=f"has {file.size:,} bytes"):
+        transfer.read_range(revision, file, file.size - 1, 2)
+    assert not local.asked("GET", VICTIM)
+
+
+def test_a_range_of_a_file_of_another_size_is_refused(local):
+    local.fail(VICTIM, Fault(size=SHARD + 1000))
+    revision = hub.resolve(NAME)
+    with pytest.raises(BloomdeskError, match=f"asked for bytes of {SHARD:,}"):
+        transfer.read_range(revision, revision.find(VICTIM), 0, 8)

@@ -236,25 +236,25 @@ def test_other_dtypes_are_refused_before_anything_is_written(
 def test_a_directory_has_one_form(coded: tuple[Path, Path], coded_copy: Path, tmp_path: Path) -> None:
     source, _ = coded
     before = content(coded_copy)
-    with pytest.raises(BloomdeskError, match="begun with --lossless") as caught:
+    with pytest.raises(BloomdeskError, match="started with --lossless") as caught:
         convert(source, coded_copy)
     assert "add --lossless" in caught.value.hint
     assert content(coded_copy) == before
     convert(source, tmp_path / "plain")
-    with pytest.raises(BloomdeskError, match="begun without --lossless") as caught:
+    with pytest.raises(BloomdeskError, match="started without --lossless") as caught:
         convert(source, tmp_path / "plain", form=LOSSLESS)
     assert "leave out --lossless" in caught.value.hint
 
 
-@pytest.mark.parametrize(("begun", "then"), [(PLAIN, LOSSLESS), (LOSSLESS, PLAIN)])
+@pytest.mark.parametrize(("first", "then"), [(PLAIN, LOSSLESS), (LOSSLESS, PLAIN)])
 def test_a_directory_without_parts_takes_either_form(
-    coded: tuple[Path, Path], tmp_path: Path, begun: str, then: str
+    coded: tuple[Path, Path], tmp_path: Path, first: str, then: str
 ) -> None:
     """An attempt that came to nothing binds nobody."""
     out = tmp_path / "out"
     out.mkdir()
     model = load_manifest(coded[1]).model
-    (out / "manifest.json").write_text(Manifest(model, load_manifest(coded[1]).source, form=begun).to_json())
+    (out / "manifest.json").write_text(Manifest(model, load_manifest(coded[1]).source, form=first).to_json())
     convert(coded[0], out, form=then)
     assert load_manifest(out).form == then and verify(out).sound
 
@@ -306,7 +306,7 @@ def test_the_commands(coded: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = coded[0], tmp_path / "out"
     done = run("convert", source, out, "--lossless")
     assert done.returncode == 0 and "5 parts written" in done.stdout, done
-    assert "begun with --lossless" in refused("convert", source, out)
+    assert "started with --lossless" in refused("convert", source, out)
     shown = run("info", out).stdout
     assert "lossless, 0." in shown and "that plain weights take" in shown
     flip(out / BLOCK, 9000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,6 @@ from toolkit.commands.verify import verify
 from toolkit.parts.manifest_backup import find_manifest, recover_manifest, write_backup
 
 BLOCK = "block_01.safetensors"
-
-
-@pytest.fixture
-def prepared(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "prepared"))
 
 
 def edited(text: str) -> str:
@@ -46,47 +40,47 @@ HARMS: dict[str, Harm] = {
 }
 
 
-def make_incomplete(prepared: Path) -> None:
-    manifest = load_manifest(prepared)
+def make_incomplete(made_copy: Path) -> None:
+    manifest = load_manifest(made_copy)
     parts = {file: record for file, record in manifest.parts.items() if file != BLOCK}
-    (prepared / MANIFEST).write_text(replace(manifest, parts=parts).to_json())
+    (made_copy / MANIFEST).write_text(replace(manifest, parts=parts).to_json())
 
 
-def test_it_is_the_manifest_byte_for_byte(prepared: Path) -> None:
-    assert (prepared / MANIFEST_BACKUP).read_bytes() == (prepared / MANIFEST).read_bytes()
-    assert load_manifest(prepared, MANIFEST_BACKUP) == load_manifest(prepared)
+def test_the_backup_is_the_manifest_byte_for_byte(made_copy: Path) -> None:
+    assert (made_copy / MANIFEST_BACKUP).read_bytes() == (made_copy / MANIFEST).read_bytes()
+    assert load_manifest(made_copy, MANIFEST_BACKUP) == load_manifest(made_copy)
 
 
-def test_only_a_complete_directory_gets_one(prepared: Path) -> None:
-    (prepared / MANIFEST_BACKUP).unlink()
-    make_incomplete(prepared)
-    write_backup(prepared, load_manifest(prepared))
-    assert not (prepared / MANIFEST_BACKUP).exists()
+def test_only_a_complete_directory_gets_a_backup(made_copy: Path) -> None:
+    (made_copy / MANIFEST_BACKUP).unlink()
+    make_incomplete(made_copy)
+    write_backup(made_copy, load_manifest(made_copy))
+    assert not (made_copy / MANIFEST_BACKUP).exists()
 
 
-def test_it_is_not_written_again_where_it_is_right(prepared: Path) -> None:
-    before = (prepared / MANIFEST_BACKUP).stat()
-    write_backup(prepared, load_manifest(prepared))
-    after = (prepared / MANIFEST_BACKUP).stat()
+def test_a_right_backup_is_not_written_again(made_copy: Path) -> None:
+    before = (made_copy / MANIFEST_BACKUP).stat()
+    write_backup(made_copy, load_manifest(made_copy))
+    after = (made_copy / MANIFEST_BACKUP).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
 @pytest.mark.parametrize("quick", [True, False])
-def test_a_bad_backup_is_its_own_damage(prepared: Path, harm: Harm, quick: bool) -> None:
-    harm(prepared / MANIFEST_BACKUP)
-    report = verify(prepared, quick=quick)
+def test_a_bad_backup_is_its_own_damage(made_copy: Path, harm: Harm, quick: bool) -> None:
+    harm(made_copy / MANIFEST_BACKUP)
+    report = verify(made_copy, quick=quick)
     assert [(item.file, item.tensor) for item in report.damage] == [(MANIFEST_BACKUP, None)]
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_with_a_sound_backup_a_bad_manifest_is_damage_and_the_check_goes_on(
-    prepared: Path, harm: Harm
+def test_with_a_sound_backup_a_bad_manifest_is_damage_and_the_rest_is_checked(
+    made_copy: Path, harm: Harm
 ) -> None:
-    everything = verify(prepared).bytes_read
-    harm(prepared / MANIFEST)
-    (prepared / BLOCK).write_bytes((prepared / BLOCK).read_bytes()[:-1] + b"?")
-    report = verify(prepared)
+    everything = verify(made_copy).bytes_read
+    harm(made_copy / MANIFEST)
+    (made_copy / BLOCK).write_bytes((made_copy / BLOCK).read_bytes()[:-1] + b"?")
+    report = verify(made_copy)
     assert [(item.file, item.tensor) for item in report.damage] == [
         (MANIFEST, None),
         (BLOCK, "mlp.dense_4h_to_h.bias"),
@@ -95,49 +89,49 @@ def test_with_a_sound_backup_a_bad_manifest_is_damage_and_the_check_goes_on(
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_without_either_nothing_can_be_checked(prepared: Path, harm: Harm) -> None:
-    harm(prepared / MANIFEST)
-    harm(prepared / MANIFEST_BACKUP)
+def test_without_either_nothing_can_be_checked(made_copy: Path, harm: Harm) -> None:
+    harm(made_copy / MANIFEST)
+    harm(made_copy / MANIFEST_BACKUP)
     for check in (verify, find_manifest, recover_manifest):
-        with pytest.raises(BloomdeskError, match=rf"{MANIFEST}|{prepared.name} is not a prepared"):
-            check(prepared)
+        with pytest.raises(BloomdeskError, match=rf"{MANIFEST}|{made_copy.name} is not a prepared"):
+            check(made_copy)
 
 
-def test_an_incomplete_directory_has_none_and_that_is_no_damage(prepared: Path) -> None:
-    make_incomplete(prepared)
-    (prepared / MANIFEST_BACKUP).unlink()
-    report = verify(prepared, quick=True)
+def test_an_incomplete_directory_without_a_backup_is_no_damage(made_copy: Path) -> None:
+    make_incomplete(made_copy)
+    (made_copy / MANIFEST_BACKUP).unlink()
+    report = verify(made_copy, quick=True)
     assert [item.file for item in report.damage] == [BLOCK]
-    assert find_manifest(prepared).wrong == {}
+    assert find_manifest(made_copy) == (load_manifest(made_copy), {})
 
 
 @pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
 @pytest.mark.parametrize("file", [MANIFEST, MANIFEST_BACKUP])
-def test_recovery_makes_both_right(prepared: Path, file: str, harm: Harm) -> None:
-    original = (prepared / MANIFEST).read_bytes()
-    harm(prepared / file)
-    if (prepared / file).is_dir():  # that is not ours to delete
+def test_recovery_makes_both_right(made_copy: Path, file: str, harm: Harm) -> None:
+    original = (made_copy / MANIFEST).read_bytes()
+    harm(made_copy / file)
+    if (made_copy / file).is_dir():  # that is not ours to delete
         with pytest.raises(BloomdeskError, match="cannot be written"):
-            recover_manifest(prepared)
+            recover_manifest(made_copy)
         return
-    manifest = recover_manifest(prepared)
+    manifest = recover_manifest(made_copy)
     assert manifest.to_json().encode() == original
-    assert (prepared / MANIFEST).read_bytes() == (prepared / MANIFEST_BACKUP).read_bytes() == original
-    assert verify(prepared).sound
+    assert (made_copy / MANIFEST).read_bytes() == (made_copy / MANIFEST_BACKUP).read_bytes() == original
+    assert verify(made_copy).sound
 
 
-def test_recovery_leaves_an_incomplete_directory_as_it_is(prepared: Path) -> None:
-    make_incomplete(prepared)
-    (prepared / MANIFEST_BACKUP).unlink()
-    before = sorted(path.name for path in prepared.iterdir())
-    assert recover_manifest(prepared).missing == (BLOCK,)
-    assert sorted(path.name for path in prepared.iterdir()) == before
+def test_recovery_leaves_an_incomplete_directory_as_it_is(made_copy: Path) -> None:
+    make_incomplete(made_copy)
+    (made_copy / MANIFEST_BACKUP).unlink()
+    before = sorted(path.name for path in made_copy.iterdir())
+    assert recover_manifest(made_copy).missing == (BLOCK,)
+    assert sorted(path.name for path in made_copy.iterdir()) == before
 
 
-def test_a_manifest_in_another_layout_is_put_right_with_its_backup(prepared: Path) -> None:
+def test_a_manifest_in_another_layout_is_put_right_with_its_backup(made_copy: Path) -> None:
     """The same content with other spaces is sound, and the backup is not its copy."""
-    original = (prepared / MANIFEST).read_bytes()
-    (prepared / MANIFEST).write_text(json.dumps(json.loads(original)))
-    assert [item.file for item in verify(prepared, quick=True).damage] == [MANIFEST_BACKUP]
-    recover_manifest(prepared)
-    assert (prepared / MANIFEST).read_bytes() == (prepared / MANIFEST_BACKUP).read_bytes() == original
+    original = (made_copy / MANIFEST).read_bytes()
+    (made_copy / MANIFEST).write_text(json.dumps(json.loads(original)))
+    assert [item.file for item in verify(made_copy, quick=True).damage] == [MANIFEST_BACKUP]
+    recover_manifest(made_copy)
+    assert (made_copy / MANIFEST).read_bytes() == (made_copy / MANIFEST_BACKUP).read_bytes() == original

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.generation.speculation.ngram import LONGEST, Lookup
+from runner.generation.speculation.ngram import LONGEST, NgramIndex
+
+
+def indexed(ids: list[int]) -> NgramIndex:
+    index = NgramIndex()
+    index.extend(ids)
+    return index
 
 
 def searched(ids: list[int]) -> tuple[int, int | None]:
@@ -26,12 +32,12 @@ def searched(ids: list[int]) -> tuple[int, int | None]:
 
 @given(st.lists(st.integers(0, 3) | st.integers(0, 50), max_size=60), st.integers(0, 20))
 def test_the_latest_place_of_the_longest_suffix(ids: list[int], count: int) -> None:
-    lookup = Lookup(ids[: len(ids) // 2])
+    index = indexed(ids[: len(ids) // 2])
     for token in ids[len(ids) // 2 :]:
-        lookup.append(token)
+        index.extend([token])
     length, place = searched(ids)
-    assert (lookup.match_length, lookup.place) == (length, place)
-    proposed = lookup.propose(count)
+    assert (index.match_length, index.place) == (length, place)
+    proposed = index.propose(count)
     if place is None:
         assert proposed == []
         return
@@ -43,36 +49,36 @@ def test_the_latest_place_of_the_longest_suffix(ids: list[int], count: int) -> N
     assert len(proposed) == count
 
 
-def test_a_loop_is_gone_on_with() -> None:
-    assert Lookup([9, 1, 2, 3, 1, 2, 3, 1, 2]).propose(7) == [3, 1, 2, 3, 1, 2, 3]
-    assert Lookup([5, 5, 5]).propose(3) == [5, 5, 5]
+def test_a_loop_continues() -> None:
+    assert indexed([9, 1, 2, 3, 1, 2, 3, 1, 2]).propose(7) == [3, 1, 2, 3, 1, 2, 3]
+    assert indexed([5, 5, 5]).propose(3) == [5, 5, 5]
 
 
 def test_a_replaced_word_does_not_end_a_repetition() -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8]
-    lookup = Lookup([*text, 1, 2, 3])
-    assert (lookup.match_length, lookup.propose(3)) == (3, [4, 5, 6])
+    index = indexed([*text, 1, 2, 3])
+    assert (index.match_length, index.propose(3)) == (3, [4, 5, 6])
     for new in (40, 50):
-        lookup.append(new)
-    assert (lookup.match_length, lookup.propose(3)) == (0, [6, 7, 8])
-    lookup.append(6)
-    assert (lookup.match_length, lookup.propose(2)) == (1, [7, 8])
+        index.extend([new])
+    assert (index.match_length, index.propose(3)) == (0, [6, 7, 8])
+    index.extend([6])
+    assert (index.match_length, index.propose(2)) == (1, [7, 8])
 
 
 @pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 4]])
-def test_nothing_is_proposed_where_nothing_comes_again(ids: list[int]) -> None:
-    lookup = Lookup(ids)
-    assert lookup.match_length == 0
-    assert lookup.propose(4) == []
+def test_nothing_is_proposed_if_nothing_repeats(ids: list[int]) -> None:
+    index = indexed(ids)
+    assert index.match_length == 0
+    assert index.propose(4) == []
 
 
-def test_a_long_text_costs_no_more_a_token() -> None:
+def test_a_token_of_a_long_text_costs_no_more() -> None:
     """Loops are the worst case of a search."""
 
     def seconds(count: int) -> float:
         began = time.thread_time()
-        lookup = Lookup([7, 8] * (count // 2))
-        assert lookup.match_length == LONGEST
+        index = indexed([7, 8] * (count // 2))
+        assert index.match_length == LONGEST
         return time.thread_time() - began
 
     assert seconds(40_000) < 40 * seconds(4_000) + 0.1

@@ -1,0 +1,48 @@
+"""The status line of long work: how much is done, how fast, and, once that says something, the time left."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from toolkit.cli import progress
+from toolkit.cli.progress import WorkProgress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "done", "text"),
+    [
+        (0.5, 4_000, "converting: 4 kB of 400 GB (0%), block_00, 8 kB/s\n"),
+        (3.0, 1_000_000, "converting: 1 MB of 400 GB (0%), block_00, 333 kB/s\n"),
+        (3.0, 6 * 10**9, "converting: 6 GB of 400 GB (2%), block_00, 2 GB/s, 3 min 17 s left\n"),
+        (60.0, 10**9, "converting: 1 GB of 400 GB (0%), block_00, 16.7 MB/s, 6 h 39 min left\n"),
+        (60.0, 0, "converting: 0 bytes of 400 GB (0%), block_00, 0 bytes/s\n"),
+    ],
+)
+def test_the_time_left_is_said_once_it_is_known(
+    seconds: float, done: int, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    notes = io.StringIO()
+    with WorkProgress("converting", 400 * 10**9, notes) as work:
+        clock[0] += seconds
+        work("block_00", done, 10**10)
+    assert notes.getvalue() == text
+
+
+def test_elsewhere_than_on_a_terminal_lines_are_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    notes = io.StringIO()
+    work = WorkProgress("verifying", 1000, notes)
+    for file in ("a", "b"):
+        for done in range(0, 501, 50):
+            clock[0] += 1.0
+            work(file, done, 500)
+    assert [line.split(",")[0] for line in notes.getvalue().splitlines()] == [
+        "verifying: 450 bytes of 1 kB (45%)",
+        "verifying: 900 bytes of 1 kB (90%)",
+    ]
