@@ -183,13 +183,13 @@ class Bench:
             for drive in DRIVES:
                 share = share_for(drive, [row for row in measured if row["ram"] == ram])
                 # At a drive that takes no time, the limit is what computing, and decoding, take.
-                streamed, compute = found.shares.streamed_bytes / drive, found.limit_seconds
+                streamed, compute = found.memory_plan.streamed_bytes / drive, found.limit_seconds
                 rows.append(
                     {
                         "ram": ram,
                         "drive": drive,
-                        "streamed_bytes": found.shares.streamed_bytes,
-                        "resident_bytes": found.shares.resident_bytes,
+                        "streamed_bytes": found.memory_plan.streamed_bytes,
+                        "resident_bytes": found.memory_plan.resident_bytes,
                         "disk_seconds": streamed,
                         "compute_seconds": compute,
                         "share": share,
