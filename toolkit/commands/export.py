@@ -30,14 +30,13 @@ from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
 from toolkit.hub.partial_file import settle
-from toolkit.io.disk import disk_errors
+from toolkit.io.disk import disk_errors, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts.destination import (
     LARGEST_COMPANION,
     other_files,
     put_file,
     require_free_space,
-    sole_writer_of,
 )
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
