@@ -1,4 +1,4 @@
-"""Runs prepared BLOOM checkpoints. `import runner` is light: torch comes in with `load`."""
+"""Runs prepared BLOOM checkpoints. `import runner` is light: `load` imports torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def load(directory: str | Path, ram: int | None = None) -> Model:
-    """Open a prepared checkpoint; instant at any size, since nothing of the weights is read yet.
+    """The model in a prepared directory; it opens instantly at any size, since no matrix is read yet.
 
-    `ram` bounds the bytes of RAM that it takes, all that the process holds included; by default that is most of what
-    the machine, or its control group, can spare.
+    `ram` limits the bytes of RAM of the whole process; by default that is most of what the machine, or its control
+    group, can spare.
 
     The model's `generate(prompt_or_ids, max_new_tokens=...)` yields token ids; `generate_all(prompts)` continues many
     at a time, and yields each as soon as it is done.
-    Raises `BloomdeskError` where the directory is no sound prepared checkpoint.
+    Raises `BloomdeskError` if the directory is not a sound prepared checkpoint.
     """
     from runner.generation.model import Model
 

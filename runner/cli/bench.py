@@ -61,7 +61,8 @@ def _rows(found: Bench) -> Iterator[Row]:
     yield Row("limit", f"{duration(limit)} a token", {"limit_seconds": limit})
     yield rates_row(found.rates)
     yield Row("each token", ", ".join(map(duration, run.pass_seconds)), asdict(run))
-    yield Row("prompt", f"{duration(run.prompt_seconds)} for {run.prompt_tokens} tokens, everything cold")
+    prompt = f"{duration(run.prompt_seconds)} for {run.prompt_tokens} tokens"
+    yield Row("prompt", f"{prompt}, while nothing is in the page cache")
     counted = "not counted by this system"
     if run.bytes_read_per_token is not None:
         counted = f"{size(run.bytes_read_per_token)} by the system's count"

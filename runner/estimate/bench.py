@@ -112,7 +112,7 @@ def run(directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_pa
         bytes_read_per_token=None if read is None or now is None else (now - read) / tokens,
         streamed_bytes_per_pass=(traffic.bytes_streamed - streamed) / tokens,
         waiting_seconds=traffic.waiting_seconds - waited,
-        stream_rate=traffic.bytes_fetched / traffic.reading_seconds if traffic.reading_seconds else None,
+        stream_rate=traffic.bytes_read / traffic.reading_seconds if traffic.reading_seconds else None,
         peak_bytes=memory.peak_memory(),
     )
 

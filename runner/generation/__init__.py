@@ -1,4 +1,4 @@
-"""From prompts to tokens: the public `Model`, who shares a pass, how the RAM is planned, what is proposed.
+"""From prompts to tokens: the public `Model`, the sequences that share a pass, the memory plan, draft tokens.
 
 Words. *sequence*: a prompt and the tokens that follow. *batch*: the sequences that share a pass. *memory plan*: how the
 RAM is divided. *capacity*: how many sequences and rows the memory plan has room for. *committed*: positions of a cache

@@ -73,6 +73,7 @@ class MemoryRequest:
 
     @property
     def fits(self) -> bool:
+        """Whether the RAM is enough."""
         return self.spare >= self.least_weights
 
 

@@ -39,11 +39,6 @@ class BlockCache:
         self.keys[:, start:end] = keys
         self.values[:, :, start:end] = values.transpose(1, 2)
 
-    def clear(self, first: int, last: int) -> None:
-        """Set positions `first` to `last` to zeros."""
-        self.keys[:, first:last] = 0
-        self.values[:, :, first:last] = 0
-
     def scores(self, queries: torch.Tensor, length: int) -> torch.Tensor:
         """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
@@ -86,7 +81,8 @@ class KVCache:
     def clear(self, first: int, last: int) -> None:
         """Set positions `first` to `last` of all blocks to zeros."""
         for block in self.blocks:
-            block.clear(first, last)
+            block.keys[:, first:last] = 0
+            block.values[:, :, first:last] = 0
 
     @staticmethod
     def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:

@@ -25,19 +25,19 @@ from runner.cli.report import print_lines, print_rows
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions
-from runner.units import size
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
+    fetched,
     info_rows,
     intention,
-    received,
     verify_lines,
     written,
 )
 
 if TYPE_CHECKING:
+    from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.verify import VerifyReport
 
 app = typer.Typer(
@@ -109,13 +109,10 @@ def download(
     if dry_run:
         print_lines(download_lines(plan))
         return 0 if plan.fits else 1
-    start = time.monotonic()
-    with _progress("downloading", plan.work) as progress:
+    with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
-    print(
-        f"{done.revision} is in {directory}: {len(done.fetched)} files fetched, {len(done.kept)} kept, every one "
-        f"checked against its hash ({received(done.received, done.resumed, time.monotonic() - start)})"
-    )
+    files = f"{len(done.fetched)} files fetched, {len(done.kept)} kept, each checked against its hash"
+    print(f"{done.revision} is in {directory}: {files} ({fetched(done)})")
     return 0
 
 
@@ -128,19 +125,12 @@ def prepare(
     lossless: Lossless = False,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
-    from toolkit.commands.build import carry_out
     from toolkit.commands.prepare import plan_preparation
 
-    plan = plan_preparation(repo, destination, revision, _form(lossless), connections)
-    print(
-        f"{repo} at {plan.manifest.source.commit[:12]} into {destination}: {intention(plan)}", file=sys.stderr
-    )
-    with _progress("preparing", plan.work) as progress:
-        done = carry_out(plan, progress)
-    print(
-        f"{destination} is complete: {len(done.written)} parts written ({size(done.bytes_written)}), "
-        f"{len(done.kept)} kept; shards: {received(done.received, done.resumed, done.seconds)}"
-    )
+    plan = plan_preparation(repo, destination, revision, LOSSLESS if lossless else PLAIN, connections)
+    what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
+    print(f"{what}: {intention(plan)}", file=sys.stderr)
+    print(f"{destination} is complete: {written('parts', _built('preparing', plan))}")
 
 
 @app.command()
@@ -153,15 +143,12 @@ def convert(
     lossless: Lossless = False,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
-    from toolkit.commands.build import carry_out
     from toolkit.commands.convert import plan_conversion
 
-    plan = plan_conversion(source, destination, delete_source=delete_source, form=_form(lossless))
-    with _progress("converting", plan.work) as progress:
-        done = carry_out(plan, progress)
-    parts = written("parts", len(done.written), len(done.kept), done.bytes_written, done.seconds)
-    deleted = f"; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else ""
-    print(f"{destination} is complete: {parts}{deleted}")
+    plan = plan_conversion(
+        source, destination, delete_source=delete_source, form=LOSSLESS if lossless else PLAIN
+    )
+    print(f"{destination} is complete: {written('parts', _built('converting', plan))}")
 
 
 @app.command()
@@ -193,7 +180,6 @@ def repair(
     connections: Connections = DEFAULT_CONNECTIONS,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
-    from toolkit.commands.build import carry_out
     from toolkit.commands.repair import forget, plan_repair
 
     start = time.monotonic()
@@ -203,8 +189,7 @@ def repair(
         return
     print_lines(damage_lines(report))
     plan = plan_repair(directory, forget(directory, report.damage, source), source, connections)
-    with _progress("repairing", plan.work) as progress:
-        parts = carry_out(plan, progress).written
+    parts = _built("repairing", plan).written
     others = {damage.file for damage in report.damage} - set(parts)
     print(f"{directory} is whole again: {len(parts)} parts and {len(others)} small files made anew")
 
@@ -218,10 +203,9 @@ def export(
     from toolkit.commands.export import carry_out, plan_export
 
     plan = plan_export(directory, destination)
-    with _progress("exporting", plan.bytes_to_write) as progress:
+    with WorkProgress("exporting", plan.bytes_to_write) as progress:
         done = carry_out(plan, progress)
-    shards = written("shards", len(done.written), len(done.kept), done.bytes_written, done.seconds)
-    print(f"{destination} holds the checkpoint: {shards}")
+    print(f"{destination} holds the checkpoint: {written('shards', done)}")
 
 
 @app.command()
@@ -309,19 +293,18 @@ def plan(
     return run_plan(PlanOptions(directory, ram, model, tokens, prompt_tokens, as_json), space_to_prepare)
 
 
-def _form(lossless: bool) -> str:
-    return LOSSLESS if lossless else PLAIN
+def _built(verb: str, plan: BuildPlan) -> Summary:
+    from toolkit.commands.build import carry_out
 
-
-def _progress(verb: str, total: int) -> WorkProgress:
-    return WorkProgress(verb, total, sys.stderr)
+    with WorkProgress(verb, plan.work) as progress:
+        return carry_out(plan, progress)
 
 
 def _check(directory: Path, quick: bool = False, sample: float | None = None) -> VerifyReport:
     from toolkit.commands.verify import carry_out, plan_verify
 
     plan = plan_verify(directory, quick, sample=sample)
-    with _progress("verifying", plan.bytes_to_read) as progress:
+    with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import TextIO
 
 from runner.cli.terminal import StatusLine
@@ -16,23 +17,18 @@ SECONDS_BETWEEN_LINES = 10.0
 EARLY_SECONDS, EARLY_SHARE, LATE_SECONDS = 2.0, 0.01, 10.0
 
 
-class WorkProgress:
+class WorkProgress(AbstractContextManager["WorkProgress"]):
     """A `toolkit.io.progress.Progress` that shows how much of all files is done; several threads may call it."""
 
-    def __init__(self, verb: str, total: int, notes: TextIO) -> None:
-        """`verb` names the work ("converting"), `total` is the bytes of all files."""
+    def __init__(self, verb: str, total: int, notes: TextIO | None = None) -> None:
+        """`verb` names the work ("converting"), `total` is the bytes of all files; by default on standard error."""
         self._verb, self._total = verb, total
         self._done_by_file: dict[str, int] = {}
         self._start = time.monotonic()
         self._lock = threading.Lock()
-        self._line = StatusLine(notes, seconds_between_lines=SECONDS_BETWEEN_LINES)
+        self._line = StatusLine(notes or sys.stderr, seconds_between_lines=SECONDS_BETWEEN_LINES)
 
-    def __enter__(self) -> WorkProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._line.clear()
 
     def __call__(self, file: str, done: int, total: int) -> None:

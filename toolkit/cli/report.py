@@ -10,8 +10,8 @@ from runner.format.coded import PLAIN
 from runner.units import duration, number, percent, rate, size
 
 if TYPE_CHECKING:
-    from toolkit.commands.build import BuildPlan
-    from toolkit.commands.download import DownloadPlan
+    from toolkit.commands.build import BuildPlan, Summary
+    from toolkit.commands.download import DownloadPlan, DownloadSummary
     from toolkit.commands.info import Info
     from toolkit.commands.verify import VerifyReport
 
@@ -25,20 +25,24 @@ _STATES = {
 
 def amount(nbytes: int, seconds: float) -> str:
     """ "4.93 GB in 10 s, 493 MB/s"."""
-    pace = f", {rate(nbytes / seconds)}" if nbytes and seconds else ""
-    return f"{size(nbytes)} in {duration(seconds)}{pace}"
+    return f"{size(nbytes)} in {duration(seconds)}, {rate(nbytes / max(seconds, 1e-9))}"
 
 
-def received(nbytes: int, resumed: int, seconds: float) -> str:
-    """ "352 GB in 8 h 20 min, 11.8 MB/s; 1.2 GB were there already"."""
-    there = f"; {size(resumed)} were there already" if resumed else ""
-    return (amount(nbytes, seconds) if nbytes else "nothing fetched") + there
+def fetched(done: Summary | DownloadSummary) -> str:
+    """ "352 GB fetched, 1.2 GB were there already"."""
+    there = f", {size(done.resumed)} were there already" if done.resumed else ""
+    return f"{size(done.received)} fetched{there}"
 
 
-def written(what: str, files: int, kept: int, nbytes: int, seconds: float) -> str:
-    """ "72 parts written (4.93 GB in 10 s, 493 MB/s), 0 kept"."""
-    took = f" ({amount(nbytes, seconds)})" if files else ""
-    return f"{files} {what} written{took}, {kept} kept"
+def written(what: str, done: Summary) -> str:
+    """ "72 parts written (4.93 GB in 10 s, 493 MB/s), 0 kept; 4.93 GB of the source deleted"."""
+    text = f"{len(done.written)} {what} written"
+    if done.written:
+        text += f" ({amount(done.bytes_written, done.seconds)})"
+    text += f", {len(done.kept)} kept"
+    if done.bytes_deleted:
+        text += f"; {size(done.bytes_deleted)} of the source deleted"
+    return f"{text}; {fetched(done)}" if done.received or done.resumed else text
 
 
 def download_lines(plan: DownloadPlan) -> Iterator[str]:

@@ -23,7 +23,8 @@ from toolkit.io.disk import sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import write_backup
-from toolkit.parts.part import PlannedPart, check_lm_head, check_shape, part_work, plan_part, write_part
+from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
+from toolkit.parts.part_writer import check_lm_head, write_part
 from toolkit.parts.release import Release
 from toolkit.source.key_map import Assignment
 from toolkit.source.shards import SourceTensor

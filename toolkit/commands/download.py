@@ -14,7 +14,6 @@ from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
-from toolkit.hub.digest import hash_file
 from toolkit.hub.failures import offline, offline_error
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
@@ -162,7 +161,7 @@ def read_small_file(revision: Revision, file: HubFile, scratch: Path, directory:
     """
     copy, path = scratch / file.path, directory / file.path
     if not copy.exists():
-        if _size(path) == file.size and not hash_file(path, file, silent).difference():
+        if _size(path) == file.size and file.check(path, silent):
             copy.write_bytes(path.read_bytes())
         else:
             fetch(revision, file, scratch, silent)
@@ -222,11 +221,11 @@ def _check_present(
         if planned.state == "unchecked":
             # Taken first, so that a change while the file is read shows.
             modified = path.stat().st_mtime_ns
-            digest = hash_file(path, file, progress)
-            if digest.difference():
+            sha256 = file.check(path, progress)
+            if sha256 is None:
                 planned = PlannedFile(file, "absent", 0)
             else:
-                record = record.with_file(file.path, digest.sha256, modified)
+                record = record.with_file(file.path, sha256, modified)
         files.append(planned)
     return replace(plan, files=tuple(files)), record
 

@@ -29,9 +29,9 @@ from runner.format.safetensors import encode_header, read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
-from toolkit.hub.partial_file import settle
 from toolkit.io.disk import disk_errors, sole_writer_of
 from toolkit.io.progress import Progress, silent
+from toolkit.io.writer import WriteBehind
 from toolkit.parts.destination import (
     LARGEST_COMPANION,
     other_files,
@@ -46,7 +46,6 @@ from toolkit.source.shards import LARGEST_INDEX
 
 INDEX = "model.safetensors.index.json"
 # Bytes after which a shard is synced to the disk and dropped from the page cache.
-SETTLE = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -196,20 +195,21 @@ def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress
     path, part = plan.destination / shard.file, plan.directory / shard.part.file
     tensors = tuple(shard.tensors.values())
     try:
-        with disk_errors(path), atomic_file(path) as file, PartReader(part, tensors, coders) as reader:
-            file.write(shard.header)
-            done, settled = len(shard.header), 0
+        with (
+            disk_errors(path),
+            atomic_file(path) as file,
+            PartReader(part, tensors, coders) as reader,
+            WriteBehind(file.fileno()) as behind,
+        ):
+            behind.write(shard.header)
+            done = len(shard.header)
             for index, stored in enumerate(tensors):
                 own = xxhash.xxh3_128()
-                for piece in reader.bits(index):
-                    own.update(piece)
-                    file.write(piece)
-                    done += len(piece)
+                for block in reader.bits(index):
+                    behind.write(block)
+                    own.update(block)
+                    done += len(block)
                     progress(shard.file, done, shard.size)
-                    if done - settled >= SETTLE:
-                        file.flush()
-                        settle(file.fileno(), settled, done)
-                        settled = done
                 found, expected = own.hexdigest(), stored.tensor.xxh3_128
                 if found != expected:
                     raise DamagedTensor(f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}")

@@ -19,7 +19,7 @@ from toolkit.commands.download import read_small_file
 from toolkit.commands.schedule import schedule_of
 from toolkit.hub import revision as hub
 from toolkit.hub.revision import Revision
-from toolkit.hub.transfer import CONNECTIONS, read_head
+from toolkit.hub.transfer import CONNECTIONS, read_range
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.part import check_form_dtype
@@ -96,4 +96,4 @@ def _dtype_on_the_hub(revision: Revision, shard: str) -> str:
     """The dtype of the weights, from the first bytes of one shard; `BloomdeskError` if they do not show it."""
     file = revision.find(shard)
     assert file is not None
-    return dtype_of_head(Path(shard), read_head(revision, file, HEAD_BYTES))
+    return dtype_of_head(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))

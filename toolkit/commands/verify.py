@@ -19,7 +19,7 @@ from runner.format.manifest import CompanionRecord, Manifest, PartRecord
 from runner.format.safetensors import open_regular, read_header
 from runner.system.atomic import TEMPORARY_SUFFIX
 from toolkit.io.progress import Progress, silent
-from toolkit.io.reader import READ_THREADS, ReadAhead, Run
+from toolkit.io.reader import READ_THREADS, ByteRange, ReadAhead
 from toolkit.parts.manifest_backup import find_manifest
 from toolkit.parts.part import is_in_place
 from toolkit.parts.regions import Region, choose, regions_of
@@ -126,8 +126,8 @@ def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ
     damage = [*plan.manifest_damage]
     damage += [Damage(file, None, "it has not been made yet") for file in plan.manifest.missing]
     records = plan.manifest.records
-    runs = [Run(plan.directory / region.file, region.start, region.nbytes) for region in plan.regions]
-    with ReadAhead(runs, threads) as ahead:
+    ranges = [ByteRange(plan.directory / region.file, region.start, region.nbytes) for region in plan.regions]
+    with ReadAhead(ranges, threads) as ahead:
         check = _Check(plan, ahead, progress)
         for record in records:
             found = quick_damage(plan.directory / record.file, record)
@@ -190,7 +190,7 @@ class _Check:
             for index, region in regions:
                 own, before = xxhash.xxh3_128(), done
                 with suppress(EOFError):  # the bytes that are there are compared, and their number
-                    for piece in self._ahead.pieces(index):
+                    for piece in self._ahead.blocks(index):
                         own.update(piece)
                         if self._whole_files:
                             whole.update(piece)

@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 from toolkit.hub.client import Location, first_byte, read_timeout
 from toolkit.hub.failures import ConnectionFailed, IncompleteAnswer, network_errors
 
-PIECE = 2**18
+BLOCK = 2**18
 
 
 class Unranged(Exception):
@@ -47,7 +47,7 @@ class Connection:
             answer = self._ask(location, start, start + len(room))
             yield 0
             while room:
-                count = answer.readinto(room[:PIECE])
+                count = answer.readinto(room[:BLOCK])
                 if not count:
                     raise IncompleteAnswer(f"{len(room):,} bytes of a range did not come")
                 room = room[count:]

@@ -25,9 +25,9 @@ from toolkit.hub.retry import RetryPolicy
 WINDOW = 64 * 2**20
 SMALLEST, LARGEST = 2**20, 8 * 2**20
 MOST_CONNECTIONS = 32
-PIECE = 2**20
+BLOCK = 2**20
 # What came of a range is handed out after so many seconds, also where it is little.
-SECONDS_BETWEEN_PIECES = 0.5
+SECONDS_BETWEEN_BLOCKS = 0.5
 # A range for which all others have waited so long goes on over a new connection.
 SECONDS_OF_GRACE = 3.0
 # For a thread that waits in a name look-up; any other one ends at once.
@@ -60,7 +60,7 @@ class Ahead:
     """The bytes of a file from `start` to `stop`, fetched ahead by as many threads as connections.
 
     Each range is tried again and gone on with on its own. A first range alone shows that there are ranges;
-    where there are none, `pieces` raises `Unranged` at the position it has reached.
+    where there are none, `blocks` raises `Unranged` at the position it has reached.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Ahead:
             if thread.ident is not None:
                 thread.join(SECONDS_TO_STOP)
 
-    def pieces(self) -> Iterator[memoryview]:
-        """What comes, in order; a piece may change once the next one is asked for.
+    def blocks(self) -> Iterator[memoryview]:
+        """What comes, in order; a block may change once the next one is asked for.
 
         Raises `Unranged`, or `BloomdeskError` where the Hub refuses or stays away; before that, all that came
         up to the gap is handed out.
@@ -120,20 +120,20 @@ class Ahead:
                     self._changed.notify_all()
 
     def _take(self) -> memoryview:
-        """The next bytes at the frontier, a piece of some size if it is not long in coming."""
+        """The next bytes at the frontier, a block of some size if it is not long in coming."""
         with self._changed:
             in_time = True
             while True:
                 if self._ranges:
                     first = self._ranges[0]
                     count = first.filled - first.taken
-                    now = first.whole or count >= PIECE or not in_time or self._failure is not None
+                    now = first.whole or count >= BLOCK or not in_time or self._failure is not None
                     if count and now:
                         first.taken = first.filled
                         return first.room[first.taken - count : first.taken]
                 if self._failure is not None:
                     raise self._failure
-                in_time = self._changed.wait(SECONDS_BETWEEN_PIECES)
+                in_time = self._changed.wait(SECONDS_BETWEEN_BLOCKS)
                 self._drop_straggler()
 
     def _drop_straggler(self) -> None:
@@ -151,7 +151,7 @@ class Ahead:
         try:
             while (part := self._claim(connection)) is not None:
                 self._fill(part)
-        except BaseException as error:  # raised again where the pieces are taken
+        except BaseException as error:  # raised again where the blocks are taken
             self._end(error)
         finally:
             connection.close()
@@ -196,7 +196,7 @@ class Ahead:
             part.filled += count
             self.received += count
             self._proven = True
-            if not count or part.whole or part.filled // PIECE > (part.filled - count) // PIECE:
+            if not count or part.whole or part.filled // BLOCK > (part.filled - count) // BLOCK:
                 self._changed.notify_all()
 
     def _pause(self, seconds: float) -> None:

@@ -18,6 +18,8 @@ from runner.errors import BloomdeskError
 from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS, is_file_name
 from toolkit.hub.client import fetch_json
 from toolkit.hub.failures import Resource, endpoint, offline, offline_error
+from toolkit.io.hasher import Digest, hash_file
+from toolkit.io.progress import FileProgress, Progress
 from toolkit.source.shards import FORMS, LARGEST_INDEX
 
 PINS = Path(__file__).with_name("pins")
@@ -34,10 +36,22 @@ class HubFile:
     sha256: str | None
     git_sha1: str | None = None
 
-    @property
-    def content_id(self) -> str:
-        """The hash that the file is checked against."""
-        return self.sha256 or self.git_sha1 or ""
+    def digest(self) -> Digest:
+        """The hashes to take of the file's bytes."""
+        return Digest(None if self.sha256 else self.size)
+
+    def difference(self, digest: Digest) -> str:
+        """Empty if the bytes that `digest` has seen are the file's, else what was expected and what was found."""
+        kind, expected, found = "sha256", self.sha256, digest.sha256
+        if expected is None:
+            kind, expected, found = "git blob sha1", self.git_sha1, digest.git_sha1
+        return "" if found == expected else f"its {kind} should be {expected} and is {found}"
+
+    def check(self, path: Path, progress: Progress) -> str | None:
+        """The sha256 of the file at `path` if its bytes are this file's, else None."""
+        digest = self.digest()
+        hash_file(path, digest, FileProgress(progress, self.path, self.size))
+        return None if self.difference(digest) else digest.sha256
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
 from toolkit.hub.client import Location, locate, stream
 from toolkit.hub.connection import Unranged
 from toolkit.hub.failures import IncompleteAnswer, Resource, endpoint, network_errors
-from toolkit.hub.partial_file import Damaged, Incomplete
+from toolkit.hub.partial_file import Damaged, PartialFile
 from toolkit.hub.ranges import MOST_CONNECTIONS, Ahead, range_size
 from toolkit.hub.retry import RetryPolicy
 from toolkit.hub.revision import HubFile, Revision
@@ -41,7 +41,7 @@ def fetch(
     """Bring `file` of `revision` into `directory`, renamed into place only if its size and hash are right.
 
     A file of more than one range comes over several `connections` at a time, 1 to 32. What has come stays for
-    the next run, also after a kill: at most 64 MiB, the window of `ranges`, is fetched twice. Every 256 MiB
+    the next run, also after a kill: at most 64 MiB, the window of `ranges`, is fetched twice. Every 64 MiB
     are synced, so that a power loss costs little more; if it leaves a wrong tail, the hash at the end shows it.
 
     Raises `BloomdeskError` where the Hub refuses, stays away, or sends something else, and `OSError` where
@@ -53,13 +53,13 @@ def fetch(
     incomplete = path.with_name(path.name + TEMPORARY_SUFFIX)
     resource = Resource(revision.repo, revision.commit, file.path)
     try:
-        with Incomplete(incomplete, file, FileProgress(progress, file.path, file.size)) as partial:
+        with PartialFile(incomplete, file, FileProgress(progress, file.path, file.size)) as partial:
             resumed = partial.position
             if connections > 1 and file.size - resumed > range_size(connections):
                 _receive_ranges(resource, file, partial, connections)
             _receive_rest(resource, file, partial)
             partial.finish()
-            difference = partial.digest.difference()
+            difference = file.difference(partial.digest)
             if difference:
                 raise Damaged(f"{file.path} of {revision} came damaged: {difference}")
     except Damaged:
@@ -69,20 +69,20 @@ def fetch(
     return Transfer(partial.digest.sha256, resumed, partial.received)
 
 
-def _receive_ranges(resource: Resource, file: HubFile, partial: Incomplete, connections: int) -> None:
+def _receive_ranges(resource: Resource, file: HubFile, partial: PartialFile, connections: int) -> None:
     """Take what comes over several connections: all of it, or what a server without ranges leaves to one."""
     ahead = Ahead(resource, lambda: _locate(resource, file), partial.position, file.size, connections)
     try:
         with ahead:
-            for piece in ahead.pieces():
-                partial.write(piece)
+            for block in ahead.blocks():
+                partial.write(block)
     except Unranged:
         pass
     finally:
         partial.received += ahead.received
 
 
-def _receive_rest(resource: Resource, file: HubFile, partial: Incomplete) -> None:
+def _receive_rest(resource: Resource, file: HubFile, partial: PartialFile) -> None:
     """Take the rest over one connection at a time, as long as each brings something."""
     retries = RetryPolicy(resource)
     while partial.position < file.size:
@@ -95,38 +95,17 @@ def _receive_rest(resource: Resource, file: HubFile, partial: Incomplete) -> Non
             retries.backoff(error)
 
 
-def _receive(resource: Resource, file: HubFile, partial: Incomplete) -> None:
+def _receive(resource: Resource, file: HubFile, partial: PartialFile) -> None:
     """Take what one answer of the Hub brings; raises one of `network_errors` where that is not all."""
-    with stream(_locate(resource, file), partial.position) as (start, pieces):
+    with stream(_locate(resource, file), partial.position) as (start, blocks):
         known = partial.position - start  # not 0 where the server ignored the range and sends it all again
-        for piece in pieces:
-            partial.received += len(piece)
-            if known < len(piece):
-                partial.write(piece[known:])
-            known = max(0, known - len(piece))
+        for block in blocks:
+            partial.received += len(block)
+            if known < len(block):
+                partial.write(block[known:])
+            known = max(0, known - len(block))
     if partial.position < file.size:
         raise IncompleteAnswer(f"{partial.position:,} of {file.size:,} bytes came")
-
-
-def read_head(revision: Revision, file: HubFile, nbytes: int) -> bytes:
-    """The first `nbytes` bytes of a file, or all of a smaller one, not checked against its hash.
-
-    A Hub that ignores ranges sends the whole file, and the connection is closed once these bytes are there. Raises
-    `BloomdeskError` if the Hub refuses, stays away, or has another file there.
-    """
-    resource = Resource(revision.repo, revision.commit, file.path)
-    wanted, retries = min(nbytes, file.size), RetryPolicy(resource)
-    while True:
-        head = b""
-        try:
-            with stream(_locate(resource, file), 0, wanted) as (_, pieces):
-                for piece in pieces:
-                    head += piece
-                    if len(head) >= wanted:
-                        return head[:wanted]
-            raise IncompleteAnswer(f"{len(head):,} of {wanted:,} bytes came")
-        except network_errors() as error:
-            retries.backoff(error)
 
 
 def _locate(resource: Resource, file: HubFile) -> Location:

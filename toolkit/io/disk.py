@@ -1,4 +1,4 @@
-"""Writing to a disk: one writer to a directory, and what went wrong in one sentence."""
+"""Reading from and writing to a disk: one writer to a directory, and what went wrong in one sentence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.system.disk import free_bytes
 from runner.system.lock import sole_writer
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError or EOFError of reading `path` into an error that says what went wrong."""
+    try:
+        yield
+    except OSError as error:
+        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    except EOFError as error:
+        raise BloomdeskError(f"{path}: {error}") from None
 
 
 @contextmanager

@@ -1,57 +1,62 @@
-"""Bytes that stream by in pieces of a few megabytes, and the hashes of source shards beside other work."""
+"""Hashes of bytes that go by, of files, and of source shards in the background."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Protocol
 
-from runner.errors import BloomdeskError
+from toolkit.io.disk import read_errors
 
-PIECE = 8 * 2**20
-
-
-class Stopped(Exception):
-    """The hash is not wanted any more."""
+BUFFER = 2 * 2**20
 
 
-def pieces(file: BinaryIO, offset: int, nbytes: int, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
-    """The bytes `[offset, offset + nbytes)` of an unbuffered `file`, each piece read into the next of `buffers`.
+class Hash(Protocol):
+    """A hash of hashlib or xxhash, or a `Digest`."""
 
-    A piece holds until its buffer's turn comes again. Raises `EOFError` where the file ends too early. Seeks
-    once, so no other reader may use the same file object meanwhile.
+    def update(self, block: bytes | memoryview, /) -> None: ...
+
+
+class Digest:
+    """The hashes by which the Hub knows a file: always sha256, and with `git_size` the blob sha1 of as many bytes."""
+
+    def __init__(self, git_size: int | None = None) -> None:
+        self._hashes = [hashlib.sha256()]
+        if git_size is not None:
+            self._hashes.append(hashlib.sha1(f"blob {git_size}\0".encode(), usedforsecurity=False))
+
+    def update(self, block: bytes | memoryview, /) -> None:
+        for each in self._hashes:
+            each.update(block)
+
+    @property
+    def sha256(self) -> str:
+        return self._hashes[0].hexdigest()
+
+    @property
+    def git_sha1(self) -> str | None:
+        return self._hashes[1].hexdigest() if len(self._hashes) > 1 else None
+
+
+def hash_file(file: Path | int, digest: Hash, seen: Callable[[int], object] = lambda position: None) -> None:
+    """Update `digest` with the bytes of a path, or of a descriptor from where it stands.
+
+    `seen` gets the number of bytes so far; it may raise to stop. Raises `OSError` if the file can't be read.
     """
-    file.seek(offset)
-    left = nbytes
-    while left:
-        buffer = next(buffers)
-        count = file.readinto(buffer[: min(left, len(buffer))])
-        if not count:
-            raise EOFError(f"it ends {left:,} bytes too early")
-        yield buffer[:count]
-        left -= count
-
-
-def new_buffers(count: int = 1) -> Iterator[memoryview]:
-    """That many buffers of `PIECE` bytes in endless turns."""
-    return cycle([memoryview(bytearray(PIECE)) for _ in range(count)])
-
-
-def sha256(path: Path, stop: threading.Event | None = None) -> str:
-    """Hexadecimal sha256 of a file; `OSError` where it can't be read, `Stopped` soon after `stop` is set."""
-    digest = hashlib.sha256()
-    buffer = next(new_buffers())
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    buffer, position = memoryview(bytearray(BUFFER)), 0
+    with open(file, "rb", buffering=0, closefd=isinstance(file, Path)) as source:
+        while count := source.readinto(buffer):
             digest.update(buffer[:count])
-            if stop is not None and stop.is_set():
-                raise Stopped
-    return digest.hexdigest()
+            position += count
+            seen(position)
+
+
+class _Stopped(Exception):
+    """The hash is no longer wanted."""
 
 
 class ShardHashes:
@@ -78,12 +83,19 @@ class ShardHashes:
     def begin(self, path: Path) -> None:
         """Start on a shard, after those begun before it."""
         if path not in self._hashes:
-            self._hashes[path] = self._thread.submit(sha256, path, self._stop)
+            self._hashes[path] = self._thread.submit(self._sha256, path)
 
     def result(self, path: Path) -> str:
-        """The hash of a shard, once it is there; `BloomdeskError` where the shard can't be read."""
+        """The sha256 of a shard, waited for; `BloomdeskError` if the shard can't be read."""
         self.begin(path)
-        try:
+        with read_errors(path):
             return self._hashes[path].result()
-        except OSError as error:
-            raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+
+    def _sha256(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        hash_file(path, digest, self._check_stop)
+        return digest.hexdigest()
+
+    def _check_stop(self, position: int) -> None:
+        if self._stop.is_set():
+            raise _Stopped

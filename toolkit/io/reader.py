@@ -1,8 +1,9 @@
-"""Bytes of many files, read by several threads in large pieces and handed over in order.
+"""Byte ranges of files, read ahead by threads into a few buffers and handed over in order.
 
-One reader alone waits while its bytes are copied and hashed, so the disk idles; several keep it busy, within a
-large file as well as from one file to the next. The page cache lets go of what has been read: a check of 352 GB
-leaves there what other programs have.
+    ranges ──> threads read into free buffers ──> blocks in order ──> consumer hashes, writes, compares ──> free buffers
+
+A single reader waits while its bytes are copied and hashed, so the disk idles. Several keep it busy, within a large
+file as well as from one file to the next.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from runner.format.safetensors import open_regular
 
-PIECE = 8 * 2**20
-# More threads than cores only get into each other's way: they copy as much as they wait.
+BLOCK = 8 * 2**20
+# More threads than cores slow each other down: they copy as much as they wait.
 READ_THREADS = min(4, os.cpu_count() or 1)
-PIECES_PER_THREAD = 2  # one that is read into, one that waits for its turn
+# One that is read into, one that waits for the consumer.
+BUFFERS_PER_THREAD = 2
 
 
 @dataclass(frozen=True)
-class Run:
+class ByteRange:
     """The bytes `[start, start + nbytes)` of a file."""
 
     path: Path
@@ -36,32 +39,46 @@ class Run:
 
 @dataclass(frozen=True)
 class _Read:
-    """A piece on its way: of the run at `index`, into `buffer`; the result is how many bytes there were."""
+    """A read in progress for the range at `index`; its result is the number of bytes before the end of the file."""
 
     index: int
     nbytes: int
-    file: _File
+    file: OpenedFile
     buffer: memoryview
     count: Future[int]
 
 
 class ReadAhead:
-    """Reads `runs` in their order, a few pieces ahead of who takes them; memory is bounded by those pieces."""
+    """Reads `ranges` in order, a few blocks ahead of the consumer; memory is bounded by those blocks."""
 
-    def __init__(self, runs: Sequence[Run], threads: int = READ_THREADS) -> None:
-        self._runs = runs
+    def __init__(
+        self,
+        ranges: Sequence[ByteRange],
+        threads: int = READ_THREADS,
+        *,
+        held: int = 1,
+        keep_cached: bool = False,
+    ) -> None:
+        """A block stays valid until `held` further ones are requested.
+
+        Unless `keep_cached` is set, the page cache drops what was read: a check of 352 GB leaves there what other
+        programs have.
+        """
+        self.ranges = ranges
+        self._held, self._keep_cached = held, keep_cached
         self._wanted = 0
         self._ahead = self._places()
-        # Never larger than the work: most tests and all small models read less than one piece.
-        largest = min(PIECE, max((run.nbytes for run in runs), default=0))
-        self._free = [memoryview(bytearray(largest)) for _ in range(threads * PIECES_PER_THREAD)]
+        # Never larger than the work: most tests and all small models read less than one block.
+        largest = min(BLOCK, max((each.nbytes for each in ranges), default=0))
+        count = threads * BUFFERS_PER_THREAD + held - 1
+        self._free = [memoryview(bytearray(largest)) for _ in range(count)]
+        self._given: deque[memoryview] = deque()
         self._reads: deque[_Read] = deque()
-        self._files: deque[_File] = (
-            deque()
-        )  # the last one is being read, and those before it that are still awaited
+        # The last one is being read; blocks of those before it are still awaited.
+        self._files: deque[OpenedFile] = deque()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
-    def __enter__(self) -> ReadAhead:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -71,50 +88,56 @@ class ReadAhead:
         for file in self._files:
             file.close()
 
-    def pieces(self, index: int) -> Iterator[memoryview]:
-        """The bytes of the run at `index`, which must be after that of the last call; runs may be left out.
+    def blocks(self, index: int) -> Iterator[memoryview]:
+        """The bytes of the range at `index`, which must be after that of the last call; ranges may be left out.
 
-        A piece holds until the next one is asked for. Raises `OSError` where the file can't be read, and
-        `EOFError` where it ends within the run, after the bytes that are there.
+        Raises `OSError` if the file can't be read, and `EOFError` after its last bytes if it ends within the range.
         """
         self._wanted = index
-        self._begin()
-        while self._reads and self._reads[0].index <= index:
+        while self._request_ahead() and self._reads[0].index <= index:
             read = self._reads.popleft()
-            while self._files[0] is not read.file:  # all that was asked of it has come
+            self._given.append(read.buffer)
+            # Every block of the files before this one has come.
+            while self._files[0] is not read.file:
                 self._files.popleft().close()
-            try:
-                count = read.count.result()
-                if read.index == index:
-                    yield read.buffer[:count]
-                    if count < read.nbytes:
-                        raise EOFError(f"it ends {read.nbytes - count:,} bytes too early")
-            except OSError:
-                if read.index == index:
-                    raise  # what was read ahead of a file that is given up is nobody's error
-            finally:
-                self._free.append(read.buffer)
-            self._begin()
+            if read.index < index:
+                # Read ahead of a file that the consumer gave up: an error there is none.
+                read.count.exception()
+                continue
+            count = read.count.result()
+            yield read.buffer[:count]
+            if count < read.nbytes:
+                raise EOFError(f"it ends {read.nbytes - count:,} bytes too early")
+
+    def whole(self, index: int) -> bytearray:
+        """A copy of the bytes of the range at `index`; raises as `blocks` does."""
+        data = bytearray()
+        for block in self.blocks(index):
+            data += block
+        return data
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
-        """Index of the run, first byte and length of each piece that is still wanted when its turn comes."""
-        for index, run in enumerate(self._runs):
-            for start in range(run.start, run.start + run.nbytes, PIECE):
+        """Index of the range, first byte and length of each block that is still wanted when its turn comes."""
+        for index, each in enumerate(self.ranges):
+            for start in range(each.start, each.start + each.nbytes, BLOCK):
                 if index >= self._wanted:
-                    yield index, start, min(PIECE, run.start + run.nbytes - start)
+                    yield index, start, min(BLOCK, each.start + each.nbytes - start)
 
-    def _begin(self) -> None:
-        """Have as much on its way as there are buffers for."""
-        while self._free and (piece := next(self._ahead, None)):
-            index, start, nbytes = piece
-            if not self._files or self._files[-1].path != self._runs[index].path:
-                self._files.append(_File(self._runs[index].path))
+    def _request_ahead(self) -> bool:
+        """Start a read for every free buffer; False if no read is in progress."""
+        while len(self._given) >= self._held:
+            self._free.append(self._given.popleft())
+        while self._free and (place := next(self._ahead, None)):
+            index, start, nbytes = place
+            if not self._files or self._files[-1].path != self.ranges[index].path:
+                self._files.append(OpenedFile(self.ranges[index].path))
             file, buffer = self._files[-1], self._free.pop()
-            count = self._threads.submit(_read, file, start, buffer[:nbytes])
+            count = self._threads.submit(read_block, file, start, buffer[:nbytes], self._keep_cached)
             self._reads.append(_Read(index, nbytes, file, buffer, count))
+        return bool(self._reads)
 
 
-class _File:
+class OpenedFile:
     """A file that is opened by the first thread that reads from it."""
 
     def __init__(self, path: Path) -> None:
@@ -127,14 +150,15 @@ class _File:
         with self._lock:
             if self._file is None:
                 self._file = open_regular(self.path).detach()
-                self.advise(0, 0, "SEQUENTIAL")  # the kernel then reads further ahead
+                # The kernel then reads further ahead.
+                self.advise(0, 0, "SEQUENTIAL")
             if not hasattr(os, "preadv"):
                 self._file.seek(start)
                 return self._file.readinto(buffer)
         return os.preadv(self._file.fileno(), [buffer], start)
 
     def advise(self, start: int, nbytes: int, advice: str) -> None:
-        """Tell the page cache, where there is one that listens."""
+        """Advise the page cache, on systems that have such a call."""
         if self._file is not None and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), start, nbytes, getattr(os, f"POSIX_FADV_{advice}"))
 
@@ -143,10 +167,11 @@ class _File:
             self._file.close()
 
 
-def _read(file: _File, start: int, buffer: memoryview) -> int:
-    """Fill `buffer` from the file's byte `start` on, and let the page cache forget that; the bytes that were there."""
+def read_block(file: OpenedFile, start: int, buffer: memoryview, keep_cached: bool = False) -> int:
+    """Number of bytes read into `buffer` from the file's byte `start` on, fewer only at the end of the file."""
     done = 0
     while done < len(buffer) and (count := file.read(start + done, buffer[done:])):
         done += count
-    file.advise(start, done, "DONTNEED")
+    if not keep_cached:
+        file.advise(start, done, "DONTNEED")
     return done

@@ -1,29 +1,31 @@
-"""Bytes written to a file in a thread, while the next ones are read and hashed."""
+"""Bytes written to a file in a thread, while the next ones are read and hashed, and synced as it grows."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import BinaryIO
 
-from toolkit.io import hasher as checksum
-
-WRITE_BACK = 64 * 2**20
+# The disk starts early on what it has not, so the last fsync is short; a power loss costs little more than this; and
+# 352 GB that go by don't push out of the page cache what other programs have there.
+SYNC_BYTES = 64 * 2**20
+# Blocks from this size on are written in a thread.
+LARGE = 2**18
 
 
 class WriteBehind:
-    """Writes to `file` in a thread, so that the next piece is read and hashed meanwhile.
+    """Appends to the file open at `descriptor`, each block while the caller prepares the next one.
 
-    A piece from `buffers` is written before its buffer's turn comes again. Leaving the block waits for all.
+    `position` is the number of bytes that the file has. Leaving the block waits for all writes.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.buffers = checksum.new_buffers(3)  # one is read into, one waits, one is written
-        self._file = file
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
-        self._pending: Future[None] | None = None
-        self._unsynced = 0
+    def __init__(self, descriptor: int, position: int = 0) -> None:
+        self.position = self._synced = position
+        self._descriptor = descriptor
+        # One writes, one syncs.
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="write")
+        self._writing: Future[None] | None = None
+        self._syncing: Future[None] | None = None
 
     def __enter__(self) -> WriteBehind:
         return self
@@ -31,21 +33,53 @@ class WriteBehind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown()
-        if kind is None and self._pending is not None:
-            self._pending.result()
+        self._threads.shutdown()
+        if kind is None:
+            self.wait()
 
-    def write(self, piece: bytes | memoryview) -> None:
-        """Have `piece` written; raises what went wrong with the one before."""
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._thread.submit(self._write, piece)
+    def write(self, block: bytes | bytearray | memoryview) -> None:
+        """Append `block`, which must not change until `wait` or the next call returns.
 
-    def _write(self, piece: bytes | memoryview) -> None:
-        self._file.write(piece)
-        self._unsynced += len(piece)
-        if self._unsynced >= WRITE_BACK and hasattr(os, "posix_fadvise"):
-            # The disk starts now on what it has not, and the page cache forgets what it has; without this all
-            # is left to fsync, and the part pushes out the shard that two readers share. It changes no bytes.
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._unsynced = 0
+        Raises `OSError` if the block before or a sync failed.
+        """
+        self.wait()
+        if len(block) < LARGE:
+            self._write(block)
+        else:
+            self._writing = self._threads.submit(self._write, block)
+
+    def wait(self) -> None:
+        """Wait until every block is handed to the system; raises its `OSError`."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def sync(self) -> None:
+        """Wait until every block is on the disk; raises its `OSError`."""
+        self.wait()
+        if self._syncing is not None:
+            self._syncing.result()
+        os.fsync(self._descriptor)
+
+    def _write(self, block: bytes | bytearray | memoryview) -> None:
+        rest = memoryview(block)
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        self.position += len(block)
+        if self.position - self._synced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._syncing = self._threads.submit(sync_range, self._descriptor, self._synced, self.position)
+            self._synced = self.position
+
+
+def sync_range(descriptor: int, start: int, stop: int) -> None:
+    """Sync a file's bytes to the disk, and drop those from `start` to `stop` from the page cache."""
+    # With the file's length, without its times.
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+    drop_cached(descriptor, start, stop - start)
+
+
+def drop_cached(descriptor: int, start: int = 0, nbytes: int = 0) -> None:
+    """Drop a file's synced bytes from the page cache, 0 for all; what is read next then comes from the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import xxhash
 
@@ -22,14 +21,12 @@ from runner.errors import BloomdeskError
 from runner.format.coded import ROW_GROUPS_SUFFIX, part_header, read_row_groups, row_group_count
 from runner.format.manifest import PartRecord, TensorRecord
 from toolkit.io.progress import Progress
-from toolkit.io.reader import ReadAhead, Run
-from toolkit.io.writer import WriteBehind
+from toolkit.io.reader import ByteRange, ReadAhead
+from toolkit.io.writer import WriteBehind, drop_cached
+from toolkit.parts.part import PlannedPart
 from toolkit.parts.row_groups import CHUNK, Coders, RowGroups, batches_of_row_groups, chunk_nbytes
-from toolkit.source.gather import open_shard, read_chunks
 from toolkit.source.shards import SourceTensor
-
-if TYPE_CHECKING:
-    from toolkit.parts.part import PlannedPart
+from toolkit.source.tensor_reader import TensorReader, ranges_of
 
 
 def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
@@ -43,8 +40,7 @@ def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRe
         record, tables = _Writer(part, file, coders, seen).write()
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # what is read back comes from the disk
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_cached(file.fileno())
         try:
             whole = _read_back(Path(file.name), record, tables, coders, seen)
         except (OSError, EOFError, ValueError) as error:
@@ -84,43 +80,51 @@ class _Writer:
         part = self._part
         any_sizes = dict.fromkeys(part.spec.matrices, 0)
         room = len(part_header(part.spec.stored(part.dtype, any_sizes), part.spec.decoded(part.form)))
-        position = room
-        with WriteBehind(self._file) as behind, ExitStack() as open_files:
+        named = list(zip(part.spec.tensors, part.tensors, strict=True))
+        steps = [chunk_nbytes(of.shape[1]) if name in part.spec.matrices else CHUNK for name, of in named]
+        chunked = [ranges_of(tensor, step) for (_, tensor), step in zip(named, steps, strict=True)]
+        ranges = [each for chunks in chunked for each in chunks]
+        with TensorReader(ranges) as reader, WriteBehind(self._file.fileno()) as behind:
             behind.write(bytes(room))
-            readers = {shard: open_shard(shard, open_files) for shard in part.sources}
-            for name, tensor in zip(part.spec.tensors, part.tensors, strict=True):
+            read = map(reader.whole, range(len(ranges)))
+            for (name, tensor), chunks in zip(named, chunked, strict=True):
                 write = self._matrix if name in part.spec.matrices else self._vector
-                position += write(name, tensor, readers[tensor.file], behind, position)
-        record = PartRecord(part.spec.file, position, "", tuple(self._tensors), (), tuple(self._decoded))
+                write(name, tensor, islice(read, len(chunks)), behind)
+            behind.wait()
+            size = behind.position
+        record = PartRecord(part.spec.file, size, "", tuple(self._tensors), (), tuple(self._decoded))
         for start, data in {**self._late, 0: record.header}.items():
             self._file.seek(start)
             self._file.write(data)
         return record, self._tables
 
-    def _vector(self, name: str, tensor: SourceTensor, shard: BinaryIO, behind: WriteBehind, _: int) -> int:
+    def _vector(
+        self, name: str, tensor: SourceTensor, chunks: Iterator[bytearray], behind: WriteBehind
+    ) -> None:
         own = xxhash.xxh3_128()
-        for piece in read_chunks(tensor, shard, CHUNK):
-            behind.write(piece)
-            own.update(piece)
-            self._seen(len(piece))
+        for chunk in chunks:
+            behind.write(chunk)
+            own.update(chunk)
+            self._seen(len(chunk))
         self._tensors.append(TensorRecord(name, tensor.dtype, tensor.shape, own.hexdigest()))
-        return tensor.nbytes
 
     def _matrix(
-        self, name: str, tensor: SourceTensor, shard: BinaryIO, behind: WriteBehind, position: int
-    ) -> int:
+        self, name: str, tensor: SourceTensor, chunks: Iterator[bytearray], behind: WriteBehind
+    ) -> None:
         rows, columns = tensor.shape
         bits, stored = xxhash.xxh3_128(), xxhash.xxh3_128()
         lengths: list[int] = []
 
-        def chunks() -> Iterator[bytearray]:
-            for chunk in read_chunks(tensor, shard, chunk_nbytes(columns)):
+        def hashed() -> Iterator[bytearray]:
+            for chunk in chunks:
                 bits.update(chunk)
                 self._seen(len(chunk))
                 yield chunk
 
+        behind.wait()
+        position = behind.position
         behind.write(bytes(8 * (row_group_count(rows) + 1)))
-        for coded, of_row_groups in self._coders.encoded(chunks(), columns):
+        for coded, of_row_groups in self._coders.encoded(hashed(), columns):
             behind.write(coded)
             stored.update(coded)
             lengths += of_row_groups
@@ -131,7 +135,6 @@ class _Writer:
         self._tensors.append(TensorRecord(name + ROW_GROUPS_SUFFIX, "I64", (len(offsets),), hash_of_table))
         self._tensors.append(TensorRecord(name, "U8", (offsets[-1],), stored.hexdigest()))
         self._decoded.append(TensorRecord(name, tensor.dtype, tensor.shape, bits.hexdigest()))
-        return len(table) + offsets[-1]
 
 
 def _read_back(
@@ -147,19 +150,19 @@ def _read_back(
     """
     matrices = {tensor.name: tensor for tensor in record.decoded}
     groups: dict[str, list[RowGroups]] = {}
-    runs, start = [Run(path, 0, len(record.header))], len(record.header)
+    ranges, start = [ByteRange(path, 0, len(record.header))], len(record.header)
     for tensor in record.tensors:
         if tensor.name in matrices:
             rows, columns = matrices[tensor.name].shape
             offsets = read_row_groups(tables[tensor.name], rows, columns, tensor.nbytes)
             groups[tensor.name] = batches_of_row_groups(offsets, rows, columns)
-            runs += [Run(path, start + group.start, group.nbytes) for group in groups[tensor.name]]
+            ranges += [ByteRange(path, start + group.start, group.nbytes) for group in groups[tensor.name]]
         else:
-            runs.append(Run(path, start, tensor.nbytes))
+            ranges.append(ByteRange(path, start, tensor.nbytes))
         start += tensor.nbytes
     whole = xxhash.xxh3_128()
-    with ReadAhead(runs) as ahead:
-        read = _read_runs(ahead, len(runs), whole)
+    with ReadAhead(ranges) as ahead:
+        read = _read_ranges(ahead, whole)
         if next(read) != record.header:
             raise ValueError("its header is another one")
         for tensor in record.tensors:
@@ -171,12 +174,10 @@ def _read_back(
     return whole.hexdigest()
 
 
-def _read_runs(ahead: ReadAhead, count: int, whole: xxhash.xxh3_128) -> Iterator[bytearray]:
-    """The bytes of each run, which are parts of `whole`."""
-    for index in range(count):
-        data = bytearray()
-        for piece in ahead.pieces(index):
-            data += piece
+def _read_ranges(ahead: ReadAhead, whole: xxhash.xxh3_128) -> Iterator[bytearray]:
+    """The bytes of each range, which also update `whole`."""
+    for index in range(len(ahead.ranges)):
+        data = ahead.whole(index)
         whole.update(data)
         yield data
 

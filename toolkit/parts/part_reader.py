@@ -10,7 +10,7 @@ from types import TracebackType
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import PartRecord, TensorRecord
 from runner.format.safetensors import open_regular
-from toolkit.io.reader import ReadAhead, Run
+from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.parts.regions import Region, regions_of
 from toolkit.parts.row_groups import Coders, RowGroups, batches_of_row_groups
 
@@ -51,15 +51,16 @@ class PartReader:
         """Raises `DamagedTensor` where the offsets of a coded one's row groups are not sound."""
         self._tensors, self._coders = tensors, coders
         self._groups: list[list[RowGroups]] = []
-        self._first: list[int] = []  # the run at which each tensor begins
-        runs: list[Run] = []
+        # The index of the range at which each tensor begins.
+        self._first: list[int] = []
+        ranges: list[ByteRange] = []
         for stored in tensors:
             groups = _groups(path, stored, stored.row_groups) if stored.row_groups is not None else []
             places = [(group.start, group.nbytes) for group in groups] or [(0, stored.region.nbytes)]
-            self._first.append(len(runs))
+            self._first.append(len(ranges))
             self._groups.append(groups)
-            runs += [Run(path, stored.region.start + start, nbytes) for start, nbytes in places]
-        self._ahead = ReadAhead(runs)
+            ranges += [ByteRange(path, stored.region.start + start, nbytes) for start, nbytes in places]
+        self._ahead = ReadAhead(ranges, held=2)
 
     def __enter__(self) -> PartReader:
         self._ahead.__enter__()
@@ -71,9 +72,9 @@ class PartReader:
         self._ahead.__exit__(kind, error, trace)
 
     def bits(self, index: int) -> Iterator[memoryview | bytearray]:
-        """The bytes of the tensor at `index`, after those of the one before; a piece holds until the next is asked for.
+        """The bytes of the tensor at `index` in blocks, each valid while the next one is used.
 
-        Raises `DamagedTensor` where they can't be read or decoded.
+        Tensors are asked for in their order. Raises `DamagedTensor` if they can't be read or decoded.
         """
         name, groups, first = self._tensors[index].tensor.name, self._groups[index], self._first[index]
         try:
@@ -81,7 +82,7 @@ class PartReader:
                 coded = self._coded(first, groups)
                 yield from self._coders.decoded(coded, self._tensors[index].tensor.shape[1])
             else:
-                yield from self._ahead.pieces(first)
+                yield from self._ahead.blocks(first)
         except OSError as error:
             raise DamagedTensor(f"{name} cannot be read: {error.strerror}") from error
         except EOFError as error:
@@ -90,11 +91,8 @@ class PartReader:
             raise DamagedTensor(f"{name} can't be decoded: {error}") from None
 
     def _coded(self, first: int, groups: list[RowGroups]) -> Iterator[tuple[RowGroups, bytearray]]:
-        for run, group in enumerate(groups, first):
-            data = bytearray()
-            for piece in self._ahead.pieces(run):
-                data += piece
-            yield group, data
+        for index, group in enumerate(groups, first):
+            yield group, self._ahead.whole(index)
 
 
 def _groups(path: Path, stored: StoredTensor, row_groups: Region) -> list[RowGroups]:

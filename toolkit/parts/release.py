@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest, PartRecord
-from toolkit.io import hasher as checksum
 from toolkit.io.disk import disk_errors
+from toolkit.io.hasher import hash_file
+from toolkit.io.writer import drop_cached
 
 
 class Release:
@@ -45,12 +45,10 @@ def read_back(path: Path, record: PartRecord) -> None:
     whole = xxhash.xxh3_128()
     try:
         with path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            for piece in checksum.pieces(file, 0, record.size, checksum.new_buffers()):
-                whole.update(piece)
-            found = whole.hexdigest()
-    except (OSError, EOFError) as error:
+            drop_cached(file.fileno())
+            hash_file(file.fileno(), whole)
+        found = whole.hexdigest()
+    except OSError as error:
         found = f"unreadable ({error})"
     if found != record.xxh3_128:
         raise BloomdeskError(

@@ -78,6 +78,7 @@ def begun(given: tuple[str | Path, ...], out: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(given, wanted: list[list[int]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with begun(given, out) as process:
@@ -91,6 +92,7 @@ def test_a_killed_run_resumes(given, wanted: list[list[int]], tmp_path: Path) ->
     assert [found[index]["token_ids"] for index in range(6)] == wanted
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_how_far_it_came(given, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with begun(given, out) as process:
@@ -101,6 +103,7 @@ def test_an_interrupted_run_says_how_far_it_came(given, tmp_path: Path) -> None:
     assert errors == f"interrupted: {done} of 6 prompts are done\n"
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
     screen = screen_of(*given, "--out", tmp_path / "o.jsonl", "--batch", "2")
     first, *_, last = screen.replace("\r\n", "\n").strip().split("\n")
@@ -122,7 +125,9 @@ def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
         (["--prompts", "none.txt"], "none.txt cannot be read"),
     ],
 )
-def test_what_does_not_go_together(miniature: tuple[Path, Path], options: list[str], message: str) -> None:
+def test_options_that_exclude_each_other_are_refused(
+    miniature: tuple[Path, Path], options: list[str], message: str
+) -> None:
     assert message in refused("generate", miniature[1], *options)
 
 
@@ -134,7 +139,7 @@ def test_what_does_not_go_together(miniature: tuple[Path, Path], options: list[s
         ('{"prompt": "a", "max_new_tokens": 90000000}', ["--ram", "3GB"], "for the longest of the prompts"),
     ],
 )
-def test_one_bad_prompt_among_good_ones(
+def test_a_bad_prompt_is_refused_with_its_line(
     miniature: tuple[Path, Path], tmp_path: Path, line: str, options: list[str], message: str
 ) -> None:
     path = tmp_path / "prompts.jsonl"

@@ -73,20 +73,20 @@ def test_lines_of_json(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_file_of_prompts(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     with pytest.raises(BloomdeskError) as raised:
         read_prompts(written(tmp_path, name, data))
     assert message in raised.value.message and len(raised.value.message) < 400
 
 
-def test_a_line_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "LONGEST_LINE", 1000)
     assert read_prompts(written(tmp_path, "a.txt", b"x" * 999 + b"\n" + b"y" * 1000))
     with pytest.raises(BloomdeskError, match="line 2: longer than 1,000 bytes"):
         read_prompts(written(tmp_path, "a.txt", b"x\n" + b"y" * 10_000))
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="cannot be read: No such file"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "directory.txt").mkdir()

@@ -54,7 +54,7 @@ def test_a_line_torn_anywhere_is_done_again(whole: Path) -> None:
         assert sorted(whole.read_bytes().split(b"\n")) == sorted(data.split(b"\n"))
 
 
-def test_what_a_power_cut_leaves_is_done_again(whole: Path) -> None:
+def test_zeros_after_a_power_cut_are_removed(whole: Path) -> None:
     data = whole.read_bytes()
     whole.write_bytes(data + b"\0" * 300)
     with Results(whole, PROMPTS) as results:
@@ -86,14 +86,14 @@ def test_other_files_are_left_alone(tmp_path: Path, data: bytes, message: str) -
     assert path.read_bytes() == data
 
 
-def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="cannot be opened: No such file"):
         Results(tmp_path / "none" / "out.jsonl", PROMPTS)
     with pytest.raises(BloomdeskError, match="cannot be opened: Is a directory"):
         Results(tmp_path, PROMPTS)
 
 
-def test_a_full_disk_is_a_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

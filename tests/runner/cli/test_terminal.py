@@ -86,5 +86,5 @@ def test_a_status_elsewhere_is_a_line_now_and_then() -> None:
         ("x" * 39 + "房", 2),
     ],
 )
-def test_columns(text: str, column: int) -> None:
+def test_the_column_after_text_counts_cells(text: str, column: int) -> None:
     assert column_after(text, 0, 40) == column

@@ -52,7 +52,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "open", classmethod(open_half))
 
 
-def test_a_bench_in_ram(prepared, quick) -> None:
+def test_a_bench_in_ram_streams_nothing(prepared, quick) -> None:
     found = bench_module.bench(prepared()[1], None, tokens=3, prompt_tokens=5)
     run = found.run
     assert len(run.pass_seconds) == 3 and min(run.pass_seconds) > 0 < run.prompt_seconds
@@ -62,7 +62,7 @@ def test_a_bench_in_ram(prepared, quick) -> None:
     assert run.peak_bytes is None or run.peak_bytes > run.process_bytes * 0.9
 
 
-def test_a_bench_that_streams(prepared, quick, streamed) -> None:
+def test_a_bench_streams_what_was_forecast(prepared, quick, streamed) -> None:
     found = bench_module.bench(prepared()[1], None, tokens=4, prompt_tokens=16)
     run = found.run
     assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes > 0
@@ -113,7 +113,7 @@ BENCH_KEYS = {
 }  # fmt: skip
 
 
-def test_what_bench_prints(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_json_or_aligned_rows(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
     directory = prepared()[1]
     assert bench_command(BenchOptions(directory, None, 2, 3, as_json=True)) == 0
     report = json.loads(capsys.readouterr().out)
@@ -126,7 +126,7 @@ def test_what_bench_prints(prepared, quick, capsys: pytest.CaptureFixture[str]) 
     assert len({line.index(line.strip().split("  ")[1]) for line in text.splitlines()}) == 1  # aligned
 
 
-def test_what_bench_refuses(prepared, quick, tmp_path: Path) -> None:
+def test_bench_refuses_too_little_ram_and_other_directories(prepared, quick, tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
         bench_command(BenchOptions(prepared()[1], "10MB", 2, 3))
     with pytest.raises(BloomdeskError, match="not a prepared checkpoint"):
@@ -135,7 +135,9 @@ def test_what_bench_refuses(prepared, quick, tmp_path: Path) -> None:
         bench_module.bench(prepared()[1], None, 0, 3)
 
 
-def test_a_plan_for_what_is_there(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_for_a_prepared_directory_writes_nothing(
+    prepared, quick, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = prepared()[1]
     before = sorted(directory.iterdir())
     assert plan_command(PlanOptions(directory, tokens=4, prompt_tokens=8, as_json=True), lambda model: 0) == 0
@@ -155,7 +157,9 @@ FORECAST_KEYS = {
 }  # fmt: skip
 
 
-def test_a_plan_on_an_empty_directory(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_on_an_empty_directory_leaves_nothing(
+    quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert (
         plan_command(PlanOptions(tmp_path, "16GB", as_json=True), lambda model: 2**62) == 1
     )  # it does not fit
@@ -168,7 +172,7 @@ def test_a_plan_on_an_empty_directory(quick, tmp_path: Path, capsys: pytest.Capt
     assert not list(tmp_path.iterdir())
 
 
-def test_what_plan_prints(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = tmp_path / "not" / "yet"  # the disk is that of what is there
     assert plan_command(PlanOptions(later, "2GB", "bloom-560m"), lambda model: 10**6) == 0
     text = capsys.readouterr().out
@@ -192,7 +196,9 @@ def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: P
         assert form.with_ram(10**9) is form.others[10**9]
 
 
-def test_a_disk_that_cannot_be_written(quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_written_is_refused(
+    quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -202,6 +208,7 @@ def test_a_disk_that_cannot_be_written(quick, tmp_path: Path, monkeypatch: pytes
         plan_module.plan(tmp_path, None, None, 16, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_plan_leaves_nothing(tmp_path: Path, after: signal.Signals) -> None:
     if after is signal.SIGKILL and not platform.LINUX_CALLS:

@@ -116,7 +116,7 @@ def test_a_lossless_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: py
     assert forecast.disk_bytes(model.weights.model, share) == pytest.approx(parts, rel=0.01)
 
 
-def test_names_of_the_family() -> None:
+def test_names_of_the_family_are_known_and_others_refused() -> None:
     assert family.hyperparameters("bloom").n_layer == 70
     for name in ("bloomz-7b1", "bigscience/bloomz-7b1-mt", "BLOOM-7B1", "bigscience/bloomz-7b1-p3"):
         assert family.hyperparameters(name) == family.hyperparameters("bloom-7b1")
@@ -125,7 +125,7 @@ def test_names_of_the_family() -> None:
             family.hyperparameters(name)
 
 
-def test_parameters_and_room() -> None:
+def test_the_sizes_of_the_real_model() -> None:
     assert forecast.multiplications(BLOOM, 1) == pytest.approx(176.2e9, rel=0.001)
     assert forecast.disk_bytes(BLOOM) == pytest.approx(352.49e9, rel=1e-4)
     assert space_to_prepare(BLOOM) == pytest.approx(357.4e9, rel=1e-3)  # as docs/preparation.md has it

@@ -56,7 +56,7 @@ def test_reading_ends_after_so_many_bytes_or_seconds(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(2**21))
 
@@ -85,7 +85,7 @@ def test_the_scratch_file_has_no_name_that_a_killed_process_could_leave(tmp_path
         assert not list(tmp_path.iterdir())
 
 
-def test_places_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_that_cannot_be_measured_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(BloomdeskError, match="cannot be measured: No such file"),
         rates.scratch(tmp_path / "x"),
@@ -98,7 +98,7 @@ def test_places_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_kernels_rates(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_rates_are_above_zero(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)
     found = rates.kernel_rates(Kernel(dtype, workers(1)), dtype)
     assert len(found) == 3 and all(rate > 0 for rate in found)

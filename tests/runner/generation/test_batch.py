@@ -1,4 +1,4 @@
-"""Prompts that share their passes: each has the logits and the tokens of its own run, whoever comes and goes."""
+"""Prompts that share their passes: each has the logits and tokens of its own run, whichever others join and end."""
 
 from __future__ import annotations
 
@@ -17,43 +17,16 @@ import runner
 import runner.generation.memory_plan
 import runner.model.activations
 from runner import BloomdeskError
-from runner.generation.batch import Batch
 from runner.generation.memory_plan import MARGIN
-from runner.generation.model import Model
-from runner.generation.options import GenerationOptions
 from runner.generation.sequence import Request, Sequence
 from runner.generation.speculation.cost import CostModel
 from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, Segment
-
-DTYPES = ["bfloat16", "float16", "float32"]
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(4, 1200, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def plain(model: Model, requests: list[Request]) -> list[list[int]]:
-    """The tokens of each request's own run, a row at a time after the prompt."""
-    return [plain_run(model, request.prompt_ids, request.max_new_tokens) for request in requests]
-
-
-def plain_run(model: Model, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
-    cache, ids, rows = model.cache(len(prompt_ids) + max_new_tokens), [], list(prompt_ids)
-    while len(ids) < max_new_tokens and ids[-1:] != [model.weights.model.eos_token_id]:
-        ids.append(int(model.forward(rows, cache)[-1].float().argmax()))
-        rows = ids[-1:]
-    return ids
-
-
-def batched(
-    model: Model, requests: list[Request], batch: int | None, speculate: str = "lookup", on_part=None
-) -> Batch:
-    return model.batch(requests, GenerationOptions(speculate=speculate, batch=batch), on_part)
+from tests.support.prompts import DTYPES, batched, plain, plain_run, tokens
 
 
 def some_requests(count: int, seed: int) -> list[Request]:
-    """Ragged ones; some repeat themselves, so that lookup has something to say."""
+    """Ragged ones; some repeat themselves, so that n-grams match."""
     source = random.Random(seed)
     found = []
     for number in range(count):
@@ -88,8 +61,8 @@ def ngrams_that(propose: Callable[[list[int], int], list[int]]) -> type:
 
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 2**32))
-def test_rows_have_the_bits_that_they_have_alone(prepared, dtype: str, seed: int) -> None:
-    """Sequences of any lengths, each cut as it likes, each beginning when it likes."""
+def test_rows_have_the_same_bits_alone_and_in_company(prepared, dtype: str, seed: int) -> None:
+    """Sequences of any lengths, cut at random, beginning at random passes."""
     model, source = runner.load(prepared(dtype=dtype)[1]), random.Random(seed)
     texts = [tokens(source.randint(1, 40), seed + place) for place in range(source.randint(1, 5))]
     alone = [model.forward(text, model.cache(len(text)), all_rows=True) for text in texts]
@@ -122,7 +95,7 @@ def test_scores_a_few_rows_at_a_time_are_the_same(
 
 @settings(max_examples=15, deadline=None)
 @given(st.data())
-def test_a_cache_that_went_back_is_as_if_it_had_never_gone_on(prepared, data: st.DataObject) -> None:
+def test_a_rewound_cache_equals_one_that_was_never_longer(prepared, data: st.DataObject) -> None:
     model = runner.load(prepared(dtype=data.draw(st.sampled_from(DTYPES)))[1])
     text, cache = tokens(30, 3), model.cache(40)
     expected = model.forward(text, model.cache(30), all_rows=True)
@@ -166,7 +139,7 @@ def test_an_interrupted_pass_changes_no_cache(prepared) -> None:
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_prompt_says_what_it_says_alone(prepared, dtype: str, speculate: str) -> None:
+def test_every_prompt_has_the_tokens_of_its_own_run(prepared, dtype: str, speculate: str) -> None:
     model = runner.load(prepared(dtype=dtype)[1])
     requests = some_requests(9, 7)
     wanted = plain(model, requests)
@@ -182,7 +155,7 @@ def test_every_prompt_says_what_it_says_alone(prepared, dtype: str, speculate: s
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_whatever_is_proposed_and_whatever_the_clock_says_the_tokens_are_the_same(
+def test_neither_draft_tokens_nor_the_clock_change_a_token(
     prepared, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     model, source = runner.load(prepared()[1]), random.Random(seed)
@@ -222,10 +195,10 @@ def test_texts_that_repeat_themselves_take_fewer_passes(prepared, monkeypatch: p
     assert generation.passes == 30 - generation.accepted
 
 
-def test_the_end_of_a_text_is_the_end_inside_what_was_accepted_too(
+def test_an_end_of_text_among_accepted_draft_tokens_ends_the_sequence(
     prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proposals are right far beyond it."""
+    """The draft tokens are right far beyond it."""
     model = runner.load(prepared()[1])
     said = plain_run(model, [5, 6, 7], 40)
     monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)
@@ -249,7 +222,7 @@ def propose_from(said: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("wrong_at", [0, 1, 3])
-def test_wrong_proposals_leave_no_trace(prepared, monkeypatch: pytest.MonkeyPatch, wrong_at: int) -> None:
+def test_wrong_draft_tokens_change_nothing(prepared, monkeypatch: pytest.MonkeyPatch, wrong_at: int) -> None:
     model = runner.load(prepared(dtype="float16")[1])
     said = plain_run(model, [5, 6, 7], 30)
     monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)
@@ -265,8 +238,8 @@ def test_wrong_proposals_leave_no_trace(prepared, monkeypatch: pytest.MonkeyPatc
     assert wrong_at == 0 or generation.accepted > 10
 
 
-def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As 0 times infinity is no number, a row on trial could spoil those before it."""
+def test_a_pass_is_made_again_if_its_draft_tokens_overflow(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 times infinity is not a number, so the row of a draft token can spoil those before it."""
     model = runner.load(prepared(dtype="float16")[1])
     said = plain_run(model, [5, 6, 7], 20)
     monkeypatch.setattr(CostModel, "seconds", lambda self, rows: 1.0)
@@ -285,7 +258,7 @@ def test_a_trial_that_overflows_says_nothing(prepared, monkeypatch: pytest.Monke
     assert len(spoilt) == 1  # then it is left alone
 
 
-def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
+def test_sequences_join_as_others_end_and_ram_is_freed(prepared) -> None:
     model = runner.load(prepared()[1])
     requests = [Request(tokens(4, number), new) for number, new in enumerate([2, 9, 3, 5, 1, 7])]
     running = batched(model, requests, 2, "off")
@@ -311,7 +284,7 @@ def test_new_ones_join_as_others_finish_and_ram_is_given_back(prepared) -> None:
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
-def test_prompts_go_through_several_passes_where_ram_is_short(
+def test_prompts_take_several_passes_if_ram_is_short(
     prepared, monkeypatch: pytest.MonkeyPatch, speculate: str
 ) -> None:
     model = runner.load(prepared()[1])
@@ -349,7 +322,7 @@ def test_prompts_go_through_several_passes_where_ram_is_short(
 
 
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
-def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
+def test_an_interrupted_batch_can_continue(prepared, speculate: str) -> None:
     model = runner.load(prepared()[1])
     requests = some_requests(5, 20)
     wanted = plain(model, requests)
@@ -359,7 +332,7 @@ def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
         if source.random() < 0.1:
             raise KeyboardInterrupt
 
-    running, interrupted, found = batched(model, requests, 3, speculate, interrupt), 0, {}
+    running, interrupted, found = batched(model, requests, 3, speculate, on_part=interrupt), 0, {}
     while running.active or running.waiting:
         try:
             found |= {each.index: each.ids for each in running.step()}
@@ -370,7 +343,7 @@ def test_an_interrupted_batch_goes_on(prepared, speculate: str) -> None:
 
 
 @pytest.mark.parametrize("passes", [0, 2])
-def test_an_interruption_right_after_a_pass_costs_that_pass_alone(
+def test_an_interruption_right_after_a_pass_costs_only_that_pass(
     prepared, monkeypatch: pytest.MonkeyPatch, passes: int
 ) -> None:
     model = runner.load(prepared()[1])
@@ -410,7 +383,7 @@ def test_the_miniature_answers_many_prompts_at_a_time(miniature: tuple[Path, Pat
         ({"draft": "nowhere"}, "nowhere"),
     ],
 )
-def test_what_is_refused(prepared, options: dict[str, object], message: str) -> None:
+def test_unusable_options_are_refused(prepared, options: dict[str, object], message: str) -> None:
     model = runner.load(prepared()[1])
     with pytest.raises(BloomdeskError, match=message):
         model.generate_all([[5, 6]], **options)
@@ -418,7 +391,7 @@ def test_what_is_refused(prepared, options: dict[str, object], message: str) -> 
         model.generate_all([[5, 6], ""])
 
 
-def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ram_lets_more_sequences_share_a_pass(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.generation.memory_plan, "MARGIN", 0)
     monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     model = runner.load(prepared()[1])
@@ -439,14 +412,14 @@ def test_as_many_go_together_as_have_room(prepared, monkeypatch: pytest.MonkeyPa
     assert batched(replace(model, ram=2**50), requests, 7, "off").plan.request.batch == 7
 
 
-def test_too_little_ram_for_the_longest_names_it(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_about_ram_names_the_longest_prompt(prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     model = replace(runner.load(prepared()[1]), ram=2 * 10**8, process_nbytes=10**8)
     with pytest.raises(BloomdeskError, match=r"KV cache .* for the longest of the prompts: 900,002 tokens"):
         model.generate_all([[5], [5, 6, 7], [8]], max_new_tokens=900_000)
 
 
-def test_a_bigger_batch_is_not_bought_with_all_that_stays(prepared) -> None:
-    """Where everything fits, a few prompts at the memory's speed are faster than many at the disk's."""
+def test_a_larger_batch_does_not_displace_all_resident_weights(prepared) -> None:
+    """If everything fits, a few prompts at the memory's speed are faster than many at the disk's."""
     model = runner.load(prepared()[1])
     weights = sum(chunk.nbytes for chunk in model.weights.stream.chunks)
     requests = [Request([5, 6, 7], 700)] * 64

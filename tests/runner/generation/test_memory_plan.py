@@ -52,7 +52,7 @@ def planned(
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
 @example([10], 0, 0, 0, MARGIN + 9)
-def test_nothing_is_promised_twice(
+def test_a_plan_never_exceeds_its_total(
     sizes: list[int], process: int, cache: int, activations: int, total: int
 ) -> None:
     try:
@@ -68,7 +68,9 @@ def test_nothing_is_promised_twice(
 
 
 @given(SIZES, PARTS, PARTS, PARTS)
-def test_what_fits_stays(sizes: list[int], process: int, cache: int, activations: int) -> None:
+def test_everything_is_resident_if_it_fits(
+    sizes: list[int], process: int, cache: int, activations: int
+) -> None:
     needed = sum(sizes) + process + cache + activations + MARGIN
     plan = planned(needed, sizes, process, cache, activations)
     assert plan.resident == frozenset(range(len(sizes)))
@@ -76,7 +78,7 @@ def test_what_fits_stays(sizes: list[int], process: int, cache: int, activations
 
 
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
-def test_an_amount_that_is_too_little_names_one_that_is_enough(
+def test_an_error_names_an_amount_of_ram_that_is_enough(
     sizes: list[int], process: int, cache: int, activations: int, total: int
 ) -> None:
     try:
@@ -101,7 +103,7 @@ def test_an_amount_that_is_too_little_names_one_that_is_enough(
 
 
 @given(SIZES, st.integers(0, 2**32))
-def test_no_room_is_left_in_which_a_streamed_chunk_would_fit(sizes: list[int], room: int) -> None:
+def test_no_streamed_chunk_fits_into_the_rest(sizes: list[int], room: int) -> None:
     chosen = spread(sizes, room)
     left = room - sum(sizes[index] for index in chosen)
     assert left >= 0
@@ -109,7 +111,7 @@ def test_no_room_is_left_in_which_a_streamed_chunk_would_fit(sizes: list[int], r
 
 
 @given(SIZES, st.floats(0, 1))
-def test_every_segment_of_a_pass_has_its_share_of_what_stays(sizes: list[int], part: float) -> None:
+def test_resident_chunks_are_spread_evenly_over_the_pass(sizes: list[int], part: float) -> None:
     """So the disk is never idle for more than a few chunks, wherever the pass is."""
     room = int(sum(sizes) * part)
     chosen = spread(sizes, room)
@@ -131,7 +133,7 @@ def test_chunks_of_one_size_alternate_as_evenly_as_can_be(count: int, data: st.D
 
 
 @given(SIZES, st.floats(0, 1), st.integers(0, 2**32))
-def test_more_room_moves_nothing_that_stays(sizes: list[int], part: float, more: int) -> None:
+def test_resident_chunks_stay_resident_with_more_room(sizes: list[int], part: float, more: int) -> None:
     room = int(sum(sizes) * part)
     before = spread(sizes, room)
     after = spread(sizes, room + more, before)
@@ -143,7 +145,7 @@ def test_more_room_moves_nothing_that_stays(sizes: list[int], part: float, more:
 
 
 @pytest.mark.parametrize("room", [-5, 0])
-def test_without_room_nothing_stays(room: int) -> None:
+def test_without_room_nothing_is_resident(room: int) -> None:
     assert spread([3, 4, 5], room) == frozenset()
 
 
@@ -194,7 +196,7 @@ print(ram, peak, sum(map(cached, chunks)), *tokens)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at memory as Linux shows it")
-def test_a_run_keeps_to_its_ram_and_leaves_the_page_cache_alone(tmp_path: Path) -> None:
+def test_a_run_stays_within_its_ram_and_leaves_the_page_cache_alone(tmp_path: Path) -> None:
     make_checkpoint.synthetic(tmp_path / "source", hidden_size=1024, heads=16, blocks=4, vocab_size=60_000)
     convert(tmp_path / "source", tmp_path / "bloom")  # 220 MB
     run = subprocess.run(

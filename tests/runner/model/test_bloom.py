@@ -62,6 +62,10 @@ def test_an_interrupted_pass_leaves_the_cache_as_it_was(model) -> None:
     assert torch.equal(model.forward([8], cache), expected)
 
 
+def test_a_model_shows_itself_in_one_line(model) -> None:
+    assert re.fullmatch(r"<BLOOM of 3 blocks of width \d+ in \S+ GB of RAM>", repr(model))
+
+
 def test_a_cache_that_is_too_small_is_refused(model) -> None:
     with pytest.raises(ValueError, match="5 positions do not fit a cache of 4"):
         model.forward([5, 6, 7, 8, 9], model.cache(4))

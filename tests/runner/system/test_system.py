@@ -19,7 +19,7 @@ import runner
 import runner.generation.memory_plan
 from runner.system import files, memory, platform
 from runner.weights import chunks as chunks
-from runner.weights.reader import PartFile
+from runner.weights.part_file import PartFile
 from runner.weights.stream import Stream
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -22,7 +22,7 @@ from tests.support.commands import COMMAND, refused, run, screen_of, started
 PROMPT = "The SQL command to list all the books whose year is 1999 is:"
 
 
-def test_the_whole_path(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_hub_to_generated_text(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     """Hub, download, convert, verify, info, generate: as scripts/demo does it."""
     with LocalHub({"bloomdesk/miniature": miniature[0]}) as hub:
         environment = {"HF_ENDPOINT": hub.endpoint}
@@ -62,12 +62,14 @@ def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
     assert report["bytes_read"] == sum(chunk.nbytes for chunk in chunks)
 
 
+@pytest.mark.slow
 def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "runner", str(miniature[1]), PROMPT]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, " SELECT * FROM books WHERE year = 1999;\n")
 
 
+@pytest.mark.slow
 def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
     """Text grows on standard output, the status of the pass comes and goes, and a summary ends it."""
     screen = screen_of("generate", miniature[1], PROMPT)
@@ -75,6 +77,7 @@ def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
     assert screen.replace("\r", "").rstrip().endswith("; the model ended its text)")
 
 
+@pytest.mark.slow
 def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> None:
     with started("generate", miniature[1], "When I was 6", "--max-new-tokens", "2000", "--json") as process:
         _wait_for_generation(process)
@@ -94,6 +97,7 @@ def _wait_for_generation(process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error(miniature: tuple[Path, Path]) -> None:
     line = " ".join([*COMMAND, "info", str(miniature[1]), "| true"])
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
@@ -166,6 +170,7 @@ def test_a_bug_shows_its_traceback_only_with_debug(tmp_path: Path, monkeypatch: 
         run("--debug", "info", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_status_of_its_command(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "verify", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
@@ -184,7 +189,7 @@ def test_help_names_every_command_and_breaks_no_word(option: str, monkeypatch: p
         assert not [line for line in lines if len(line) > 80 or line.endswith("-")]
 
 
-def test_the_version() -> None:
+def test_the_version_is_shown() -> None:
     assert re.fullmatch(r"bloomdesk \d+\.\d+\.\d+\n", run("--version").stdout)
 
 

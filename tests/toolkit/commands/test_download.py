@@ -60,7 +60,7 @@ def test_the_pinned_list_is_used_without_asking_the_hub(local, pins, target):
 def test_a_second_run_fetches_and_hashes_nothing(local, repo, pins, target, monkeypatch):
     download(BLOOM, target)
     local.requests.clear()
-    monkeypatch.setattr("toolkit.commands.download.hash_file", None)
+    monkeypatch.setattr(hub.HubFile, "check", None)
     result = download(BLOOM, target)
     assert (result.fetched, result.kept, result.received) == ((), NEEDED, 0)
     assert local.requests == []

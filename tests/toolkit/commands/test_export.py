@@ -25,6 +25,7 @@ from toolkit.commands import export as module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
 from toolkit.io import reader as readahead
+from toolkit.io import writer
 from toolkit.source.key_map import name_table
 
 SHARDS = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
@@ -102,8 +103,8 @@ def test_converting_it_again_gives_the_same_parts(made: Path, tmp_path: Path) ->
 
 def test_the_buffer_size_changes_no_byte(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(made, tmp_path / "whole")
-    monkeypatch.setattr(readahead, "PIECE", 1_000)
-    monkeypatch.setattr(module, "SETTLE", 7_000)
+    monkeypatch.setattr(readahead, "BLOCK", 1_000)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 7_000)
     export(made, tmp_path / "pieces")
     assert content(tmp_path / "whole") == content(tmp_path / "pieces")
 
@@ -233,17 +234,20 @@ def test_a_full_disk_leaves_nothing_that_counts(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
 ) -> None:
     """In the index, in a shard's header, in its data; and going on once there is room."""
-    out, left, original = tmp_path / "out", full_at, Path.open
+    out, left, original, write = tmp_path / "out", full_at, Path.open, os.write
+
+    def take(data: Any) -> None:
+        nonlocal left
+        if len(data) > left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left -= len(data)
 
     class Full:
         def __init__(self, file: BinaryIO) -> None:
             self._file = file
 
         def write(self, data: Any) -> int:
-            nonlocal left
-            if len(data) > left:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            left -= len(data)
+            take(data)
             return self._file.write(data)
 
         def __getattr__(self, name: str) -> Any:
@@ -260,6 +264,7 @@ def test_a_full_disk_leaves_nothing_that_counts(
         return Full(file) if set(mode) & set("wx") else file
 
     monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "write", lambda descriptor, data: take(data) or write(descriptor, data))
     with pytest.raises(BloomdeskError, match="the disk is full") as caught:
         export(made, out)
     assert "make room" in caught.value.hint

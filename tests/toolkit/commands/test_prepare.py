@@ -96,7 +96,7 @@ def test_the_dtype_is_read_from_the_first_bytes_of_one_shard(
     plan = plan_preparation(REPO, tmp_path / "out")
     assert plan.manifest.model.dtype == dtype and not (tmp_path / "out").exists()
     nbytes = min(HEAD_BYTES, (tmp_path / "repo" / shard).stat().st_size)
-    assert set(ranges(hub, shard)) == {f"bytes=0-{nbytes - 1}"}
+    assert {each.rpartition("-")[2] for each in ranges(hub, shard)} == {str(nbytes - 1)}
     assert len(ranges(hub, shard)) == 1 + (fault.drop_after is not None) * 2
     assert fetched(hub).isdisjoint(set(plan.schedule.shards) - {shard})
     carry_out(plan)

@@ -174,7 +174,7 @@ def test_without_a_sound_manifest_nothing_is_checked(made_copy: Path, tmp_path: 
 
 def test_the_report_does_not_depend_on_the_threads(made_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damage in the order of the manifest, with pieces so small that every file is many."""
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     entries = read_header(made_copy / BLOCK).tensors
     for name in ("mlp.dense_4h_to_h.weight", "input_layernorm.weight"):
         flip(made_copy / BLOCK, entries[name].start)
@@ -204,7 +204,7 @@ def test_one_file_and_many_are_read_by_several_threads(
     made_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each read waits for a second one, of the same large file or of the next small one."""
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     read, meeting = os.preadv, threading.Barrier(2, timeout=20)
     together: list[tuple[str, threading.Thread]] = []
 
@@ -237,7 +237,7 @@ def test_progress_comes_from_the_calling_thread_and_only_rises(made_copy: Path) 
 def test_an_error_in_the_middle_of_a_file_is_its_damage_alone(
     made_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     read = os.preadv
 
     def fail(descriptor: int, buffers: list[memoryview], start: int) -> int:
@@ -266,7 +266,7 @@ def test_an_error_of_the_progress_ends_the_check(made_copy: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such system call here")
 def test_read_bytes_leave_the_page_cache(made_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     let_go: list[int] = []
 
     def advise(descriptor: int, start: int, length: int, advice: int) -> None:
@@ -401,7 +401,7 @@ def test_quick_takes_no_sample(made_copy: Path) -> None:
 def test_systems_without_positioned_reads_are_checked_too(
     made_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readahead, "PIECE", 5_000)
+    monkeypatch.setattr(readahead, "BLOCK", 5_000)
     monkeypatch.delattr(os, "preadv", raising=False)
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     assert verify(made_copy, threads=4).sound

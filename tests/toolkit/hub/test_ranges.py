@@ -16,9 +16,9 @@ from runner.errors import BloomdeskError
 from scripts.fakehub.server import Fault, LocalHub, RandomFaults
 from tests.support.bloom_repos import NAME, VICTIM, assert_whole, fetched, noise
 from toolkit.commands.download import download
-from toolkit.hub import partial_file as incomplete
 from toolkit.hub import ranges, transfer
 from toolkit.hub import revision as hub
+from toolkit.io import writer
 from toolkit.io.progress import silent
 
 pytest_plugins = ("tests.support.network",)
@@ -227,7 +227,7 @@ def test_a_slow_first_range_holds_the_others_at_the_window(one, single, target):
 
 def test_a_range_that_crawls_goes_on_over_a_new_connection(one, single, target, monkeypatch):
     monkeypatch.setattr(ranges, "SECONDS_OF_GRACE", 0.3)
-    monkeypatch.setattr(ranges, "SECONDS_BETWEEN_PIECES", 0.1)
+    monkeypatch.setattr(ranges, "SECONDS_BETWEEN_BLOCKS", 0.1)
     one.fail(FILE, Fault(drop_after=1000, stall=60.0, times=1))
     began = time.monotonic()
     assert fetch(target).received == SIZE
@@ -318,9 +318,9 @@ def test_a_disk_that_fills_up_ends_all(one, single, target, monkeypatch):
 
 
 def test_what_has_come_is_brought_onto_the_disk_again_and_again(one, single, target, monkeypatch):
-    settled, settle = [], incomplete.settle
-    monkeypatch.setattr(incomplete, "SETTLE", 50_000)
-    monkeypatch.setattr(incomplete, "settle", lambda *each: settled.append(each[1:]) or settle(*each))
+    settled, settle = [], writer.sync_range
+    monkeypatch.setattr(writer, "SYNC_BYTES", 50_000)
+    monkeypatch.setattr(writer, "sync_range", lambda *each: settled.append(each[1:]) or settle(*each))
     fetch(target)
     assert_came(single, target)
     assert settled[0][0] == 0 and all(stop - start >= 50_000 for start, stop in settled)
@@ -331,8 +331,8 @@ def test_a_disk_that_fails_in_the_background_is_noticed(one, target, monkeypatch
     def failing(*_):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(incomplete, "SETTLE", 50_000)
-    monkeypatch.setattr(incomplete, "settle", failing)
+    monkeypatch.setattr(writer, "SYNC_BYTES", 50_000)
+    monkeypatch.setattr(writer, "sync_range", failing)
     with pytest.raises(OSError, match="Input/output error"):
         fetch(target)
     assert not (target / FILE).exists()

@@ -1,4 +1,4 @@
-"""A small model beside the large one: it changes no token, keeps to its RAM, and is refused where it is unsuitable."""
+"""Draft models change no token, stay within their RAM, and are refused if they are unsuitable."""
 
 from __future__ import annotations
 
@@ -9,49 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import runner
 import runner.generation.speculation.draft_model
 from runner import BloomdeskError
-from runner.generation.batch import Batch
 from runner.generation.memory_plan import MARGIN
-from runner.generation.model import Model
-from runner.generation.options import GenerationOptions
 from runner.generation.sequence import Request, Sequence
 from runner.generation.speculation.cost import CostModel
 from runner.generation.speculation.draft_model import DraftModel
 from runner.generation.speculation.policy import AcceptanceRate, SpeculationPolicy
 from runner.model.forward import ModelRunner
 from scripts.fakehub import checkpoint as make_checkpoint
+from tests.support.prompts import DTYPES, batched, plain, tokens
 from toolkit.commands.convert import convert
-
-DTYPES = ["bfloat16", "float16", "float32"]
-
-
-def tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(4, 1200, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def plain(model: Model, requests: list[Request]) -> list[list[int]]:
-    return [
-        list(model.generate(request.prompt_ids, max_new_tokens=request.max_new_tokens, speculate="off"))
-        for request in requests
-    ]
-
-
-def batched(
-    model: Model,
-    requests: list[Request],
-    batch: int | None,
-    draft: Path | None = None,
-    speculate: str = "off",
-) -> Batch:
-    return model.batch(requests, GenerationOptions(speculate=speculate, draft=draft, batch=batch))
 
 
 class QuickCost(CostModel):
-    """That of a draft model which takes no time."""
+    """The cost of a draft model that takes no time."""
 
     def learn(self, *_: object, **__: object) -> None:
         self.first_row = 1e-6
@@ -70,7 +44,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No draft is given up, and none is spared."""
+    """The draft model is never given up, and always used."""
     monkeypatch.setattr(SpeculationPolicy, "draft_is_useless", lambda self, *_: False)
     monkeypatch.setattr("runner.generation.speculation.policy.FIRST_LIMIT", 1e9)
     monkeypatch.setattr("runner.generation.speculation.policy.LARGEST_LIMIT", 1e9)
@@ -92,7 +66,7 @@ def test_a_draft_changes_no_token(prepared, other: Path, free, kept, dtype: str,
     model = runner.load(prepared(dtype=dtype)[1])
     wanted = plain(model, REQUESTS)
     for batch in (1, 3, None):
-        running = batched(model, REQUESTS, batch, other, speculate)
+        running = batched(model, REQUESTS, batch, speculate, other)
         found = {each.index: each.ids for each in running.run()}
         assert [found[index] for index in range(5)] == wanted
         assert running.proposed > 20 and running.drafting_seconds > 0
@@ -109,10 +83,10 @@ def test_a_model_is_always_right_about_itself(prepared, free) -> None:
 
 
 @pytest.mark.parametrize("most_rows", [1, 2, 5, 1000])
-def test_it_says_what_it_says_alone_however_it_reads(
+def test_it_proposes_what_its_model_generates_however_it_reads(
     prepared, other: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
 ) -> None:
-    """In company, in chunks, after going back and after being left out for a while."""
+    """With other sequences, in several passes, after a rewind, and after some steps without it."""
     monkeypatch.setattr(runner.generation.speculation.draft_model, "MOST_ROWS", most_rows)
     large, small = runner.load(prepared()[1]), runner.load(other)
     draft = DraftModel.open(other, large.weights, large.tokenizer)
@@ -138,7 +112,7 @@ def test_an_interruption_while_drafting_changes_nothing(
 ) -> None:
     model = runner.load(prepared()[1])
     wanted = plain(model, REQUESTS)
-    running = batched(model, REQUESTS, 3, other)
+    running = batched(model, REQUESTS, 3, "off", other)
     forward_all, source = ModelRunner.forward_all, random.Random(2)
 
     def interrupted(self: ModelRunner, *given: object) -> object:
@@ -161,7 +135,7 @@ def test_an_interruption_while_drafting_changes_nothing(
     assert count > 2
 
 
-def test_one_that_is_useless_is_given_up_for_what_then_stays(
+def test_a_useless_draft_model_is_given_up_for_resident_weights(
     prepared, other: Path, free, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("runner.generation.memory_plan.MARGIN", 0)
@@ -181,24 +155,24 @@ def test_one_that_is_useless_is_given_up_for_what_then_stays(
     assert generation.passes >= 16
 
 
-def test_its_ram_is_in_the_plan(prepared, other: Path) -> None:
+def test_its_ram_is_in_the_memory_plan(prepared, other: Path) -> None:
     model = runner.load(prepared()[1])
     draft = DraftModel.open(other, model.weights, model.tokenizer)
     needs = draft.nbytes(2, 40)
     assert needs >= draft.weight_bytes + 2 * (draft.nbytes(2, 80) - draft.nbytes(2, 40)) // 5
     requests = [Request([5, 6, 7], 30)] * 2
-    running = batched(replace(model, ram=2**40), requests, 2, other)
+    running = batched(replace(model, ram=2**40), requests, 2, "off", other)
     assert running.plan.request.draft >= draft.weight_bytes
-    without = batched(replace(model, ram=2**40), requests, 2)
+    without = batched(replace(model, ram=2**40), requests, 2, "off")
     assert without.plan.request.draft == 0
     needs = without.plan.request
     tight = needs.process + needs.cache + needs.activations + MARGIN + without.plan.resident_bytes
     with pytest.raises(BloomdeskError, match=r"the draft [\d.]+ [kMG]B") as refused:
-        batched(replace(model, ram=tight // 2), requests, 1, other)
+        batched(replace(model, ram=tight // 2), requests, 1, "off", other)
     assert "or without the draft" in refused.value.hint
 
 
-def test_other_tokens_are_refused(prepared, tmp_path: Path) -> None:
+def test_a_draft_model_with_other_tokens_is_refused(prepared, tmp_path: Path) -> None:
     model = runner.load(prepared()[1])
     with pytest.raises(BloomdeskError, match=r"cannot draft: its tokenizer.json has other tokens"):
         model.generate([5], draft=prepared(vocab_size=300, hidden_size=64, heads=8)[1])
@@ -211,8 +185,8 @@ def test_other_tokens_are_refused(prepared, tmp_path: Path) -> None:
         model.generate([5], draft=draft)
 
 
-def test_rows_for_which_there_are_no_tokens(prepared, tmp_path: Path, free) -> None:
-    """An embedding has rows beyond the tokenizer's tokens; who has fewer can't follow, who has more is cut short."""
+def test_a_draft_model_may_have_more_rows_than_tokens_but_not_fewer(prepared, tmp_path: Path, free) -> None:
+    """An embedding has rows beyond the tokenizer's tokens; tokens that the large model lacks end the draft."""
     sizes = {"hidden_size": 48, "heads": 3, "blocks": 1}
     directories = {}
     for rows in (1100, 1200, 2400):
@@ -228,7 +202,7 @@ def test_rows_for_which_there_are_no_tokens(prepared, tmp_path: Path, free) -> N
     assert list(generation) == plain(model, [Request([5, 6, 7], 30)])[0]
 
 
-def test_the_miniature_with_itself(miniature: tuple[Path, Path], free) -> None:
+def test_the_miniature_drafts_for_itself(miniature: tuple[Path, Path], free) -> None:
     model = runner.load(miniature[1])
     prompt = "The SQL command to list all the books whose year is 1999 is:"
     generation = model.generate(prompt, draft=miniature[1])

@@ -49,7 +49,7 @@ def test_the_latest_place_of_the_longest_suffix(ids: list[int], count: int) -> N
     assert len(proposed) == count
 
 
-def test_a_loop_is_gone_on_with() -> None:
+def test_a_loop_continues() -> None:
     assert indexed([9, 1, 2, 3, 1, 2, 3, 1, 2]).propose(7) == [3, 1, 2, 3, 1, 2, 3]
     assert indexed([5, 5, 5]).propose(3) == [5, 5, 5]
 
@@ -66,13 +66,13 @@ def test_a_replaced_word_does_not_end_a_repetition() -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 4]])
-def test_nothing_is_proposed_where_nothing_comes_again(ids: list[int]) -> None:
+def test_nothing_is_proposed_if_nothing_repeats(ids: list[int]) -> None:
     index = indexed(ids)
     assert index.match_length == 0
     assert index.propose(4) == []
 
 
-def test_a_long_text_costs_no_more_a_token() -> None:
+def test_a_token_of_a_long_text_costs_no_more() -> None:
     """Loops are the worst case of a search."""
 
     def seconds(count: int) -> float:

@@ -1,4 +1,4 @@
-"""How much is proposed: much where it is right or costs nothing, nothing where it is not, and never at a great loss."""
+"""Many draft tokens if they are right or free, none if they are wrong, and never a loss above 5%."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from runner.generation.speculation.policy import (
     SpeculationPolicy,
 )
 
-# Acceptance.
+# The acceptance rate.
 
 
-def test_a_guess_gives_way_to_trials() -> None:
+def test_trials_outweigh_the_prior() -> None:
     acceptance = AcceptanceRate(0.6)
     assert acceptance.rate == pytest.approx(0.6)
     for _ in range(20):
@@ -32,7 +32,7 @@ def test_a_guess_gives_way_to_trials() -> None:
     assert acceptance.rate > 0.85
 
 
-def test_it_comes_to_the_true_chance() -> None:
+def test_the_acceptance_rate_converges() -> None:
     chance, acceptance = 0.7, AcceptanceRate(0.3)
     source = random.Random(5)
     seen = []
@@ -43,7 +43,7 @@ def test_it_comes_to_the_true_chance() -> None:
     assert sum(seen[100:]) / 300 == pytest.approx(chance, abs=0.03)
 
 
-def test_rests_between_vain_trials_grow_up_to_a_limit() -> None:
+def test_the_cooldown_doubles_with_failed_trials_up_to_a_limit() -> None:
     acceptance, rests = AcceptanceRate(0.1), []
     for _ in range(8):
         rest = 0
@@ -62,7 +62,7 @@ def test_rests_between_vain_trials_grow_up_to_a_limit() -> None:
 # The cost model.
 
 
-def test_one_pass_tells_of_others_by_the_usual_slope() -> None:
+def test_one_pass_predicts_others_by_the_prior_slope() -> None:
     cost = CostModel()
     cost.learn(1, 2.0, 0.0)
     assert [cost.seconds(rows) for rows in (1, 2, 11)] == pytest.approx([2, 2 + 2 * SLOPE, 2 + 20 * SLOPE])
@@ -71,7 +71,7 @@ def test_one_pass_tells_of_others_by_the_usual_slope() -> None:
 @given(
     st.floats(1e-3, 100), st.floats(0, 3), st.lists(st.integers(1, 64), min_size=30, max_size=60, unique=True)
 )
-def test_passes_tell_their_own_slope(one_row: float, slope: float, counts: list[int]) -> None:
+def test_the_slope_is_learned_from_passes(one_row: float, slope: float, counts: list[int]) -> None:
     cost = CostModel()
     for rows in counts:
         cost.learn(rows, one_row * (1 + slope * (rows - 1)), 0.0)
@@ -96,7 +96,7 @@ def test_the_disk_makes_rows_free() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 600), st.floats(0, 1e3), st.floats(0, 1e3)), max_size=30))
-def test_a_cost_never_goes_below_nothing(passes: list[tuple[int, float, float]]) -> None:
+def test_a_cost_is_never_negative(passes: list[tuple[int, float, float]]) -> None:
     cost = CostModel()
     for given_pass in passes:
         cost.learn(*given_pass)
@@ -179,12 +179,12 @@ def test_free_rows_are_filled_at_once() -> None:
     assert machine.gain > 5
 
 
-def test_rows_beyond_what_the_disk_makes_free_are_left_out() -> None:
+def test_rows_that_cost_more_than_they_gain_are_left_out() -> None:
     machine = Machine(computing=3.0, disk=10.0, right=0.5).run(50)
     assert 5 < max(machine.counts[5:]) < MOST_DRAFT_TOKENS
 
 
-def test_where_computing_is_the_bottleneck_what_is_right_pays() -> None:
+def test_right_draft_tokens_pay_if_computing_is_the_bottleneck() -> None:
     machine = Machine(right=1.0).run(60)
     assert machine.gain > 2
     assert max(machine.counts) == MOST_DRAFT_TOKENS
@@ -195,7 +195,7 @@ def test_where_computing_is_the_bottleneck_what_is_right_pays() -> None:
 @pytest.mark.parametrize("disk", [0.0, 0.9, 10.0])
 @pytest.mark.parametrize(("slope", "drafting"), [(0.3, 0.0), (1.0, 0.0), (0.3, 0.1), (0.3, 0.9), (1.0, 3.0)])
 @pytest.mark.parametrize("sequences", [1, 6])
-def test_what_is_never_right_costs_hardly_anything(
+def test_useless_draft_tokens_cost_less_than_5_percent(
     passes: int, disk: float, slope: float, drafting: float, sequences: int
 ) -> None:
     machine = Machine(slope=slope, disk=disk, drafting=drafting, sequences=sequences).run(passes)
@@ -207,29 +207,29 @@ def test_what_is_never_right_costs_hardly_anything(
     right=st.floats(0, 1), slope=st.floats(0, 1.5), disk=st.floats(0, 5), drafting=st.floats(0, 2),
     sequences=st.integers(1, 8),
 )  # fmt: skip
-def test_nothing_costs_more_than_a_little(
+def test_draft_tokens_never_cost_more_than_5_percent(
     right: float, slope: float, disk: float, drafting: float, sequences: int
 ) -> None:
     machine = Machine(slope=slope, disk=disk, drafting=drafting, right=right, sequences=sequences).run(120)
     assert machine.gain > 0.95
 
 
-def test_a_draft_that_is_never_right_is_given_up() -> None:
+def test_a_draft_model_that_is_never_right_is_given_up() -> None:
     machine = Machine(disk=10.0, drafting=0.05).run(64, freed=0.01)
     assert machine.retired_after is not None
     assert not any(machine.counts[machine.retired_after + 1 :])
 
 
-def test_a_draft_that_is_right_stays() -> None:
+def test_a_draft_model_that_is_right_stays() -> None:
     assert Machine(disk=10.0, drafting=0.05, right=0.7).run(200, freed=0.1).retired_after is None
 
 
-def test_a_draft_worth_less_than_its_ram_is_given_up() -> None:
+def test_a_draft_model_worth_less_than_its_ram_is_given_up() -> None:
     assert Machine(disk=10.0, drafting=0.3, right=0.3).run(200, freed=0.7).retired_after is not None
     assert Machine(disk=10.0, drafting=0.3, right=0.3).run(200, freed=0.0).retired_after is None
 
 
-def test_after_a_change_of_luck_proposals_come_back() -> None:
+def test_draft_tokens_that_become_right_are_proposed_again() -> None:
     machine = Machine(disk=0.0, slope=0.3).run(100)
     assert sum(machine.counts[-20:]) <= 2
     machine.right = 1.0
@@ -237,7 +237,7 @@ def test_after_a_change_of_luck_proposals_come_back() -> None:
     assert machine.counts[-1] == MOST_DRAFT_TOKENS
 
 
-def test_no_more_than_there_is_room_for() -> None:
+def test_no_more_draft_tokens_than_there_is_room_for() -> None:
     cost = CostModel()
     cost.learn(1, 0.1, 10.0)
     policy = SpeculationPolicy(cost, CostModel())

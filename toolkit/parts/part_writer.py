@@ -1,0 +1,80 @@
+"""One part, gathered from source shards, written, hashed, and renamed into place.
+
+    shards ──> read ahead ──> hashed ──> written behind ──> fsync ──> source hashes right? ──> rename
+
+Memory is a few blocks at any size of tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from runner.errors import BloomdeskError
+from runner.format.coded import part_header
+from runner.format.manifest import PartRecord, SourceShard, TensorRecord
+from runner.system.atomic import atomic_file
+from toolkit.io.disk import disk_errors
+from toolkit.io.progress import Progress
+from toolkit.io.writer import WriteBehind
+from toolkit.parts.coded_part import write_coded
+from toolkit.parts.part import PlannedPart
+from toolkit.source.shards import SourceTensor
+from toolkit.source.tensor_reader import TensorReader, ranges_of
+
+
+def write_part(
+    part: PlannedPart, destination: Path, sha256: Callable[[Path], SourceShard], progress: Progress
+) -> PartRecord:
+    """The manifest's record of a part, written into `destination` whole or not at all.
+
+    `sha256` gives a source shard's checked hash and raises where it is wrong; it is called once the bytes are
+    written, before the rename. Raises `BloomdeskError` if a shard or the disk fails, or coded tensors do not read
+    back from the disk as the bits of the source.
+    """
+    path = destination / part.spec.file
+    write = write_coded if part.spec.decoded(part.form) else _write
+    with disk_errors(path), atomic_file(path) as file:
+        record = write(part, file, progress)
+        file.flush()
+        # Shards may still be hashed meanwhile.
+        os.fsync(file.fileno())
+        sources = tuple(sha256(shard) for shard in part.sources)
+    return replace(record, sources=sources)
+
+
+def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
+    """The record of a plain part, its bytes gathered, hashed and written to `file`."""
+    header = part_header(part.spec.stored(part.dtype, {}))
+    whole = xxhash.xxh3_128(header)
+    records = []
+    ranges = [each for tensor in part.tensors for each in ranges_of(tensor)]
+    with TensorReader(ranges) as reader, WriteBehind(file.fileno()) as behind:
+        behind.write(header)
+        done = len(header)
+        for index, (name, shape) in enumerate(part.spec.tensors.items()):
+            tensor, own = part.tensors[index], xxhash.xxh3_128()
+            for block in reader.blocks(index):
+                behind.write(block)
+                own.update(block)
+                whole.update(block)
+                done += len(block)
+                progress(part.spec.file, done, part.size)
+            records.append(TensorRecord(name, tensor.dtype, shape, own.hexdigest()))
+    return PartRecord(part.spec.file, part.size, whole.hexdigest(), tuple(records), ())
+
+
+def check_lm_head(lm_head: SourceTensor, embedding: SourceTensor) -> None:
+    """Raise `BloomdeskError` if the two differ: the runner's head is the embedding, and another would be lost."""
+    with TensorReader(ranges_of(lm_head)) as ours, TensorReader(ranges_of(embedding)) as theirs:
+        for left, right in zip(ours.blocks(0), theirs.blocks(0), strict=True):
+            if left != right:
+                raise BloomdeskError(
+                    f"{lm_head.file}: {lm_head.key} differs from the embedding, "
+                    "and only models whose head is the embedding can be run"
+                )
