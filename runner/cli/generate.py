@@ -183,7 +183,7 @@ def _work(batch: Batch) -> str:
     traffic = batch.model.weights.stream.traffic
     text = f"{size(batch.bytes_read)} of weights read in {batch.passes} passes"
     if traffic.reading_seconds:
-        text += f" at {rate(traffic.bytes_fetched / traffic.reading_seconds)}"
+        text += f" at {rate(traffic.bytes_read / traffic.reading_seconds)}"
     if batch.proposed:
         text += f", {number(batch.tokens / batch.passes)} tokens a pass, "
         text += f"{batch.accepted} of {batch.proposed} draft tokens accepted"

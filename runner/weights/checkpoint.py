@@ -19,7 +19,7 @@ from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.weights.chunks import Chunk, cut, cut_coded
 from runner.weights.linear import Matrix
-from runner.weights.reader import PartFile, read_range
+from runner.weights.part_file import PartFile, read_range
 from runner.weights.stream import READERS, Stream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

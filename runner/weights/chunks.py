@@ -10,7 +10,7 @@ import torch
 
 from runner.format.coded import ROW_GROUP_ROWS, row_group_count
 from runner.format.safetensors import TensorEntry
-from runner.weights.reader import PartFile
+from runner.weights.part_file import PartFile
 
 # Large enough for a disk's full speed and for Python to cost nothing, small enough that 1 GB of RAM holds a few.
 LARGEST_CHUNK = 32 * 2**20

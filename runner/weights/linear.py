@@ -13,7 +13,7 @@ from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.decode import decode_row_groups
 from runner.kernel.matmul import Kernel
 from runner.weights.chunks import Chunk
-from runner.weights.reader import read_range
+from runner.weights.part_file import read_range
 from runner.weights.stream import Stream
 
 

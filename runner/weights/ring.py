@@ -1,41 +1,50 @@
-"""The prefetch ring: buffers that readers fill ahead of a pass, and the chunks that stay in RAM.
+"""The buffers of the prefetch ring, and the threads that read chunks into them.
 
-A buffer of the ring goes through these states; `claim` and `hand_over` are called by readers, the others by the pass:
+A buffer of the ring goes through these states; all steps but the reader's are the pass's own, so nothing is locked:
 
-           claim             hand_over           take              release
-    free ────────> claimed ────────────> ready ────────> in use ────────────> free
-                      └── the read failed, or was claimed before a restart ──> free
+           queued         a reader begins       it ends          taken          released
+    free ─────────> queued ────────────> reading ──────> ready ────────> in use ────────> free
+                      └── a restart drops the read ────────┴─────────────────────────────> free
 
-A resident chunk has a buffer to itself, which is filled once and then kept.
+A read that is dropped before it has begun is never made; the buffer of one that has begun is free when it ends.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 import torch
 
 from runner.system import files, memory, platform
 from runner.weights.chunks import Chunk
 
-# Seconds between looks at Ctrl-C: some systems interrupt no wait that has no time limit.
-LONGEST_WAIT = 0.2
+READER_NAME = "weights reader"
+# Seconds that a read may still take when its stream ends.
+_LONGEST_READ = 10.0
 
-State = Enum("State", "FREE CLAIMED READY IN_USE")
+# Reads a chunk into memory; the last argument says whether it stays there.
+ReadChunk = Callable[[Chunk, memoryview, bool], None]
 
 
 class Buffer:
-    """Page-aligned memory for one chunk."""
+    """Page-aligned memory for one chunk; in the ring, for the chunk with this `number` of all passes, or free."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = memory.anonymous(nbytes)
         self.view = memoryview(self._memory)
-        self.state = State.FREE
+        self.read: Read | None = None
+        self.number: int | None = None
         self._chunk: Chunk | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it may be read into: nobody waits for its last read, and that is over or will not be made."""
+        return self.number is None and (not self.read or not self.read.has_begun or self.read.done.is_set())
 
     def weights(self, chunk: Chunk) -> torch.Tensor:
         """What was read into the buffer, as the chunk's tensor."""
@@ -52,205 +61,74 @@ def buffer_bytes(nbytes: int) -> int:
     return files.whole_pages(nbytes + platform.PAGE - 1)
 
 
-@dataclass
-class Traffic:
-    """Bytes and seconds of a stream so far.
+@dataclass(eq=False)
+class Read:
+    """One read of a chunk into memory, from `began` to `ended` seconds; `done` is set also after a `failure`."""
 
-    bytes_streamed   of streamed chunks that a pass has used
-    bytes_loaded     of resident chunks, each counted once
-    bytes_fetched    of all reads
-    reading_seconds  with at least one read under way
-    waiting_seconds  of passes, for chunks that were not read yet
-    """
-
-    bytes_streamed: int = 0
-    bytes_loaded: int = 0
-    bytes_fetched: int = 0
-    reading_seconds: float = 0.0
-    waiting_seconds: float = 0.0
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that the passes so far needed from the files."""
-        return self.bytes_streamed + self.bytes_loaded
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A read that one reader makes: chunk `number` into `buffer`, which is the chunk's own if it `stays`."""
-
-    epoch: int
-    number: int
     chunk: Chunk
-    buffer: Buffer
+    view: memoryview
     stays: bool
+    done: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None
+    began: float = 0.0
+    ended: float = 0.0
+    has_begun: bool = False
+    is_dropped: bool = False
+    is_counted: bool = False
+
+    def make(self, read_chunk: ReadChunk) -> None:
+        """Read the chunk, unless the read was dropped before."""
+        # A restart sets `is_dropped` and then looks at `has_begun`, so one of the two sees the other.
+        self.has_begun = True
+        if self.is_dropped:
+            self.has_begun = False
+            return
+        self.began = time.perf_counter()
+        try:
+            read_chunk(self.chunk, self.view, self.stays)
+        except Exception as error:
+            self.failure = error
+        self.ended = time.perf_counter()
+        self.done.set()
 
 
-class Ring:
-    """The state that a pass and its readers share; the condition `changed` guards all of it.
+class Readers:
+    """`count` threads that make reads one after another; they start with the first one."""
 
-    Chunks are numbered through all passes: number n is chunk `n % len(chunks)`.
-
-    resident  indices of the chunks to keep
-    kept      buffers of those that are loaded, by index
-    buffers   of the ring
-    ready     buffers that are read, or why that failed, by number
-    position  number of the chunk in use, or next to be used
-    claimed   number of the next chunk to read
-    epoch     counts restarts; results of reads that were claimed in an older epoch are dropped
-    in_use    stays set if an interruption prevents the release; the next `take` then restarts
-    failed    the pass has got an error; nothing is read until it asks again
-    """
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self.chunks = tuple(chunks)
-        self.changed = threading.Condition()
-        self.traffic = Traffic()
-        self.resident = frozenset(range(len(self.chunks)))
-        self.kept: dict[int, Buffer] = {}
-        self.buffers: list[Buffer] = []
-        self.ready: dict[int, Buffer | Exception] = {}
-        self.position = self.claimed = self.epoch = 0
-        self.in_use = self.failed = self.closed = False
-        self._reads, self._reading_since = 0, 0.0
+    def __init__(self, count: int, read: ReadChunk) -> None:
+        self._count, self._read = count, read
+        self._reads = SimpleQueue[Read | None]()
+        self._threads: list[threading.Thread] = []
 
     @property
-    def at_rest(self) -> bool:
-        """Whether all chunks are kept: then they are handed out without locking."""
-        return len(self.kept) == len(self.chunks)
+    def queued(self) -> int:
+        """Number of reads that have not begun."""
+        return self._reads.qsize()
 
-    def arrange(self, resident: frozenset[int], count: int) -> None:
-        """Keep the chunks `resident` from now on, and stream the others through `count` buffers, at least 2."""
-        streamed = [chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in resident]
-        if streamed and count < 2:
-            raise ValueError(f"{count} buffers cannot hold a chunk in use and one that is read")
-        count = count if streamed else 0
-        with self.changed:
-            if self.resident == resident and len(self.buffers) == count:
-                return
-            self.resident = resident
-            self.kept = {index: buffer for index, buffer in self.kept.items() if index in resident}
-            self.buffers = []
-            self._restart(0)
-        # The memory of the old buffers is free by now, except of those that are still being read into.
-        fresh = [Buffer(buffer_bytes(max(streamed))) for _ in range(count)]
-        with self.changed:
-            self.buffers = fresh
-            self._restart(0)
-            self.in_use = False
+    def start(self, read: Read) -> None:
+        """Have a read made; its `done` is set afterwards."""
+        while len(self._threads) < self._count:
+            arguments = (self._reads, self._read)
+            thread = threading.Thread(target=_make_reads, args=arguments, name=READER_NAME, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        self._reads.put(read)
 
-    def take(self, index: int) -> Buffer:
-        """The buffer that holds chunk `index`, in use until it is released.
+    def end(self) -> None:
+        """Wait for the reads that are under way: a thread that is cut off at exit would abort the process."""
+        with suppress(Empty):
+            while True:
+                self._reads.get_nowait()
+        for _ in self._threads:
+            self._reads.put(None)
+        # A stream can end on one of its own readers, if garbage happens to be collected there.
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
+                thread.join(_LONGEST_READ)
 
-        If another chunk is the next in order, reading starts again from `index`. Raises what the read raised.
-        """
-        if self.at_rest:
-            return self.kept[index]
-        with self.changed:
-            is_next = not self.in_use and self.position % len(self.chunks) == index
-            self.in_use = True
-            if not is_next:
-                self._restart(index)
-            began = time.perf_counter()
-            buffer = self._awaited(index)
-            self.traffic.waiting_seconds += time.perf_counter() - began
-            if index not in self.resident:
-                self.traffic.bytes_streamed += self.chunks[index].nbytes
-            return buffer
 
-    def _awaited(self, index: int) -> Buffer:
-        # A failure while reading ahead may be over by now, so it counts only if it happens again.
-        may_retry = self.position in self.ready
-        while True:
-            while index not in self.kept and self.position not in self.ready:
-                self.changed.wait(LONGEST_WAIT)
-            found = self.kept.get(index) or self.ready.pop(self.position)
-            if isinstance(found, Buffer):
-                found.state = State.IN_USE
-                return found
-            if not may_retry:
-                self.failed = True
-                raise found
-            may_retry = False
-            self._restart(index)
-
-    def release(self, buffer: Buffer) -> None:
-        """End the use of the chunk that was taken last; what was taken at rest needs no release."""
-        if not self.in_use:
-            return
-        with self.changed:
-            self.position += 1
-            if buffer.state is State.IN_USE:
-                buffer.state = State.FREE
-            self.changed.notify_all()
-            self.in_use = False
-
-    def claim(self) -> Claim | None:
-        """The next read for the calling thread, which waits until there is one; None once the ring is closed."""
-        with self.changed:
-            while not self.closed and not (claim := self._next_claim()):
-                self.changed.wait()
-            if self.closed:
-                return None
-            if not self._reads:
-                self._reading_since = time.perf_counter()
-            self._reads += 1
-            return claim
-
-    def _next_claim(self) -> Claim | None:
-        if self.failed:
-            return None
-        while self.claimed < self.position + len(self.chunks):
-            number, index = self.claimed, self.claimed % len(self.chunks)
-            if index not in self.kept:
-                stays, chunk = index in self.resident, self.chunks[index]
-                if stays:
-                    buffer = Buffer(buffer_bytes(chunk.nbytes))
-                else:
-                    buffer = next((each for each in self.buffers if each.state is State.FREE), None)
-                    if not buffer:
-                        return None
-                buffer.state = State.CLAIMED
-                self.claimed += 1
-                return Claim(self.epoch, number, chunk, buffer, stays)
-            self.claimed += 1
-        return None
-
-    def hand_over(self, claim: Claim, failure: Exception | None) -> None:
-        """Take the result of a claim: its buffer is filled, unless there is a failure."""
-        with self.changed:
-            now, index = time.perf_counter(), claim.number % len(self.chunks)
-            self.traffic.bytes_fetched += claim.chunk.nbytes
-            self.traffic.reading_seconds += now - self._reading_since
-            self._reading_since = now
-            self._reads -= 1
-            is_current = claim.epoch == self.epoch
-            if is_current and failure:
-                self.ready[claim.number] = failure
-            if claim.stays:
-                if not failure and index in self.resident and index not in self.kept:
-                    self.kept[index] = claim.buffer
-                    self.traffic.bytes_loaded += claim.chunk.nbytes
-            elif is_current and not failure:
-                claim.buffer.state = State.READY
-                self.ready[claim.number] = claim.buffer
-            else:
-                claim.buffer.state = State.FREE
-            self.changed.notify_all()
-
-    def _restart(self, index: int) -> None:
-        """Read from chunk `index` on, as if nothing had been read ahead."""
-        self.epoch += 1
-        for buffer in self.buffers:
-            if buffer.state is not State.CLAIMED:
-                buffer.state = State.FREE
-        self.ready.clear()
-        self.failed = False
-        self.position = self.claimed = index
-        self.changed.notify_all()
-
-    def close(self) -> None:
-        """End all readers once their reads are done."""
-        with self.changed:
-            self.closed = True
-            self.changed.notify_all()
+def _make_reads(reads: SimpleQueue[Read | None], read_chunk: ReadChunk) -> None:
+    while read := reads.get():
+        read.make(read_chunk)
+        # A waiting thread keeps no memory from being freed.
+        del read

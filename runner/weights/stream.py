@@ -1,6 +1,6 @@
 """The chunks of a model, handed out in the order of a pass: some stay in RAM, the others are read ahead.
 
-    disk ──> buffers of the ring, filled by reader threads ──┐
+    disk ──> buffers of the ring, filled by readers ─────────┐
                                                              ├──> take ──> product ──> release
     disk ──> memory of resident chunks, filled once ─────────┘
 
@@ -11,50 +11,90 @@ one pass is computed, the beginning of the next is read.
 
 from __future__ import annotations
 
-import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from runner.weights.chunks import Chunk
-from runner.weights.ring import Buffer, Ring
+from runner.weights.ring import Buffer, Read, ReadChunk, Readers, buffer_bytes
 
 # One reads while the other hands over.
 READERS = 2
-READER_NAME = "weights reader"
-# Seconds that a read may still take when its stream ends.
-_LONGEST_READ = 10.0
+# Reads that wait for a reader at a time.
+MOST_QUEUED = 16
+# Seconds between looks at Ctrl-C: some systems interrupt no wait that has no time limit.
+LONGEST_WAIT = 0.2
 
-Read = Callable[[Chunk, memoryview, bool], None]
+
+@dataclass
+class Traffic:
+    """Bytes and seconds of a stream so far.
+
+    bytes_streamed   of streamed chunks that a pass has used
+    bytes_loaded     of resident chunks that a pass has used, each counted once
+    reading_seconds  with at least one of their reads under way
+    waiting_seconds  of passes, for chunks that were not read yet
+    """
+
+    bytes_streamed: int = 0
+    bytes_loaded: int = 0
+    reading_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that the passes so far needed from the files."""
+        return self.bytes_streamed + self.bytes_loaded
 
 
 class Stream:
     """Hands out `chunks` one at a time, first to last and around again; until `arrange`, all are resident.
 
-    `readers` threads fill buffers with `read`, which gets the chunk, the buffer's memory, and whether it stays.
+    Only one thread at a time may use a stream, so nothing is locked; `readers` threads fill its buffers with `read`.
+    Chunks are numbered through all passes: number n is chunk `n % len(chunks)`. `position` is the number of the chunk
+    in use, or next to be used.
     """
 
-    def __init__(self, chunks: Sequence[Chunk], readers: int = READERS, read: Read = Chunk.read) -> None:
-        self.ring = Ring(chunks)
-        self.chunks, self.traffic = self.ring.chunks, self.ring.traffic
-        self._readers, self._read = readers, read
-        self._threads: list[threading.Thread] = []
-        weakref.finalize(self, _end, self.ring, self._threads)
+    def __init__(self, chunks: Sequence[Chunk], readers: int = READERS, read: ReadChunk = Chunk.read) -> None:
+        self.chunks = tuple(chunks)
+        self.traffic = Traffic()
+        self.resident = frozenset(range(len(self.chunks)))
+        # The buffers of resident chunks, by index.
+        self.kept: dict[int, Buffer] = {}
+        self.buffers: list[Buffer] = []
+        self.position = self._next = 0
+        # Stays set if an interruption prevents the release; the next `take` then restarts.
+        self.in_use = False
+        self._readers = Readers(readers, read)
+        self._read_until = 0.0
+        weakref.finalize(self, self._readers.end)
 
     @property
     def streamed_bytes(self) -> int:
         """Bytes of the chunks that are not resident: what each pass reads."""
-        resident = self.ring.resident
-        return sum(chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in resident)
+        return sum(chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in self.resident)
 
     def arrange(self, resident: frozenset[int], buffers: int) -> None:
         """Keep the chunks with these indices from now on, and stream the others through `buffers` buffers.
 
         Raises ValueError if something is to be streamed through fewer than 2 buffers.
         """
-        self.ring.arrange(resident, buffers)
+        streamed = [chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in resident]
+        if streamed and buffers < 2:
+            raise ValueError(f"{buffers} buffers cannot hold a chunk in use and one that is read")
+        count = buffers if streamed else 0
+        if self.resident == resident and len(self.buffers) == count:
+            return
+        self.resident = resident
+        self.kept = {index: buffer for index, buffer in self.kept.items() if index in resident}
+        # The memory of the old buffers is freed before new ones are made, except of those that are being read into.
+        self._restart(0)
+        self.buffers = []
+        self.buffers = [Buffer(buffer_bytes(max(streamed))) for _ in range(count)]
 
     @contextmanager
     def chunk(self, index: int) -> Iterator[torch.Tensor]:
@@ -67,41 +107,99 @@ class Stream:
         try:
             yield buffer.weights(self.chunks[index])
         finally:
-            self.ring.release(buffer)
+            self._release(buffer)
 
     def take(self, index: int) -> Buffer:
-        """The buffer that holds chunk `index`, in use until the ring releases it."""
-        ring = self.ring
-        while len(self._threads) < self._readers:
-            arguments = (ring, self._read)
-            thread = threading.Thread(target=_read_ahead, args=arguments, name=READER_NAME, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        buffer, file = ring.take(index), self.chunks[index].file
+        """The buffer that holds chunk `index`, in use until it is released."""
+        is_next = not self.in_use and self.position % len(self.chunks) == index
+        self.in_use = True
+        if not is_next:
+            self._restart(index)
+        began = time.perf_counter()
+        buffer = self._ready(index)
+        self.traffic.waiting_seconds += time.perf_counter() - began
+        if not buffer.read.is_counted:
+            self._count(buffer.read)
         # A streamed chunk's file is checked at each read; that of resident ones at its first chunk in each pass.
-        if index in ring.kept and (not index or self.chunks[index - 1].file is not file):
+        file = self.chunks[index].file
+        if buffer.read.stays and (not index or self.chunks[index - 1].file is not file):
             file.check_unchanged()
         return buffer
 
+    def _release(self, buffer: Buffer) -> None:
+        buffer.number = None
+        self.position += 1
+        self._read_ahead()
+        self.in_use = False
 
-def _read_ahead(ring: Ring, read: Read) -> None:
-    """What a reader thread does; it must not hold its stream, which could never end then."""
-    while claim := ring.claim():
-        failure = None
-        try:
-            read(claim.chunk, claim.buffer.view, claim.stays)
-        except Exception as error:
-            failure = error
-        ring.hand_over(claim, failure)
-        # Nothing keeps a buffer of an older arrangement in memory while this thread waits.
-        del claim
+    def _ready(self, index: int) -> Buffer:
+        """The buffer with chunk `index`, the next in order, once it is read."""
+        # A failure while reading ahead may be over by now, so it counts only if it happens again.
+        buffer = self._current(index)
+        may_retry = buffer is not None
+        while True:
+            while not buffer:
+                self._read_ahead()
+                buffer = self._current(index)
+                # All buffers are still being read into, for chunks that are not needed any more.
+                if not buffer:
+                    self.buffers[0].read.done.wait(LONGEST_WAIT)
+            while not buffer.read.done.is_set():
+                buffer.read.done.wait(LONGEST_WAIT)
+            if not buffer.read.failure:
+                return buffer
+            self.kept.pop(index, None)
+            self._restart(index)
+            if not may_retry:
+                raise buffer.read.failure
+            buffer, may_retry = None, False
 
+    def _current(self, index: int) -> Buffer | None:
+        """The buffer for chunk `index`, the next in order, if its read was started."""
+        if buffer := self.kept.get(index):
+            return buffer
+        return next((buffer for buffer in self.buffers if buffer.number == self.position), None)
 
-def _end(ring: Ring, threads: Sequence[threading.Thread]) -> None:
-    """Stop the readers and wait for reads that are under way: a thread cut off at exit would abort the process."""
-    ring.close()
-    # A stream can end on one of its own readers, if garbage happens to be collected there.
-    if threading.current_thread() in threads:
-        return
-    for thread in threads:
-        thread.join(_LONGEST_READ)
+    def _read_ahead(self) -> None:
+        """Start reading the chunks that come next, as far as there are free buffers."""
+        if len(self.kept) == len(self.chunks):
+            return
+        while self._next < self.position + len(self.chunks):
+            if self._next > self.position and self._readers.queued >= MOST_QUEUED:
+                return
+            index = self._next % len(self.chunks)
+            chunk = self.chunks[index]
+            # Whatever an interruption leaves undone here, no buffer is read into twice, and none is lost.
+            if index not in self.resident:
+                buffer = next((each for each in self.buffers if each.is_free), None)
+                if not buffer:
+                    return
+                buffer.read = Read(chunk, buffer.view, stays=False)
+                self._readers.start(buffer.read)
+                buffer.number = self._next
+            elif index not in self.kept:
+                buffer = Buffer(buffer_bytes(chunk.nbytes))
+                buffer.read = Read(chunk, buffer.view, stays=True)
+                self._readers.start(buffer.read)
+                self.kept[index] = buffer
+            self._next += 1
+
+    def _restart(self, index: int) -> None:
+        """Read from chunk `index` on, and drop what was to be read ahead."""
+        waiting = [buffer for buffer in self.kept.values() if not buffer.read.done.is_set()]
+        self.kept = {index: buffer for index, buffer in self.kept.items() if buffer.read.done.is_set()}
+        for buffer in (*self.buffers, *waiting):
+            buffer.number = None
+            if buffer.read:
+                buffer.read.is_dropped = True
+        self.position = self._next = index
+
+    def _count(self, read: Read) -> None:
+        read.is_counted = True
+        if read.stays:
+            self.traffic.bytes_loaded += read.chunk.nbytes
+        else:
+            self.traffic.bytes_streamed += read.chunk.nbytes
+        # Reads begin in the order in which they are counted, and may overlap.
+        self.traffic.reading_seconds += max(0.0, read.ended - max(read.began, self._read_until))
+        self._read_until = max(self._read_until, read.ended)

@@ -15,8 +15,9 @@ import runner
 from runner.generation.model import Model
 from runner.weights.checkpoint import Weights
 from runner.weights.chunks import Chunk
-from runner.weights.reader import PartFile
-from runner.weights.stream import READER_NAME, Read, Stream
+from runner.weights.part_file import PartFile
+from runner.weights.ring import READER_NAME, Buffer, ReadChunk
+from runner.weights.stream import Stream
 
 IDS = [5, 700, 31, 9, 1101, 64, 8]
 SMALL_CHUNK = 9000  # no multiple of a page, nor of a row
@@ -53,6 +54,12 @@ def readers_alive() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == READER_NAME]
 
 
+def ready(stream: Stream) -> list[Buffer]:
+    """The buffers of a stream that wait for their use."""
+    held = [buffer for buffer in stream.buffers if buffer.number is not None and buffer.read.done.is_set()]
+    return [buffer for buffer in held if not stream.in_use or buffer.number > stream.position]
+
+
 @dataclass
 class Shelf:
     path: Path
@@ -64,7 +71,7 @@ class Shelf:
         resident: frozenset[int] = frozenset(),
         buffers: int = 3,
         readers: int = 2,
-        read: Read = Chunk.read,
+        read: ReadChunk = Chunk.read,
     ) -> Stream:
         made = Stream(self.chunks, readers, read)
         made.arrange(resident, buffers)

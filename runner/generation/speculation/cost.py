@@ -41,7 +41,7 @@ class CostModel:
         yield
         seconds = time.perf_counter() - began
         computing = max(0.0, seconds - (traffic.waiting_seconds - before.waiting_seconds))
-        disk_seconds, fetched = self.disk_seconds, traffic.bytes_fetched - before.bytes_fetched
+        disk_seconds, fetched = self.disk_seconds, traffic.bytes_read - before.bytes_read
         if fetched:
             reading = traffic.reading_seconds - before.reading_seconds
             disk_seconds = stream.streamed_bytes * reading / fetched

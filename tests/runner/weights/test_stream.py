@@ -1,4 +1,4 @@
-"""The stream alone: the bits of its file whatever stays and in any order of events, and no wait without an end."""
+"""The stream alone: the bits of its file, whatever is resident and in any order of events, and no endless wait."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runner.weights.ring
+import runner.weights.stream
 from runner.system import platform
 from runner.weights.chunks import Chunk
+from runner.weights.ring import Buffer
 from runner.weights.stream import Stream
-from tests.support.streaming import LONGEST, Shelf, make_shelf, promptly, readers_alive, soon
+from tests.support.streaming import LONGEST, Shelf, make_shelf, promptly, readers_alive, ready, soon
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +81,17 @@ def test_any_order_of_events_gives_the_bits_of_the_file(
 def test_a_buffer_in_use_is_not_read_into(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    class CountedBuffer(runner.weights.ring.Buffer):
+    class CountedBuffer(Buffer):
         def __init__(self, nbytes: int) -> None:
             made.append(nbytes)
             super().__init__(nbytes)
 
-    monkeypatch.setattr(runner.weights.ring, "Buffer", CountedBuffer)
+    monkeypatch.setattr(runner.weights.stream, "Buffer", CountedBuffer)
     stream = shelf.stream(buffers=3)
     for _ in range(2):
         for index in range(len(shelf.chunks)):
             with stream.chunk(index) as weights:
-                soon(lambda: len(stream.ring.ready) == 2)  # both others are full, so the readers rest
+                soon(lambda: len(ready(stream)) == 2)  # both others are full, so the readers rest
                 assert shelf.holds(index, weights)
     assert len(made) == 3
     assert all(nbytes >= 20000 and nbytes % platform.PAGE == 0 for nbytes in made)
@@ -111,7 +112,7 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf) -> None:
     assert [fetched.count(chunk) for chunk in shelf.chunks[:4]] == [2] * 4
 
 
-def test_what_is_resident_is_read_once(shelf: Shelf) -> None:
+def test_resident_chunks_are_read_once(shelf: Shelf) -> None:
     fetched = []
 
     def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
@@ -131,23 +132,23 @@ def test_what_is_resident_is_read_once(shelf: Shelf) -> None:
     )
 
 
-def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
+def test_all_chunks_are_resident_until_arranged_otherwise(shelf: Shelf) -> None:
     stream = Stream(shelf.chunks)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(3)])
     assert (stream.traffic.bytes_loaded, stream.traffic.bytes_streamed) == (shelf.nbytes, 0)
     assert stream.streamed_bytes == 0
-    assert not stream.ring.buffers
-    # Chunks are handed out in any order then, with nothing to wait for, and need no release.
-    assert stream.ring.at_rest
-    promptly(lambda: [shelf.check(stream, index) for index in (5, 2, 2, 12, 0)])
-    stream.take(3)
-    assert not stream.ring.in_use
+    assert not stream.buffers
+    # Chunks are handed out in any order then, also while another is in use.
+    with stream.chunk(3) as weights:
+        promptly(lambda: [shelf.check(stream, index) for index in (5, 2, 2, 12, 0)])
+        assert shelf.holds(3, weights)
+    assert stream.traffic.bytes_read == shelf.nbytes
     stream.arrange(frozenset({1}), 2)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(2)])
     assert stream.traffic.bytes_streamed == 2 * (shelf.nbytes - shelf.chunks[1].nbytes)
 
 
-def test_what_stays_resident_through_an_arrangement_is_not_read_again(shelf: Shelf) -> None:
+def test_chunks_that_stay_resident_are_not_read_again(shelf: Shelf) -> None:
     stream = shelf.stream(frozenset({1, 4, 9}))
     promptly(lambda: shelf.check_pass(stream))
     before = stream.traffic.bytes_loaded
@@ -163,10 +164,10 @@ def test_what_stays_resident_through_an_arrangement_is_not_read_again(shelf: She
 def test_the_same_arrangement_again_keeps_what_was_read_ahead(shelf: Shelf) -> None:
     stream = shelf.stream(buffers=4)
     promptly(lambda: shelf.check_pass(stream))
-    soon(lambda: len(stream.ring.ready) == 4)
-    buffers = set(stream.ring.ready.values())
+    soon(lambda: len(ready(stream)) == 4)
+    buffers = ready(stream)
     stream.arrange(frozenset(), 4)
-    assert set(stream.ring.ready.values()) == buffers
+    assert ready(stream) == buffers
 
 
 @pytest.mark.parametrize("buffers", [0, 1])
@@ -181,7 +182,7 @@ def test_too_few_buffers_are_refused(shelf: Shelf, buffers: int) -> None:
 @pytest.mark.parametrize("place", [0, 1, 6, 12])
 @pytest.mark.parametrize("resident", [frozenset(), frozenset({0, 1, 6}), frozenset(range(13))])
 @pytest.mark.parametrize("how", ["inside", "between", "lost"])
-def test_after_an_interruption_a_pass_begins_anew(
+def test_after_an_interruption_a_pass_starts_again(
     shelf: Shelf, place: int, resident: frozenset[int], how: str
 ) -> None:
     stream = shelf.stream(resident, buffers=2)
@@ -200,16 +201,17 @@ def test_after_an_interruption_a_pass_begins_anew(
     promptly(lambda: [shelf.check_pass(stream) for _ in range(2)])
 
 
-def test_an_interruption_while_waiting_is_no_loss(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_while_waiting_does_no_harm(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = shelf.stream(buffers=2)
-    waits = stream.ring.changed.wait
+    waits = threading.Event.wait
 
-    def interrupted(timeout: float | None = None) -> bool:
-        if timeout is not None:  # the pass, and not a reader
+    def interrupted(event: threading.Event, timeout: float | None = None) -> bool:
+        # The pass waits with a time limit; the start of a thread does not.
+        if timeout is not None:
             raise KeyboardInterrupt
-        return waits(timeout)
+        return waits(event)
 
-    monkeypatch.setattr(stream.ring.changed, "wait", interrupted)
+    monkeypatch.setattr(threading.Event, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         for _ in range(1000):
             shelf.check_pass(stream)
@@ -246,7 +248,7 @@ def test_a_stream_may_end_on_one_of_its_readers(shelf: Shelf, monkeypatch: pytes
     holder = [shelf.stream(buffers=3, readers=2, read=read)]
     promptly(lambda: shelf.check_pass(holder[0]))
     mine = set(readers_alive()) - before
-    soon(lambda: len(holder[0].ring.ready) == 3)
+    soon(lambda: len(ready(holder[0])) == 3)
     started.set()
     # This frees a buffer, which a reader then fills.
     shelf.check(holder[0], 0)

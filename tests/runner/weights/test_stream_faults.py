@@ -21,7 +21,7 @@ import runner
 from runner import BloomdeskError
 from runner.generation.model import Model
 from runner.system import files
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from tests.support.streaming import (
     LONGEST,
     SMALL_CHUNK,
@@ -30,6 +30,7 @@ from tests.support.streaming import (
     logits_of,
     opened,
     promptly,
+    ready,
     soon,
 )
 
@@ -221,7 +222,7 @@ def test_a_fault_that_is_over_when_the_chunk_is_needed_is_forgotten(
     stream = shelf.stream(buffers=3)
     with monkeypatch.context() as patch:
         with stream.chunk(0):
-            soon(lambda: len(stream.ring.ready) == 2)
+            soon(lambda: len(ready(stream)) == 2)
             failed = failing_reads(patch, shelf.path.name, times=1)
         soon(lambda: bool(failed))
     promptly(lambda: [shelf.check(stream, index) for index in range(1, len(shelf.chunks))])
