@@ -42,18 +42,18 @@ def bench(options: BenchOptions) -> int:
         )
     finally:
         line.clear()
-    print_rows(_rows(found), as_json=options.as_json)
+    print_rows(_rows(options, found), as_json=options.as_json)
     return 0
 
 
-def _rows(found: Bench) -> Iterator[Row]:
+def _rows(options: BenchOptions, found: Bench) -> Iterator[Row]:
     run, forecast = found.run, found.forecast
     token, limit = found.seconds_per_token, found.limit_seconds
     yield Row(
         "measured",
         f"{duration(token)} a token, {percent(limit / token)} of the limit",
         {
-            "directory": str(found.directory),
+            "directory": str(options.directory),
             "seconds_per_token": token,
             "percent_of_limit": 100 * limit / token,
         },

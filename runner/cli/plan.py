@@ -15,6 +15,7 @@ from runner.units import duration, parse_size, size
 if TYPE_CHECKING:
     from runner.estimate.forecast import Forecast
     from runner.estimate.plan import Form, Plan
+    from runner.generation.memory_plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,22 @@ def plan(options: PlanOptions, space_to_prepare: Callable[[Hyperparameters], int
     found = plan(options.directory, ram, options.model, options.prompt_tokens, options.tokens)
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
-    print_rows(_rows(found, needed, fits), as_json=options.as_json)
+    print_rows(_rows(options, found, needed, fits), as_json=options.as_json)
     return 0 if fits else 1
 
 
-def _rows(found: Plan, needed: int, fits: bool) -> Iterator[Row]:
-    form, forecast, shares = found.form, found.form.forecast, found.form.forecast.shares
+def _rows(options: PlanOptions, found: Plan, needed: int, fits: bool) -> Iterator[Row]:
+    form, forecast = found.form, found.form.forecast
+    memory = forecast.memory_plan
     yield Row(
         "model",
-        f"{found.name or 'the prepared one'}, in {found.directory}",
+        f"{found.name or 'the prepared one'}, in {options.directory}",
         {
-            "directory": str(found.directory),
+            "directory": str(options.directory),
             "prepared": found.name is None,
             "model": {"name": found.name, **asdict(found.model)},
-            "prompt_tokens": found.prompt_tokens,
-            "tokens": found.tokens,
+            "prompt_tokens": options.prompt_tokens,
+            "tokens": options.tokens,
         },
     )
     disk = f"{size(form.disk_bytes)}, which are there"
@@ -64,22 +66,12 @@ def _rows(found: Plan, needed: int, fits: bool) -> Iterator[Row]:
         disk += f"{size(found.free_bytes)} are free: {verdict}"
     yield Row("disk", disk, {"free_bytes": found.free_bytes, "bytes_to_prepare": needed, "fits": fits})
     yield rates_row(found.rates)
-    parts = {
-        "program": shares.request.process,
-        "KV cache": shares.request.cache,
-        "a pass": shares.request.activations,
-        "reading ahead": shares.read_ahead,
-        "weights that stay": shares.resident_bytes,
-    }
-    used = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
-    yield Row("RAM", f"{size(shares.request.ram)}: {used}", _form_fields(form))
-    read = (
-        f"{size(shares.streamed_bytes)} are read from the disk"
-        if shares.streamed_bytes
-        else "all weights stay"
-    )
+    yield Row("RAM", _memory_words(memory), _form_fields(form))
+    read = "all weights stay"
+    if memory.streamed_bytes:
+        read = f"{size(memory.streamed_bytes)} are read from the disk"
     yield Row("each token", f"{duration(forecast.seconds_per_token)}; {read}")
-    prompt = f"{duration(forecast.prompt_seconds)} for {found.prompt_tokens} tokens"
+    prompt = f"{duration(forecast.prompt_seconds)} for {options.prompt_tokens} tokens"
     yield Row("prompt", f"{prompt}, while all weights are read from the disk once")
     if other := found.lossless:
         words = f"{duration(other.forecast.seconds_per_token)} a token, {size(other.disk_bytes)} of disk; "
@@ -88,6 +80,18 @@ def _rows(found: Plan, needed: int, fits: bool) -> Iterator[Row]:
         yield Row("lossless", words)
     yield Row(fields={"lossless": other and _form_fields(other), "advice": found.advice})
     yield from _table(found)
+
+
+def _memory_words(plan: MemoryPlan) -> str:
+    parts = {
+        "program": plan.request.process,
+        "KV cache": plan.request.cache,
+        "a pass": plan.request.activations,
+        "reading ahead": plan.read_ahead,
+        "weights that stay": plan.resident_bytes,
+    }
+    used = ", ".join(f"{name} {size(count)}" for name, count in parts.items())
+    return f"{size(plan.request.ram)}: {used}"
 
 
 def _table(found: Plan) -> Iterator[Row]:
@@ -100,7 +104,7 @@ def _table(found: Plan) -> Iterator[Row]:
     for ram, forecast in found.form.others.items():
         cells = ["too little", "", "", ""]
         if forecast:
-            cells = [size(forecast.shares.resident_bytes), size(forecast.shares.streamed_bytes)]
+            cells = [size(forecast.memory_plan.resident_bytes), size(forecast.memory_plan.streamed_bytes)]
             cells += [duration(forecast.seconds_per_token), duration(forecast.prompt_seconds)]
         if found.lossless:
             coded = found.lossless.with_ram(ram)

@@ -48,15 +48,15 @@ def rates_row(rates: Rates) -> Row:
 
 def forecast_fields(found: Forecast) -> dict[str, Any]:
     """A forecast for --json, in bytes and seconds."""
-    shares, request = found.shares, found.shares.request
+    plan, request = found.memory_plan, found.memory_plan.request
     return {
         "ram": request.ram,
         "process": request.process,
         "cache": request.cache,
         "activations": request.activations,
-        "read_ahead": shares.read_ahead,
-        "resident_bytes": shares.resident_bytes,
-        "streamed_bytes_per_pass": shares.streamed_bytes,
+        "read_ahead": plan.read_ahead,
+        "resident_bytes": plan.resident_bytes,
+        "streamed_bytes_per_pass": plan.streamed_bytes,
         "limit_seconds": found.limit_seconds,
         "seconds_per_token": found.seconds_per_token,
         "prompt_seconds": found.prompt_seconds,

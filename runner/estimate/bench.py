@@ -48,7 +48,6 @@ class Run:
 class Bench:
     """A run, the machine's rates, and the forecast from them."""
 
-    directory: Path
     rates: Rates
     run: Run
     forecast: Forecast
@@ -86,7 +85,7 @@ def bench(
     found = Rates(disk, *rates.kernel_rates(rates.compiled(model.dtype), TORCH_DTYPES[model.dtype]))
     share = coded_share(manifest)
     predicted = forecast(model, done.ram, done.process_bytes, found, prompt_tokens, tokens, share)
-    return Bench(directory, found, done, predicted)
+    return Bench(found, done, predicted)
 
 
 def run(directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_part: OnPart | None) -> Run:

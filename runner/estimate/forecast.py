@@ -37,7 +37,7 @@ class Forecast:
     least time of a pass of one row.
     """
 
-    shares: MemoryPlan
+    memory_plan: MemoryPlan
     weight_bytes: int
     share: float
     limit_seconds: float

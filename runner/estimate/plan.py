@@ -22,7 +22,7 @@ from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST
 from runner.format.manifest import Manifest, load_manifest
-from runner.generation import memory_plan as budget
+from runner.generation.memory_plan import default_total
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
@@ -50,19 +50,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model on the disk of `directory`; sizes in bytes.
+    """One model on the disk of a directory; sizes in bytes.
 
     `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `lossless`
     is the other choice, None if there is none.
     """
 
-    directory: Path
     name: str | None
     model: Hyperparameters
     free_bytes: int
     rates: Rates
-    prompt_tokens: int
-    tokens: int
     form: Form
     lossless: Form | None
 
@@ -93,7 +90,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     kernel = rates.compiled(model.dtype)
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
     found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
-    chosen = ram or budget.default_total()
+    chosen = ram or default_total()
 
     def form(form: str, share: float) -> Form:
         def expected(size: int) -> Forecast:
@@ -104,7 +101,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
     is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
     lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
-    return Plan(directory, name, model, free_bytes(place), found, prompt_tokens, tokens, own, lossless)
+    return Plan(name, model, free_bytes(place), found, own, lossless)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
@@ -114,7 +111,7 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
             others[size] = expected(size)
         except BloomdeskError:
             others[size] = None
-        if (shown := others[size]) and not shown.shares.streamed_bytes:
+        if (shown := others[size]) and not shown.memory_plan.streamed_bytes:
             break
     return others
 

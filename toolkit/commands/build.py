@@ -27,7 +27,7 @@ from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
 from toolkit.parts.part_writer import check_lm_head, write_part
 from toolkit.parts.release import Release
 from toolkit.source.key_map import Assignment
-from toolkit.source.shards import SourceTensor
+from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):

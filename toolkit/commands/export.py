@@ -41,8 +41,8 @@ from toolkit.parts.destination import (
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
+from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
-from toolkit.source.shards import LARGEST_INDEX
 
 INDEX = "model.safetensors.index.json"
 # Bytes after which a shard is synced to the disk and dropped from the page cache.

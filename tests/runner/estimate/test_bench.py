@@ -44,10 +44,10 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def open_half(cls: type[Model], directory: Path, ram: int | None) -> Model:
         model = opened(cls, directory, ram)
-        shares = replace(model, ram=2**40).memory_plan(20, 16)
-        request = shares.request
+        plan = replace(model, ram=2**40).memory_plan(20, 16)
+        request = plan.request
         taken = request.process + request.cache + request.activations + 48 * 2**20
-        return replace(model, ram=taken + shares.resident_bytes // 2)
+        return replace(model, ram=taken + plan.resident_bytes // 2)
 
     monkeypatch.setattr(Model, "open", classmethod(open_half))
 
@@ -57,7 +57,7 @@ def test_a_bench_in_ram_streams_nothing(prepared, quick) -> None:
     run = found.run
     assert len(run.pass_seconds) == 3 and min(run.pass_seconds) > 0 < run.prompt_seconds
     assert sorted(run.pass_seconds)[1] == found.seconds_per_token
-    assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes == 0
+    assert run.streamed_bytes_per_pass == found.forecast.memory_plan.streamed_bytes == 0
     assert found.limit_seconds == found.forecast.weight_bytes / found.rates.memory
     assert run.peak_bytes is None or run.peak_bytes > run.process_bytes * 0.9
 
@@ -65,7 +65,7 @@ def test_a_bench_in_ram_streams_nothing(prepared, quick) -> None:
 def test_a_bench_streams_what_was_forecast(prepared, quick, streamed) -> None:
     found = bench_module.bench(prepared()[1], None, tokens=4, prompt_tokens=16)
     run = found.run
-    assert run.streamed_bytes_per_pass == found.forecast.shares.streamed_bytes > 0
+    assert run.streamed_bytes_per_pass == found.forecast.memory_plan.streamed_bytes > 0
     assert found.limit_seconds >= run.streamed_bytes_per_pass / found.rates.disk
     assert run.stream_rate > 0 and run.waiting_seconds >= 0
 
@@ -77,10 +77,10 @@ def test_the_system_counts_what_was_streamed(prepared, quick, streamed) -> None:
         pytest.skip("this system, or this file system, does not count reads past the page cache")
     tokens = 8
     found = bench_module.bench(directory, None, tokens=tokens, prompt_tokens=16)
-    shares = found.forecast.shares
+    plan = found.forecast.memory_plan
     chunks = forecast.chunk_bytes(Model.open(directory, None).weights.model)
     difference = tokens * abs(found.run.bytes_read_per_token - found.run.streamed_bytes_per_pass)
-    assert difference <= tokens * 2 * platform.PAGE * len(chunks) + shares.read_ahead
+    assert difference <= tokens * 2 * platform.PAGE * len(chunks) + plan.read_ahead
 
 
 def _counted(path: Path) -> bool:
@@ -191,7 +191,7 @@ def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: P
     found = plan_module.plan(tmp_path, 2**40, "bloom-560m", 16, 4)
     for form in (found.form, found.lossless):
         last = max(form.others)
-        assert not form.others[last].shares.streamed_bytes
+        assert not form.others[last].memory_plan.streamed_bytes
         assert form.with_ram(last * 2) is form.with_ram(last) is form.others[last]
         assert form.with_ram(10**9) is form.others[10**9]
 

@@ -1,4 +1,4 @@
-"""The forecast: the arithmetic of a real pass, monotone in what a user can buy, and true to the budget."""
+"""The forecast: the arithmetic of a real pass, monotone in what a user can buy, and true to the memory plan."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def seconds(model=BLOOM, ram=16 * GB, rates=DESKTOP, prompt=16, tokens=64) -> fo
 def test_the_real_model_at_seven_gigabytes_a_second() -> None:
     found = seconds()
     assert 45 < found.seconds_per_token < 51
-    assert found.limit_seconds == pytest.approx(found.shares.streamed_bytes / 7e9)
-    assert found.shares.streamed_bytes + found.shares.resident_bytes == sum(forecast.chunk_bytes(BLOOM))
+    assert found.limit_seconds == pytest.approx(found.memory_plan.streamed_bytes / 7e9)
+    assert found.memory_plan.streamed_bytes + found.memory_plan.resident_bytes == sum(
+        forecast.chunk_bytes(BLOOM)
+    )
     assert found.prompt_seconds == pytest.approx(50.4, abs=0.5)  # the first pass reads what stays, too
 
 
@@ -42,7 +44,7 @@ def test_a_prompt_of_many_rows_is_computed_for_longer_than_it_is_read() -> None:
 def test_a_model_that_fits_runs_at_the_memorys_speed() -> None:
     model = family.hyperparameters("bloom-3b")
     found = seconds(model)
-    assert found.shares.streamed_bytes == 0
+    assert found.memory_plan.streamed_bytes == 0
     assert found.limit_seconds == pytest.approx(6.005e9 / 40e9, rel=0.01)
     assert found.seconds_per_token == found.limit_seconds + 30 * forecast.SECONDS_BY_BLOCK
 
@@ -82,7 +84,7 @@ def test_it_cuts_and_shares_as_an_opened_model_does(
     for spare in (200_000, 500_000, 900_000, 10**8):
         model = replace(model, ram=10**8 + 48 * 2**20 + spare, process_nbytes=10**8 - 100_000)
         predicted = forecast.forecast(hyperparameters, model.ram, model.process_nbytes, DESKTOP, 5, 7)
-        assert predicted.shares == model.memory_plan(12, 5)
+        assert predicted.memory_plan == model.memory_plan(12, 5)
 
 
 def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
@@ -95,7 +97,7 @@ def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
         / forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64).limit_seconds
     )
     assert 0.64 < ratio < 0.67  # what stays is worth more, too
-    assert coded.limit_seconds == pytest.approx(coded.shares.streamed_bytes / 7e9)
+    assert coded.limit_seconds == pytest.approx(coded.memory_plan.streamed_bytes / 7e9)
     assert coded.limit_seconds < plain.limit_seconds
     in_ram = [forecast.forecast(BLOOM, 512 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)]
     assert in_ram[0].seconds_per_token < in_ram[1].seconds_per_token
