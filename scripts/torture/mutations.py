@@ -34,7 +34,8 @@ from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor
 from toolkit.parts.regions import Region
 from toolkit.parts.row_groups import Coders
 from toolkit.source.config import read_config
-from toolkit.source.shards import find_shards, read_shard
+from toolkit.source.index import find_shards
+from toolkit.source.shards import read_shard
 
 LONGEST_MESSAGE = 1200
 NUMBERS = (0, 1, 2, 3, 7, 8, 63, 64, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)  # fmt: skip  # noqa: E501

@@ -21,7 +21,8 @@ from runner.format.safetensors import read_header
 from runner.format.manifest import load_manifest
 from toolkit.source.config import read_config
 from toolkit.hub.record import load_record
-from toolkit.source.shards import find_shards, read_shard, read_source
+from toolkit.source.index import find_shards
+from toolkit.source.shards import read_shard, read_source
 readers = {"shard": read_shard, "header": read_header, "manifest": load_manifest, "record": load_record,
            "config": lambda path: read_config(path, "BF16"), "index": find_shards, "source": read_source}
 done, watching = [], False

@@ -34,8 +34,10 @@ from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
 from toolkit.parts.destination import STAGING
 from toolkit.parts.part import PlannedPart
+from toolkit.source.index import ShardList
 from toolkit.source.key_map import Assignment, assign
-from toolkit.source.shards import ShardList, SourceTensor, common_dtype, read_member
+from toolkit.source.shards import read_member
+from toolkit.source.tensor import SourceTensor, common_dtype
 
 
 def staged_bytes(destination: Path, names: Iterable[str]) -> int:

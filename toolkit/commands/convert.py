@@ -18,8 +18,10 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.source.config import read_config
+from toolkit.source.index import ShardList, find_shards
 from toolkit.source.key_map import Assignment, assign
-from toolkit.source.shards import ShardList, SourceTensor, common_dtype, find_shards, read_listed
+from toolkit.source.shards import read_listed
+from toolkit.source.tensor import SourceTensor, common_dtype
 
 FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
 

@@ -29,7 +29,7 @@ from runner.format.safetensors import encode_header, read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
-from toolkit.io.disk import disk_errors
+from toolkit.io.disk import disk_errors, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.destination import (
@@ -37,13 +37,12 @@ from toolkit.parts.destination import (
     other_files,
     put_file,
     require_free_space,
-    sole_writer_of,
 )
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
+from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
-from toolkit.source.shards import LARGEST_INDEX
 
 INDEX = "model.safetensors.index.json"
 # Bytes after which a shard is synced to the disk and dropped from the page cache.

@@ -24,8 +24,9 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.part import check_form_dtype
 from toolkit.source.config import read_config
+from toolkit.source.index import ShardList, find_shards
 from toolkit.source.key_map import assign
-from toolkit.source.shards import HEAD_BYTES, ShardList, dtype_of_head, find_shards
+from toolkit.source.shards import HEAD_BYTES, dtype_of_head
 
 
 def prepare(

@@ -11,8 +11,8 @@ from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest
 from toolkit.parts.destination import missing_parts
 from toolkit.parts.part import part_size
+from toolkit.source.index import ShardList
 from toolkit.source.key_map import Assignment
-from toolkit.source.shards import ShardList
 
 # One that parts are made from, and one on its way.
 SHARDS_AT_A_TIME = 2

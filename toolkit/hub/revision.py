@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from runner.errors import BloomdeskError
-from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS, is_file_name
+from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS
 from toolkit.hub.client import fetch_json
 from toolkit.hub.failures import Resource, endpoint, offline, offline_error
 from toolkit.io.hasher import Digest, hash_file
 from toolkit.io.progress import FileProgress, Progress
-from toolkit.source.shards import FORMS, LARGEST_INDEX
+from toolkit.source.index import FORMS, LARGEST_INDEX, parse_index
 
 PINS = Path(__file__).with_name("pins")
 PINNED = {"bigscience/bloom": "bigscience_bloom.json"}
@@ -182,7 +182,8 @@ def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFi
     for index_name, single_name, suffix in FORMS:
         index, single = revision.find(index_name), revision.find(single_name)
         if index is not None:
-            names = shard_names(_read_index(revision, index, read), suffix, f"{index_name} of {revision}")
+            data = _read_index(revision, index, read)
+            names = sorted(set(parse_index(data, suffix, f"{index_name} of {revision}").values()))
             shards = [revision.find(name) for name in names]
             if None not in shards:
                 return [index, *(shard for shard in shards if shard is not None)]
@@ -200,30 +201,3 @@ def _read_index(revision: Revision, index: HubFile, read: Callable[[HubFile], by
     if index.size > LARGEST_INDEX:
         raise BloomdeskError(f"{index.path} of {revision} has {index.size:,} bytes: no index is that large")
     return read(index)
-
-
-def shard_names(index: bytes, suffix: str, where: str) -> list[str]:
-    """The files that a checkpoint's index names, sorted; their numbers mean nothing here.
-
-    Raises `BloomdeskError` where it is damaged, or names anything but files beside it ending in `suffix`.
-    """
-    try:
-        weight_map = json.loads(index)["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BloomdeskError(
-            f"{where} is not a checkpoint's index: {type(error).__name__}: {error}"
-        ) from None
-    if not names:
-        raise BloomdeskError(f"{where} names no files")
-    _refuse_strange(names, suffix, where)
-    return sorted(names)
-
-
-def _refuse_strange(names: Iterable[Any], suffix: str, where: str) -> None:
-    for name in names:
-        if not is_file_name(name) or not name.endswith(suffix):
-            raise BloomdeskError(
-                f"{where} names {repr(name)[:120]}: only *{suffix} files beside it are taken",
-                "do not use this checkpoint: a sound one does not do that",
-            )

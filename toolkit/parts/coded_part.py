@@ -25,8 +25,7 @@ from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.io.writer import WriteBehind, drop_cached
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.row_groups import CHUNK, Coders, RowGroups, batches_of_row_groups, chunk_nbytes
-from toolkit.source.shards import SourceTensor
-from toolkit.source.tensor_reader import TensorReader, ranges_of
+from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
 
 
 def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:

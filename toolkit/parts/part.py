@@ -11,7 +11,7 @@ from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN, part_header
 from runner.format.layout import PartSpec
 from runner.format.safetensors import open_regular, tensor_nbytes
-from toolkit.source.shards import SourceTensor
+from toolkit.source.tensor import SourceTensor
 
 # Of a matrix's bytes, before it is coded; those of trained and of normal weights leave 0.67 to 0.70.
 CODED_SHARE = 0.72

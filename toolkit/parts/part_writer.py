@@ -24,8 +24,7 @@ from toolkit.io.progress import Progress
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.coded_part import write_coded
 from toolkit.parts.part import PlannedPart
-from toolkit.source.shards import SourceTensor
-from toolkit.source.tensor_reader import TensorReader, ranges_of
+from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
 
 
 def write_part(

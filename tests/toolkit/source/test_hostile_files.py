@@ -22,7 +22,8 @@ from tests.conftest import PreparedFactory
 from tests.support.bounded import Bounded
 from toolkit.commands.convert import convert
 from toolkit.hub.record import RECORD
-from toolkit.source.shards import find_shards, read_source
+from toolkit.source.index import find_shards
+from toolkit.source.shards import read_source
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, links and devices as Linux has them")
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 
 from runner.errors import BloomdeskError
 from scripts.fakehub.checkpoint import Layout, synthetic
-from toolkit.source.shards import common_dtype, find_shards, read_shard, read_source
+from toolkit.source.index import find_shards
+from toolkit.source.shards import read_shard, read_source
+from toolkit.source.tensor import common_dtype
 
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
 LAYOUTS = {

@@ -1,0 +1,101 @@
+"""A checkpoint's index, and the files that hold its weights.
+
+    SOURCE/
+      model.safetensors.index.json, shards     or model.safetensors
+      pytorch_model.bin.index.json, shards     or pytorch_model.bin
+
+Links to files are followed, wherever they lead: the Hub's cache is made of them (snapshots/COMMIT/NAME ->
+../../blobs/HASH), and shards may be spread over disks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.errors import BloomdeskError
+from runner.format.layout import is_file_name
+from runner.format.safetensors import read_small
+from toolkit.io.disk import read_errors
+
+# Best first. Safetensors need no pickle, so they win if a source holds both whole.
+FORMS = (
+    ("model.safetensors.index.json", "model.safetensors", ".safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", ".bin"),
+)
+# Far above every BLOOM: the index of BLOOM-176B has 0.06 MB.
+LARGEST_INDEX = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ShardList:
+    """The files that hold the weights and, if there is an index, the name of the file of each key."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+    weight_map: Mapping[str, str] | None = None
+
+
+def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
+    """The shards of the checkpoint in `directory`, by its index or by the usual name of a single file.
+
+    Shards named in `spared` are left out of `files` if they are gone. Raises `BloomdeskError` if there are no
+    weights, or others are missing.
+    """
+    if not directory.is_dir():
+        raise BloomdeskError(f"{directory} is not a directory")
+    gaps = []
+    for index_name, single, suffix in FORMS:
+        index = directory / index_name
+        if index.is_file():
+            with read_errors(index):
+                weight_map = parse_index(read_small(index, LARGEST_INDEX), suffix, str(index))
+            files = [directory / name for name in sorted(set(weight_map.values()))]
+            missing = [file.name for file in files if not file.is_file() and file.name not in spared]
+            if not missing:
+                return ShardList(tuple(file for file in files if file.is_file()), index, weight_map)
+            gaps.append(f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first")
+        if (directory / single).is_file():
+            return ShardList((directory / single,))
+    if gaps:
+        raise BloomdeskError(
+            f"{directory}: {gaps[0]}", "run the download again: it fetches what is missing and nothing else"
+        )
+    wanted = ", ".join(name for form in FORMS for name in form[:2])
+    raise BloomdeskError(f"{directory} has no weights: none of {wanted} is there")
+
+
+def parse_index(data: bytes, suffix: str, where: str) -> dict[str, str]:
+    """The file of each key, from the bytes of the index named `where`.
+
+    Raises `BloomdeskError` if it is damaged, or names anything but files beside it that end in `suffix`.
+    """
+    try:
+        weight_map = json.loads(data, object_pairs_hook=_without_repeats)["weight_map"]
+        names = sorted(set(weight_map.values()), key=str)
+        if not names:
+            raise ValueError("its weight_map is empty")
+        if not all(map(str.isprintable, weight_map)):
+            raise ValueError("its weight_map has keys that are not printable")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # The reason may quote the file: short, and without control characters.
+        reason = str(error)[:200].encode("unicode_escape").decode()
+        raise BloomdeskError(f"{where} is not a sound index: {type(error).__name__}: {reason}") from None
+    for name in names:
+        # Plain names only: an index may come from anywhere and must not point out of its directory.
+        if not is_file_name(name) or not name.endswith(suffix):
+            raise BloomdeskError(
+                f"{where}: {str(name)[:120]!r} is not the name of a shard beside it, which ends in {suffix}",
+                "do not use this checkpoint: a sound one names only its own files",
+            )
+    return weight_map
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
