@@ -18,6 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from scripts.bench.harness import Column, table
+
+COLUMNS = (
+    Column("connections", "connections"),
+    Column("MB/s", "speed", ",.0f"),
+    Column("of the limit", "share"),
+    Column("x the first", "times", ".1f"),
+    Column("processor, s per GB", "work", ".1f"),
+)
 NAME, FILE = "bench/download", "model.safetensors"
 HUB = "scripts.fakehub.server"
 
@@ -84,16 +93,21 @@ def fetch(target: Path, connections: int) -> tuple[float, float]:
 def show(size: int, taken: dict[int, list[tuple[float, float]]], rate: float | None) -> None:
     title = "no limit" if rate is None else f"{rate:g} MB/s for each connection"
     print(f"\n{size / 1e6:,.0f} MB, {title}, medians of {len(next(iter(taken.values())))}\n")
-    print("| connections | MB/s | of the limit | against the first | processor, s per GB |")
-    print("|---:|---:|---:|---:|---:|")
     speeds = {
         count: size / 1e6 / statistics.median(each[0] for each in runs) for count, runs in taken.items()
     }
     first = next(iter(speeds.values()))
-    for count, speed in speeds.items():
-        share = "" if rate is None else f"{speed / (count * rate):.2f}"
-        work = statistics.median(each[1] for each in taken[count]) / size * 1e9
-        print(f"| {count} | {speed:,.0f} | {share} | {speed / first:.1f}x | {work:.1f} |")
+    rows = [
+        {
+            "connections": str(count),
+            "speed": speed,
+            "share": speed / (count * rate) if rate else None,
+            "times": speed / first,
+            "work": statistics.median(each[1] for each in taken[count]) / size * 1e9,
+        }
+        for count, speed in speeds.items()
+    ]
+    print(table(COLUMNS, rows))
 
 
 if __name__ == "__main__":

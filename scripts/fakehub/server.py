@@ -5,7 +5,7 @@
 
 prints the address for HF_ENDPOINT on its first line. It serves 127.0.0.1 only, and stops by itself: after the
 minutes, when the process that started it ends, or when a pipe that is its standard input closes. `--rate`
-limits each connection to so many MB/s; `--faults` lets a share of all answers drop, stall, refuse or change.
+limits each connection, in MB/s; `--faults` lets a share of all answers drop, stall, refuse or change.
 
 For tests, `with LocalHub({"some/name": directory}) as hub` gives `hub.endpoint`, every request in
 `hub.requests`, and `hub.fail`, which lets requests for a path fail in chosen ways. Large files come from a
@@ -100,7 +100,7 @@ class LocalHub:
         """Stop at once, whatever clients are waiting for; again is allowed, and without having begun."""
         self.closing.set()
         for server, thread in zip(self._servers, self._threads, strict=True):
-            if thread.ident is not None:  # else it would be waited for, for ever
+            if thread.ident is not None:  # otherwise shutdown would wait forever
                 server.shutdown()
                 server.hang_up()
                 thread.join()
@@ -115,7 +115,7 @@ class LocalHub:
             self.requests.append(request)
 
     def fault(self, path: str, method: str, start: int = 0, stop: int = 0) -> Fault:
-        """The fault that a request for these bytes meets; one without any effect where there is none."""
+        """The fault that a request for these bytes meets; one without any effect if there is none."""
         with self._lock:
             for fault in self.faults.get(path, ()):
                 if fault.method == method and fault.times != 0 and fault.since <= start:
@@ -127,7 +127,7 @@ class LocalHub:
         return self.random_faults.draw(start, stop, body=method == "GET" and stop > start)
 
     def asked(self, method: str, ending: str) -> list[Request]:
-        """The requests of a method for paths that end so, in the order in which they came."""
+        """The requests of a method for paths with this ending, in the order of arrival."""
         with self._lock:
             return [each for each in self.requests if each.method == method and each.path.endswith(ending)]
 
@@ -210,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def _repo(self, name: str, revision: str, *, content: bool) -> tuple[Repo, str]:
-        """The repository and the commit that `revision` means, where the caller may see them."""
+        """The repository and the commit that `revision` means, if the caller may see them."""
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
         repo = self._hub.repos.get(name)
         if repo is None or (repo.token and not repo.gated and sent != repo.token):
@@ -277,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(302, b"", headers)
 
     def _store(self, name: str, commit: str, path: str) -> None:
-        """Large files, for whoever has the signed address; a token has no business here."""
+        """Large files, for any caller with the signed address; no token is needed."""
         repo = self._hub.repos.get(name)
         entry = self._hub.shelf.entries(repo).get(path) if repo is not None else None
         if entry is None or self._query.get("signature") != "valid":
@@ -320,7 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         rate = self._hub.rate
-        # Where the rate is limited, pieces so small that they flow evenly.
+        # With a limited rate, blocks are so small that they flow evenly.
         length = PIECE if rate is None else max(1, min(PIECE, int(rate * SECONDS_OF_PIECE)))
         if fault.spares_body:
             return self._send_as_it_is(path, start, stop, length)
@@ -341,7 +341,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.sendfile(file, position, count)
 
     def _pace(self, count: int) -> None:
-        """Wait until this connection may send so many bytes more."""
+        """Wait until this connection may send `count` more bytes."""
         if self._hub.rate is not None:
             now = time.monotonic()
             # What it has not used while it was idle is lost, but for what a late wake-up took.
@@ -392,7 +392,7 @@ def _pieces(path: Path, start: int, stop: int, fault: Fault, size: int) -> Itera
 
 
 def _wait(minutes: float, parent: int, ended: threading.Event) -> None:
-    """Until the time is over, `ended` is set, or whoever started this is gone."""
+    """Until the time is over, `ended` is set, or the process that started this has ended."""
     if stat.S_ISFIFO(os.fstat(0).st_mode) or stat.S_ISSOCK(os.fstat(0).st_mode):
         # A terminal or /dev/null says nothing about the other end; a pipe does.
         def watch() -> None:
@@ -410,8 +410,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Serve directories as a Hub on 127.0.0.1.")
     parser.add_argument("repos", nargs="+", metavar="NAME=DIRECTORY")
     parser.add_argument("--port", type=int, default=0, help="default: any free one")
-    parser.add_argument("--minutes", type=float, default=30.0, help="stop after so long (default: 30)")
-    parser.add_argument("--rate", type=float, metavar="MB", help="limit each connection to so many MB/s")
+    parser.add_argument("--minutes", type=float, default=30.0, help="stop after this time (default: 30)")
+    parser.add_argument("--rate", type=float, metavar="MB", help="limit of each connection, in MB/s")
     parser.add_argument("--faults", type=int, metavar="SEED", help="let answers go wrong at random")
     parser.add_argument("--share", type=float, default=0.1, help="of the answers that do (default: 0.1)")
     parser.add_argument("--longest-stall", type=float, default=2.0, metavar="S", help="seconds (default: 2)")

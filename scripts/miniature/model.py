@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from scripts.fakehub.checkpoint import bloom_shapes
 from scripts.miniature.rows import LENGTH, Rows
 
 EMBEDDING_ROWS = 1024  # some to spare, as the real one has
@@ -26,20 +27,8 @@ class Shape(NamedTuple):
 
 def block_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
     """The 12 tensors of a block, in the order of use."""
-    return {
-        "input_layernorm.weight": (hidden,),
-        "input_layernorm.bias": (hidden,),
-        "self_attention.query_key_value.weight": (3 * hidden, hidden),
-        "self_attention.query_key_value.bias": (3 * hidden,),
-        "self_attention.dense.weight": (hidden, hidden),
-        "self_attention.dense.bias": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "post_attention_layernorm.bias": (hidden,),
-        "mlp.dense_h_to_4h.weight": (4 * hidden, hidden),
-        "mlp.dense_h_to_4h.bias": (4 * hidden,),
-        "mlp.dense_4h_to_h.weight": (hidden, 4 * hidden),
-        "mlp.dense_4h_to_h.bias": (hidden,),
-    }
+    shapes = bloom_shapes(hidden, 1, 1).items()
+    return {name.removeprefix("h.0."): shape for name, shape in shapes if name.startswith("h.0.")}
 
 
 def new_weights(shape: Shape) -> dict[str, torch.Tensor]:
