@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from runner.format.coded import LOSSLESS
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from scripts.fakehub import checkpoint as make_checkpoint
 from tests.support.lossless import make as make_source
 from tests.support.streaming import Shelf, arrangement, logits_of, make_shelf, opened

@@ -1,4 +1,4 @@
-"""A control group: a command with so much RAM, process and page cache together, on a disk that reads so fast.
+"""A control group: a command with a limited amount of RAM, process and page cache together, and a limited disk.
 
     with control_group(ram=3 * 10**9, read_rate=1.073e9, disk_of=Path("bloom")) as group:
         subprocess.run(group.command(["bloomdesk", "generate", "bloom", "Hello"]))
@@ -58,7 +58,7 @@ class Mount:
 
 @dataclass
 class ControlGroup:
-    """A group that exists. `kind` is v1, v2 or systemd-run; "none" where no limit was asked for."""
+    """A group that exists. `kind` is v1, v2 or systemd-run; "none" if no limit was asked for."""
 
     kind: str = "none"
     directories: list[Path] = field(default_factory=list)
@@ -72,7 +72,7 @@ class ControlGroup:
         return [*self.prefix, *enter, *map(str, command)]
 
     def peak(self) -> int | None:
-        """The most bytes the group had so far, page cache included; None where the system does not say."""
+        """The most bytes the group had so far, page cache included; None if the system does not say."""
         if self.peak_file is None:
             return None
         try:
@@ -81,27 +81,50 @@ class ControlGroup:
             return None
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The limits of a group, and where this process finds the file systems of groups and its own ones."""
+
+    ram: int | None
+    rate: int | None
+    disk: str | None
+    mounts: list[Mount]
+    own_groups: Path
+
+
 @contextmanager
 def control_group(
-    *, ram: int | None = None, read_rate: float | None = None, disk_of: Path | None = None
+    *,
+    ram: int | None = None,
+    read_rate: float | None = None,
+    disk_of: Path | None = None,
+    mounts_file: Path = MOUNTS,
+    groups_file: Path = OWN_GROUPS,
+    disk: str | None = None,
 ) -> Iterator[ControlGroup]:
     """A group limited to `ram` bytes and `read_rate` bytes a second from the disk that `disk_of` lies on.
 
     At the end, also after an exception or Ctrl-C, processes still in the group are killed and the group removed.
-    Raises `NoControlGroups` where no way works, and ValueError for a rate without `disk_of`.
+    `disk` is the "major:minor" of that disk, if it is not to be looked up. Raises `NoControlGroups` if no way works,
+    and ValueError for a rate without `disk_of`.
     """
     if read_rate is not None and disk_of is None:
         raise ValueError("a read rate needs a path on the disk that it is for")
     if ram is None and read_rate is None:
         yield ControlGroup()
         return
-    disk = None if read_rate is None else block_device(disk_of)
-    rate = None if read_rate is None else int(read_rate)
+    wanted = Wanted(
+        ram,
+        None if read_rate is None else int(read_rate),
+        None if read_rate is None else disk or block_device(disk_of),
+        mounts(mounts_file),
+        groups_file,
+    )
     refusals = []
     for make in (_make_v1, _make_v2, _make_scope):
         with ExitStack() as undo:
             try:
-                group = make(undo, ram, rate, disk)
+                group = make(undo, wanted)
             except (NoControlGroups, OSError, subprocess.TimeoutExpired) as error:
                 refusals.append(str(error))
                 continue
@@ -113,7 +136,7 @@ def control_group(
 def block_device(path: Path) -> str:
     """The "major:minor" of the whole disk that `path` lies on: limits are for disks, not for their partitions.
 
-    Raises `NoControlGroups` where the file system is on no block device.
+    Raises `NoControlGroups` if the file system is on no block device.
     """
     number = path.stat().st_dev
     if os.major(number) == 0:  # btrfs and the like have made-up numbers; the mount names the device
@@ -150,7 +173,7 @@ def mounts(file: Path = MOUNTS) -> list[Mount]:
 
 
 def own_group(controller: str, mount: Mount, file: Path = OWN_GROUPS) -> Path:
-    """The directory of this process's own group of a v1 controller, or of v2 where `controller` is empty."""
+    """The directory of this process's own group of a v1 controller, or of v2 if `controller` is empty."""
     for line in file.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controller in controllers.split(",") and (controller or not controllers):
@@ -161,50 +184,51 @@ def own_group(controller: str, mount: Mount, file: Path = OWN_GROUPS) -> Path:
     return mount.point
 
 
-def _make_v1(undo: ExitStack, ram: int | None, rate: int | None, disk: str | None) -> ControlGroup:
+def _make_v1(undo: ExitStack, wanted: Wanted) -> ControlGroup:
     group = ControlGroup("v1")
-    if ram is not None:
-        directory = _made_v1(undo, "memory")
+    if wanted.ram is not None:
+        directory = _made_v1(undo, wanted, "memory")
         group.directories.append(directory)
-        (directory / "memory.limit_in_bytes").write_text(str(ram))
+        (directory / "memory.limit_in_bytes").write_text(str(wanted.ram))
         if (swap := directory / "memory.memsw.limit_in_bytes").exists():
-            swap.write_text(str(ram))
+            swap.write_text(str(wanted.ram))
         group.peak_file = directory / "memory.max_usage_in_bytes"
-    if rate is not None:
-        directory = _made_v1(undo, "blkio")
+    if wanted.rate is not None:
+        directory = _made_v1(undo, wanted, "blkio")
         group.directories.append(directory)
-        (directory / "blkio.throttle.read_bps_device").write_text(f"{disk} {rate}")
+        (directory / "blkio.throttle.read_bps_device").write_text(f"{wanted.disk} {wanted.rate}")
     return group
 
 
-def _made_v1(undo: ExitStack, controller: str) -> Path:
-    for mount in mounts():
+def _made_v1(undo: ExitStack, wanted: Wanted, controller: str) -> Path:
+    for mount in wanted.mounts:
         if mount.kind == "cgroup" and controller in mount.options:
-            return _made(undo, own_group(controller, mount))
+            return _made(undo, own_group(controller, mount, wanted.own_groups))
     raise NoControlGroups(f"v1: the controller {controller} is not mounted")
 
 
-def _make_v2(undo: ExitStack, ram: int | None, rate: int | None, disk: str | None) -> ControlGroup:
-    mount = next((mount for mount in mounts() if mount.kind == "cgroup2"), None)
+def _make_v2(undo: ExitStack, wanted: Wanted) -> ControlGroup:
+    mount = next((mount for mount in wanted.mounts if mount.kind == "cgroup2"), None)
     if mount is None:
         raise NoControlGroups("v2: not mounted")
-    wanted = {"memory"} if rate is None else {"io"} if ram is None else {"memory", "io"}
-    directory = _made(undo, _v2_parent(undo, mount, wanted))
+    controllers = {"memory"} if wanted.ram is not None else set()
+    controllers |= {"io"} if wanted.rate is not None else set()
+    own = own_group("", mount, wanted.own_groups)
+    directory = _made(undo, _v2_parent(undo, mount, own, controllers))
     group = ControlGroup("v2", [directory])
-    if ram is not None:
-        (directory / "memory.max").write_text(str(ram))
+    if wanted.ram is not None:
+        (directory / "memory.max").write_text(str(wanted.ram))
         if (swap := directory / "memory.swap.max").exists():
             swap.write_text("0")
         if (peak := directory / "memory.peak").exists():
             group.peak_file = peak
-    if rate is not None:
-        (directory / "io.max").write_text(f"{disk} rbps={rate}")
+    if wanted.rate is not None:
+        (directory / "io.max").write_text(f"{wanted.disk} rbps={wanted.rate}")
     return group
 
 
-def _v2_parent(undo: ExitStack, mount: Mount, wanted: set[str]) -> Path:
+def _v2_parent(undo: ExitStack, mount: Mount, own: Path, wanted: set[str]) -> Path:
     """The nearest group, from this process's own upwards, whose children may have the controllers."""
-    own = own_group("", mount)
     why = f"v2: no group has the controllers {' and '.join(sorted(wanted))}"
     for directory in (own, *own.parents):
         if not directory.is_relative_to(mount.point):
@@ -228,15 +252,15 @@ def _try_to_write(file: Path, text: str) -> None:
         file.write_text(text)
 
 
-def _make_scope(undo: ExitStack, ram: int | None, rate: int | None, disk: str | None) -> ControlGroup:
+def _make_scope(undo: ExitStack, wanted: Wanted) -> ControlGroup:
     program = shutil.which("systemd-run")
     if program is None:
         raise NoControlGroups("systemd-run: not installed")
     scope = [program, "--scope", "--quiet", "--collect", *([] if os.geteuid() == 0 else ["--user"])]
-    if ram is not None:
-        scope += ["-p", f"MemoryMax={ram}", "-p", "MemorySwapMax=0"]
-    if rate is not None:
-        scope += ["-p", f"IOReadBandwidthMax=/dev/block/{disk} {rate}"]
+    if wanted.ram is not None:
+        scope += ["-p", f"MemoryMax={wanted.ram}", "-p", "MemorySwapMax=0"]
+    if wanted.rate is not None:
+        scope += ["-p", f"IOReadBandwidthMax=/dev/block/{wanted.disk} {wanted.rate}"]
     trial = subprocess.run([*scope, "true"], capture_output=True, text=True, timeout=60)
     if trial.returncode:
         raise NoControlGroups(f"systemd-run: {trial.stderr.strip().splitlines()[-1:] or trial.returncode}")
@@ -268,8 +292,9 @@ def _remove(directory: Path) -> None:
             for pid in (directory / "cgroup.procs").read_text().split():
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
-        with suppress(OSError):  # v1: gives the page cache back, which would else count for the parent
-            (directory / "memory.force_empty").write_text("0")
+        # v1: gives the page cache back, which would otherwise count for the parent.
+        with suppress(OSError), (directory / "memory.force_empty").open("r+") as file:
+            file.write("0")
         try:
             directory.rmdir()
         except FileNotFoundError:

@@ -14,12 +14,12 @@ which is taken to grow with the cores.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,8 @@ from runner.kernel.decode import decode_row_groups
 from runner.kernel.encode import encode_row_groups
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
+from scripts.bench import harness
+from scripts.bench.harness import Column, interleaved, save, table
 
 COLUMNS = 4096
 CORES = (2, 6, 8)
@@ -144,18 +146,25 @@ def decoding(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, dict[s
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         shares[name] = nbytes / weights.nbytes
-    taken: dict[tuple[str, int], list[float]] = {}
-    for _ in range(rounds):
-        for name, make in makers.items():
-            for count in (1, cores):
-                decoders = [make() for _ in range(count)]
-                seconds(decoders)  # their memory is touched once before
-                taken.setdefault((name, count), []).append(seconds(decoders))
+
+    def decoded(make: Callable[[], Decode], count: int) -> float:
+        decoders = [make() for _ in range(count)]
+        seconds(decoders)  # their memory is touched once before
+        return seconds(decoders)
+
+    taken = interleaved(
+        {
+            f"{name} {count}": partial(decoded, make, count)
+            for name, make in makers.items()
+            for count in {1, cores}
+        },
+        rounds,
+    )
     return {
         name: {
             "share": shares[name],
-            "one": weights.nbytes / median(taken[name, 1]),
-            "all": cores * weights.nbytes / median(taken[name, cores]),
+            "one": weights.nbytes / median(taken[f"{name} 1"]),
+            "all": cores * weights.nbytes / median(taken[f"{name} {cores}"]),
         }
         for name in makers
     }
@@ -167,18 +176,13 @@ def products(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, float]
     coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     offsets = torch.tensor([0, *accumulate(lengths)])
     x, out = torch.ones(1, COLUMNS), torch.zeros(1, len(weights))
-    taken: dict[str, list[float]] = {}
-    for number in range(rounds + 1):
-        for count in (1, cores):
-            kernel = Kernel(torch.bfloat16, workers(count))
-            for name, product in (
-                ("plain", lambda kernel=kernel: kernel.accumulate(x, weights, out)),
-                ("coded", lambda kernel=kernel: kernel.accumulate_coded(x, coded, offsets, out)),
-            ):
-                began = time.perf_counter()
-                product()
-                if number:  # the first round compiles
-                    taken.setdefault(f"{name} {count}", []).append(time.perf_counter() - began)
+    ways: dict[str, Callable[[], object]] = {}
+    for count in {1, cores}:
+        kernel = Kernel(torch.bfloat16, workers(count))
+        ways[f"plain {count}"] = partial(kernel.accumulate, x, weights, out)
+        ways[f"coded {count}"] = partial(kernel.accumulate_coded, x, coded, offsets, out)
+    timed = {name: partial(harness.seconds, way) for name, way in ways.items()}
+    taken = interleaved(timed, rounds, warm_up=1)  # the first round compiles
     return {name: weights.nbytes / median(times) for name, times in taken.items()}
 
 
@@ -193,25 +197,21 @@ def main() -> None:
     weights = given_weights(given.file, given.mb * 10**6)
     ways = decoding(weights, given.rounds, cores)
     product = products(weights, given.rounds, cores)
+    arithmetic = {"a fixed 4-bit code": fixed_code(weights), "the exponents' entropy": entropy(weights)}
+    rows = [{"way": name, **found} for name, found in ways.items()]
+    rows += [{"way": name, "share": share} for name, share in arithmetic.items()]
+    rates = [Column("GB/s, 1 core", "one", ".2f", 1e9), Column(f"{cores} cores", "all", ".2f", 1e9)]
     print(
-        f"| way | of bfloat16's bytes | GB/s decoded, 1 core | {cores} cores |\n| --- | ---: | ---: | ---: |"
+        table([Column("way to decode", "way"), Column("of bfloat16's bytes", "share", ".3f"), *rates], rows)
     )
-    for name, found in ways.items():
-        print(f"| {name} | {found['share']:.3f} | {found['one'] / 1e9:.2f} | {found['all'] / 1e9:.2f} |")
-    print(f"| a fixed 4-bit code | {fixed_code(weights):.3f} | | |")
-    print(f"| the exponents' entropy | {entropy(weights):.3f} | | |")
-    print(f"\n| product of one row | GB/s of weights, 1 core | {cores} cores |\n| --- | ---: | ---: |")
-    for name in ("plain", "coded"):
-        one, whole = (product[f"{name} {count}"] / 1e9 for count in (1, cores))
-        print(f"| {name} | {one:.2f} | {whole:.2f} |")
-    print("\n| cores | decoded in a pass, GB/s | faster on drives below, GB/s |\n| ---: | ---: | ---: |")
-    for count in CORES:
-        rate = product["coded 1"] * count / 1e9
-        print(f"| {count} | {rate:.1f} | {rate:.1f} |")
-    if given.json:
-        given.json.write_text(
-            json.dumps({"cores": cores, "ways": ways, "products": product}, indent=1) + "\n"
-        )
+    rows = [
+        {"way": name, "one": product[f"{name} 1"], "all": product[f"{name} {cores}"]}
+        for name in ("plain", "coded")
+    ]
+    print(f"\n{table([Column('product of one row', 'way'), *rates], rows)}\n")
+    rows = [{"cores": str(count), "rate": product["coded 1"] * count} for count in CORES]
+    print(table([Column("cores", "cores"), Column("faster on drives below, GB/s", "rate", ".1f", 1e9)], rows))
+    save(given.json, "lossless", {"cores": cores, "ways": ways, "products": product})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import matplotlib
@@ -64,11 +63,8 @@ def picture(path: Path, width: float, height: float) -> Iterator[Axes]:
 
 def peers(data: dict[str, Any], out: Path) -> list[Path]:
     """Seconds a token of each peer as bars, the limit as a line."""
-    seconds = {}
-    for turn in data["turns"]:
-        if not turn["failure"]:
-            seconds.setdefault(turn["peer"], []).extend(turn["report"]["seconds"][1:])
-    ranked = sorted(((median(steps), name) for name, steps in seconds.items() if steps), reverse=True)
+    seconds = {row["point"]: row["seconds"] for row in data["measured"] if "seconds" in row}
+    ranked = sorted(((value, name) for name, value in seconds.items()), reverse=True)
     limit = data["limit"]["seconds"]
     name = "in-ram" if data["ram"] is None and data["disk"] is None else "from-disk"
     path = out / f"performance-peers-{name}.svg"
@@ -166,7 +162,9 @@ def growth(data: dict[str, Any], out: Path) -> list[Path]:
         "ram": ("RAM, GB", "the same model in more RAM"),
     }
     drawn = []
-    for line, rows in data["lines"].items():
+    measured = [row for row in data["measured"] if "seconds" in row]
+    for line in dict.fromkeys(row["line"] for row in measured):
+        rows = [row for row in measured if row["line"] == line]
         path = out / f"performance-{line.lower().replace(' ', '-')}.svg"
         with picture(path, 5.6, 3.4) as axes:
             measured_and_limit(axes, [row["x"] for row in rows], rows, BLUE, "measured")
@@ -194,7 +192,7 @@ def batch(data: dict[str, Any], out: Path) -> list[Path]:
             value = row["tokens_per_second"]
             axes.barh(place, value, height=0.62, color=BLUE)
             axes.text(value, place, f"  {value:.2f} ({row['times_plain']:.1f} x)", va="center", color=INK)
-        axes.set_yticks(range(len(rows)), [row["way"] for row in reversed(rows)])
+        axes.set_yticks(range(len(rows)), [row["point"] for row in reversed(rows)])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, max(row["tokens_per_second"] for row in rows) * 1.3)
         axes.set_xlabel(f"tokens a second ({conditions(data)})")
@@ -224,7 +222,7 @@ def finish(axes: Axes, x_label: str, y_label: str, *, from_zero: bool = True) ->
 
 
 PICTURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {
-    "peers": peers,
+    "against_peers": peers,
     "true_size": true_size,
     "growth": growth,
     "batch": batch,

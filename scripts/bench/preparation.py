@@ -3,7 +3,7 @@
     python -m scripts.bench.preparation WORK [--rounds 5]
 
 One run measures all four in turns, in another order every round, each with the files out of the page cache and with
-what was written on the disk for good (`cp` is followed by an fsync of each file). The commands are the real ones, in
+what was written synced to the disk (`cp` is followed by an fsync of each file). The commands are the real ones, in
 processes of their own, so their time includes Python and its imports; memory is their peak RssAnon, sampled. A warm-up
 round is left out. WORK needs 15 GB and keeps the source for the next run unless --delete is given.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,10 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+from scripts.bench.harness import Column, interleaved, save, table
+from scripts.bench.peers import forms
+from scripts.bench.turns import ROOT, machine
 from scripts.fakehub.checkpoint import TRUE_SHAPES, synthetic
-
-ROOT = Path(__file__).resolve().parents[2]
 
 BLOOMDESK = (sys.executable, "-m", "toolkit.cli.app")
 SECONDS_BETWEEN_SAMPLES = 0.02
@@ -100,9 +101,7 @@ class Bench:
     def __init__(self, work: Path, source: Path) -> None:
         self.source, self.copy = source, work / "copy"
         self.prepared, self.fresh = work / "prepared", work / "fresh"
-        if not (self.prepared / "final_layernorm.safetensors").exists():
-            shutil.rmtree(self.prepared, ignore_errors=True)
-            subprocess.run([*BLOOMDESK, "convert", source, self.prepared], cwd=ROOT, check=True)
+        forms.convert(source, self.prepared)
         self.commands: dict[str, Callable[[], Run]] = {
             "cp": self.cp,
             "convert": self.convert,
@@ -134,21 +133,34 @@ class Bench:
         return measure([*BLOOMDESK, "verify", self.prepared])
 
 
-def report(runs: dict[str, list[Run]], sizes: dict[str, int], imports: dict[str, float]) -> str:
-    """Medians, their spread, and the ratios of speeds, as a Markdown table."""
-    lines = [
-        "| command | seconds | range | MB/s | processor s | imports s | peak anonymous MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, measured in runs.items():
-        seconds = [run.seconds for run in measured]
-        anonymous = f"{max(run.anonymous for run in measured) / 1e6:.0f}" if name in imports else ""
-        lines.append(
-            f"| {name} | {median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} "
-            f"| {sizes[name] / median(seconds) / 1e6:,.0f} | {median(run.processor for run in measured):.2f} "
-            f"| {f'{imports[name]:.2f}' if name in imports else ''} | {anonymous} |"
-        )
-    lines.append("")
+COLUMNS = (
+    Column("command", "command"),
+    Column("seconds", "seconds"),
+    Column("range of rounds", "rounds"),
+    Column("MB/s", "rate", ",.0f", 1e6),
+    Column("processor s", "processor"),
+    Column("imports s", "imports"),
+    Column("peak anonymous MB", "anonymous", ".0f", 1e6),
+)
+
+
+def row(name: str, runs: list[Run], nbytes: int, imports: float | None) -> dict[str, Any]:
+    """Medians of a command's rounds."""
+    seconds = [run.seconds for run in runs]
+    return {
+        "command": name,
+        "seconds": median(seconds),
+        "rounds": seconds,
+        "rate": nbytes / median(seconds),
+        "processor": median(run.processor for run in runs),
+        "imports": imports,
+        "anonymous": max(run.anonymous for run in runs) if imports else None,
+    }
+
+
+def compared(runs: dict[str, list[Run]], imports: dict[str, float]) -> str:
+    """Our speeds as shares of those of cp and cat: medians of the rounds, with and without imports."""
+    lines = []
     for ours, theirs in (("convert", "cp"), ("verify", "cat")):
         pairs = list(zip(runs[ours], runs[theirs], strict=True))
         whole = median(other.seconds / own.seconds for own, other in pairs)
@@ -159,24 +171,6 @@ def report(runs: dict[str, list[Run]], sizes: dict[str, int], imports: dict[str,
     return "\n".join(lines)
 
 
-def machine(work: Path) -> str:
-    """What the figures were taken on."""
-    cpu = memory = disk = ""
-    if Path("/proc/cpuinfo").exists():
-        fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        cpu = next((value.strip() for name, _, value in fields if name.strip() == "model name"), "")
-        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB"
-    device = work.stat().st_dev
-    queue = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue")
-    if queue.exists():
-        disk = f"read-ahead {(queue / 'read_ahead_kb').read_text().strip()} KiB, "
-    return (
-        f"{cpu or platform.processor()}, {os.cpu_count()} cores, {memory} of memory, {disk}"
-        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, "
-        f"load {os.getloadavg()[0]:.1f} at the end"
-    )
-
-
 def directory_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
@@ -185,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure convert against cp and verify against cat.")
     parser.add_argument("work", type=Path, metavar="WORK", help="a directory on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--delete", action="store_true", help="delete the 10 GB in WORK at the end")
     given = parser.parse_args()
     work = given.work.resolve()
@@ -198,18 +193,13 @@ def main() -> None:
         imports = {"convert": import_seconds("convert", Path(small, "source"), Path(small, "out"))}
         imports["verify"] = import_seconds("verify", Path(small, "out"))
     bench = Bench(work, source)
-    runs: dict[str, list[Run]] = {name: [] for name in bench.commands}
-    for number in range(given.rounds + 1):
-        order = list(bench.commands)
-        for name in order if number % 2 else reversed(order):
-            run = bench.commands[name]()
-            print(f"round {number}: {name} {run.seconds:.2f} s", file=sys.stderr, flush=True)
-            if number:
-                runs[name].append(run)
+    runs = interleaved(bench.commands, given.rounds, warm_up=1)
     read, written = directory_bytes(bench.prepared), directory_bytes(source)
     sizes = {"cp": written, "convert": written, "cat": read, "verify": read}
+    rows = [row(name, found, sizes[name], imports.get(name)) for name, found in runs.items()]
+    save(given.json, "preparation", {"bytes": written, "measured": rows}, work)
     print(f"{machine(work)}\n{written / 1e9:.2f} GB, {given.rounds} rounds, page cache cold\n")
-    print(report(runs, sizes, imports))
+    print(f"{table(COLUMNS, rows)}\n\n{compared(runs, imports)}")
     if given.delete:
         for directory in (source, bench.prepared):
             shutil.rmtree(directory)

@@ -10,10 +10,8 @@ the same bytes, on as many threads.
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,13 +22,14 @@ from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.system import memory
 from runner.weights.chunks import LARGEST_CHUNK
-from scripts.bench.turns import machine, numbers, table
+from scripts.bench.harness import Column, interleaved, save, seconds, table
+from scripts.bench.turns import machine, numbers
 
 Case = tuple[int, int]  # rows of x, columns
 
 
 def ways(weights: torch.Tensor, rows: int, threads: int) -> dict[str, Callable[[], object]]:
-    """What goes once through all of `weights` [N, columns], for x of so many rows."""
+    """What goes once through all of `weights` [N, columns], for x of `rows` rows."""
     columns = weights.shape[1]
     chunks = weights.split(max(1, LARGEST_CHUNK // (2 * columns)))
     x, stored = torch.ones(rows, columns), torch.ones(rows, columns, dtype=weights.dtype)
@@ -49,21 +48,19 @@ def measure(buffer: torch.Tensor, case: Case, rounds: int, threads: int) -> dict
     """GB/s of each way, over as many of the elements of `buffer` as make whole rows."""
     rows, columns = case
     weights = buffer[: buffer.numel() // columns * columns].view(-1, columns)
-    seconds: dict[str, list[float]] = defaultdict(list)
     found = ways(weights, rows, threads)
     found["the memory"] = lambda: buffer.view(torch.int64).sum()
-    for _ in range(rounds):
-        for name, way in found.items():
-            began = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: weights.nbytes / median(taken) / 1e9 for name, taken in seconds.items()}
+    taken = interleaved({name: partial(seconds, way) for name, way in found.items()}, rounds)
+    return {name: weights.nbytes / median(each) / 1e9 for name, each in taken.items()}
 
 
 def shown(measured: dict[Case, dict[str, float]], columns: int) -> str:
     cases = [case for case in measured if case[1] == columns]
-    lines = [(name, *(f"{measured[case][name]:.1f}" for case in cases)) for name in measured[cases[0]]]
-    return table(("rows", *(str(rows) for rows, _ in cases)), lines)
+    titles = [Column("rows", "way"), *(Column(str(case[0]), str(case[0]), ".1f") for case in cases)]
+    return table(
+        titles,
+        [{"way": way, **{str(case[0]): measured[case][way] for case in cases}} for way in measured[cases[0]]],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,9 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(machine(Path.cwd()))
     for columns in given.columns:
         print(f"\n{columns:,} columns, GB/s of weights:\n\n{shown(measured, columns)}")
-    if given.json:
-        lines = [{"rows": case[0], "columns": case[1], "rates": rates} for case, rates in measured.items()]
-        given.json.write_text(json.dumps({"benchmark": "product", "measured": lines}, indent=1) + "\n")
+    lines = [{"rows": case[0], "columns": case[1], "rates": rates} for case, rates in measured.items()]
+    save(given.json, "product", {"measured": lines})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +21,14 @@ import torch
 
 from runner.system import files, memory
 from runner.weights.chunks import LARGEST_CHUNK
+from scripts.bench.harness import Column, interleaved, save, table
 
+COLUMNS = (
+    Column("way", "way"),
+    Column("GB/s", "rate", ".2f", 1e9),
+    Column("range of rounds", "rates", ".2f", 1e9),
+    Column("share of a core", "core"),
+)
 Read = Callable[[int, int], None]  # start, bytes
 MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap module does not name it
 ASKED_AT_ONCE = 128 * 2**10  # the kernel may leave undone what is more than its readahead
@@ -96,29 +102,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ways to read a prepared part in order, side by side.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, metavar="OUT")
     given = parser.parse_args()
     size = given.file.stat().st_size // LARGEST_CHUNK * LARGEST_CHUNK
-    ways: dict[str, Callable[[], tuple[float, float]]] = {}
-    for threads in (1, 2, 4):
-        for name, make in (
-            ("past the page cache", partial(through_calls, given.file, True)),
-            ("the same into small pages", partial(through_calls, given.file, True, small_pages=True)),
-            ("through the page cache", partial(through_calls, given.file, False)),
-            ("mapped, MADV_POPULATE_READ", partial(through_a_mapping, given.file, True)),
-            ("mapped, touched", partial(through_a_mapping, given.file, False)),
-        ):
-            ways[f"{name}, {threads} threads"] = partial(
-                lambda make, threads: seconds(given.file, make(), threads), make, threads
-            )
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(given.rounds):
-        for name, way in ways.items():
-            results[name].append(way())
-    print("| way | GB/s | from to | share of a core |\n| --- | ---: | ---: | ---: |")
-    for name, found in results.items():
-        rates = sorted(size / wall / 1e9 for wall, _ in found)
-        share = median(processor / wall for wall, processor in found)
-        print(f"| {name} | {median(rates):.2f} | {rates[0]:.2f} to {rates[-1]:.2f} | {share:.2f} |")
+    readers: dict[str, Callable[[], Iterator[Read]]] = {
+        "past the page cache": lambda: through_calls(given.file, True),
+        "the same into small pages": lambda: through_calls(given.file, True, small_pages=True),
+        "through the page cache": lambda: through_calls(given.file, False),
+        "mapped, MADV_POPULATE_READ": lambda: through_a_mapping(given.file, True),
+        "mapped, touched": lambda: through_a_mapping(given.file, False),
+    }
+    ways = {
+        f"{name}, {threads} threads": lambda make=make, threads=threads: seconds(given.file, make(), threads)
+        for threads in (1, 2, 4)
+        for name, make in readers.items()
+    }
+    rows = [
+        {
+            "way": name,
+            "rate": median(size / wall for wall, _ in found),
+            "rates": [size / wall for wall, _ in found],
+            "core": median(processor / wall for wall, processor in found),
+        }
+        for name, found in interleaved(ways, given.rounds).items()
+    ]
+    save(given.json, "reading", {"measured": rows})
+    print(table(COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ import runner
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from scripts.bench import turns
+from scripts.bench.harness import Column, save, table
+from scripts.bench.peers.forms import convert, is_prepared
 from scripts.bench.turns import CannotRun, machine, say
 from scripts.fakehub import checkpoint as make_checkpoint
 from scripts.miniature.texts import KINDS, Text, draw_texts
-from toolkit.commands.convert import convert
 
 MOST_TOKENS = 104  # of an answer: no text of the miniature is longer
 ROWS_OF_A_TABLE = 3
@@ -162,7 +163,7 @@ def checkpoints(work: Path) -> tuple[Path, Path]:
     made = []
     for name, make in (("miniature", make_checkpoint.miniature), ("draft", make_checkpoint.draft)):
         directory = work / name
-        if not (directory / "manifest.backup.json").exists():
+        if not is_prepared(directory):
             make(work / f"{name}-source")
             convert(work / f"{name}-source", directory)
         made.append(directory)
@@ -183,42 +184,38 @@ def run(given: argparse.Namespace, work: Path) -> list[Result]:
             say(
                 f"{name}, {result.way}: {result.tokens_per_pass:.2f} tokens a pass, {result.identical} identical"
             )
-        if given.json:
-            body = {
-                "benchmark": "speculation",
-                "machine": machine(work),
-                "measured": [result.as_json() for result in results],
-            }
-            given.json.write_text(json.dumps(body, indent=1) + "\n")
+        save(given.json, "speculation", {"measured": [each.as_json() for each in results]}, work)
     return results
 
 
-def table(results: Sequence[Result]) -> str:
-    columns = (
-        "prompts, way",
-        "identical",
-        "tokens",
-        "passes",
-        "tokens/pass",
-        "after the prompt",
-        "proposed",
-        "right",
-        "drafting s",
-    )
-    columns += ("seconds", "x plain")
-    plain: Mapping[str, float] = {
-        result.prompts: result.seconds for result in results if result.way == PLAIN.name
-    }
-    rows = []
-    for result in results:
-        share = f"{result.accepted / result.proposed:.1%}" if result.proposed else ""
-        cells: list[Any] = [f"{result.prompts}, {result.way}", f"{result.identical} of {result.count}"]
-        cells += [result.tokens, result.passes, f"{result.tokens_per_pass:.2f}"]
-        cells += [f"{result.after_the_prompt:.2f}", result.proposed, share]
-        cells += [f"{result.drafting_seconds:.2f}", f"{result.seconds:.1f}"]
-        cells += [f"{result.seconds / plain[result.prompts]:.2f}"]
-        rows.append(tuple(map(str, cells)))
-    return turns.table(columns, rows)
+COLUMNS = (
+    Column("prompts", "prompts"),
+    Column("way", "way"),
+    Column("answers", "count", "d"),
+    Column("identical", "identical", "d"),
+    Column("tokens", "tokens", "d"),
+    Column("passes", "passes", "d"),
+    Column("tokens/pass", "tokens_per_pass"),
+    Column("after the prompt", "after_the_prompt"),
+    Column("proposed", "proposed", "d"),
+    Column("right", "right", ".1%"),
+    Column("drafting s", "drafting_seconds"),
+    Column("seconds", "seconds", ".1f"),
+    Column("x plain", "times_plain"),
+)
+
+
+def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The table's rows: each result, its share of draft tokens that were right, and its time beside the plain one's."""
+    plain = {result.prompts: result.seconds for result in results if result.way == PLAIN.name}
+    return [
+        {
+            **result.as_json(),
+            "right": result.accepted / result.proposed if result.proposed else None,
+            "times_plain": result.seconds / plain[result.prompts],
+        }
+        for result in results
+    ]
 
 
 def main() -> int:
@@ -238,7 +235,7 @@ def main() -> int:
     except CannotRun as error:
         say(str(error))
         return 2
-    print(f"{machine(work)}\n\n{table(results)}")
+    print(f"{machine(work)}\n\n{table(COLUMNS, rows_of(results))}")
     return 0 if all(result.identical == result.count for result in results) else 1
 
 

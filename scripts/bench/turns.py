@@ -150,20 +150,23 @@ def failure(error: Exception) -> str:
     return f"no report: {error}"
 
 
-@contextmanager
-def sole_worker(work: Path, *limits: Limits) -> Iterator[None]:
-    """Hold the working directory, which is made, once these limits are known to be possible on its disk.
-
-    Raises `CannotRun` where they are not, or where another run holds it. SIGTERM then ends the process as an
-    exception does, so that control groups go on the way out.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def check_limits(work: Path, limits: Iterable[Limits]) -> None:
+    """Raises `CannotRun` if one of these limits is not possible on the disk of `work`."""
     for each in limits:
         try:
             with control_group(ram=each.ram, read_rate=each.disk, disk_of=existing(work)):
                 pass
         except NoControlGroups as error:
             raise CannotRun(f"{error}\nrun it as root on Linux, or without limits") from error
+
+
+@contextmanager
+def sole_worker(work: Path) -> Iterator[None]:
+    """Hold the working directory, which is made. Raises `CannotRun` if another run holds it.
+
+    SIGTERM then ends the process as an exception does, so that control groups are removed on the way out.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     work.mkdir(parents=True, exist_ok=True)
     held = os.open(work, os.O_RDONLY)
     try:
@@ -237,12 +240,6 @@ def numbers(text: str) -> list[int]:
 def sizes(text: str) -> list[float | None]:
     """Several of them with commas between."""
     return [size(word) for word in text.split(",")]
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def say(text: str) -> None:

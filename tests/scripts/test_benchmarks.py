@@ -21,6 +21,7 @@ from scripts.bench import growth as bench_growth
 from scripts.bench import product as bench_product
 from scripts.bench import speculation as bench_speculation
 from scripts.bench import true_size as bench_true_size
+from scripts.bench.harness import Point, Run, Turn, table
 from scripts.bench.peers import forms
 from scripts.bench.true_size import share_for
 from scripts.bench.turns import Limits
@@ -40,9 +41,8 @@ def test_the_first_blocks_of_a_checkpoint_are_a_checkpoint(made: Path, tmp_path:
     assert verify(made).sound
 
 
-def true_size_turn(
-    limits: Limits, seconds: list[float], streamed: float, reading: float = 9.0
-) -> bench_true_size.Turn:
+def true_size_turn(limits: Limits, seconds: list[float], reading: float = 9.0) -> Turn:
+    streamed = 1.8e9
     report = {
         "seconds": [99.0, *seconds],
         "read_bytes": [0, *[streamed] * len(seconds)],
@@ -55,27 +55,26 @@ def true_size_turn(
         "forecast": {"seconds_per_token": 2.0},
         "rates": {"disk": 1e9, "memory": 20e9, "compute": 50e9, "decoded": 8e9},
     }
-    rates = (0.8e9, 0.9e9)
-    return bench_true_size.Turn(report=report, limits=limits, round=1, disk_rates=rates, plan=plan)
+    return Turn(report=report, point=str(limits), round=1, disk_rates=[0.8e9, 0.9e9], forecast=plan)
 
 
 def test_true_size_shares_and_extrapolation(made: Path) -> None:
     braked, free = Limits(2 * 10**9, 1.073e9), Limits(2 * 10**9, None)
-    bench = bench_true_size.Bench(argparse.Namespace(limits=[braked, free]), made)
-    bench.turns = [
-        true_size_turn(braked, [2.0, 4.0, 3.0], 1.8e9),
-        true_size_turn(braked, [2.5, 2.5, 2.5], 1.8e9),
-        true_size_turn(free, [2.2, 2.2, 2.2], 1.8e9),
-        true_size_turn(free, [1.5, 1.5, 1.5], 1.8e9, reading=1.2),
+    run = Run(argparse.Namespace(), made, [Point(str(each), [], each, made) for each in (braked, free)])
+    run.turns = [
+        true_size_turn(braked, [2.0, 4.0, 3.0]),
+        true_size_turn(braked, [2.5, 2.5, 2.5]),
+        true_size_turn(free, [2.2, 2.2, 2.2]),
+        true_size_turn(free, [1.5, 1.5, 1.5], reading=1.2),
     ]
-    first, second = bench.measured()
+    first, second = run.measured(bench_true_size.BENCHMARK)
     assert (first["seconds"], first["rounds"]) == (2.5, [3.0, 2.5])
     assert first["limit"] == pytest.approx(1.8 / 0.9)
     assert first["share"] == pytest.approx(median([2 / 3, 2 / 2.5]))
     # The disk gave 0.9 GB/s around one turn, and 1.5 to the stream of the other while it read.
     assert second["share"] == pytest.approx(median([1.8 / 0.9 / 2.2, 1.2 / 1.5]))
     assert first["forecast_ratio"] == pytest.approx(median([2 / 3, 2 / 2.5]))
-    rows = bench.extrapolated()
+    rows = bench_true_size.extrapolated(run)
     assert [row["drive"] for row in rows] == list(bench_true_size.DRIVES)
     whole = family.hyperparameters("bloom")
     for row, share in zip(rows, (first["share"], second["share"], second["share"]), strict=True):
@@ -85,8 +84,8 @@ def test_true_size_shares_and_extrapolation(made: Path) -> None:
         matrices = bench_true_size.weight_bytes(whole) - bench_true_size.vector_bytes(whole)
         assert row["streamed_bytes"] + row["resident_bytes"] == matrices
         assert 350e9 < row["streamed_bytes"] < matrices
-    assert "| 2 GB, 1.073 GB/s | 2.50 |" in bench_true_size.measured_table([first, second])
-    assert bench_true_size.extrapolated_table(rows).count("\n") == 4
+    assert "| 2 GB, 1.073 GB/s | 2.50 |" in table(bench_true_size.COLUMNS, [first, second])
+    assert table(bench_true_size.EXTRAPOLATED, rows).count("\n") == 4
 
 
 def test_the_share_is_the_one_reached_at_such_a_drive() -> None:
@@ -133,7 +132,7 @@ def test_the_speculation_compares_answers(
     assert bench_speculation.measure(model, draft[1], "edit", prompts, way, other)[0].identical == 0
 
 
-def batch_turn(way: str, ids: list[list[int]], passes: list[tuple[float, int, bool]]) -> bench_batch.Turn:
+def batch_turn(way: str, ids: list[list[int]], passes: list[tuple[float, int, bool]]) -> Turn:
     report = {
         "passes": [
             {"seconds": seconds, "tokens": tokens, "prompt": prompt, "read_bytes": 5}
@@ -143,38 +142,38 @@ def batch_turn(way: str, ids: list[list[int]], passes: list[tuple[float, int, bo
         "batch": len(ids),
         **dict.fromkeys(("proposed", "accepted", "drafting_seconds", "streamed_bytes"), 0),
     }
-    return bench_batch.Turn(report=report, way=way, round=1)
+    return Turn(report=report, point=way, round=1)
 
 
 def test_batches_are_counted_without_the_prompts_passes(made: Path, tmp_path: Path) -> None:
-    given = argparse.Namespace(ram=None, disk=None, prompt_tokens=3, ways=bench_batch.WAYS[:3])
-    bench = bench_batch.Bench(given, made, made, made)
-    bench.turns = [
+    points = [Point(way, [], Limits(None, None), made) for way in list(bench_batch.WAYS)[:3]]
+    run = Run(argparse.Namespace(), made, points)
+    run.turns = [
         batch_turn("one prompt", [[1, 2, 3]], [(9.0, 1, True), (2.0, 1, False), (2.0, 1, False)]),
         batch_turn("batch", [[1, 2], [8, 9]], [(9.0, 2, True), (2.5, 2, False)]),
         batch_turn("batch, lookup", [[1, 2], [8, 7]], [(9.0, 2, True), (2.5, 2, False)]),
     ]
-    one, batch, lookup = bench.measured()
+    one, batch, lookup = run.measured(bench_batch.BENCHMARK)
     assert (one["tokens_per_second"], batch["tokens_per_second"]) == (0.5, 0.8)
     assert batch["times_plain"] == pytest.approx(1.6)
-    assert (one["same"], batch["same"], lookup["same"]) == (True, True, False)
-    turns = [
-        {"peer": "bloomdesk", "failure": None, "report": {"seconds": [9.0, 1.0]}},
-        {"peer": "slow", "failure": None, "report": {"seconds": [9.0, 8.0]}},
-        {"peer": "quick", "failure": None, "report": {"seconds": [9.0, 4.0]}},
-        {"peer": "failed", "failure": "killed", "report": {}},
+    assert (one["same"], batch["same"], lookup["same"]) == ("same", "same", "DIFFERENT")
+    measured = [
+        {"point": "bloomdesk", "seconds": 1.0},
+        {"point": "slow", "seconds": 8.0},
+        {"point": "quick", "seconds": 4.0},
+        {"point": "failed", "failure": "killed"},
     ]
-    (tmp_path / "peers.json").write_text(json.dumps({"turns": turns}))
-    rows = [{"way": bench_batch.TOGETHER, "tokens_per_second": 2.5, "rounds": [2.5]}]
+    (tmp_path / "peers.json").write_text(json.dumps({"measured": measured}))
+    rows = [{"point": bench_batch.TOGETHER, "tokens_per_second": 2.5}]
     text = bench_batch.beside_peers(rows, tmp_path / "peers.json")
     assert text == "The best peer, quick: 0.250 tokens a second; all means together are 10.0 times that."
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the plots extra is not installed")
 def test_pictures_are_the_same_bytes_for_the_same_results(tmp_path: Path) -> None:
-    row = {"ram": 1e9, "disk": 1e9, "seconds": 2.0, "rounds": [1.9, 2.2], "limit": 1.8}
-    lines = {"blocks": [{**row, "x": 6}, {**row, "x": 12, "seconds": 4.0}]}
-    (tmp_path / "growth.json").write_text(json.dumps({"benchmark": "growth", "lines": lines}))
+    row = {"line": "blocks", "ram": 1e9, "disk": 1e9, "seconds": 2.0, "rounds": [1.9, 2.2], "limit": 1.8}
+    rows = [{**row, "x": 6}, {**row, "x": 12, "seconds": 4.0}]
+    (tmp_path / "growth.json").write_text(json.dumps({"benchmark": "growth", "measured": rows}))
     pictures = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

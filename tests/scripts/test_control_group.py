@@ -112,7 +112,7 @@ def test_nothing_is_left_after_an_exception_not_even_a_process() -> None:
 @pytest.mark.usefixtures("_groups")
 def test_a_group_that_a_killed_process_left_goes_with_the_next() -> None:
     hold = "with module.control_group(ram=2**26) as group: print(*group.directories, flush=True); time.sleep(600)"
-    code = f"import time\nfrom scripts import control_group as module\n{hold}"
+    code = f"import time\nfrom scripts.bench import control_group as module\n{hold}"
     root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
     with process:
@@ -126,24 +126,32 @@ def test_a_group_that_a_killed_process_left_goes_with_the_next() -> None:
     assert not any(directory.exists() for directory in left)
 
 
-def test_it_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "mounts", lambda: [])
+@pytest.fixture
+def no_mounts(tmp_path: Path) -> Path:
+    """A mountinfo in which no control groups are mounted."""
+    file = tmp_path / "mountinfo"
+    file.write_text("")
+    return file
+
+
+def test_the_reasons_are_named_if_there_is_no_group(monkeypatch: pytest.MonkeyPatch, no_mounts: Path) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(NoControlGroups) as error, control_group(ram=64 * MIB):
+    with pytest.raises(NoControlGroups) as error, control_group(ram=64 * MIB, mounts_file=no_mounts):
         pass
     for why in ("controller memory is not mounted", "v2: not mounted", "systemd-run: not installed"):
         assert why in str(error.value)
 
 
-def test_a_scope_of_systemd_has_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_scope_of_systemd_has_the_limits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_mounts: Path
+) -> None:
     """With a stand-in for systemd-run that notes its arguments and runs the command."""
     stand_in = tmp_path / "systemd-run"
     stand_in.write_text('#!/bin/sh\necho "$@" >> "$0.log"\nwhile [ "${1#-}" != "$1" ]; do\n'
                         '[ "$1" = -p ] && shift\nshift\ndone\nexec "$@"\n')  # fmt: skip
     stand_in.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(module, "mounts", lambda: [])
-    with control_group(ram=10**9) as group:
+    with control_group(ram=10**9, mounts_file=no_mounts) as group:
         assert group.kind == "systemd-run"
         echo = subprocess.run(group.command(["echo", "a b"]), capture_output=True, text=True, check=True)
         failed = subprocess.run(group.command(["false"]))
@@ -153,28 +161,29 @@ def test_a_scope_of_systemd_has_the_limits(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "MemoryMax=1000000000 -p MemorySwapMax=0" in log
 
 
-def test_version_2_in_a_made_up_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_version_2_in_a_made_up_tree(tmp_path: Path) -> None:
     """The group stands below the nearest one whose children may have the controllers, which are given back."""
-    own = tmp_path / "user" / "shell"
+    root = tmp_path / "groups"
+    own = root / "user" / "shell"
     own.mkdir(parents=True)
-    for directory, given in ((own, ""), (own.parent, "memory"), (tmp_path, "memory io")):
+    for directory, given in ((own, ""), (own.parent, "memory"), (root, "memory io")):
         (directory / "cgroup.controllers").write_text("cpu io memory")
         (directory / "cgroup.subtree_control").write_text(given)
-    mount = module.Mount("/", tmp_path, "cgroup2", "cgroup2", frozenset())
-    monkeypatch.setattr(module, "mounts", lambda: [mount])
-    monkeypatch.setattr(module, "own_group", lambda *_: own.parent)
-    monkeypatch.setattr(module, "block_device", lambda _: "8:0")
-    made = []
-
-    def remove(directory: Path) -> None:
-        made.append({file.name: file.read_text() for file in directory.iterdir()})
-
-    monkeypatch.setattr(module, "_remove", remove)
-    with control_group(ram=10**9, read_rate=1e6, disk_of=tmp_path) as group:
+    mounts_file, groups_file = tmp_path / "mountinfo", tmp_path / "cgroup"
+    mounts_file.write_text(f"30 27 0:29 / {root} rw - cgroup2 cgroup2 rw\n")
+    groups_file.write_text("0::/user\n")
+    limits = {"ram": 10**9, "read_rate": 1e6, "disk_of": tmp_path, "disk": "8:0"}
+    with control_group(**limits, mounts_file=mounts_file, groups_file=groups_file) as group:
         assert group.kind == "v2"
-        assert group.directories[0].parent == own.parent
+        (made,) = group.directories
+        assert made.parent == own.parent
         assert (own.parent / "cgroup.subtree_control").read_text() == "+io"
-    assert made == [{"memory.max": "1000000000", "io.max": "8:0 rbps=1000000"}]
+        files = {file.name: file.read_text() for file in made.iterdir()}
+        # The files of a real group go with its directory.
+        for file in list(made.iterdir()):
+            file.unlink()
+    assert files == {"memory.max": "1000000000", "io.max": "8:0 rbps=1000000"}
+    assert not made.exists()
     assert (own.parent / "cgroup.subtree_control").read_text() == "-io"
 
 

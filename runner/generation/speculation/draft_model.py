@@ -5,7 +5,6 @@ Speculative decoding, https://arxiv.org/abs/2211.17192, with greedy verification
 
 from __future__ import annotations
 
-import collections.abc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,7 +66,7 @@ class DraftModel:
         caches = sequences * KVCache.nbytes(shape, capacity, dtype)
         return self._process_nbytes + self.weight_bytes + caches + activations
 
-    def propose(self, wanted: collections.abc.Sequence[tuple[Sequence, int]]) -> list[list[int]]:
+    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
         """Up to `count` greedy tokens for each (sequence, count), which share the draft's passes.
 
         They end early at `</s>`, and before a token that the large model does not have.
@@ -112,10 +111,7 @@ class DraftModel:
         return reading
 
     def _pass(
-        self,
-        places: collections.abc.Sequence[int],
-        texts: collections.abc.Sequence[Ids],
-        readings: collections.abc.Sequence[_Reading],
+        self, places: list[int], texts: list[list[int]], readings: list[_Reading]
     ) -> list[tuple[int, int]]:
         """(place, likeliest next token) of each text that one pass over unread tokens finishes."""
         room, carried, segments = MOST_ROWS, [], []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from collections.abc import Sequence as Series
 
 from runner.generation.options import LOOKUP, OFF
 from runner.generation.sequence import Sequence
@@ -44,7 +43,7 @@ class Proposer:
         if self.draft:
             self.draft.release(sequence)
 
-    def propose(self, sequences: Series[Sequence], other_rows: int, most: int) -> dict[Sequence, list[int]]:
+    def propose(self, sequences: list[Sequence], other_rows: int, most: int) -> dict[Sequence, list[int]]:
         """Up to `most` draft tokens together, for a pass with a row of each sequence and `other_rows` besides."""
         offers = [self._offer(sequence) for sequence in sequences]
         counts = self._policy.choose(offers, other_rows, most) if any(offers) else [0] * len(offers)

@@ -28,21 +28,35 @@ from runner.estimate.forecast import disk_bytes
 from scripts.fakehub.checkpoint import TRUE_SHAPES, TRUE_VOCABULARY, synthetic
 
 ROOT = Path(__file__).resolve().parents[3]
-CHUNK = 2**23
+BUFFER = 2**23
+
+
+def is_prepared(directory: Path) -> bool:
+    return (directory / "manifest.backup.json").exists()
+
+
+def convert(source: Path, out: Path, *flags: str) -> Path:
+    """The prepared directory of a source, made if it is missing."""
+    if not is_prepared(out):
+        command = [sys.executable, "-m", "toolkit.cli.app", "convert", source, out, *flags]
+        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
+    return out
+
+
+def random_weights(source: Path, shape: Sequence[int], seed: int = 0) -> Path:
+    """A checkpoint of random weights; `shape` is hidden size, heads, blocks and vocabulary."""
+    if not (source / "config.json").exists():  # it is written last
+        names = ("hidden_size", "heads", "blocks", "vocab_size")
+        synthetic(source, **dict(zip(names, shape, strict=True)), seed=seed, normal_embedding=True)
+    return source
 
 
 def prepared(work: Path, source: Path | None, like: str | None) -> Path:
     """The prepared directory in `work`, made from `source` or from random weights of the shapes of `like`."""
     directory = work / "prepared"
-    if not (directory / "manifest.backup.json").exists():
-        if source is None:
-            hidden, heads, blocks = TRUE_SHAPES[like]
-            source = work / "source"
-            shape = {"hidden_size": hidden, "heads": heads, "blocks": blocks, "vocab_size": TRUE_VOCABULARY}
-            synthetic(source, **shape, normal_embedding=True)
-        command = [sys.executable, "-m", "toolkit.cli.app", "convert", source, directory]
-        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
-    return directory
+    if source is None and not is_prepared(directory):
+        source = random_weights(work / "source", (*TRUE_SHAPES[like], TRUE_VOCABULARY))
+    return convert(source or work / "source", directory)
 
 
 def bytes_to_make(
@@ -53,7 +67,7 @@ def bytes_to_make(
     Every form counts as large as the weights, whose size is that of what is there, of `source` or of `like`.
     """
     directory = prepared or work / "prepared"
-    is_there = (directory / "manifest.backup.json").exists()
+    is_there = is_prepared(directory)
     if is_there or source:
         one = sum(path.stat().st_size for path in files(directory if is_there else source))
     else:
@@ -65,11 +79,9 @@ def bytes_to_make(
 def lossless(work: Path, directory: Path) -> Path:
     """The lossless form of a prepared directory, from the source in `work` or else from its `hub` form."""
     out = work / "lossless"
-    if not (out / "manifest.backup.json").exists():
-        source = work / "source" if (work / "source").exists() else hub(work, directory)
-        command = [sys.executable, "-m", "toolkit.cli.app", "convert", source, out, "--lossless"]
-        subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
-    return out
+    if is_prepared(out):
+        return out
+    return convert(work / "source" if (work / "source").exists() else hub(work, directory), out, "--lossless")
 
 
 def hub(work: Path, directory: Path) -> Path:
@@ -152,7 +164,7 @@ def cool(form: Path) -> float:
 
 def warm(form: Path) -> None:
     """Bring a form's files into the page cache."""
-    buffer = bytearray(CHUNK)
+    buffer = bytearray(BUFFER)
     for path in files(form):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):

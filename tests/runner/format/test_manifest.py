@@ -51,7 +51,7 @@ def test_parts_are_kept_in_the_order_of_a_pass() -> None:
     assert whole().missing == ()
 
 
-def test_missing_is_what_is_not_recorded() -> None:
+def test_files_without_a_record_are_missing() -> None:
     manifest = Manifest(MODEL, Source()).with_part(record(1))
     assert manifest.missing == (
         "embedding.safetensors",
@@ -62,7 +62,7 @@ def test_missing_is_what_is_not_recorded() -> None:
     )
 
 
-def test_text_and_back() -> None:
+def test_a_manifest_is_read_back_from_its_text() -> None:
     text = whole().to_json()
     assert Manifest.from_json(text, WHERE) == whole()
     assert Manifest.from_json(text, WHERE).to_json() == text
@@ -76,7 +76,7 @@ def test_block_files_sort_by_number() -> None:
 
 @pytest.mark.parametrize("name", ["hidden_size", "n_head", "n_layer", "vocab_size"])
 @pytest.mark.parametrize("value", [0, -1, 2**50, 1.5, "8", None, True])
-def test_wild_hyperparameters(name: str, value: Any) -> None:
+def test_impossible_hyperparameters_are_refused(name: str, value: Any) -> None:
     with pytest.raises(BloomdeskError, match=name):
         replace(MODEL, **{name: value})
 
@@ -126,7 +126,7 @@ def test_a_forged_manifest_is_refused(change: Any) -> None:
         Manifest.from_json(signed(change), WHERE)
 
 
-def test_load_says_what_is_wrong_with_a_directory(tmp_path: Path) -> None:
+def test_an_unsound_directory_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match=r"has no manifest\.json") as caught:
         load_manifest(tmp_path)
     assert "bloomdesk convert" in caught.value.hint
@@ -196,14 +196,14 @@ def lossless() -> Manifest:
     return manifest
 
 
-def test_a_lossless_manifest_goes_to_text_and_back() -> None:
+def test_a_lossless_manifest_is_read_back_from_its_text() -> None:
     text = lossless().to_json()
     assert json.loads(text)["format_version"] == 2
     assert Manifest.from_json(text, WHERE) == lossless()
     assert Manifest.from_json(text, WHERE).to_json() == text
 
 
-def test_a_plain_manifest_says_nothing_of_coding() -> None:
+def test_a_plain_manifest_has_no_field_about_coding() -> None:
     body = json.loads(whole().to_json())
     assert list(body) == ["format", "format_version", "source", "model", "parts", "companions", "sha256"]
     assert body["format_version"] == 1
@@ -216,7 +216,7 @@ def test_a_plain_manifest_says_nothing_of_coding() -> None:
     }
 
 
-def test_what_a_lossless_part_stores() -> None:
+def test_a_lossless_part_stores_offsets_and_coded_bytes() -> None:
     embedding = part_specs(CODED_MODEL)[0]
     assert embedding.stored("BF16", {"word_embeddings.weight": 320}) == (
         ("word_embeddings.weight.strips", "I64", (4,)),
@@ -282,7 +282,7 @@ def test_a_forged_lossless_manifest_is_refused(change: Any) -> None:
         Manifest.from_json(json.dumps({**body, "sha256": digest(body)}), WHERE)
 
 
-def test_a_plain_manifest_with_what_only_a_lossless_one_has_is_refused() -> None:
+def test_a_plain_manifest_with_lossless_fields_is_refused() -> None:
     with pytest.raises(BloomdeskError, match="unknown fields"):
         Manifest.from_json(signed(lambda body: body["parts"][0].update(decoded=[])), WHERE)
 
@@ -311,7 +311,7 @@ def test_row_groups_of_a_matrix() -> None:
         row_groups(0, 100, 200, 208)[:-1],
     ],
 )
-def test_row_groups_that_cannot_be_are_refused(data: bytes) -> None:
+def test_impossible_row_groups_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"row group|multiple"):
         read_row_groups(data, 25, 8, 208)
 

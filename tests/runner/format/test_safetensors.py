@@ -42,7 +42,7 @@ def test_encoded_headers_are_read_back(tmp_path: Path) -> None:
     assert load_file(path)["b"].shape == (3, 5)
 
 
-def test_the_libraries_files_are_read(tmp_path: Path) -> None:
+def test_files_of_the_safetensors_library_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     tensors = {"w": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "v": torch.ones(4)}
     save_file(tensors, path, metadata={"format": "pt"})
@@ -84,13 +84,13 @@ def test_the_libraries_files_are_read(tmp_path: Path) -> None:
         (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1, None),  # noqa: E501
     ],
 )  # fmt: skip
-def test_unsound(tmp_path: Path, header: Any, data: int, length: int | None) -> None:
+def test_unsound_headers_are_refused(tmp_path: Path, header: Any, data: int, length: int | None) -> None:
     with pytest.raises(BloomdeskError) as caught:
         read_header(write(tmp_path, header, bytes(data), length))
     assert "x.safetensors" in caught.value.message
 
 
-def test_empty_short_and_absent(tmp_path: Path) -> None:
+def test_empty_short_and_absent_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for content in (b"", b"\0" * 7):
         path.write_bytes(content)

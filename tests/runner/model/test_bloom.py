@@ -46,22 +46,6 @@ def test_cached_tokens_are_the_uncached_ones(prepared) -> None:
     assert len(set(cached)) > 4
 
 
-def test_an_interrupted_pass_leaves_the_cache_as_it_was(model) -> None:
-    cache = model.cache(8)
-    model.forward([5, 6, 7], cache)
-    expected = model.forward([8], cache)
-    cache.length = 3
-
-    def interrupt(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        model.forward([9], cache, on_part=interrupt)
-    assert cache.length == 3
-    assert torch.equal(model.forward([8], cache), expected)
-
-
 def test_a_model_shows_itself_in_one_line(model) -> None:
     assert re.fullmatch(r"<BLOOM of 3 blocks of width \d+ in \S+ GB of RAM>", repr(model))
 

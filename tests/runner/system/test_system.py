@@ -18,7 +18,7 @@ import torch
 import runner
 import runner.generation.memory_plan
 from runner.system import files, memory, platform
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from runner.weights.part_file import PartFile
 from runner.weights.stream import Stream
 
@@ -43,7 +43,7 @@ def run_python(code: str, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_miniature_says_the_same_without_the_linux_calls(
+def test_the_miniature_gives_the_same_tokens_without_linux_calls(
     miniature: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     prompt = "The weather today is"
@@ -89,13 +89,15 @@ assert main([sys.argv[1], "hello", "--max-new-tokens", "2"]) == 0
 """
 
 
-def test_it_runs_where_the_linux_calls_are_not_even_named(prepared) -> None:
+def test_it_runs_on_a_system_without_linux_names(prepared) -> None:
     directory = prepared()[1]
     wanted = str(list(runner.load(directory).generate([5, 6, 7], max_new_tokens=5)))
     assert run_python(ELSEWHERE, directory).splitlines()[:2] == [wanted, wanted]
 
 
-def test_reads_past_the_cache_are_refused_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_past_the_cache_are_refused_without_linux_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 10)
     monkeypatch.setattr(platform, "LINUX_CALLS", False)
@@ -146,7 +148,7 @@ def mapped(tmp_path: Path) -> MappedFile:
 
 
 @on_linux
-def test_what_the_page_cache_has_is_read_and_nothing_else(mapped: MappedFile) -> None:
+def test_only_what_the_page_cache_has_is_read(mapped: MappedFile) -> None:
     page = mmap.PAGESIZE
     view = memoryview(bytearray(40 * page))
     assert files.read_cached(mapped.path, 5, view[: 39 * page]) == 39 * page
@@ -160,14 +162,14 @@ def test_what_the_page_cache_has_is_read_and_nothing_else(mapped: MappedFile) ->
     assert files.read_cached(mapped.path, 0, view) == 3 * page
 
 
-def test_elsewhere_nothing_is_said_of_the_page_cache(
+def test_without_linux_calls_nothing_is_read_from_the_page_cache(
     mapped: MappedFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "LINUX_CALLS", False)
     assert files.read_cached(mapped.path, 0, memoryview(bytearray(100))) == 0
 
 
-def test_memory_of_our_own_is_aligned_for_any_disk() -> None:
+def test_anonymous_memory_is_aligned_for_any_disk() -> None:
     for nbytes in (4096, 5 * 4096, 2**22):
         own = torch.frombuffer(memory.anonymous(nbytes), dtype=torch.uint8)
         assert own.data_ptr() % platform.PAGE == 0
@@ -215,13 +217,13 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_without_groups_the_machine_decides(groups: Path) -> None:
+def test_without_control_groups_the_machine_is_the_limit(groups: Path) -> None:
     assert memory.memory_to_spare() == 50 * 2**30  # there is not even a list
     (groups / "own").write_text("0::/user.slice/a\n")
     assert memory.memory_to_spare() == 50 * 2**30
 
 
-def test_a_group_of_version_2_bounds_it(groups: Path) -> None:
+def test_a_control_group_of_version_2_is_a_limit(groups: Path) -> None:
     (groups / "own").write_text("0::/user.slice/a:b\n")
     inner = groups / "cgroup/user.slice/a:b"
     write_group(inner, 2, 3000, 1000, {"anon": 600, "file": 400, "active_file": 100, "inactive_file": 250})
@@ -234,7 +236,7 @@ def test_a_group_of_version_2_bounds_it(groups: Path) -> None:
     assert memory.memory_to_spare() == 0
 
 
-def test_a_group_of_version_1_bounds_it(groups: Path) -> None:
+def test_a_control_group_of_version_1_is_a_limit(groups: Path) -> None:
     (groups / "own").write_text("9:name=systemd:/x\n4:memory:/jobs/a\n1:cpu:/jobs\n0::/\n")
     write_group(groups / "cgroup/x", 1, 10, 1, {})  # of no memory controller
     stat = {"active_file": 1, "inactive_file": 2, "total_active_file": 100, "total_inactive_file": 250}
@@ -253,7 +255,7 @@ def test_in_a_container_the_limit_is_at_the_root(groups: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "nonsense", "-", "12 12"])
-def test_a_group_that_cannot_be_understood_bounds_nothing(groups: Path, content: str) -> None:
+def test_a_control_group_that_cannot_be_read_is_no_limit(groups: Path, content: str) -> None:
     (groups / "own").write_text("0::/a\n")
     write_group(groups / "cgroup/a", 2, 3000, 1000, {"active_file": 0, "inactive_file": 0})
     (groups / "cgroup/a/memory.current").write_text(content)
@@ -273,7 +275,7 @@ def test_the_default_is_most_of_what_is_free_and_what_the_process_has(groups: Pa
 
 
 @on_linux
-def test_files_that_are_mapped_are_not_memory_of_its_own(mapped: MappedFile, tmp_path: Path) -> None:
+def test_mapped_files_do_not_count_as_the_processs_memory(mapped: MappedFile, tmp_path: Path) -> None:
     large = MappedFile(tmp_path / "large", 2**26)
     own, whole = memory.memory_of_its_own(), memory.memory_in_use()
     assert large.tensor.sum() == 2**26

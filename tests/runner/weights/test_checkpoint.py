@@ -16,7 +16,7 @@ from runner import BloomdeskError
 from runner.format.layout import PartSpec, part_specs
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from runner.weights.checkpoint import Part, Weights
 from runner.weights.linear import Matrix
 
@@ -80,7 +80,7 @@ def test_a_pass_goes_through_the_chunks_in_their_order(directory: Path) -> None:
     assert [chunk.file.path.name for chunk in weights.stream.chunks] == [file for file, _ in names]
 
 
-def test_vectors_need_no_file_any_more(directory: Path) -> None:
+def test_vectors_stay_in_memory(directory: Path) -> None:
     weights = Weights.open(directory)
     before = {name: tensor.clone() for name, tensor in weights.blocks[1].vectors.items()}
     os.truncate(directory / "block_01.safetensors", 0)

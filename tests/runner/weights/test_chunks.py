@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runner.format.coded import ROW_GROUP_ROWS, row_group_count
 from runner.format.safetensors import TensorEntry
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from runner.weights.chunks import Chunk, cut, cut_coded
 from runner.weights.part_file import PartFile
 

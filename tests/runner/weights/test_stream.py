@@ -1,4 +1,4 @@
-"""The stream alone: the bits of its file whatever stays and in any order of events, and no wait without an end."""
+"""The stream alone: the bits of its file, whatever is resident and in any order of events, and no endless wait."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf) -> None:
     assert [fetched.count(chunk) for chunk in shelf.chunks[:4]] == [2] * 4
 
 
-def test_what_is_resident_is_read_once(shelf: Shelf) -> None:
+def test_resident_chunks_are_read_once(shelf: Shelf) -> None:
     fetched = []
 
     def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
@@ -132,7 +132,7 @@ def test_what_is_resident_is_read_once(shelf: Shelf) -> None:
     )
 
 
-def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
+def test_all_chunks_are_resident_until_arranged_otherwise(shelf: Shelf) -> None:
     stream = Stream(shelf.chunks)
     promptly(lambda: [shelf.check_pass(stream) for _ in range(3)])
     assert (stream.traffic.bytes_loaded, stream.traffic.bytes_streamed) == (shelf.nbytes, 0)
@@ -148,7 +148,7 @@ def test_everything_is_resident_until_arranged_otherwise(shelf: Shelf) -> None:
     assert stream.traffic.bytes_streamed == 2 * (shelf.nbytes - shelf.chunks[1].nbytes)
 
 
-def test_what_stays_resident_through_an_arrangement_is_not_read_again(shelf: Shelf) -> None:
+def test_chunks_that_stay_resident_are_not_read_again(shelf: Shelf) -> None:
     stream = shelf.stream(frozenset({1, 4, 9}))
     promptly(lambda: shelf.check_pass(stream))
     before = stream.traffic.bytes_loaded
@@ -182,7 +182,7 @@ def test_too_few_buffers_are_refused(shelf: Shelf, buffers: int) -> None:
 @pytest.mark.parametrize("place", [0, 1, 6, 12])
 @pytest.mark.parametrize("resident", [frozenset(), frozenset({0, 1, 6}), frozenset(range(13))])
 @pytest.mark.parametrize("how", ["inside", "between", "lost"])
-def test_after_an_interruption_a_pass_begins_anew(
+def test_after_an_interruption_a_pass_starts_again(
     shelf: Shelf, place: int, resident: frozenset[int], how: str
 ) -> None:
     stream = shelf.stream(resident, buffers=2)
@@ -201,7 +201,7 @@ def test_after_an_interruption_a_pass_begins_anew(
     promptly(lambda: [shelf.check_pass(stream) for _ in range(2)])
 
 
-def test_an_interruption_while_waiting_is_no_loss(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_while_waiting_does_no_harm(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = shelf.stream(buffers=2)
     waits = threading.Event.wait
 

@@ -21,7 +21,7 @@ import runner
 from runner import BloomdeskError
 from runner.generation.model import Model
 from runner.system import files
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from tests.support.streaming import (
     LONGEST,
     SMALL_CHUNK,

@@ -17,7 +17,7 @@ import runner.kernel.matmul
 import runner.weights.ring
 from runner.generation.model import Model
 from runner.system import files, platform
-from runner.weights import chunks as chunks
+from runner.weights import chunks
 from tests.support.streaming import (
     IDS,
     SMALL_CHUNK,
