@@ -5,6 +5,7 @@ scripts/demo | python -m scripts.bench.picture docs/demo.svg
 
 from __future__ import annotations
 
+import argparse
 import io
 import re
 import sys
@@ -27,8 +28,11 @@ def draw(output: str, title: str) -> str:
 
 
 def main() -> None:
-    (path,) = sys.argv[1:]
-    Path(path).write_text(draw(sys.stdin.read(), "bloomdesk"), encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        description="Draw a command's output, from standard input, as an SVG file."
+    )
+    parser.add_argument("path", type=Path, metavar="OUT.svg")
+    parser.parse_args().path.write_text(draw(sys.stdin.read(), "bloomdesk"), encoding="utf-8")
 
 
 if __name__ == "__main__":

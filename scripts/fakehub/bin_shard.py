@@ -11,12 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
-if TYPE_CHECKING:
-    from scripts.fakehub.checkpoint import Tensor
+from scripts.fakehub.tensor import Tensor
 
 
 def write_bin(path: Path, tensors: Sequence[Tensor]) -> None:

@@ -8,9 +8,9 @@
       config.json                        n_embed, num_attention_heads, no dtype
       tokenizer.json, tokenizer_config.json, special_tokens_map.json
 
-    checkpoint.py miniature OUT                     the trained miniature that the project ships
-    checkpoint.py miniature-draft OUT               its draft, in the form of bloom-560m: one safetensors file
-    checkpoint.py synthetic OUT --like bloom ...    random weights of any shape, true ones included
+    python -m scripts.fakehub.checkpoint miniature OUT         the trained miniature that the project ships
+    python -m scripts.fakehub.checkpoint miniature-draft OUT   its draft, in one safetensors file as bloom-560m
+    python -m scripts.fakehub.checkpoint synthetic OUT ...     random weights of any shape, true ones included
 
 Tensors are made and written in pieces, so a true-size checkpoint needs little memory.
 """
@@ -23,7 +23,7 @@ import math
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ import torch
 from runner.estimate.family import SHAPES as TRUE_SHAPES
 from runner.estimate.family import VOCABULARY as TRUE_VOCABULARY
 from scripts.fakehub.bin_shard import write_bin
+from scripts.fakehub.tensor import Tensor
 
 MINIATURE = Path(__file__).resolve().parents[2] / "miniature"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -41,24 +42,6 @@ SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32
 DRAFT = MINIATURE / "draft"  # without a tokenizer of its own: it is the miniature's
 PIECE_ELEMENTS = 2**22 - 3  # odd, so that tiled noise never lines up with the rows of a matrix
 PRE_TOKENIZER_PATTERN = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor to write: `pieces()` gives its bytes, row-major, little endian, one piece after another."""
-
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[memoryview]]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

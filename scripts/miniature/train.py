@@ -1,5 +1,7 @@
 """Train the miniature: a 70-block BLOOM of a few megabytes, with its own tokenizer, from scratch on a CPU.
 
+    python -m scripts.miniature.train [--draft --out miniature/draft ...]
+
     miniature/
       model.safetensors             bfloat16, keys as in bigscience/bloom
       config.json                   in the old form of the real one

@@ -9,22 +9,18 @@ hub) must bring back every byte.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from runner.format.coded import LOSSLESS, PLAIN
-from scripts.fakehub import checkpoint as make_checkpoint
 from scripts.fakehub.server import LocalHub
-from toolkit.commands import prepare
+from scripts.torture.attempt import REPO, content, options, prepared, source_of
 from toolkit.commands.build import carry_out
 from toolkit.commands.repair import forget, plan_repair
 from toolkit.commands.verify import verify
 
-REPO = "bloomdesk/miniature"
 HUB_EVERY = 10
 
 
@@ -59,19 +55,12 @@ def mend(directory: Path, source: Path, from_hub: bool) -> None:
     carry_out(plan_repair(directory, known, None if from_hub else source))
 
 
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
     """Counts by kind of damage; raises AssertionError at the first that is not found or not mended."""
     chance, counts = random.Random(seed), Counter[str]()
-    source, directory = work / "source", work / "bloom"
-    make_checkpoint.miniature(source)
+    source, directory = source_of(work), work / "bloom"
     with LocalHub({REPO: source}) as hub:
-        os.environ["HF_ENDPOINT"] = hub.endpoint
-        prepare.prepare(REPO, directory, form=LOSSLESS if lossless else PLAIN)
-        whole = content(directory)
+        whole = prepared(hub, directory, lossless)
         for number in range(times):
             kind = chance.choice((flip, cut, swap))
             harmed = kind(directory, chance)
@@ -88,13 +77,9 @@ def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Damage prepared files; find and mend every damage.")
-    parser.add_argument("--times", type=int, default=1000, metavar="N")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lossless", action="store_true")
-    options = parser.parse_args()
+    given = options("damage", "Damage prepared files; find and mend every damage.", "--times", 1000)
     with tempfile.TemporaryDirectory() as work:
-        counts = run(options.times, options.seed, Path(work), options.lossless)
+        counts = run(given.times, given.seed, Path(work), given.lossless)
     print(f"{sum(counts.values())} damages, all found and mended: {dict(counts)}")
 
 

@@ -10,7 +10,6 @@ is started again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -22,22 +21,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from runner.format.coded import LOSSLESS, PLAIN
-from scripts.fakehub import checkpoint as make_checkpoint
 from scripts.fakehub.server import LocalHub, RandomFaults
-from toolkit.commands.prepare import prepare
+from scripts.torture.attempt import REPO, content, options, prepared, source_of
 
-REPO = "bloomdesk/miniature"
 LONGEST_RUN = 6.0  # seconds before the kill at the latest; an undisturbed run takes about as long
 TRIES = 500  # runs of one round before it counts as stuck
 
 
-def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
 def run_once(command: list[str], environment: dict[str, str], kill_after: float | None) -> tuple[int, str]:
-    """Exit status and standard error of one run, killed after so many seconds unless it ends before."""
+    """Exit status and standard error of one run, killed after this many seconds unless it ends before."""
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -70,12 +62,9 @@ def one_round(
 def run(kills: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
     """What happened; raises AssertionError at the first result that differs."""
     chance, counts = random.Random(seed), Counter[str]()
-    source, directory = work / "source", work / "bloom"
-    make_checkpoint.miniature(source)
+    source, directory = source_of(work), work / "bloom"
     with LocalHub({REPO: source}) as hub:
-        os.environ["HF_ENDPOINT"] = hub.endpoint
-        prepare(REPO, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
-    expected = content(work / "undisturbed")
+        expected = prepared(hub, work / "undisturbed", lossless)
     with LocalHub({REPO: source}, faults=RandomFaults(seed, share=0.1, longest_stall=1.0)) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "toolkit.cli.app", "prepare", REPO, str(directory)]
@@ -90,13 +79,9 @@ def run(kills: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill prepare at random and compare what comes of it.")
-    parser.add_argument("--kills", type=int, default=200, metavar="N")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lossless", action="store_true")
-    options = parser.parse_args()
+    given = options("kill_prepare", "Kill prepare at random and compare what comes of it.", "--kills", 200)
     with tempfile.TemporaryDirectory() as work:
-        counts = run(options.kills, options.seed, Path(work), options.lossless)
+        counts = run(given.kills, given.seed, Path(work), given.lossless)
     print(
         f"{counts['kills']} kills, {counts['rounds']} finished directories, every one byte-identical: {dict(counts)}"
     )

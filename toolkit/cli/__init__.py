@@ -1,1 +1,1 @@
-"""The `bloomdesk` command: options, bars, and what is printed. The only room of the toolkit that prints."""
+"""The `bloomdesk` command: all options, progress, and what is printed. The only room of the toolkit that prints."""

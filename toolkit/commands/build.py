@@ -19,6 +19,7 @@ from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest, SourceShard
 from toolkit.commands.schedule import Schedule
+from toolkit.io.disk import sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import write_backup
@@ -116,7 +117,7 @@ def carry_out(plan: BuildPlan, progress: Progress = silent) -> Summary:
     not what it should be. What is finished then stays, and the same call resumes from it.
     """
     start = time.monotonic()
-    with target.sole_writer_of(plan.destination):
+    with sole_writer_of(plan.destination):
         if target.load_existing(plan.destination) != plan.existing:
             raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
         manifest = target.initialise(plan.destination, plan.manifest, plan.companions)

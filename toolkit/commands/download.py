@@ -18,9 +18,8 @@ from toolkit.hub.failures import offline, offline_error
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch
-from toolkit.io.disk import disk_errors
+from toolkit.io.disk import disk_errors, sole_writer_of
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.destination import sole_writer_of
 
 # sound: as it was when it was checked. unchecked: in place with the right size, to be hashed first.
 # partial: its first bytes have arrived. absent: no file, or one of another size in its place.

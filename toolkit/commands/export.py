@@ -29,7 +29,7 @@ from runner.format.safetensors import encode_header, read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
-from toolkit.io.disk import disk_errors
+from toolkit.io.disk import disk_errors, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.destination import (
@@ -37,7 +37,6 @@ from toolkit.parts.destination import (
     other_files,
     put_file,
     require_free_space,
-    sole_writer_of,
 )
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors

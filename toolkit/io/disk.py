@@ -1,4 +1,4 @@
-"""What went wrong with reading from or writing to a disk, in one sentence."""
+"""Reading from and writing to a disk: one writer to a directory, and what went wrong in one sentence."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.system.disk import free_bytes
+from runner.system.lock import sole_writer
 
 
 @contextmanager
@@ -34,3 +35,12 @@ def disk_errors(path: Path) -> Iterator[None]:
                 "make room and run the same command again: it goes on where it stopped",
             ) from error
         raise BloomdeskError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def sole_writer_of(destination: Path) -> Iterator[None]:
+    """Make the directory and hold its lock; `BloomdeskError` if another process writes there."""
+    with disk_errors(destination):
+        destination.mkdir(parents=True, exist_ok=True)
+    with sole_writer(destination):
+        yield

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
-from runner.system.lock import sole_writer
 from toolkit.io.disk import disk_errors
 from toolkit.parts.part import is_in_place
 
@@ -148,15 +146,6 @@ def _refuse_foreign(link: Path) -> None:
             f"{link} is a link out of the checkpoint, to {os.path.realpath(link)}",
             "if that is right, put a copy of the file in its place",
         )
-
-
-@contextmanager
-def sole_writer_of(destination: Path) -> Iterator[None]:
-    """Make the directory and hold its lock; `BloomdeskError` if another process writes there."""
-    with disk_errors(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-    with sole_writer(destination):
-        yield
 
 
 def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
