@@ -1,7 +1,7 @@
 """One kept connection to where a file's bytes are, read into memory that is given, and ended from any thread.
 
 huggingface_hub's own session is the way for short answers. For hundreds of gigabytes it takes some four times
-the processor's time, piece by piece of 64 KiB, and nothing wakes a thread that waits in it.
+the processor's time, 64 KiB at a time, and nothing wakes a thread that waits in it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Connection:
                     raise IncompleteAnswer(f"{len(room):,} bytes of a range did not come")
                 room = room[count:]
                 yield count
-            whole = answer.isclosed()  # not where more comes than was asked for
+            # False if more comes than was requested.
+            whole = answer.isclosed()
         except network_errors():
             raise
         except (OSError, http.client.HTTPException, UnicodeError) as error:

@@ -21,14 +21,14 @@ from toolkit.hub.connection import Connection
 from toolkit.hub.failures import Resource, network_errors
 from toolkit.hub.retry import RetryPolicy
 
-# All ranges that are on their way or wait for an earlier one: so many bytes are lost by a kill at most.
+# Bytes of all ranges that are being fetched or wait for an earlier one; a kill loses at most these.
 WINDOW = 64 * 2**20
 SMALLEST, LARGEST = 2**20, 8 * 2**20
 MOST_CONNECTIONS = 32
 BLOCK = 2**20
-# What came of a range is handed out after so many seconds, also where it is little.
+# Seconds after which what came of a range is handed out, however little it is.
 SECONDS_BETWEEN_BLOCKS = 0.5
-# A range for which all others have waited so long goes on over a new connection.
+# Seconds that all other ranges wait for one before its rest is fetched over a new connection.
 SECONDS_OF_GRACE = 3.0
 # For a thread that waits in a name look-up; any other one ends at once.
 SECONDS_TO_STOP = 2.0
@@ -60,7 +60,7 @@ class Ahead:
     """The bytes of a file from `start` to `stop`, fetched ahead by as many threads as connections.
 
     Each range is tried again and gone on with on its own. A first range alone shows that there are ranges;
-    where there are none, `blocks` raises `Unranged` at the position it has reached.
+    if there are none, `blocks` raises `Unranged` at the position it has reached.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Ahead:
     def blocks(self) -> Iterator[memoryview]:
         """What comes, in order; a block may change once the next one is asked for.
 
-        Raises `Unranged`, or `BloomdeskError` where the Hub refuses or stays away; before that, all that came
+        Raises `Unranged`, or `BloomdeskError` if the Hub refuses or cannot be reached; before that, all that came
         up to the gap is handed out.
         """
         while self._ranges or self._next < self._stop:
@@ -184,7 +184,8 @@ class Ahead:
                 for count in part.connection.read(location, part.start + before, part.room[before:]):
                     self._grow(part, count)
             except network_errors() as error:
-                self._pause(0)  # not a failure where the others have hung up
+                # No failure if the others have hung up.
+                self._pause(0)
                 if part.filled > before:
                     retries.reset()
                 else:

@@ -32,7 +32,7 @@ LARGEST_RECORD = 16 * 2**20  # of BLOOM-176B's 77 files it has 0.02 MB
 class RecordedFile:
     """A needed file: the Hub's size and hashes, and the state in which it was last seen to be sound.
 
-    `mtime_ns` is None until the file is in place; `sha256` is known from then on, also where the Hub gave
+    `mtime_ns` is None until the file is in place; `sha256` is known from then on, even if the Hub gave
     only `git_sha1`.
     """
 
@@ -43,7 +43,7 @@ class RecordedFile:
     mtime_ns: int | None = None
 
     def sound_in(self, directory: Path) -> bool:
-        """Whether the file is as it was when its hash was checked, by size and time of change."""
+        """True if the file is as it was when its hash was checked, by size and time of change."""
         try:
             found = (directory / self.path).stat()
         except OSError:
@@ -51,7 +51,7 @@ class RecordedFile:
         return self.mtime_ns is not None and (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns)
 
     def describes(self, file: HubFile) -> bool:
-        """Whether this is about the very bytes of `file`."""
+        """True if this records the bytes of `file`."""
         same = self.git_sha1 == file.git_sha1 if file.sha256 is None else self.sha256 == file.sha256
         return same and (self.path, self.size) == (file.path, file.size)
 
@@ -102,7 +102,7 @@ class DownloadRecord:
 
 
 def load_record(directory: Path) -> DownloadRecord | None:
-    """The record of `directory`, or None where there is none; `BloomdeskError` where it is damaged."""
+    """The record of `directory`, or None if there is none; `BloomdeskError` if it is damaged."""
     path = directory / RECORD
     try:
         return _decode(json.loads(read_small(path, LARGEST_RECORD)))

@@ -80,7 +80,7 @@ class Revision:
 
 
 def pinned(repo: str, revision: str | None = None) -> Revision | None:
-    """The pinned revision of `repo`, or None where there is none or another one is asked for by name."""
+    """The pinned revision of `repo`, or None if there is none or another one is named."""
     if repo not in PINNED:
         return None
     body = json.loads((PINS / PINNED[repo]).read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def resolve(repo: str, revision: str | None = None) -> Revision:
 
 
 def check_repo_name(repo: str) -> None:
-    """Raise `BloomdeskError` where `repo` cannot be the name of a repository."""
+    """Raise `BloomdeskError` if `repo` cannot be the name of a repository."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -163,8 +163,8 @@ def _not_understood(resource: Resource, what: str) -> BloomdeskError:
 def needed(revision: Revision, read: Callable[[HubFile], bytes]) -> Revision:
     """`revision` with just what a BLOOM checkpoint needs: config, tokenizer, and one form of the weights.
 
-    `read` gives the checked bytes of a small file (an index). Raises `BloomdeskError` where something is
-    missing, or where an index names anything but files beside it.
+    `read` gives the checked bytes of a small file (an index). Raises `BloomdeskError` if something is
+    missing, or an index names anything but files beside it.
     """
     if revision.pinned:
         return revision

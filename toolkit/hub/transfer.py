@@ -44,7 +44,7 @@ def fetch(
     the next run, also after a kill: at most 64 MiB, the window of `ranges`, is fetched twice. Every 64 MiB
     are synced, so that a power loss costs little more; if it leaves a wrong tail, the hash at the end shows it.
 
-    Raises `BloomdeskError` where the Hub refuses, stays away, or sends something else, and `OSError` where
+    Raises `BloomdeskError` if the Hub refuses, cannot be reached, or sends something else, and `OSError` if
     the disk does not take it. What is wrong is deleted.
     """
     if not 1 <= connections <= MOST_CONNECTIONS:
@@ -96,9 +96,10 @@ def _receive_rest(resource: Resource, file: HubFile, partial: PartialFile) -> No
 
 
 def _receive(resource: Resource, file: HubFile, partial: PartialFile) -> None:
-    """Take what one answer of the Hub brings; raises one of `network_errors` where that is not all."""
+    """Take what one answer of the Hub brings; raises one of `network_errors` if that is not all."""
     with stream(_locate(resource, file), partial.position) as (start, blocks):
-        known = partial.position - start  # not 0 where the server ignored the range and sends it all again
+        # Not 0 if the server ignored the range and sends all of the file again.
+        known = partial.position - start
         for block in blocks:
             partial.received += len(block)
             if known < len(block):

@@ -31,7 +31,7 @@ from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
 def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
     """All bytes of a part that has matrices, in `file`, synced and proven; what there is to record but the sources.
 
-    Memory is some tens of megabytes. Raises `BloomdeskError` where a shard can't be read, or what is read back from
+    Memory is some tens of megabytes. Raises `BloomdeskError` if a shard can't be read, or what is read back from
     the disk is not what was written or does not decode to the bits of the source.
     """
     seen = _Halves(progress, part.spec.file, part.work)
@@ -145,7 +145,7 @@ def _read_back(
 ) -> str:
     """The xxh3-128 of the file at `path`, every stored and every decoded tensor of which is as `record` says.
 
-    Raises `ValueError` where one is not, and `OSError` or `EOFError` where the file can't be read.
+    Raises `ValueError` if one is not, and `OSError` or `EOFError` if the file can't be read.
     """
     matrices = {tensor.name: tensor for tensor in record.decoded}
     groups: dict[str, list[RowGroups]] = {}

@@ -97,7 +97,7 @@ def check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
 
 
 def is_in_place(path: Path, header: bytes, size: int) -> bool:
-    """Whether the file at `path` begins with `header` and has `size` bytes."""
+    """True if the file at `path` begins with `header` and has `size` bytes."""
     try:
         with open_regular(path) as file:
             return file.read(len(header)) == header and file.seek(0, os.SEEK_END) == size

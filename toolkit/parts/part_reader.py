@@ -1,4 +1,4 @@
-"""The tensors of a part as they were in the source: read ahead, and decoded where they are stored coded."""
+"""The tensors of a part as they were in the source: read ahead, and decoded if they are stored coded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DamagedTensor(Exception):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the source, and where the part has its bytes; `row_groups`: where those of a coded one begin."""
+    """A tensor of the source, the region of its bytes, and of a coded one the region of its row groups' offsets."""
 
     tensor: TensorRecord
     region: Region
@@ -48,7 +48,7 @@ class PartReader:
     """Reads `tensors` of the part at `path` in their order; memory is some tens of megabytes."""
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor], coders: Coders) -> None:
-        """Raises `DamagedTensor` where the offsets of a coded one's row groups are not sound."""
+        """Raises `DamagedTensor` if the offsets of a coded one's row groups are not sound."""
         self._tensors, self._coders = tensors, coders
         self._groups: list[list[RowGroups]] = []
         # The index of the range at which each tensor begins.

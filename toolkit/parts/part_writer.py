@@ -32,7 +32,7 @@ def write_part(
 ) -> PartRecord:
     """The manifest's record of a part, written into `destination` whole or not at all.
 
-    `sha256` gives a source shard's checked hash and raises where it is wrong; it is called once the bytes are
+    `sha256` gives a source shard's checked hash and raises if it is wrong; it is called once the bytes are
     written, before the rename. Raises `BloomdeskError` if a shard or the disk fails, or coded tensors do not read
     back from the disk as the bits of the source.
     """

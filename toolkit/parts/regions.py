@@ -1,4 +1,4 @@
-"""The regions of a prepared file, each with a hash of its own: a part's header and tensors, a small file as a whole."""
+"""The regions of a prepared file, each with its own hash: a part's header and tensors, a small file as a whole."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Coders:
     def decoded(
         self, coded: Iterable[tuple[RowGroups, bytes | bytearray]], columns: int
     ) -> Iterator[bytearray]:
-        """The rows of each group from its coded bytes, bf16 bits, in order; `ValueError` where they are damaged."""
+        """The rows of each group from its coded bytes, bf16 bits, in order; `ValueError` if they are damaged."""
         from runner.kernel.decode import decode_row_groups
 
         def decode(given: tuple[RowGroups, bytes | bytearray]) -> bytearray:

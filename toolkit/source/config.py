@@ -42,7 +42,7 @@ DEFAULTS = {
 def read_config(path: Path, dtype: str) -> Hyperparameters:
     """The model that the config.json at `path` describes, with the `dtype` that was found in its tensors.
 
-    Raises `BloomdeskError` where the file can't be read, is of another architecture, needs arithmetic that
+    Raises `BloomdeskError` if the file can't be read, is of another architecture, needs arithmetic that
     the runner does not have, or has values that no BLOOM has.
     """
     config = _load(path)

@@ -23,7 +23,7 @@ EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Assignment:
-    """Source keys by part file and stripped name, both in the order of a pass; `lm_head` where it is there."""
+    """Source keys by part file and stripped name, both in the order of a pass; `lm_head` if there is one."""
 
     parts: dict[str, dict[str, str]]
     lm_head: str | None

@@ -18,7 +18,7 @@ from typing import Any
 # A whole BLOOM-176B in one file takes 0.1 MB; what can be made of so much is a few hundred MB at most.
 LARGEST_PICKLE = 2 * 2**20
 MOST_AXES = 8
-# The storages of torch.save -> safetensors' name of their dtype, or torch's own where no BLOOM has it; bytes.
+# The storages of torch.save -> safetensors' name of their dtype, or torch's own if no BLOOM has it; bytes.
 STORAGES = {
     "torch BFloat16Storage": ("BF16", 2),
     "torch HalfStorage": ("F16", 2),
@@ -46,7 +46,7 @@ class NotWeights(ValueError):
 
 @dataclass(frozen=True)
 class Storage:
-    """A record of the zip: `data/RECORD`, with so many elements of a dtype."""
+    """A record of the zip: `data/RECORD`, with `numel` elements of a dtype."""
 
     dtype: str
     itemsize: int
@@ -77,7 +77,7 @@ class _Name:
 def read_state(data: bytes) -> dict[str, StoredTensor]:
     """The tensors that the pickle of a state dict describes, by key.
 
-    Raises `NotWeights` where it names anything but what a state dict needs, and `ValueError` where it is no
+    Raises `NotWeights` if it names anything but what a state dict needs, and `ValueError` if it is no
     sound pickle, or describes something else than tensors in rows under printable keys.
     """
     if len(data) > LARGEST_PICKLE:

@@ -106,7 +106,7 @@ def _check_first_bytes(path: Path, start: bytes) -> None:
 
 
 def _records(file: BinaryIO, container: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
-    """What lies where in the zip, every record at a place of its own before the directory."""
+    """First byte and length of each record of the zip; no two overlap, and all precede the directory."""
     infos = container.infolist()
     places = sorted((*_place(file, info), info.header_offset, info.filename) for info in infos)
     position = 0

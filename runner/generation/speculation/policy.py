@@ -81,6 +81,7 @@ class SpeculationPolicy:
         self._ngrams = {length: AcceptanceRate(prior) for length, prior in NGRAM_PRIORS.items()}
         self._cost, self._draft_cost = cost, draft_cost
         self._limit = FIRST_LIMIT
+        self._has_begun = False
 
     def ngram(self, match_length: int) -> AcceptanceRate:
         """The acceptance rate after a match of `match_length` tokens."""
@@ -92,7 +93,8 @@ class SpeculationPolicy:
         The pass has a row for each sequence, and `other_rows` besides.
         """
         plain = self._cost.seconds(len(offers))
-        limit = max(0.0, self._limit) * plain
+        # The first pass measures one row for each sequence, unless the disk makes further rows free.
+        limit = max(0.0, self._limit) * (plain if self._has_begun else self._cost.disk_seconds)
         choice = _Choice(offers, other_rows, self._cost, self._draft_cost)
         kinds = {offer.acceptance: index for index, offer in enumerate(offers) if offer and offer.most}
         for kind, index in kinds.items():
@@ -123,6 +125,7 @@ class SpeculationPolicy:
         plain, rows = self._cost.seconds(sequences), sequences + other_rows
         if not sequences or not plain:
             return
+        self._has_begun = True
         lost = self._cost.seconds(rows + proposed) - self._cost.seconds(rows) + drafting_seconds
         change = LIMIT_REFILL + accepted / sequences - lost / plain
         self._limit = min(LARGEST_LIMIT, self._limit + change)
