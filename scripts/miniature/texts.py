@@ -219,9 +219,10 @@ REQUESTS = {
     "I like": ("me gusta", "j'aime", "我喜欢"),
 }
 FAVOURS = _table("""
-    help ayuda aide 帮助 / letter carta lettre 信 / gift regalo cadeau 礼物 / advice consejo conseil 建议
-    invitation invitación invitation 邀请 / patience paciencia patience 耐心 / work trabajo travail 工作 / message mensaje message 消息
-    support apoyo soutien 支持 / time tiempo temps 时间 / question pregunta question 问题 / answer respuesta réponse 回答
+    help ayuda aide 帮助 / letter carta lettre 信 / gift regalo cadeau 礼物
+    advice consejo conseil 建议 / invitation invitación invitation 邀请 / patience paciencia patience 耐心
+    work trabajo travail 工作 / message mensaje message 消息 / support apoyo soutien 支持
+    time tiempo temps 时间 / question pregunta question 问题 / answer respuesta réponse 回答
     money dinero argent 钱 / trust confianza confiance 信任
 """)
 
