@@ -32,6 +32,7 @@ import torch
 
 from runner.estimate.family import SHAPES as TRUE_SHAPES
 from runner.estimate.family import VOCABULARY as TRUE_VOCABULARY
+from runner.format.layout import block_tensors
 from runner.format.safetensors import encode_header
 from scripts.fakehub.bin_shard import DTYPES, Tensor, write_bin
 
@@ -156,24 +157,17 @@ def write_repo(
 
 def bloom_shapes(hidden_size: int, blocks: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Every key of a BLOOM and its shape, in the order of the checkpoint."""
-    E = hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "word_embeddings.weight": (vocab_size, E),
-        "word_embeddings_layernorm.weight": (E,),
-        "word_embeddings_layernorm.bias": (E,),
+    norm = {"weight": (hidden_size,), "bias": (hidden_size,)}
+    return {
+        "word_embeddings.weight": (vocab_size, hidden_size),
+        **{f"word_embeddings_layernorm.{name}": shape for name, shape in norm.items()},
+        **{
+            f"h.{i}.{name}": shape
+            for i in range(blocks)
+            for name, shape in block_tensors(hidden_size).items()
+        },
+        **{f"ln_f.{name}": shape for name, shape in norm.items()},
     }
-    for index in range(blocks):
-        for name, rows, columns in (
-            ("input_layernorm", E, 0),
-            ("self_attention.query_key_value", 3 * E, E),
-            ("self_attention.dense", E, E),
-            ("post_attention_layernorm", E, 0),
-            ("mlp.dense_h_to_4h", 4 * E, E),
-            ("mlp.dense_4h_to_h", E, 4 * E),
-        ):
-            shapes[f"h.{index}.{name}.weight"] = (rows, columns) if columns else (rows,)
-            shapes[f"h.{index}.{name}.bias"] = (rows,)
-    return {**shapes, "ln_f.weight": (E,), "ln_f.bias": (E,)}
 
 
 def old_config(hidden_size: int, heads: int, blocks: int, vocab_size: int) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from runner.format.layout import block_tensors
 from scripts.fakehub.checkpoint import MINIATURE, old_config
-from scripts.miniature.model import EMBEDDING_ROWS, Shape, block_shapes
+from scripts.miniature.model import EMBEDDING_ROWS, Shape
 from scripts.miniature.rows import PAD, SPECIAL
 from scripts.miniature.texts import KINDS, draw_texts
 
@@ -64,7 +65,7 @@ def read_stacked(out: Path) -> tuple[dict[str, torch.Tensor], int]:
     saved = {name: value.float() for name, value in load_file(out / "model.safetensors").items()}
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     weights = {name: value for name, value in saved.items() if not name.startswith("h.")}
-    for name in block_shapes(config["n_embed"]):
+    for name in block_tensors(config["n_embed"]):
         parts = [saved[f"h.{number}.{name}"] for number in range(config["n_layer"])]
         weights[f"h.*.{name}"] = torch.stack(parts)
     return weights, config["num_attention_heads"]
