@@ -8,8 +8,10 @@ import struct
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -21,13 +23,6 @@ from tests.support.bounded import Bounded
 from toolkit.source.shards import read_shard
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
-
-
-@pytest.fixture(scope="module")
-def bounded() -> Iterator[Bounded]:
-    reader = Bounded()
-    yield reader
-    reader.close()
 
 
 def text(value: str) -> bytes:
@@ -166,25 +161,14 @@ def test_a_pickle_that_is_no_state(tmp_path: Path, bounded: Bounded, data: bytes
     bounded.refuses("shard", tmp_path / "x.bin")
 
 
+@cache
 def shard() -> bytes:
     """A sound one of two tensors in the form of 2022."""
-    target = io.BytesIO()
-    target.open = lambda mode: _Kept(target)  # type: ignore[attr-defined]
-    write_bin(target, from_state({"ln_f.weight": torch.arange(64.0), "ln_f.bias": torch.ones(64)}))  # type: ignore[arg-type]
-    return target.getvalue()
-
-
-class _Kept:
-    """A file that stays readable when it is closed."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        self._file = file
-
-    def __enter__(self) -> io.BytesIO:
-        return self._file
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    with NamedTemporaryFile(suffix=".bin") as file:
+        write_bin(
+            Path(file.name), from_state({"ln_f.weight": torch.arange(64.0), "ln_f.bias": torch.ones(64)})
+        )
+        return Path(file.name).read_bytes()
 
 
 def records(*names: str, compression: int = zipfile.ZIP_STORED, junk: int = 0) -> bytes:
@@ -197,18 +181,15 @@ def records(*names: str, compression: int = zipfile.ZIP_STORED, junk: int = 0) -
     return target.getvalue()
 
 
-def entry(data: bytes, record: str) -> int:
-    """Where the zip's directory describes a record."""
-    return data.rindex(record.encode()) - 46
+def put(at: int, form: str, *values: int) -> bytes:
+    """The sound shard with other values at a position."""
+    what = struct.pack(form, *values)
+    return shard()[:at] + what + shard()[at + len(what) :]
 
 
-def put(data: bytes, where: int, what: bytes) -> bytes:
-    return data[:where] + what + data[where + len(what) :]
-
-
-def in_directory(record: str, where: int, form: str, *values: int) -> bytes:
-    data = shard()
-    return put(data, entry(data, record) + where, struct.pack(form, *values))
+def in_directory(record: str, offset: int, form: str, *values: int) -> bytes:
+    """The sound shard with other values in what the zip's directory says of a record."""
+    return put(shard().rindex(record.encode()) - 46 + offset, form, *values)
 
 
 WHOLE = ("a/data.pkl", "a/data/0", "a/data/1")
@@ -234,9 +215,9 @@ ZIPS: dict[str, Callable[[], bytes]] = {
     "pickle with another checksum": lambda: in_directory("archive/data.pkl", 16, "<I", 7),
     "name of another record": lambda: shard().replace(b"archive/data/0", b"archive/data/2", 1),
     "name twice": lambda: shard().replace(b"archive/data/1", b"archive/data/0"),
-    "directory of a petabyte": lambda: put(shard(), len(shard()) - 98 + 40, struct.pack("<Q", 2**50)),
-    "directory far away": lambda: put(shard(), len(shard()) - 98 + 48, struct.pack("<Q", 2**64 - 1)),
-    "directory of nothing": lambda: put(shard(), len(shard()) - 98 + 40, struct.pack("<Q", 0)),
+    "directory of a petabyte": lambda: put(len(shard()) - 58, "<Q", 2**50),
+    "directory far away": lambda: put(len(shard()) - 50, "<Q", 2**64 - 1),
+    "directory of nothing": lambda: put(len(shard()) - 58, "<Q", 0),
     "junk before": lambda: b"junk" * 16 + shard(),
     "end missing": lambda: shard()[:-22],
     "old format": lambda: _saved_old(),
@@ -262,10 +243,8 @@ def _tar() -> bytes:
 
 
 def _many(count: int) -> bytes:
-    directory = struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
-    end = struct.pack(
-        "<4s4H2IH", b"PK\5\6", 0, 0, count % 65536, count % 65536, len(directory) * count, 64, 0
-    )
+    directory = b"PK\1\2" + bytes(24) + b"\1\0" + bytes(16) + b"a"
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *[count % 65536] * 2, len(directory) * count, 64, 0)
     return b"PK\3\4" + bytes(60) + directory * count + end
 
 
