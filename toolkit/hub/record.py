@@ -8,7 +8,6 @@ bloom-source/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
+from runner.format.manifest import digest
 from runner.format.safetensors import read_small
 from runner.system.atomic import write_atomically
 from toolkit.hub.revision import COMMIT, HubFile, Revision
@@ -98,7 +98,7 @@ class DownloadRecord:
             "commit": self.commit,
             "files": [asdict(file) for file in self.files.values()],
         }
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+        return json.dumps({**body, "sha256": digest(body)}, indent=1) + "\n"
 
 
 def load_record(directory: Path) -> DownloadRecord | None:
@@ -123,15 +123,10 @@ def save_record(directory: Path, record: DownloadRecord) -> None:
     write_atomically(directory / RECORD, record.to_json().encode())
 
 
-def _digest(body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def _decode(body: dict[str, Any]) -> DownloadRecord:
     if body["format"] != FORMAT or body["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is not {FORMAT} {FORMAT_VERSION}")
-    if body.pop("sha256") != _digest(body):
+    if body.pop("sha256") != digest(body):
         raise ValueError("its own checksum does not match: it was edited or damaged")
     repo, commit = body["repo"], body["commit"]
     if not isinstance(repo, str) or not repo.isprintable() or len(repo) > 200 or not COMMIT.fullmatch(commit):
@@ -150,8 +145,8 @@ def _decode_file(entry: dict[str, Any]) -> RecordedFile:
         raise ValueError(f"{file.path!r} is not the name of a file here")
     if type(file.size) is not int or file.size < 0 or type(file.mtime_ns) not in (int, type(None)):
         raise ValueError(f"{file.path} has no size or time")
-    for digest, length in ((file.sha256, 64), (file.git_sha1, 40)):
-        if digest is not None and not re.fullmatch(rf"[0-9a-f]{{{length}}}", digest):
+    for found, length in ((file.sha256, 64), (file.git_sha1, 40)):
+        if found is not None and not re.fullmatch(rf"[0-9a-f]{{{length}}}", found):
             raise ValueError(f"{file.path} has no sound hash")
     known = file.sha256 if file.git_sha1 is None or file.mtime_ns is not None else file.git_sha1
     if known is None:
