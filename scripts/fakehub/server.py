@@ -109,7 +109,8 @@ class LocalHub:
         """Stop at once, also while clients wait; may be called twice, and before the start."""
         self.closing.set()
         for server, thread in zip(self._servers, self._threads, strict=True):
-            if thread.ident is not None:  # otherwise shutdown would wait forever
+            # Without a thread, shutdown would wait forever.
+            if thread.ident is not None:
                 server.shutdown()
                 server.hang_up()
                 thread.join()
@@ -142,7 +143,8 @@ class LocalHub:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for all of them
+    # Closing waits for all threads.
+    daemon_threads = False
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], hub: LocalHub, name: str) -> None:
@@ -165,13 +167,20 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # clients that are killed are what this hub is for
+        # Killed clients are expected.
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
 
 class _Refusal(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
+    """An error as the answer; without `headers` they give the message too, as the Hub does."""
+
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        named = {"X-Error-Code": code} if code else {}
+        named |= {"X-Error-Message": message} if headers is None else headers
+        self.answer = status, {"error": message}, named
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -185,20 +194,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
-        self._hub, path = self.server.hub, unquote(parts.path)
+        self._hub, self._path = self.server.hub, unquote(parts.path)
         self._query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self._hub.note(Request(self.server.name, self.command, path, headers))
+        self._hub.note(Request(self.server.name, self.command, self._path, headers))
         try:
             for pattern, answer in ROUTES[self.server.name].items():
-                if match := re.fullmatch(pattern, path):
+                if match := re.fullmatch(pattern, self._path):
                     return getattr(self, answer)(*match.groups())
             raise _Refusal(404, "", "no such address")
         except _Refusal as refusal:
-            code = {"X-Error-Code": refusal.code} if refusal.code else {}
-            self._send(
-                refusal.status, {"error": refusal.message}, {"X-Error-Message": refusal.message} | code
-            )
+            self._send(*refusal.answer)
 
     do_HEAD = do_GET
 
@@ -218,17 +224,14 @@ class _Handler(BaseHTTPRequestHandler):
         return repo, commit
 
     def _info(self, name: str, revision: str = "main") -> None:
-        if self._refused(self._hub.fault(unquote(self.path.partition("?")[0]), self.command)):
-            return
+        self._fault(self._path)
         repo, commit = self._repo(name, revision, content=False)
         siblings = [{"rfilename": path} for path in self._hub.shelf.entries(repo)]
         body = {"id": name, "modelId": name, "sha": commit, "private": bool(repo.token), "siblings": siblings}
         self._send(200, body, {"X-Repo-Commit": commit})
 
     def _tree(self, name: str, revision: str) -> None:
-        fault = self._hub.fault(unquote(self.path.partition("?")[0]), self.command)
-        if self._refused(fault):
-            return
+        fault = self._fault(self._path)
         repo, commit = self._repo(name, revision, content=False)
         entries = [entry.as_json() for entry in self._hub.shelf.entries(repo).values()]
         if self._query.get("recursive", "").lower() not in ("true", "1"):
@@ -250,11 +253,9 @@ class _Handler(BaseHTTPRequestHandler):
         entry = self._hub.shelf.entries(repo).get(path)
         if entry is None:
             raise _Refusal(404, "EntryNotFound", "Entry not found")
-        fault = Fault()
-        if self.command == "HEAD" or not entry.large:
-            fault = self._fault(path, entry)
-            if self._refused(fault):
-                return
+        # Others are redirected to the store, where the fault applies.
+        here = self.command == "HEAD" or not entry.large
+        fault = self._fault(path, entry.size) if here else Fault()
         etag, size = fault.etag or entry.etag, entry.size if fault.announce is None else fault.announce
         headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if not entry.large:
@@ -272,23 +273,17 @@ class _Handler(BaseHTTPRequestHandler):
         entry = self._hub.shelf.entries(repo).get(path) if repo is not None else None
         if entry is None or self._query.get("signature") != "valid":
             raise _Refusal(403, "", "no valid signature")
-        fault = self._fault(path, entry)
-        if not self._refused(fault):
-            headers = {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
-            self._send_file(repo.directory / path, entry, fault, headers)
+        headers = {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
+        self._send_file(repo.directory / path, entry, self._fault(path, entry.size), headers)
 
-    def _fault(self, path: str, entry: Entry) -> Fault:
-        return self._hub.fault(path, self.command, *self._wanted(entry.size)[:2])
-
-    def _refused(self, fault: Fault) -> bool:
-        """Whether the fault has answered in place of the file."""
+    def _fault(self, path: str, size: int = 0) -> Fault:
+        """The fault for this request; raises `_Refusal` if it refuses the request."""
+        fault = self._hub.fault(path, self.command, *self._wanted(size)[:2])
         if fault.stall and fault.drop_after is None:
             self._hub.closing.wait(fault.stall)
-        if fault.status is None:
-            return False
-        code = {"X-Error-Code": fault.code} if fault.code else {}
-        self._send(fault.status, {"error": "by a fault"}, {**code, **fault.headers})
-        return True
+        if fault.status is not None:
+            raise _Refusal(fault.status, fault.code, "by a fault", fault.headers)
+        return fault
 
     def _wanted(self, size: int) -> tuple[int, int, int]:
         """The range of bytes that the request asks for, and the status of the answer."""
@@ -324,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.sendfile(file, position, count)
                 else:
                     self.wfile.write(_buffer(file, position, count, fault))
-        if end == start + (fault.drop_after if fault.drop_after is not None else -1):
+        if fault.drop_after is not None and end == start + fault.drop_after:
             self._drop(fault)
 
     def _pace(self, count: int) -> None:
