@@ -315,28 +315,24 @@ def _draw_translation(rng: random.Random) -> Text:
 
 # --- Ages
 
-PRONOUNS = {"Lucy": "She", "Tom": "He", "sister": "She", "brother": "He", "niece": "She", "nephew": "He"}
-PRONOUNS |= {"aunt": "She", "uncle": "He"}
-# By who is younger or older: how their age is told, and the persons.
-AGES = {
-    "younger": (
-        {"half": 2, "a third of": 3, "a quarter of": 4},
-        ("sister", "brother", "niece", "nephew", "cousin Lucy", "cousin Tom"),
-    ),
-    "older": (
-        {"twice": 2, "three times": 3},
-        ("sister", "brother", "aunt", "uncle", "cousin Lucy", "cousin Tom"),
-    ),
+PRONOUNS = {
+    word: pronoun
+    for pronoun, words in {"She": "sister niece aunt Lucy", "He": "brother nephew uncle Tom"}.items()
+    for word in words.split()
 }
+SHARES = {"half": 2, "a third of": 3, "a quarter of": 4}
+TIMES = {"twice": 2, "three times": 3}
+YOUNGER = ("sister", "brother", "niece", "nephew", "cousin Lucy", "cousin Tom")
+OLDER = ("sister", "brother", "aunt", "uncle", "cousin Lucy", "cousin Tom")
 
 
 def _draw_ages(rng: random.Random) -> Text:
     now = rng.randint(30, 90)
     comparison = "younger" if rng.random() < 0.6 else "older"
-    factors, persons = AGES[comparison]
+    factors, persons = (SHARES, YOUNGER) if comparison == "younger" else (TIMES, OLDER)
     words, number = rng.choice(list(factors.items()))
     who = rng.choice(persons)
-    pronoun = PRONOUNS[who.removeprefix("cousin ")]
+    pronoun = PRONOUNS[who.split()[-1]]
     if comparison == "younger":
         then = number * rng.randint(1, 20 // number)
         other, gap = then // number, then - then // number
