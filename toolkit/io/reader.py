@@ -109,10 +109,14 @@ class ReadAhead:
             if count < read.nbytes:
                 raise EOFError(f"it ends {read.nbytes - count:,} bytes too early")
 
-    def whole(self, index: int) -> bytearray:
-        """A copy of the bytes of the range at `index`; raises as `blocks` does."""
-        data = bytearray()
-        for block in self.blocks(index):
+    def whole(self, index: int) -> memoryview | bytearray:
+        """All bytes of the range at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
+        blocks = self.blocks(index)
+        first = next(blocks, memoryview(b""))
+        if len(first) == self.ranges[index].nbytes:
+            return first
+        data = bytearray(first)
+        for block in blocks:
             data += block
         return data
 

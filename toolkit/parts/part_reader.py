@@ -12,7 +12,7 @@ from runner.format.manifest import PartRecord, TensorRecord
 from runner.format.safetensors import open_regular
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.row_groups import Coders, RowGroups, batches_of_row_groups
+from toolkit.parts.row_groups import IN_PROGRESS, Block, Coders, RowGroups, batches_of_row_groups
 
 
 class DamagedTensor(Exception):
@@ -60,7 +60,7 @@ class PartReader:
             self._first.append(len(ranges))
             self._groups.append(groups)
             ranges += [ByteRange(path, stored.region.start + start, nbytes) for start, nbytes in places]
-        self._ahead = ReadAhead(ranges, held=2)
+        self._ahead = ReadAhead(ranges, held=IN_PROGRESS if any(self._groups) else 2)
 
     def __enter__(self) -> PartReader:
         self._ahead.__enter__()
@@ -90,7 +90,7 @@ class PartReader:
         except ValueError as error:
             raise DamagedTensor(f"{name} can't be decoded: {error}") from None
 
-    def _coded(self, first: int, groups: list[RowGroups]) -> Iterator[tuple[RowGroups, bytearray]]:
+    def _coded(self, first: int, groups: list[RowGroups]) -> Iterator[tuple[RowGroups, Block]]:
         for index, group in enumerate(groups, first):
             yield group, self._ahead.whole(index)
 
