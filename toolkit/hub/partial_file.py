@@ -44,7 +44,7 @@ class PartialFile:
         except BaseException:
             os.close(self._descriptor)
             raise
-        self._behind = WriteBehind(self._descriptor, self.position)
+        self._behind = WriteBehind(self._descriptor, self.position, durable=True)
         return self
 
     def __exit__(
