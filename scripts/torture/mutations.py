@@ -301,7 +301,7 @@ def _record() -> st.SearchStrategy[bytes]:
     files = (HubFile("model.bin", 5, "ab" * 32), HubFile("config.json", 2, None, "cd" * 20))
     revision = Revision("someone/bloom-small", "0" * 40, files)
     record = downloads.DownloadRecord.of(revision, None).with_file("config.json", "ef" * 32, 7)
-    return _json_inputs(record.to_json(), _signed(downloads._digest))
+    return _json_inputs(record.to_json(), _signed(downloads.digest))
 
 
 def _tokenizer() -> st.SearchStrategy[bytes]:

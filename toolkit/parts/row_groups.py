@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TypeVar
 
 from runner.format.coded import ROW_GROUP_ROWS
@@ -62,9 +61,7 @@ class Coders:
     def __enter__(self) -> Coders:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
 
     def encoded(self, chunks: Iterable[Block], columns: int) -> Iterator[tuple[bytes, list[int]]]:

@@ -94,5 +94,5 @@ def test_a_record_of_impossible_files_is_refused_even_with_its_checksum(
 ):
     body = json.loads(record.to_json())
     body["files"][0] |= change
-    monkeypatch.setattr("toolkit.hub.record._digest", lambda _: body["sha256"])
+    monkeypatch.setattr("toolkit.hub.record.digest", lambda _: body["sha256"])
     assert_refused(tmp_path, json.dumps(body).encode())
