@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,6 @@ from toolkit.source.shards import read_source
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, links and devices as Linux has them")
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
 DEEP = "[" * 500_000
-
-
-@pytest.fixture(scope="module")
-def bounded() -> Iterator[Bounded]:
-    reader = Bounded()
-    yield reader
-    reader.close()
 
 
 def item(start: Any, end: Any, shape: Any = None, dtype: Any = "U8") -> dict[str, Any]:
@@ -136,17 +129,17 @@ def test_json_that_is_not_what_it_should_be(
 @pytest.mark.parametrize(
     "name",
     [
-        *("../x.bin", "/etc/x.bin", "a/../../x.bin", "..\\x.bin", "C:\\x.bin", "c:x.bin", "x\0.bin", "x\n.bin"),
-        *("NUL.bin", "com1.x.bin", "con .bin", ".x.bin", "..bin", "", "x*.bin"),
-        *("\ud800.bin", "é" * 200 + ".bin", "x.bin/", "x.bin "),
+        *("../x.bin", "/etc/x.bin", "a/x.bin", "a/../../x.bin", "..\\x.bin", "a\\x.bin", "C:\\x.bin", "C:x.bin"),
+        *("c:x.bin", "x\0.bin", "x\n.bin", "NUL.bin", "com1.x.bin", "con .bin", ".x.bin", "..bin", ".bin", ".."),
+        *("", "x*.bin", "\ud800.bin", "é" * 200 + ".bin", "x.bin/", "x.bin ", "x.py", "x.safetensors", 7, None),
     ],
 )  # fmt: skip
 def test_an_index_that_names_anything_but_a_file_beside_it(
-    tmp_path: Path, bounded: Bounded, name: str
+    tmp_path: Path, bounded: Bounded, name: Any
 ) -> None:
-    index = {"weight_map": {"ln_f.weight": name}}
+    index = {"weight_map": {"ln_f.bias": "good.bin", "ln_f.weight": name}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert "is not the name of a shard beside it" in bounded.refuses("index", tmp_path)
+    assert "not the name of a shard beside it, which ends in .bin" in bounded.refuses("index", tmp_path)
 
 
 def test_a_shard_that_is_a_directory(tmp_path: Path, bounded: Bounded) -> None:
