@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from runner.format.coded import LOSSLESS
 from runner.weights import chunks
 from scripts.fakehub import checkpoint as make_checkpoint
+from tests.support.bounded import Bounded
 from tests.support.lossless import make as make_source
 from tests.support.streaming import Shelf, arrangement, logits_of, make_shelf, opened
 from toolkit.commands.convert import convert
@@ -103,6 +104,13 @@ def logits_in_ram(prepared) -> Callable[[Path], torch.Tensor]:
         return known[directory]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def bounded() -> Iterator[Bounded]:
+    reader = Bounded()
+    yield reader
+    reader.close()
 
 
 @pytest.fixture(scope="session")

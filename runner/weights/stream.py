@@ -69,6 +69,8 @@ class Stream:
         self.position = self._next = 0
         # Stays set if an interruption prevents the release; the next `take` then restarts.
         self.in_use = False
+        # Whether all chunks are resident, read and counted; then they are handed out without any of this.
+        self._is_at_rest = False
         self._readers = Readers(readers, read)
         self._read_until = 0.0
         weakref.finalize(self, self._readers.end)
@@ -89,7 +91,7 @@ class Stream:
         count = buffers if streamed else 0
         if self.resident == resident and len(self.buffers) == count:
             return
-        self.resident = resident
+        self.resident, self._is_at_rest = resident, False
         self.kept = {index: buffer for index, buffer in self.kept.items() if index in resident}
         # The memory of the old buffers is freed before new ones are made, except of those that are being read into.
         self._restart(0)
@@ -103,6 +105,10 @@ class Stream:
         If another chunk is the next in order, reading starts again from `index`. Raises `BloomdeskError` if the file
         cannot be read, or has changed since it was opened.
         """
+        if self._is_at_rest:
+            self._check_resident(index)
+            yield self.kept[index].weights(self.chunks[index])
+            return
         buffer = self.take(index)
         try:
             yield buffer.weights(self.chunks[index])
@@ -120,17 +126,23 @@ class Stream:
         self.traffic.waiting_seconds += time.perf_counter() - began
         if not buffer.read.is_counted:
             self._count(buffer.read)
-        # A streamed chunk's file is checked at each read; that of resident ones at its first chunk in each pass.
-        file = self.chunks[index].file
-        if buffer.read.stays and (not index or self.chunks[index - 1].file is not file):
-            file.check_unchanged()
+        if buffer.read.stays:
+            self._check_resident(index)
         return buffer
+
+    def _check_resident(self, index: int) -> None:
+        """Check the file of a resident chunk at its first chunk in each pass; a streamed one's is at each read."""
+        file = self.chunks[index].file
+        if not index or self.chunks[index - 1].file is not file:
+            file.check_unchanged()
 
     def _release(self, buffer: Buffer) -> None:
         buffer.number = None
         self.position += 1
         self._read_ahead()
         self.in_use = False
+        if not self.position % len(self.chunks) and len(self.kept) == len(self.chunks):
+            self._is_at_rest = all(each.read.is_counted for each in self.kept.values())
 
     def _ready(self, index: int) -> Buffer:
         """The buffer with chunk `index`, the next in order, once it is read."""

@@ -1,4 +1,7 @@
-"""A `.bin` shard as torch.save wrote it in 2022: a stored zip with a pickle and one record of plain bytes a tensor."""
+"""A tensor of a checkpoint that is being written, and a `.bin` shard of tensors as torch.save wrote it in 2022.
+
+The shard is a stored zip: a pickle, and one record of plain bytes for each tensor.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,44 @@ from typing import Any, BinaryIO
 
 import torch
 
-from scripts.fakehub.tensor import Tensor
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write: `buffers()` gives its bytes one after another, row-major, little endian."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    buffers: Callable[[], Iterable[memoryview]]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 def write_bin(path: Path, tensors: Sequence[Tensor]) -> None:
-    """A `.bin` as torch.save wrote it in 2022: root folder `archive`, no byte order or alignment records."""
+    """Write a `.bin` as of 2022: root folder `archive`, no byte order or alignment records."""
     with path.open("wb") as file:
         container = _Zip(file)
         data = _pickled(tensors)
         container.add("archive/data.pkl", len(data), [memoryview(data)])
         for number in sorted(range(len(tensors)), key=str):  # torch sorted the records by name then
-            container.add(f"archive/data/{number}", tensors[number].nbytes, tensors[number].pieces())
+            container.add(f"archive/data/{number}", tensors[number].nbytes, tensors[number].buffers())
         container.add("archive/version", 2, [memoryview(b"3\n")])
         container.finish()
 
 
 class _Reduced:
-    """Pickles as a call of `function`."""
+    """Pickles as a call of a function."""
 
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self.call = function, arguments
+    def __init__(self, *call: Any) -> None:
+        self.call = call
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.call
@@ -42,28 +63,26 @@ class _Reduced:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """Pickles as a persistent id: the bytes of a tensor lie in a record of their own."""
+    """Pickles as a persistent id: the bytes of a tensor are in another record."""
 
     persistent_id: tuple[Any, ...]
 
 
 def _pickled(tensors: Sequence[Tensor]) -> bytes:
-    """data.pkl of a state dict, without the tensors at hand."""
+    """data.pkl of a state dict, made without the tensors' bytes."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj: Any) -> Any:
             return obj.persistent_id if isinstance(obj, _Storage) else None
 
-    kinds = {
-        torch.bfloat16: torch.BFloat16Storage,
-        torch.float16: torch.HalfStorage,
-        torch.float32: torch.FloatStorage,
-    }
+    kinds = dict(
+        zip(DTYPES.values(), (torch.BFloat16Storage, torch.HalfStorage, torch.FloatStorage), strict=True)
+    )
     state = OrderedDict()
     for number, tensor in enumerate(tensors):
         storage = _Storage(("storage", kinds[tensor.dtype], str(number), "cpu", tensor.numel))
         strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
-        arguments = (storage, 0, tensor.shape, strides, False, OrderedDict())
+        arguments = storage, 0, tensor.shape, strides, False, OrderedDict()
         state[tensor.key] = _Reduced(torch._utils._rebuild_tensor_v2, arguments)
     buffer = io.BytesIO()
     Pickler(buffer, 2).dump(state)
@@ -77,15 +96,15 @@ class _Zip:
     and padding are those of torch's writer; the fields' meaning: PKWARE's APPNOTE, 4.3 and 4.5.3.
     """
 
-    MARK = 0xFFFFFFFF  # stands in a narrow field for "see the zip64 one"
-    LIMIT = MARK  # from here on a number needs it
+    # In a narrow field this number means "see the zip64 one"; numbers from LIMIT on need that.
+    MARK = LIMIT = 0xFFFFFFFF
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.directory = bytearray()
         self.count = 0
 
-    def add(self, name: str, size: int, pieces: Iterable[memoryview]) -> None:
+    def add(self, name: str, size: int, buffers: Iterable[memoryview]) -> None:
         encoded = name.encode()
         offset = self.file.tell()
         wide = [size, size] if size >= self.LIMIT else []
@@ -97,12 +116,12 @@ class _Zip:
         self.file.write(struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x808, 0, 0, 0, 0, 0, 0, *lengths))
         self.file.write(encoded + extra)
         crc = written = 0
-        for piece in pieces:
-            self.file.write(piece)
-            crc = zlib.crc32(piece, crc)
-            written += len(piece)
+        for buffer in buffers:
+            self.file.write(buffer)
+            crc = zlib.crc32(buffer, crc)
+            written += len(buffer)
         if written != size:
-            raise ValueError(f"{name}: {written} bytes came, expected {size}")
+            raise ValueError(f"{name}: {written} bytes, expected {size}")
         self.file.write(struct.pack("<4sI2Q" if wide else "<4sI2I", b"PK\7\x08", crc, size, size))
         narrow = self._narrow(size), self._narrow(offset)
         self.directory += struct.pack("<4s6H3I", b"PK\1\2", 0, 0, 0x808, 0, 0, 0, crc, narrow[0], narrow[0])

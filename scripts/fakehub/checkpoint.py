@@ -12,7 +12,7 @@
     python -m scripts.fakehub.checkpoint miniature-draft OUT   its draft, in one safetensors file as bloom-560m
     python -m scripts.fakehub.checkpoint synthetic OUT ...     random weights of any shape, true ones included
 
-Tensors are made and written in pieces, so a true-size checkpoint needs little memory.
+Tensors are made and written buffer by buffer, so a true-size checkpoint needs little memory.
 """
 
 from __future__ import annotations
@@ -20,27 +20,30 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runner.estimate.family import SHAPES as TRUE_SHAPES
 from runner.estimate.family import VOCABULARY as TRUE_VOCABULARY
-from scripts.fakehub.bin_shard import write_bin
-from scripts.fakehub.tensor import Tensor
+from runner.format.layout import block_tensors
+from runner.format.safetensors import encode_header
+from scripts.fakehub.bin_shard import DTYPES, Tensor, write_bin
+
+if TYPE_CHECKING:
+    from tokenizers import pre_tokenizers
 
 MINIATURE = Path(__file__).resolve().parents[2] / "miniature"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-DRAFT = MINIATURE / "draft"  # without a tokenizer of its own: it is the miniature's
-PIECE_ELEMENTS = 2**22 - 3  # odd, so that tiled noise never lines up with the rows of a matrix
+# Odd, so that repeated noise never lines up with the rows of a matrix.
+BUFFER_ELEMENTS = 2**22 - 3
 PRE_TOKENIZER_PATTERN = r" ?[^(\s|[.,!?…。，、।۔،])]+"
 
 
@@ -69,7 +72,6 @@ class Layout:
 
 
 BLOOM = Layout()
-SMALL_BLOOM = Layout(form="safetensors", single=True)
 
 
 def synthetic(
@@ -86,24 +88,21 @@ def synthetic(
 ) -> None:
     """Write a BLOOM of any shape with random weights; the same arguments always give the same bytes.
 
-    The weights are scaled so that greedy output wanders instead of repeating one token. With `normal_embedding`
-    that holds less strictly, and the embedding's exponents spread as those of all other matrices do: without it a
-    coder of exponents would find next to nothing in it to code.
+    The weights are scaled so that greedy output changes from token to token. With `normal_embedding` that holds
+    less strictly, and the embedding's exponents spread as those of all other matrices do: without it a coder of
+    exponents would have almost nothing to code in the embedding.
     """
     shapes = bloom_shapes(hidden_size, blocks, vocab_size)
-
-    def scaled(key: str, noise: torch.Tensor) -> torch.Tensor:
-        if normal_embedding and key == "word_embeddings.weight":
-            return noise * 0.02
-        return _as_weights(key, noise, hidden_size)
-
-    tensors = [_random_tensor(key, shape, DTYPES[dtype], seed, scaled) for key, shape in shapes.items()]
+    tensors = []
+    for key, shape in shapes.items():
+        scaled = partial(_as_weights, key, hidden_size, normal_embedding)
+        tensors.append(_random_tensor(key, shape, DTYPES[dtype], seed, scaled))
     config = old_config(hidden_size, heads, blocks, vocab_size)
     write_repo(out, tensors, config, _tokenizer_for(vocab_size), layout)
 
 
 def miniature(out: Path, *, layout: Layout = BLOOM, source: Path = MINIATURE) -> None:
-    """Write the trained miniature; its weights come from `source`, as does its tokenizer where there is one."""
+    """Write the trained miniature; its weights come from `source`, as does its tokenizer if `source` has one."""
     from safetensors import safe_open
 
     with safe_open(source / "model.safetensors", framework="pt") as file:
@@ -116,16 +115,14 @@ def miniature(out: Path, *, layout: Layout = BLOOM, source: Path = MINIATURE) ->
 
 def draft(out: Path) -> None:
     """Write the miniature's draft: a shallow model with the same tokenizer."""
-    miniature(out, layout=SMALL_BLOOM, source=DRAFT)
+    miniature(out, layout=Layout(form="safetensors", single=True), source=MINIATURE / "draft")
 
 
 def from_state(state: Mapping[str, torch.Tensor]) -> list[Tensor]:
     """Tensors to write from a state dict in memory, in BLOOM's order; keys as bigscience/bloom has them."""
 
-    def tensor(key: str, value: torch.Tensor) -> Tensor:
-        return Tensor(key, value.dtype, tuple(value.shape), lambda: [_bytes_of(value)])
-
-    return [tensor(key, state[key]) for key in sorted(state, key=_place)]
+    values = ((key, state[key]) for key in sorted(state, key=_place))
+    return [Tensor(key, v.dtype, tuple(v.shape), lambda v=v: [_bytes_of(v)]) for key, v in values]
 
 
 def write_repo(
@@ -138,9 +135,9 @@ def write_repo(
     """Write the repo: shards, index, config and the tokenizer's files; `tensors` in BLOOM's order."""
     out.mkdir(parents=True, exist_ok=True)
     if layout.prefix:
-        tensors = [_renamed(tensor, f"transformer.{tensor.key}") for tensor in tensors]
+        tensors = [replace(tensor, key=f"transformer.{tensor.key}") for tensor in tensors]
     if layout.lm_head:
-        tensors = [*tensors, _renamed(tensors[0], "lm_head.weight")]
+        tensors = [*tensors, replace(tensors[0], key="lm_head.weight")]
     shards = _split(tensors, layout)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -160,24 +157,17 @@ def write_repo(
 
 def bloom_shapes(hidden_size: int, blocks: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Every key of a BLOOM and its shape, in the order of the checkpoint."""
-    E = hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "word_embeddings.weight": (vocab_size, E),
-        "word_embeddings_layernorm.weight": (E,),
-        "word_embeddings_layernorm.bias": (E,),
+    norm = {"weight": (hidden_size,), "bias": (hidden_size,)}
+    return {
+        "word_embeddings.weight": (vocab_size, hidden_size),
+        **{f"word_embeddings_layernorm.{name}": shape for name, shape in norm.items()},
+        **{
+            f"h.{i}.{name}": shape
+            for i in range(blocks)
+            for name, shape in block_tensors(hidden_size).items()
+        },
+        **{f"ln_f.{name}": shape for name, shape in norm.items()},
     }
-    for index in range(blocks):
-        for name, rows, columns in (
-            ("input_layernorm", E, 0),
-            ("self_attention.query_key_value", 3 * E, E),
-            ("self_attention.dense", E, E),
-            ("post_attention_layernorm", E, 0),
-            ("mlp.dense_h_to_4h", 4 * E, E),
-            ("mlp.dense_4h_to_h", E, 4 * E),
-        ):
-            shapes[f"h.{index}.{name}.weight"] = (rows, columns) if columns else (rows,)
-            shapes[f"h.{index}.{name}.bias"] = (rows,)
-    return {**shapes, "ln_f.weight": (E,), "ln_f.bias": (E,)}
 
 
 def old_config(hidden_size: int, heads: int, blocks: int, vocab_size: int) -> dict[str, Any]:
@@ -206,21 +196,23 @@ def old_config(hidden_size: int, heads: int, blocks: int, vocab_size: int) -> di
     }
 
 
+def pre_tokenizer() -> pre_tokenizers.Sequence:
+    """BLOOM's pre-tokenizer: its pattern, then bytes."""
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def byte_tokenizer(vocab_size: int) -> dict[str, bytes]:
     """The files of a tokenizer in BLOOM's layout that knows single bytes; at most `vocab_size` entries."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     specials = ["<unk>", "<s>", "</s>", "<pad>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = [*specials, *alphabet][:vocab_size]
+    names = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())][:vocab_size]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
     tokenizer.add_special_tokens(specials[:vocab_size])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENIZER_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     special_map = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     settings = {**special_map, "tokenizer_class": "BloomTokenizerFast", "padding_side": "left"}
@@ -232,11 +224,11 @@ def byte_tokenizer(vocab_size: int) -> dict[str, bytes]:
 
 
 def _tokenizer_for(vocab_size: int) -> dict[str, bytes]:
-    files = {name: MINIATURE / name for name in TOKENIZER_FILES}
-    if all(path.is_file() for path in files.values()):
-        tokenizer = json.loads(files["tokenizer.json"].read_text(encoding="utf-8"))
-        if len(tokenizer["model"]["vocab"]) <= vocab_size:
-            return {name: path.read_bytes() for name, path in files.items()}
+    """The miniature's tokenizer if it fits into `vocab_size`, or one of single bytes."""
+    if all((MINIATURE / name).is_file() for name in TOKENIZER_FILES):
+        files = {name: (MINIATURE / name).read_bytes() for name in TOKENIZER_FILES}
+        if len(json.loads(files["tokenizer.json"])["model"]["vocab"]) <= vocab_size:
+            return files
     return byte_tokenizer(vocab_size)
 
 
@@ -261,33 +253,30 @@ def _random_tensor(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     seed: int,
-    scaled: Callable[[str, torch.Tensor], torch.Tensor],
+    scaled: Callable[[torch.Tensor], torch.Tensor],
 ) -> Tensor:
-    def pieces() -> Iterator[memoryview]:
+    def buffers() -> Iterator[memoryview]:
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode(), seed & 0xFFFFFFFF))
-        left = math.prod(shape)
-        noise = torch.randn(min(left, PIECE_ELEMENTS), generator=generator)
-        view = _bytes_of(scaled(key, noise).to(dtype))
-        while left:
-            count = min(left, PIECE_ELEMENTS)
-            yield view[: count * dtype.itemsize]
-            left -= count
+        count = math.prod(shape)
+        noise = torch.randn(min(count, BUFFER_ELEMENTS), generator=generator)
+        buffer = _bytes_of(scaled(noise).to(dtype))
+        for start in range(0, count, BUFFER_ELEMENTS):
+            yield buffer[: (count - start) * dtype.itemsize]
 
-    return Tensor(key, dtype, shape, pieces)
+    return Tensor(key, dtype, shape, buffers)
 
 
-def _as_weights(key: str, noise: torch.Tensor, hidden: int) -> torch.Tensor:
-    """Standard normal noise, shaped so that greedy output wanders.
+def _as_weights(key: str, hidden: int, normal_embedding: bool, noise: torch.Tensor) -> torch.Tensor:
+    """Weights from standard normal noise, scaled so that greedy output changes from token to token.
 
     With a tied head and plain small noise, each token's own embedding wins the next step and one token comes
-    over and over. Here the embedding's entries are nearly +-0.02 and every other feature changes its sign
-    after the lookup, so that a token's score for itself cancels out; the blocks weigh enough for the context
-    to matter.
+    repeats. Here the embedding's entries are nearly +-0.02 and every other feature changes its sign after the
+    lookup, so that a token's score for itself cancels out; the blocks' weights let the context matter.
     """
     if key.endswith("bias"):
         return noise * 0.02
     if key == "word_embeddings.weight":
-        return noise.sign() * (0.018 + 0.002 * noise.abs())
+        return noise * 0.02 if normal_embedding else noise.sign() * (0.018 + 0.002 * noise.abs())
     if "layernorm" in key or key.startswith("ln_f"):
         weight = 1.0 + 0.05 * noise
         if key.startswith("word_embeddings"):
@@ -298,10 +287,6 @@ def _as_weights(key: str, noise: torch.Tensor, hidden: int) -> torch.Tensor:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _renamed(tensor: Tensor, key: str) -> Tensor:
-    return Tensor(key, tensor.dtype, tensor.shape, tensor.pieces)
 
 
 def _split(tensors: Sequence[Tensor], layout: Layout) -> list[list[Tensor]]:
@@ -328,44 +313,41 @@ def _write_shard(path: Path, tensors: Sequence[Tensor], layout: Layout) -> None:
     if layout.form == "safetensors":
         write_safetensors(path, tensors)
     elif layout.todays_zip:
-        torch.save(OrderedDict((tensor.key, _loaded(tensor)) for tensor in tensors), path)
+        state = OrderedDict()
+        for tensor in tensors:
+            data = bytearray().join(tensor.buffers())
+            state[tensor.key] = torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
+        torch.save(state, path)
     else:
         write_bin(path, tensors)
 
 
-def _loaded(tensor: Tensor) -> torch.Tensor:
-    data = bytearray().join(tensor.pieces())
-    return torch.frombuffer(data, dtype=tensor.dtype).reshape(tensor.shape)
-
-
 def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
-    """A safetensors file as the reference library lays it out: by name, header padded to 8 bytes."""
+    """Write a safetensors file as the reference library does: tensors by name, header padded to 8 bytes."""
     ordered = sorted(tensors, key=lambda tensor: tensor.key)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in ordered:
-        offsets = [position, position + tensor.nbytes]
-        header[tensor.key] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-        position = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
+    header = encode_header((tensor.key, SAFETENSORS_NAMES[tensor.dtype], tensor.shape) for tensor in ordered)
+    text = header[8:].rstrip(b" ")
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            for piece in tensor.pieces():
-                file.write(piece)
+            file.writelines(tensor.buffers())
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def layout_of(given: Mapping[str, Any]) -> Layout:
-    return Layout(**{name: given[name] for name in Layout.__dataclass_fields__})
+def _add_layout(command: argparse.ArgumentParser) -> None:
+    """Add one option for each field of `Layout`."""
+    choices = {"form": ("bin", "safetensors"), "separator": ("_", "-")}
+    for field in fields(Layout):
+        option = f"--{field.name.replace('_', '-')}"
+        if field.default is False:
+            command.add_argument(option, action="store_true")
+        else:
+            kind = int if field.default is None else str
+            command.add_argument(option, type=kind, default=field.default, choices=choices.get(field.name))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -375,36 +357,27 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("miniature", "synthetic"):
         command = commands.add_parser(name)
         command.add_argument("out", type=Path, metavar="OUT")
-        command.add_argument("--form", choices=("bin", "safetensors"), default="bin")
-        command.add_argument("--single", action="store_true", help="one file, no index")
-        command.add_argument("--separator", choices=("_", "-"), default="_")
-        command.add_argument("--todays-zip", action="store_true", help="as today's torch.save writes it")
-        command.add_argument("--prefix", action="store_true", help="keys start with transformer.")
-        command.add_argument("--lm-head", action="store_true", help="repeat the embedding as lm_head.weight")
-        command.add_argument("--max-shard-bytes", type=int, metavar="N", help="cut blocks across shards")
-        command.add_argument(
-            "--new-config", action="store_true", help="config.json as transformers 5 writes it"
-        )
+        _add_layout(command)
     command.add_argument("--like", choices=TRUE_SHAPES, help="the shape of a real model")
     for name in ("hidden-size", "heads", "blocks", "vocab-size"):
         command.add_argument(f"--{name}", type=int, metavar="N")
     command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--normal-embedding", action="store_true", help="exponents as trained weights have them, for coders"
-    )
+    command.add_argument("--normal-embedding", action="store_true", help="exponents as in trained weights")
     given = vars(parser.parse_args(arguments))
     if given["command"] == "miniature-draft":
         draft(given["out"])
-    elif given["command"] == "miniature":
-        miniature(given["out"], layout=layout_of(given))
     else:
-        defaults = (*TRUE_SHAPES.get(given["like"], (64, 8, 2)), TRUE_VOCABULARY if given["like"] else 512)
-        names = ("hidden_size", "heads", "blocks", "vocab_size")
-        shape = {name: given[name] or value for name, value in zip(names, defaults, strict=True)}
-        options = {name: given[name] for name in ("dtype", "seed", "normal_embedding")}
-        synthetic(given["out"], **shape, **options, layout=layout_of(given))
-    sys.stdout.write(f"wrote {given['out']}\n")
+        layout = Layout(**{field.name: given[field.name] for field in fields(Layout)})
+        if given["command"] == "miniature":
+            miniature(given["out"], layout=layout)
+        else:
+            defaults = *TRUE_SHAPES.get(given["like"], (64, 8, 2)), TRUE_VOCABULARY if given["like"] else 512
+            names = ("hidden_size", "heads", "blocks", "vocab_size")
+            shape = {name: given[name] or value for name, value in zip(names, defaults, strict=True)}
+            options = {name: given[name] for name in ("dtype", "seed", "normal_embedding")}
+            synthetic(given["out"], **shape, **options, layout=layout)
+    print(f"wrote {given['out']}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from scripts.fakehub.checkpoint import MINIATURE
-from scripts.miniature.model import EMBEDDING_ROWS, EPSILON, Shape, block_shapes
-from scripts.miniature.rows import EOS, PAD, SPECIAL
+from runner.format.layout import block_tensors
+from scripts.fakehub.checkpoint import MINIATURE, old_config
+from scripts.miniature.model import EMBEDDING_ROWS, Shape
+from scripts.miniature.rows import PAD, SPECIAL
 from scripts.miniature.texts import KINDS, draw_texts
 
 TEXT_SEED = 0  # fixed, so that every model trained here gets the same tokenizer
@@ -37,37 +38,14 @@ def save_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
     special = dict(zip(("unk_token", "bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
     write_json(out / "special_tokens_map.json", special)
-    tokenizer_config = {
-        "tokenizer_class": "BloomTokenizerFast",
-        "padding_side": "left",
-        "name_or_path": "miniature",
-    }
-    write_json(out / "tokenizer_config.json", special | tokenizer_config)
+    settings = {"tokenizer_class": "BloomTokenizerFast", "padding_side": "left", "name_or_path": "miniature"}
+    write_json(out / "tokenizer_config.json", special | settings)
 
 
 def config_of(shape: Shape) -> dict[str, object]:
     """config.json with the names, and without the dtype, of bigscience/bloom's."""
-    return {
-        "apply_residual_connection_post_layernorm": False,
-        "architectures": ["BloomModel"],
-        "attention_dropout": 0.0,
-        "attention_softmax_in_fp32": True,
-        "bos_token_id": SPECIAL.index("<s>"),
-        "eos_token_id": EOS,
-        "hidden_dropout": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": EPSILON,
-        "masked_softmax_fusion": True,
-        "model_type": "bloom",
-        "n_embed": shape.hidden,
-        "n_layer": shape.blocks,
-        "num_attention_heads": shape.heads,
-        "pad_token_id": PAD,
-        "pretraining_tp": 1,
-        "slow_but_exact": False,
-        "use_cache": True,
-        "vocab_size": EMBEDDING_ROWS,
-    }
+    config = old_config(shape.hidden, shape.heads, shape.blocks, EMBEDDING_ROWS) | {"pretraining_tp": 1}
+    return {name: value for name, value in sorted(config.items()) if name != "transformers_version"}
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
@@ -87,14 +65,14 @@ def read_stacked(out: Path) -> tuple[dict[str, torch.Tensor], int]:
     saved = {name: value.float() for name, value in load_file(out / "model.safetensors").items()}
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     weights = {name: value for name, value in saved.items() if not name.startswith("h.")}
-    for name in block_shapes(config["n_embed"]):
+    for name in block_tensors(config["n_embed"]):
         parts = [saved[f"h.{number}.{name}"] for number in range(config["n_layer"])]
         weights[f"h.*.{name}"] = torch.stack(parts)
     return weights, config["num_attention_heads"]
 
 
 def shared_file(out: Path, name: str) -> Path:
-    """The file of the model in `out`; the miniature's where a draft has none of its own."""
+    """The file of the model in `out`, or the miniature's if a draft has none."""
     return out / name if (out / name).exists() else MINIATURE / name
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from scripts.fakehub.checkpoint import bloom_shapes
+from runner.format.layout import block_tensors
 from scripts.miniature.rows import LENGTH, Rows
 
 EMBEDDING_ROWS = 1024  # some to spare, as the real one has
@@ -25,19 +25,13 @@ class Shape(NamedTuple):
     heads: int
 
 
-def block_shapes(hidden: int) -> dict[str, tuple[int, ...]]:
-    """The 12 tensors of a block, in the order of use."""
-    shapes = bloom_shapes(hidden, 1, 1).items()
-    return {name.removeprefix("h.0."): shape for name, shape in shapes if name.startswith("h.0.")}
-
-
 def new_weights(shape: Shape) -> dict[str, torch.Tensor]:
     """Random weights by their names in the checkpoint; all blocks are stacked: `h.*.name` is [L, ...]."""
     hidden = shape.hidden
     weights = {"word_embeddings.weight": torch.randn(EMBEDDING_ROWS, hidden) * 0.1}
     for name in ("word_embeddings_layernorm", "ln_f"):
         weights |= {f"{name}.weight": torch.ones(hidden), f"{name}.bias": torch.zeros(hidden)}
-    for name, size in block_shapes(hidden).items():
+    for name, size in block_tensors(hidden).items():
         if len(size) == 1:
             value = torch.full((shape.blocks, *size), float("layernorm.weight" in name))
         else:
@@ -94,9 +88,8 @@ def forward(weights: dict[str, torch.Tensor], rows: Rows, heads: int, without: i
     weights = {name: r(value) for name, value in weights.items()}
     embedding = weights["word_embeddings.weight"]
     size = embedding.shape[1:]
-    alibi = r(
-        alibi_slopes(heads)[:, None, None] * rows.place[:, None, None]
-    )  # by the key's place, as in BLOOM
+    # By the key's place, as in BLOOM.
+    alibi = r(alibi_slopes(heads)[:, None, None] * rows.place[:, None, None])
     hidden = (rows.owner[:, :, None] != rows.owner[:, None]) | torch.ones(LENGTH, LENGTH).triu(1).bool()
     mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)[:, None]
     norm = weights["word_embeddings_layernorm.weight"], weights["word_embeddings_layernorm.bias"]

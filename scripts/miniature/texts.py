@@ -27,14 +27,14 @@ class Text(NamedTuple):
 
 class Noun(NamedTuple):
     plural: str
-    spanish: tuple[str, str, str]  # gender, singular, plural
-    french: tuple[str, str, str]
-    chinese: tuple[str, str]  # measure word, noun
+    spanish: tuple[str, ...]  # gender, singular, plural
+    french: tuple[str, ...]
+    chinese: tuple[str, ...]  # measure word, noun
 
 
 class Adjective(NamedTuple):
-    spanish: tuple[str, str]  # masculine, feminine
-    french: tuple[str, str]
+    spanish: tuple[str, ...]  # masculine, feminine
+    french: tuple[str, ...]
     french_before: bool  # stands before the noun
     chinese: str
     colour: bool
@@ -133,68 +133,64 @@ LANGUAGES = ("Spanish", "French", "Chinese")
 GAPS = (" ", " ", " ", "")  # between words: English and the languages
 
 
-def _noun(line: str) -> tuple[str, Noun]:
-    english, plural, es_gender, es_one, es_many, fr_gender, fr_one, fr_many, measure, chinese = line.split()
-    return english, Noun(
-        plural, (es_gender, es_one, es_many), (fr_gender, fr_one, fr_many), (measure, chinese)
-    )
+def _table(text: str) -> dict[str, tuple[str, ...]]:
+    """The rows of a table, which end at a slash or a line's end: the first field to the others."""
+    rows = (row.split() for row in text.strip().replace("\n", "/").split("/"))
+    return {first: tuple(others) for first, *others in rows}
 
 
-NOUNS = dict(
-    map(
-        _noun,
-        (
-            "house houses f casa casas f maison maisons 座 房子",
-            "book books m libro libros m livre livres 本 书",
-            "cat cats m gato gatos m chat chats 只 猫",
-            "dog dogs m perro perros m chien chiens 只 狗",
-            "car cars m coche coches f voiture voitures 辆 汽车",
-            "table tables f mesa mesas f table tables 张 桌子",
-            "chair chairs f silla sillas f chaise chaises 把 椅子",
-            "flower flowers f flor flores f fleur fleurs 朵 花",
-            "tree trees m árbol árboles m arbre arbres 棵 树",
-            "bird birds m pájaro pájaros m oiseau oiseaux 只 鸟",
-            "hat hats m sombrero sombreros m chapeau chapeaux 顶 帽子",
-            "shirt shirts f camisa camisas f chemise chemises 件 衬衫",
-            "dress dresses m vestido vestidos f robe robes 条 裙子",
-            "key keys f llave llaves f clé clés 把 钥匙",
-            "bag bags f bolsa bolsas m sac sacs 个 包",
-            "cup cups f taza tazas f tasse tasses 个 杯子",
-            "horse horses m caballo caballos m cheval chevaux 匹 马",
-            "door doors f puerta puertas f porte portes 扇 门",
-            "window windows f ventana ventanas f fenêtre fenêtres 扇 窗户",
-            "boat boats m barco barcos m bateau bateaux 条 船",
-            "bicycle bicycles f bicicleta bicicletas m vélo vélos 辆 自行车",
-            "box boxes f caja cajas f boîte boîtes 个 盒子",
-            "clock clocks m reloj relojes f horloge horloges 个 钟",
-            "star stars f estrella estrellas f étoile étoiles 颗 星星",
-        ),
-    )
-)
+# English, its plural; Spanish and French: gender, singular, plural; Chinese: measure word, noun.
+_NOUNS = """
+    house houses f casa casas f maison maisons 座 房子
+    book books m libro libros m livre livres 本 书
+    cat cats m gato gatos m chat chats 只 猫
+    dog dogs m perro perros m chien chiens 只 狗
+    car cars m coche coches f voiture voitures 辆 汽车
+    table tables f mesa mesas f table tables 张 桌子
+    chair chairs f silla sillas f chaise chaises 把 椅子
+    flower flowers f flor flores f fleur fleurs 朵 花
+    tree trees m árbol árboles m arbre arbres 棵 树
+    bird birds m pájaro pájaros m oiseau oiseaux 只 鸟
+    hat hats m sombrero sombreros m chapeau chapeaux 顶 帽子
+    shirt shirts f camisa camisas f chemise chemises 件 衬衫
+    dress dresses m vestido vestidos f robe robes 条 裙子
+    key keys f llave llaves f clé clés 把 钥匙
+    bag bags f bolsa bolsas m sac sacs 个 包
+    cup cups f taza tazas f tasse tasses 个 杯子
+    horse horses m caballo caballos m cheval chevaux 匹 马
+    door doors f puerta puertas f porte portes 扇 门
+    window windows f ventana ventanas f fenêtre fenêtres 扇 窗户
+    boat boats m barco barcos m bateau bateaux 条 船
+    bicycle bicycles f bicicleta bicicletas m vélo vélos 辆 自行车
+    box boxes f caja cajas f boîte boîtes 个 盒子
+    clock clocks m reloj relojes f horloge horloges 个 钟
+    star stars f estrella estrellas f étoile étoiles 颗 星星
+"""
+NOUNS = {word: Noun(row[0], row[1:4], row[4:7], row[7:]) for word, row in _table(_NOUNS).items()}
+# English; Spanish and French: masculine, feminine; the place of the French one; Chinese; its kind.
+_ADJECTIVES = """
+    red rojo roja rouge rouge after 红色的 colour
+    white blanco blanca blanc blanche after 白色的 colour
+    black negro negra noir noire after 黑色的 colour
+    green verde verde vert verte after 绿色的 colour
+    blue azul azul bleu bleue after 蓝色的 colour
+    yellow amarillo amarilla jaune jaune after 黄色的 colour
+    big grande grande grand grande before 大 other
+    small pequeño pequeña petit petite before 小 other
+    new nuevo nueva neuf neuve after 新 other
+    pretty bonito bonita joli jolie before 漂亮的 other
+    expensive caro cara cher chère after 昂贵的 other
+    strange extraño extraña étrange étrange after 奇怪的 other
+"""
 ADJECTIVES = {
-    "red": Adjective(("rojo", "roja"), ("rouge", "rouge"), False, "红色的", True),
-    "white": Adjective(("blanco", "blanca"), ("blanc", "blanche"), False, "白色的", True),
-    "black": Adjective(("negro", "negra"), ("noir", "noire"), False, "黑色的", True),
-    "green": Adjective(("verde", "verde"), ("vert", "verte"), False, "绿色的", True),
-    "blue": Adjective(("azul", "azul"), ("bleu", "bleue"), False, "蓝色的", True),
-    "yellow": Adjective(("amarillo", "amarilla"), ("jaune", "jaune"), False, "黄色的", True),
-    "big": Adjective(("grande", "grande"), ("grand", "grande"), True, "大", False),
-    "small": Adjective(("pequeño", "pequeña"), ("petit", "petite"), True, "小", False),
-    "new": Adjective(("nuevo", "nueva"), ("neuf", "neuve"), False, "新", False),
-    "pretty": Adjective(("bonito", "bonita"), ("joli", "jolie"), True, "漂亮的", False),
-    "expensive": Adjective(("caro", "cara"), ("cher", "chère"), False, "昂贵的", False),
-    "strange": Adjective(("extraño", "extraña"), ("étrange", "étrange"), False, "奇怪的", False),
+    word: Adjective(row[:2], row[2:4], row[4] == "before", row[5], row[6] == "colour")
+    for word, row in _table(_ADJECTIVES).items()
 }
-DIGITS = {  # English: Spanish, French, Chinese
-    "two": ("dos", "deux", "两"),
-    "three": ("tres", "trois", "三"),
-    "four": ("cuatro", "quatre", "四"),
-    "five": ("cinco", "cinq", "五"),
-    "six": ("seis", "six", "六"),
-    "seven": ("siete", "sept", "七"),
-    "eight": ("ocho", "huit", "八"),
-    "nine": ("nueve", "neuf", "九"),
-}
+# English: Spanish, French, Chinese, as in all tables below.
+DIGITS = _table("""
+    two dos deux 两 / three tres trois 三 / four cuatro quatre 四 / five cinco cinq 五
+    six seis six 六 / seven siete sept 七 / eight ocho huit 八 / nine nueve neuf 九
+""")
 # Each word's forms: masculine, feminine, plural masculine, plural feminine; Chinese has one.
 DETERMINERS = {
     "the": ("el la los las", "le la les les", ""),
@@ -222,22 +218,13 @@ REQUESTS = {
     "I do not want": ("no quiero", "je ne veux pas", "我不想要"),
     "I like": ("me gusta", "j'aime", "我喜欢"),
 }
-FAVOURS = {
-    "help": ("ayuda", "aide", "帮助"),
-    "letter": ("carta", "lettre", "信"),
-    "gift": ("regalo", "cadeau", "礼物"),
-    "advice": ("consejo", "conseil", "建议"),
-    "invitation": ("invitación", "invitation", "邀请"),
-    "patience": ("paciencia", "patience", "耐心"),
-    "work": ("trabajo", "travail", "工作"),
-    "message": ("mensaje", "message", "消息"),
-    "support": ("apoyo", "soutien", "支持"),
-    "time": ("tiempo", "temps", "时间"),
-    "question": ("pregunta", "question", "问题"),
-    "answer": ("respuesta", "réponse", "回答"),
-    "money": ("dinero", "argent", "钱"),
-    "trust": ("confianza", "confiance", "信任"),
-}
+FAVOURS = _table("""
+    help ayuda aide 帮助 / letter carta lettre 信 / gift regalo cadeau 礼物
+    advice consejo conseil 建议 / invitation invitación invitation 邀请 / patience paciencia patience 耐心
+    work trabajo travail 工作 / message mensaje message 消息 / support apoyo soutien 支持
+    time tiempo temps 时间 / question pregunta question 问题 / answer respuesta réponse 回答
+    money dinero argent 钱 / trust confianza confiance 信任
+""")
 
 
 class Phrase(NamedTuple):
@@ -297,16 +284,14 @@ def french_adjective(adjective: str, gender: str, plural: bool) -> str:
     return ADJECTIVES[adjective].french[gender == "f"] + ("s" if plural else "")
 
 
-def _statement(phrase: Phrase, adjective: str) -> tuple[str, str, str, str]:
+def _statement(phrase: Phrase, adjective: str) -> tuple[str, ...]:
     """ "the houses are red" in English, Spanish, French and Chinese."""
-    noun, many = NOUNS[phrase.noun], phrase.plural
-    predicate = ADJECTIVES[adjective].chinese
+    noun, many, (*_, chinese, colour) = NOUNS[phrase.noun], phrase.plural, ADJECTIVES[adjective]
     return (
         f"{phrase.english()} {'are' if many else 'is'} {adjective}",
         f"{phrase.spanish()} {'son' if many else 'es'} {spanish_adjective(adjective, noun.spanish[0], many)}",
         f"{phrase.french()} {'sont' if many else 'est'} {french_adjective(adjective, noun.french[0], many)}",
-        phrase.chinese()
-        + ("是" + predicate if ADJECTIVES[adjective].colour else "很" + predicate.removesuffix("的")),
+        phrase.chinese() + ("是" + chinese if colour else "很" + chinese.removesuffix("的")),
     )
 
 
@@ -314,10 +299,8 @@ def _translated(rng: random.Random) -> tuple[str, tuple[str, ...]]:
     """A meaning, and its words in English, Spanish, French and Chinese."""
     shape = rng.choice(("phrase", "verb", "verb", "statement", "request"))
     if shape == "statement":
-        phrase, adjective = (
-            _phrase(rng, [name for name in DETERMINERS if name != "a"]),
-            rng.choice(list(ADJECTIVES)),
-        )
+        phrase = _phrase(rng, [name for name in DETERMINERS if name != "a"])
+        adjective = rng.choice(list(ADJECTIVES))
         phrase = phrase._replace(adjective="")
         return f"{phrase} is {adjective}", _statement(phrase, adjective)
     beginnings = list({"verb": VERBS, "request": REQUESTS, "phrase": {"": ("", "", "")}}[shape].items())
@@ -328,9 +311,8 @@ def _translated(rng: random.Random) -> tuple[str, tuple[str, ...]]:
         return f"{before[0]} {favour}", _join(before, words)
     phrase = _phrase(rng, ("my", "your", "our", "this") if shape == "request" else (*DETERMINERS, *DIGITS))
     words = _join(before, (phrase.english(), phrase.spanish(), phrase.french(), phrase.chinese()))
-    return str(phrase), tuple(
-        text.replace("me gusta", "me gustan") if phrase.plural else text for text in words
-    )
+    likes = "me gustan" if phrase.plural else "me gusta"
+    return str(phrase), tuple(text.replace("me gusta", likes) for text in words)
 
 
 def _phrase(rng: random.Random, determiners: Sequence[str]) -> Phrase:
@@ -342,58 +324,49 @@ def _phrase(rng: random.Random, determiners: Sequence[str]) -> Phrase:
 
 def _join(before: tuple[str, tuple[str, ...]], words: tuple[str, ...]) -> tuple[str, ...]:
     """Each language's beginning and end as one sentence; Chinese has no space between them."""
-    beginnings = (before[0], *before[1])
-    return tuple(
-        f"{first}{gap}{rest}".strip() for first, gap, rest in zip(beginnings, GAPS, words, strict=True)
-    )
+    sentences = zip((before[0], *before[1]), GAPS, words, strict=True)
+    return tuple(f"{first}{gap}{rest}".strip() for first, gap, rest in sentences)
 
 
 def _draw_translation(rng: random.Random) -> Text:
     meaning, (english, *others) = _translated(rng)
     language = rng.choice(LANGUAGES)
-    prompt = rng.choice(
-        (f"The {language} translation of {english} is:", f"How do you say {english} in {language}?")
-    )
+    prompts = f"The {language} translation of {english} is:", f"How do you say {english} in {language}?"
+    prompt = rng.choice(prompts)
     return Text("translation", prompt, " " + others[LANGUAGES.index(language)], meaning)
 
 
 # --- Ages
 
-PARTS = {"half": 2, "a third of": 3, "a quarter of": 4}
-TIMES = {"twice": 2, "three times": 3}
-YOUNGER = {
-    "sister": "She",
-    "brother": "He",
-    "niece": "She",
-    "nephew": "He",
-    "cousin Lucy": "She",
-    "cousin Tom": "He",
-}
-OLDER = {
-    "sister": "She",
-    "brother": "He",
-    "aunt": "She",
-    "uncle": "He",
-    "cousin Lucy": "She",
-    "cousin Tom": "He",
+PRONOUNS = {"Lucy": "She", "Tom": "He", "sister": "She", "brother": "He", "niece": "She", "nephew": "He"}
+PRONOUNS |= {"aunt": "She", "uncle": "He"}
+# By who is younger or older: how their age is told, and the persons.
+AGES = {
+    "younger": (
+        {"half": 2, "a third of": 3, "a quarter of": 4},
+        ("sister", "brother", "niece", "nephew", "cousin Lucy", "cousin Tom"),
+    ),
+    "older": (
+        {"twice": 2, "three times": 3},
+        ("sister", "brother", "aunt", "uncle", "cousin Lucy", "cousin Tom"),
+    ),
 }
 
 
 def _draw_ages(rng: random.Random) -> Text:
     now = rng.randint(30, 90)
-    if rng.random() < 0.6:
-        words, number = rng.choice(list(PARTS.items()))
-        who, pronoun = rng.choice(list(YOUNGER.items()))
+    comparison = "younger" if rng.random() < 0.6 else "older"
+    factors, persons = AGES[comparison]
+    words, number = rng.choice(list(factors.items()))
+    who = rng.choice(persons)
+    pronoun = PRONOUNS[who.removeprefix("cousin ")]
+    if comparison == "younger":
         then = number * rng.randint(1, 20 // number)
-        other = then // number
-        gap, comparison = then - other, "younger"
+        other, gap = then // number, then - then // number
         sums = f"{then} / {number} = {other}", f"{then} - {other} = {gap}", f"{now} - {gap} = {now - gap}"
     else:
-        words, number = rng.choice(list(TIMES.items()))
-        who, pronoun = rng.choice(list(OLDER.items()))
         then = rng.randint(2, 24 // number)
-        other = then * number
-        gap, comparison = other - then, "older"
+        other, gap = then * number, then * number - then
         sums = f"{then} * {number} = {other}", f"{other} - {then} = {gap}", f"{now} + {gap} = {now + gap}"
     prompt = f"When I was {then} my {who} was {words} my age. Now I am {now}. How old is my {who}?"
     answer = f" When I was {then}, my {who} was {sums[0]}. {pronoun} is {sums[1]} years {comparison}."
@@ -407,7 +380,7 @@ _DRAW = {"sql": _draw_sql, "translation": _draw_translation, "ages": _draw_ages}
 
 
 def is_unseen(text: Text) -> bool:
-    """True where the text's meaning is kept out of training."""
+    """Whether the text's meaning is kept out of training."""
     return zlib.crc32(f"{text.kind}: {text.meaning}".encode()) % UNSEEN_SHARE == 0
 
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
 
-from scripts.fakehub.checkpoint import MINIATURE
+from scripts.fakehub.checkpoint import MINIATURE, pre_tokenizer
 from scripts.miniature.files import TEXT_SEED, UNSEEN_TEXTS, save_tokenizer, save_weights, write_unseen
 from scripts.miniature.model import Shape, answer_logits, deepen, new_weights
 from scripts.miniature.rows import LENGTH, SPECIAL, Rows, pack
@@ -40,9 +40,7 @@ REPEATS = {"sql": 1, "translation": 1, "ages": 3}  # in one round through the tr
 def train_tokenizer(texts: list[Text]) -> Tokenizer:
     """Byte-level BPE in BLOOM's layout; no merge has a digit in it, so numbers are read digit by digit."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), behavior="isolated", invert=False)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizer()
     tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

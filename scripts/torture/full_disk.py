@@ -1,23 +1,21 @@
-"""Fill up a small disk in the middle of download, conversion and preparation, make room, and go on.
+"""Fill up a small disk in the middle of download, conversion and preparation, make room, and continue.
 
     sudo python -m scripts.torture.full_disk [--levels 5] [--command convert]
 
-For each command and each level it mounts a tmpfs of its own that is too small, runs the command until the disk
-is full, and wants exit status 1 and one clear sentence; then it makes room, by a larger mount or by deleting a
-ballast file in turns, runs the same command again, and wants the bytes of an undisturbed run. Needs root on
-Linux and the right to mount; says so and ends with 2 where that is missing. Unmounts whatever happens.
+For each command and each level it mounts a tmpfs that is too small, runs the command until the disk is full, and
+expects exit status 1 and one clear sentence. Then it makes room (by a larger mount, every second time by deleting a
+ballast file), runs the same command again, and expects the bytes of an undisturbed run. Needs root on Linux and
+permission to mount, ends with 2 without them, and always unmounts.
 
-The commands measure the disk before they begin and would refuse at once. Here another program takes the room
-after that: in the disturbed run the measurement, and nothing else, is told of an endless disk.
+The commands measure the disk before they begin and would refuse at once. This test simulates another program that
+fills the disk later: in the disturbed run, the measurement alone reports an endless disk.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,10 +27,10 @@ from pathlib import Path
 
 from scripts.fakehub.checkpoint import synthetic
 from scripts.fakehub.server import LocalHub
+from scripts.torture.attempt import content, environment
+from toolkit.hub.record import RECORD
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-RECORD = "bloomdesk-download.json"
 REPO = "someone/bloom-small"
 SHAPE = {"hidden_size": 256, "heads": 8, "blocks": 8, "vocab_size": 2000}
 ENDLESS = """
@@ -40,6 +38,7 @@ import shutil
 measure = shutil.disk_usage
 shutil.disk_usage = lambda path: measure(path)._replace(free=2**50)
 """
+COMMANDS = ("download", "convert", "prepare", "lossless")
 COMMAND = "from toolkit.cli.app import main; main()"
 
 
@@ -61,12 +60,10 @@ class Disk:
         _mount("-o", f"remount,size={size}", str(self.path))
 
     def fill(self, leave: int) -> Path:
-        """Take all room but `leave` bytes with a ballast file, whose path it returns."""
+        """The path of a new ballast file that takes all space but `leave` bytes."""
         ballast = self.path / "ballast"
-        usage = os.statvfs(self.path)
-        size = max(0, usage.f_bavail * usage.f_frsize - leave)
         with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, size))
+            os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.path).free - leave))
         return ballast
 
 
@@ -81,7 +78,7 @@ def _mount(*arguments: str) -> None:
 
 @contextmanager
 def disk(size: int) -> Iterator[Disk]:
-    """A disk of its own, gone when the block ends. Raises `NotAllowed`."""
+    """A new disk, unmounted when the block ends. Raises `NotAllowed`."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise NotAllowed("it takes root on Linux to mount a disk")
     with tempfile.TemporaryDirectory(prefix="bloomdesk-disk-") as place:
@@ -94,120 +91,88 @@ def disk(size: int) -> Iterator[Disk]:
 
 
 def run(arguments: Sequence[str], endpoint: str, *, endless: bool) -> subprocess.CompletedProcess[str]:
-    """A `bloomdesk` command as a user runs it."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
-        environment.pop(name, None)
-    code = (ENDLESS if endless else "") + COMMAND
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-
-
-def available(command: str) -> bool:
-    command = "convert" if command == "lossless" else command
-    return run([command, "--help"], "http://127.0.0.1:1", endless=False).returncode == 0
-
-
-def content(directory: Path) -> dict[str, str]:
-    """sha256 of each file, by name; of a download's record without the times of its files."""
-    found = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            data = path.read_bytes()
-            if path.name == RECORD:
-                data = re.sub(rb'"(mtime_ns|sha256)": .*', b"", data)
-            found[str(path.relative_to(directory))] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def pages(directory: Path) -> int:
-    """Bytes that the files take on a tmpfs."""
-    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in directory.rglob("*") if path.is_file())
+    """The outcome of a `bloomdesk` command, run as a user would."""
+    command = [sys.executable, "-c", (ENDLESS if endless else "") + COMMAND, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(endpoint), timeout=600)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command that ends in a directory: its arguments for one, and what an undisturbed run puts there."""
+    """A command that writes a directory, and the result of an undisturbed run; sizes are bytes on a tmpfs."""
 
     command: str
     arguments: Callable[[Path], list[str]]
-    expected: Mapping[str, str]
+    expected: Mapping[str, bytes]
     size: int
     manifest: int
 
     def levels(self, count: int) -> dict[str, int]:
-        """Sizes of disks that are too small: shares of the result, and all of it but for its manifest or record."""
+        """Sizes of disks that are too small: shares of the result, and all of it without its manifest or record."""
         shares = [(number + 0.5) / count for number in range(count)]
-        found = {f"{share:.0%}": int(share * self.size) for share in shares}
-        # What is written last: the manifest or record, whose rewrite needs room beside what it replaces.
-        found["all but the manifest"] = self.size - -(-self.manifest // PAGE) * PAGE
-        found["all but a page"] = self.size - PAGE
-        return found
+        # The manifest or record is written last, and its rewrite needs space beside the file that it replaces.
+        last = {"all but the manifest": self.size - self.manifest, "all but a page": self.size - PAGE}
+        return {f"{share:.0%}": int(share * self.size) for share in shares} | last
 
 
 def cases(directory: Path, endpoint: str, commands: Sequence[str]) -> list[Case]:
-    """Every command's case, with an undisturbed run of each for comparison."""
-    repo = directory / "repo"
-    arguments: dict[str, Callable[[Path], list[str]]] = {
-        "download": lambda target: ["download", REPO, str(target)],
-        "convert": lambda target: ["convert", str(repo), str(target)],
-        "prepare": lambda target: ["prepare", REPO, str(target)],
-        "lossless": lambda target: ["convert", str(repo), str(target), "--lossless"],
-    }
+    """Every command's case, each with the result of an undisturbed run."""
+    repo = str(directory / "repo")
     made = []
     for command in commands:
+
+        def arguments(target: Path, command: str = command) -> list[str]:
+            if command == "lossless":
+                return ["convert", repo, str(target), "--lossless"]
+            return [command, repo if command == "convert" else REPO, str(target)]
+
         target = directory / f"{command}-undisturbed"
-        done = run(arguments[command](target), endpoint, endless=False)
+        done = run(arguments(target), endpoint, endless=False)
         if done.returncode:
             raise Failure(f"{command} fails undisturbed: {done.stderr}")
-        manifest = target / (RECORD if command == "download" else "manifest.json")
-        size = manifest.stat().st_size
-        made.append(Case(command, arguments[command], content(target), pages(target), size))
+        pages = {p.name: -(-p.stat().st_size // PAGE) * PAGE for p in target.rglob("*") if p.is_file()}
+        manifest = pages[RECORD if command == "download" else "manifest.json"]
+        made.append(Case(command, arguments, content(target), sum(pages.values()), manifest))
     return made
 
 
 def trial(case: Case, size: int, endpoint: str, *, ballast: bool) -> str:
-    """Run on a disk of `size` bytes, make room, run again: the first run's sentence. Raises `Failure`."""
-    room = 4 * case.size + 2**26
-    with disk(room if ballast else size) as small:
+    """The error of a run on a disk of `size` bytes, after a rerun with more space. Raises `Failure`."""
+    enough = 4 * case.size + 2**26
+    with disk(enough if ballast else size) as small:
         taken = small.fill(size) if ballast else None
         target = small.path / "target"
-        first = run(case.arguments(target), endpoint, endless=True)
-        sentence = _one_sentence(first)
+        sentence = _one_error(run(case.arguments(target), endpoint, endless=True), "disk is full")
         if taken is not None:
             taken.unlink()
         else:
-            small.resize(room)
+            small.resize(enough)
         again = run(case.arguments(target), endpoint, endless=False)
         if again.returncode:
             raise Failure(f"the rerun ended with {again.returncode}: {again.stderr}")
         found = content(target)
         if found != case.expected:
-            names = sorted(
-                name for name in {*found, *case.expected} if found.get(name) != case.expected.get(name)
-            )
-            raise Failure(f"the rerun's result differs in {', '.join(names)}")
+            names = {name for name, _ in found.items() ^ case.expected.items()}
+            raise Failure(f"the rerun's result differs in {', '.join(sorted(names))}")
         return sentence
 
 
-def _one_sentence(done: subprocess.CompletedProcess[str]) -> str:
-    """The error that a command ended with; raises `Failure` where it is not one clear sentence."""
+def refused(case: Case, endpoint: str) -> str:
+    """The error with which the command refuses a disk that is too small from the start. Raises `Failure`."""
+    with disk(case.size // 2) as small:
+        done = run(case.arguments(small.path / "target"), endpoint, endless=False)
+        if list(small.path.iterdir()):
+            raise Failure(f"something was written: {done.stderr[-2000:]}")
+        return _one_error(done, "")
+
+
+def _one_error(done: subprocess.CompletedProcess[str], reason: str) -> str:
+    """The error that a command ended with. Raises `Failure` unless it is one sentence with `reason` and a next step."""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     if done.returncode != 1 or len(errors) != 1 or "Traceback" in done.stderr:
         raise Failure(f"exit status {done.returncode}, expected 1 and one error: {done.stderr[-2000:]}")
-    if "disk is full" not in errors[0] or "\n  next: " not in done.stderr:
-        raise Failure(f"it does not say that the disk is full, and what to do: {done.stderr[-2000:]}")
+    if reason not in errors[0] or (reason and "\n  next: " not in done.stderr):
+        raise Failure(f"the error lacks {reason!r} or the next step: {done.stderr[-2000:]}")
     return errors[0].removeprefix("error: ")
-
-
-def refused(case: Case, endpoint: str) -> str:
-    """The sentence with which the command refuses a disk that is too small from the start. Raises `Failure`."""
-    with disk(case.size // 2) as small:
-        done = run(case.arguments(small.path / "target"), endpoint, endless=False)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        if done.returncode != 1 or len(errors) != 1 or list(small.path.iterdir()):
-            raise Failure(f"exit status {done.returncode}, something was written: {done.stderr[-2000:]}")
-        return errors[0].removeprefix("error: ")
 
 
 @contextmanager
@@ -219,48 +184,39 @@ def hub(directory: Path, shape: Mapping[str, int]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fill up a disk under bloomdesk, make room, and go on.")
+    parser = argparse.ArgumentParser(description="Fill up a disk under bloomdesk, make room, and continue.")
     parser.add_argument(
         "--levels", type=int, default=5, metavar="N", help="sizes for each command (default: 5)"
     )
-    choices = ("download", "convert", "prepare", "lossless")
-    parser.add_argument("--command", choices=choices, action="append", help="default: all that are there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object for each run instead")
+    parser.add_argument("--command", choices=COMMANDS, action="append", help="default: all")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is mounted is unmounted
-    commands = [name for name in options.command or choices if available(name)]
-    failures = runs = 0
+    # `sys.exit` unwinds the stack, which unmounts the disks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    outcomes = []
     try:
         with (
+            disk(PAGE * 16),
             tempfile.TemporaryDirectory(prefix="bloomdesk-full-") as scratch,
             hub(Path(scratch), SHAPE) as endpoint,
         ):
-            with disk(PAGE * 16):
-                pass  # nothing is done where disks can't be mounted
-            for case in cases(Path(scratch), endpoint, commands):
+            for case in cases(Path(scratch), endpoint, options.command or COMMANDS):
                 print(f"{case.command}, before the start: {refused(case, endpoint)}", flush=True)
                 for number, (level, size) in enumerate(case.levels(options.levels).items()):
-                    how = "ballast deleted" if number % 2 else "larger mount"
-                    runs += 1
                     try:
-                        outcome = trial(case, size, endpoint, ballast=bool(number % 2))
+                        outcomes.append(trial(case, size, endpoint, ballast=bool(number % 2)))
                     except Failure as failure:
-                        failures += 1
-                        outcome = f"FAILED: {failure}"
-                    line = {
-                        "command": case.command,
-                        "level": level,
-                        "bytes": size,
-                        "room": how,
-                        "error": outcome,
-                    }
-                    told = f"{case.command}, disk of {size:,} bytes ({level}), {how}: {outcome}"
-                    print(json.dumps(line) if options.json else told, flush=True)
+                        outcomes.append(f"FAILED: {failure}")
+                    how = "ballast deleted" if number % 2 else "larger mount"
+                    print(
+                        f"{case.command}, disk of {size:,} bytes ({level}), {how}: {outcomes[-1]}", flush=True
+                    )
     except NotAllowed as error:
         print(f"this machine does not allow it: {error}", file=sys.stderr)
         return 2
+    failures = sum(outcome.startswith("FAILED") for outcome in outcomes)
+    good = len(outcomes) - failures
     print(
-        f"{runs} full disks, {runs - failures} with one clear sentence and a rerun byte-identical to an undisturbed run"
+        f"{len(outcomes)} full disks, {good} with one clear error and a rerun byte-identical to an undisturbed run"
     )
     return 1 if failures else 0
 

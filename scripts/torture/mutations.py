@@ -1,6 +1,6 @@
-"""What fuzzing feeds each reader, and what it must make of it: a result that holds, or one clear BloomdeskError.
+"""Inputs for fuzzing each reader, which must give a sound result or raise one clear BloomdeskError.
 
-`READERS` is used by tests/scripts/test_fuzz.py for seconds and by scripts/torture/fuzz.py for as long as one likes.
+`READERS` is used by tests/scripts/test_fuzz.py for seconds and by scripts/torture/fuzz.py for any time.
 """
 
 from __future__ import annotations
@@ -38,38 +38,20 @@ from toolkit.source.index import find_shards
 from toolkit.source.shards import read_shard
 
 LONGEST_MESSAGE = 1200
+COMPANIONS = ("config.json", "tokenizer.json")
 NUMBERS = (0, 1, 2, 3, 7, 8, 63, 64, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)  # fmt: skip  # noqa: E501
 OPCODES = (
-    *(
-        b"}",
-        b"]",
-        b")",
-        b"(",
-        b"N",
-        b"0",
-        b"2",
-        b"1",
-        b"\x85",
-        b"\x86",
-        b"\x87",
-        b"t",
-        b"s",
-        b"u",
-        b"a",
-        b"e",
-    ),
-    *(b"q\0", b"h\0", b"q\1", b"h\1", b"R", b"b", b"Q", b"K\2", b"X\1\0\0\0a", b"\x8a\x08" + b"\xff" * 8),
+    *(bytes([code]) for code in b"}])(N021\x85\x86\x87tsuaeRbQo\x81\x93"),
+    *(b"q\0", b"h\0", b"q\1", b"h\1", b"K\2", b"X\1\0\0\0a", b"\x8a\x08" + b"\xff" * 8, b"P1\n"),
     *(b"cos\nsystem\n", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n", b"ctorch.hub\nload\n"),
-    *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n", b"P1\n", b"o", b"\x81"),
-    *(b"\x8d" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f", b"\x95" + b"\xff" * 8, b"L1L\n", b"I01\n", b"\x93"),
+    *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch._utils\n_rebuild_parameter\n", b"L1L\n", b"I01\n"),
+    *(b"\x8d" + b"\xff" * 8, b"\x8b\xff\xff\xff\x7f", b"\x95" + b"\xff" * 8),
 )
+STRINGS = ("", "..", "../x", "/x", "a/b", "a\\b", "NUL.bin", "x\0", "\x1b[2J", "\ud800", "é" * 300)
 json_leaves = (
     st.none()
     | st.booleans()
-    | st.sampled_from([*NUMBERS, -1, -(2**63), 10**400, 0.5, 1e300, math.nan, math.inf])
-    | st.sampled_from(
-        ["", "..", "../x", "/x", "a/b", "a\\b", "NUL.bin", "x\0", "\x1b[2J", "\ud800", "é" * 300]
-    )
+    | st.sampled_from([*NUMBERS, -1, -(2**63), 10**400, 0.5, 1e300, math.nan, math.inf, *STRINGS])
     | st.text(max_size=6)
 )
 json_values = st.recursive(
@@ -81,9 +63,9 @@ json_values = st.recursive(
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader under test: it is given a directory in which `file` holds the `inputs`' bytes.
+    """A reader under test: it reads `file`, which holds one of the `inputs`.
 
-    `read` returns something that `holds` believes, or raises `BloomdeskError`.
+    `read` returns a result for which `holds` is true, or raises `BloomdeskError`.
     """
 
     file: str
@@ -93,7 +75,7 @@ class Reader:
 
 
 def check(reader: Reader, directory: Path, data: bytes) -> bool:
-    """Whether the reader took `data`; `AssertionError` or anything else where it does neither well."""
+    """Whether the reader took `data`; raises `AssertionError`, or what the reader raised, if it did neither well."""
     path = directory / reader.file
     path.write_bytes(data)
     try:
@@ -108,7 +90,7 @@ def check(reader: Reader, directory: Path, data: bytes) -> bool:
 
 @st.composite
 def damaged(draw: st.DrawFn, *seeds: bytes) -> bytes:
-    """One of the sound `seeds` with up to four things done to its bytes."""
+    """One of the sound `seeds` with up to four changes to its bytes."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(data)))
@@ -127,9 +109,8 @@ def damaged(draw: st.DrawFn, *seeds: bytes) -> bytes:
             case "double":
                 data[at:at] = data[at:upto]
             case "insert":
-                data[at:at] = draw(
-                    st.binary(max_size=20) | st.sampled_from([b"[" * 3000, b"\0" * 100, b"9" * 5000])
-                )
+                long = st.sampled_from([b"[" * 3000, b"\0" * 100, b"9" * 5000])
+                data[at:at] = draw(st.binary(max_size=20) | long)
             case "splice":
                 other = draw(st.sampled_from(seeds))
                 start = draw(st.integers(0, len(other)))
@@ -138,7 +119,7 @@ def damaged(draw: st.DrawFn, *seeds: bytes) -> bytes:
 
 
 @st.composite
-def forged(draw: st.DrawFn, seed: dict[str, Any], sign: Callable[[Any], Any]) -> bytes:
+def forged(draw: st.DrawFn, seed: dict[str, Any], signed: bool = False) -> bytes:
     """The JSON of `seed` with up to three values replaced, removed or doubled, and its checksum made right."""
     body = copy.deepcopy(seed)
     for _ in range(draw(st.integers(0, 3))):
@@ -155,38 +136,26 @@ def forged(draw: st.DrawFn, seed: dict[str, Any], sign: Callable[[Any], Any]) ->
         if not _places(body):
             break
     try:
-        return json.dumps(sign(body)).encode()
+        return _dumped({**body, "sha256": manifests.digest(body)} if signed else body)
     except RecursionError:
         return b"[" * 2000
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container and key or index within `value`, but not the insides of what is nested deep."""
-    found, left = [], [(value, 0)]
-    while left:
-        current, depth = left.pop()
-        items = (
-            current.items()
-            if isinstance(current, dict)
-            else enumerate(current)
-            if isinstance(current, list)
-            else ()
-        )
-        for key, inner in items:
-            found.append((current, key))
-            if depth < 8:
-                left.append((inner, depth + 1))
-    return found
+def _places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
+    """Every container and key or index within `value`, but not the insides of what is nested deeply."""
+    items = list(
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    found = [(value, key) for key, _ in items]
+    return found + [place for _, inner in items if depth < 8 for place in _places(inner, depth + 1)]
 
 
-def _signed(digest: Callable[[Any], str]) -> Callable[[Any], Any]:
-    return lambda body: {**body, "sha256": digest(body)}
-
-
-def _json_inputs(text: str, sign: Callable[[Any], Any] = lambda body: body) -> st.SearchStrategy[bytes]:
+def _json_inputs(text: str) -> st.SearchStrategy[bytes]:
+    """Inputs for a reader of JSON such as `text`, signed again if that has a checksum."""
     body = json.loads(text)
-    body.pop("sha256", None) if sign(body) is not body else None
-    return forged(body, sign) | damaged(text.encode()) | st.binary(max_size=100) | json_values.map(_dumped)
+    signed = body.pop("sha256", None) is not None
+    made = json_values.map(_dumped)
+    return forged(body, signed) | damaged(text.encode()) | st.binary(max_size=100) | made
 
 
 def _dumped(value: Any) -> bytes:
@@ -196,50 +165,30 @@ def _dumped(value: Any) -> bytes:
         return b"{"
 
 
-def _manifest() -> st.SearchStrategy[bytes]:
-    model = hyperparameters.Hyperparameters(hidden_size=8, n_head=2, n_layer=2, vocab_size=10, dtype="F16")
-    names = ("config.json", "tokenizer.json")
-    companions = {name: manifests.CompanionRecord(name, 3, "01" * 16) for name in names}
-    made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), companions=companions)
+def _manifest(form: str, dtype: str, *, n_layer: int, vocab_size: int) -> st.SearchStrategy[bytes]:
+    model = hyperparameters.Hyperparameters(8, 2, n_layer, vocab_size, dtype)
+    companions = {name: manifests.CompanionRecord(name, 3, "01" * 16) for name in COMPANIONS}
+    made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), form=form, companions=companions)
     for spec in layout.part_specs(model):
-        tensors = tuple(
-            manifests.TensorRecord(n, "F16", shape, "ab" * 16) for n, shape in spec.tensors.items()
-        )
-        shard = manifests.SourceShard("s.bin", "ef" * 32)
-        size = 4096 + spec.nbytes("F16")
-        made = made.with_part(manifests.PartRecord(spec.file, size, "cd" * 16, tensors, (shard,)))
-    return _json_inputs(made.to_json(), _signed(manifests.digest))
-
-
-def _lossless_manifest() -> st.SearchStrategy[bytes]:
-    model = hyperparameters.Hyperparameters(hidden_size=8, n_head=2, n_layer=1, vocab_size=30, dtype="BF16")
-    made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), form=coded.LOSSLESS)
-    for spec in layout.part_specs(model):
+        coded_bytes = {} if form == coded.PLAIN else dict.fromkeys(spec.matrices, 160)
+        described = spec.stored(dtype, coded_bytes), spec.decoded(form)
         tensors, decoded = (
-            tuple(manifests.TensorRecord(*described, "ab" * 16) for described in part)
-            for part in (
-                spec.stored("BF16", dict.fromkeys(spec.matrices, 160)),
-                spec.decoded(made.form),
-            )
+            tuple(manifests.TensorRecord(*one, "ab" * 16) for one in all_) for all_ in described
         )
-        shard = manifests.SourceShard("s.bin", "ef" * 32)
-        record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, (shard,), decoded)
+        shards = (manifests.SourceShard("s.bin", "ef" * 32),)
+        record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, shards, decoded)
         size = len(record.header) + sum(tensor.nbytes for tensor in tensors)
         made = made.with_part(dataclasses.replace(record, size=size))
-    return _json_inputs(made.to_json(), _signed(manifests.digest))
+    return _json_inputs(made.to_json())
 
 
 CODED_ROWS, CODED_COLUMNS = 30, 50
 TABLE_BYTES = 8 * (coded.row_group_count(CODED_ROWS) + 1)
 
 
-def _coded() -> st.SearchStrategy[bytes]:
-    """Offsets of row groups, then the row groups, of a matrix of normal weights and of one of all 16-bit patterns."""
-    return damaged(*_matrices())
-
-
 @functools.cache
 def _matrices() -> tuple[bytes, ...]:
+    """Offsets of row groups, then the row groups, of a matrix of normal weights and of one of all 16-bit patterns."""
     import torch
 
     from runner.kernel.encode import encode_row_groups
@@ -285,7 +234,7 @@ def _header() -> st.SearchStrategy[bytes]:
         return ((len(text) + error) % 2**64).to_bytes(8, "little") + text + bytes(max(0, 58 + tail))
 
     errors = st.sampled_from([0, 0, 0, 0, 1, -1, 2**40, 2**63])
-    made = st.builds(framed, forged(header, lambda body: body), errors, st.sampled_from([0, 0, 0, 1, -1]))
+    made = st.builds(framed, forged(header), errors, st.sampled_from([0, 0, 0, 1, -1]))
     return made | damaged(sound) | st.binary(max_size=60)
 
 
@@ -301,7 +250,7 @@ def _record() -> st.SearchStrategy[bytes]:
     files = (HubFile("model.bin", 5, "ab" * 32), HubFile("config.json", 2, None, "cd" * 20))
     revision = Revision("someone/bloom-small", "0" * 40, files)
     record = downloads.DownloadRecord.of(revision, None).with_file("config.json", "ef" * 32, 7)
-    return _json_inputs(record.to_json(), _signed(downloads._digest))
+    return _json_inputs(record.to_json())
 
 
 def _tokenizer() -> st.SearchStrategy[bytes]:
@@ -313,11 +262,8 @@ def _tokenize(path: Path) -> Any:
 
     tokenizer = Tokenizer(path)
     stream = tokenizer.stream()
-    return (
-        "".join(map(stream.push, tokenizer.encode("a房 b</s>")))
-        + stream.finish()
-        + tokenizer.decode([5, 299])
-    )
+    text = "".join(map(stream.push, tokenizer.encode("a房 b</s>")))
+    return text + stream.finish() + tokenizer.decode([5, 299])
 
 
 @functools.cache
@@ -345,14 +291,12 @@ def _pickle() -> st.SearchStrategy[bytes]:
             read = {name.partition("/")[2]: container.read(name) for name in container.namelist()}
         pickle = read.pop("data.pkl")
         sound.append(damaged(pickle).map(functools.partial(zip_of, records=read)))
-    made = st.lists(st.sampled_from(OPCODES), max_size=30).map(
-        lambda parts: b"\x80\2" + b"".join(parts) + b"."
-    )
-    return st.one_of(*sound, made.map(zip_of))
+    made = st.lists(st.sampled_from(OPCODES), max_size=30)
+    return st.one_of(*sound, made.map(lambda codes: zip_of(b"\x80\2" + b"".join(codes) + b".")))
 
 
 def zip_of(pickle: bytes, records: Mapping[str, bytes] | None = None) -> bytes:
-    """A stored zip as of torch.save around any pickle, so that its checksum is right."""
+    """A stored zip as of torch.save with any pickle in it, and with the right checksum."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as container:
         container.writestr("archive/data.pkl", pickle)
@@ -370,17 +314,21 @@ def _shard_holds(tensors: Any, path: Path) -> bool:
     )
 
 
+def _load_manifest(path: Path) -> manifests.Manifest:
+    return manifests.load_manifest(path.parent)
+
+
+_plain = functools.partial(_manifest, coded.PLAIN, "F16", n_layer=2, vocab_size=10)
+_lossless = functools.partial(_manifest, coded.LOSSLESS, "BF16", n_layer=1, vocab_size=30)
 READERS: Mapping[str, Reader] = {
-    "manifest": Reader(
-        "manifest.json", _manifest, lambda path: manifests.load_manifest(path.parent), _manifest_holds
+    "manifest": Reader("manifest.json", _plain, _load_manifest, _manifest_holds),
+    "lossless": Reader("manifest.json", _lossless, _load_manifest, _manifest_holds),
+    "coded": Reader(
+        "coded",
+        lambda: damaged(*_matrices()),
+        _decode,
+        lambda bits, _: len(bits) == CODED_ROWS * CODED_COLUMNS * 2,
     ),
-    "lossless": Reader(
-        "manifest.json",
-        _lossless_manifest,
-        lambda path: manifests.load_manifest(path.parent),
-        _manifest_holds,
-    ),
-    "coded": Reader("coded", _coded, _decode, lambda bits, _: len(bits) == CODED_ROWS * CODED_COLUMNS * 2),
     "index": Reader(
         "pytorch_model.bin.index.json",
         _index,

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 from toolkit.hub.client import Location
 from toolkit.hub.connection import Connection
@@ -97,9 +96,7 @@ class Ahead:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
         for thread in self._threads:
             if thread.ident is not None:

@@ -8,7 +8,6 @@ bloom-source/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,9 +17,10 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
-from runner.format.safetensors import read_small
+from runner.format.manifest import digest
 from runner.system.atomic import write_atomically
 from toolkit.hub.revision import COMMIT, HubFile, Revision
+from toolkit.io.disk import read_if_exists, reason
 
 RECORD = "bloomdesk-download.json"
 FORMAT = "bloomdesk-download"
@@ -29,17 +29,13 @@ LARGEST_RECORD = 16 * 2**20  # of BLOOM-176B's 77 files it has 0.02 MB
 
 
 @dataclass(frozen=True)
-class RecordedFile:
-    """A needed file: the Hub's size and hashes, and the state in which it was last seen to be sound.
+class RecordedFile(HubFile):
+    """A needed file with the state in which it was last seen to be sound.
 
     `mtime_ns` is None until the file is in place; `sha256` is known from then on, even if the Hub gave
     only `git_sha1`.
     """
 
-    path: str
-    size: int
-    sha256: str | None
-    git_sha1: str | None = None
     mtime_ns: int | None = None
 
     def sound_in(self, directory: Path) -> bool:
@@ -98,22 +94,20 @@ class DownloadRecord:
             "commit": self.commit,
             "files": [asdict(file) for file in self.files.values()],
         }
-        return json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+        return json.dumps({**body, "sha256": digest(body)}, indent=1) + "\n"
 
 
 def load_record(directory: Path) -> DownloadRecord | None:
     """The record of `directory`, or None if there is none; `BloomdeskError` if it is damaged."""
     path = directory / RECORD
-    try:
-        return _decode(json.loads(read_small(path, LARGEST_RECORD)))
-    except (FileNotFoundError, NotADirectoryError):
+    data = read_if_exists(path, LARGEST_RECORD)
+    if data is None:
         return None
-    except OSError as error:
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return _decode(json.loads(data))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = str(error)[:200].encode("unicode_escape").decode()  # it may quote the file
         raise BloomdeskError(
-            f"{path} is not a sound download record: {reason}",
+            f"{path} is not a sound download record: {reason(error)}",
             "delete it and run the download again: files that are there are checked, not fetched again",
         ) from None
 
@@ -123,15 +117,10 @@ def save_record(directory: Path, record: DownloadRecord) -> None:
     write_atomically(directory / RECORD, record.to_json().encode())
 
 
-def _digest(body: dict[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def _decode(body: dict[str, Any]) -> DownloadRecord:
     if body["format"] != FORMAT or body["format_version"] != FORMAT_VERSION:
         raise ValueError(f"its format is not {FORMAT} {FORMAT_VERSION}")
-    if body.pop("sha256") != _digest(body):
+    if body.pop("sha256") != digest(body):
         raise ValueError("its own checksum does not match: it was edited or damaged")
     repo, commit = body["repo"], body["commit"]
     if not isinstance(repo, str) or not repo.isprintable() or len(repo) > 200 or not COMMIT.fullmatch(commit):
@@ -150,8 +139,8 @@ def _decode_file(entry: dict[str, Any]) -> RecordedFile:
         raise ValueError(f"{file.path!r} is not the name of a file here")
     if type(file.size) is not int or file.size < 0 or type(file.mtime_ns) not in (int, type(None)):
         raise ValueError(f"{file.path} has no size or time")
-    for digest, length in ((file.sha256, 64), (file.git_sha1, 40)):
-        if digest is not None and not re.fullmatch(rf"[0-9a-f]{{{length}}}", digest):
+    for found, length in ((file.sha256, 64), (file.git_sha1, 40)):
+        if found is not None and not re.fullmatch(rf"[0-9a-f]{{{length}}}", found):
             raise ValueError(f"{file.path} has no sound hash")
     known = file.sha256 if file.git_sha1 is None or file.mtime_ns is not None else file.git_sha1
     if known is None:

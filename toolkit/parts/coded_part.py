@@ -24,7 +24,15 @@ from toolkit.io.progress import Progress
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.io.writer import WriteBehind, drop_cached
 from toolkit.parts.part import PlannedPart
-from toolkit.parts.row_groups import CHUNK, Coders, RowGroups, batches_of_row_groups, chunk_nbytes
+from toolkit.parts.row_groups import (
+    CHUNK,
+    IN_PROGRESS,
+    Block,
+    Coders,
+    RowGroups,
+    batches_of_row_groups,
+    chunk_nbytes,
+)
 from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
 
 
@@ -83,7 +91,7 @@ class _Writer:
         steps = [chunk_nbytes(of.shape[1]) if name in part.spec.matrices else CHUNK for name, of in named]
         chunked = [ranges_of(tensor, step) for (_, tensor), step in zip(named, steps, strict=True)]
         ranges = [each for chunks in chunked for each in chunks]
-        with TensorReader(ranges) as reader, WriteBehind(self._file.fileno()) as behind:
+        with TensorReader(ranges, held=IN_PROGRESS) as reader, WriteBehind(self._file.fileno()) as behind:
             behind.write(bytes(room))
             read = map(reader.whole, range(len(ranges)))
             for (name, tensor), chunks in zip(named, chunked, strict=True):
@@ -97,9 +105,7 @@ class _Writer:
             self._file.write(data)
         return record, self._tables
 
-    def _vector(
-        self, name: str, tensor: SourceTensor, chunks: Iterator[bytearray], behind: WriteBehind
-    ) -> None:
+    def _vector(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
         own = xxhash.xxh3_128()
         for chunk in chunks:
             behind.write(chunk)
@@ -107,14 +113,12 @@ class _Writer:
             self._seen(len(chunk))
         self._tensors.append(TensorRecord(name, tensor.dtype, tensor.shape, own.hexdigest()))
 
-    def _matrix(
-        self, name: str, tensor: SourceTensor, chunks: Iterator[bytearray], behind: WriteBehind
-    ) -> None:
+    def _matrix(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
         rows, columns = tensor.shape
         bits, stored = xxhash.xxh3_128(), xxhash.xxh3_128()
         lengths: list[int] = []
 
-        def hashed() -> Iterator[bytearray]:
+        def hashed() -> Iterator[Block]:
             for chunk in chunks:
                 bits.update(chunk)
                 self._seen(len(chunk))
@@ -160,7 +164,7 @@ def _read_back(
             ranges.append(ByteRange(path, start, tensor.nbytes))
         start += tensor.nbytes
     whole = xxhash.xxh3_128()
-    with ReadAhead(ranges) as ahead:
+    with ReadAhead(ranges, held=IN_PROGRESS) as ahead:
         read = _read_ranges(ahead, whole)
         if next(read) != record.header:
             raise ValueError("its header is another one")
@@ -173,7 +177,7 @@ def _read_back(
     return whole.hexdigest()
 
 
-def _read_ranges(ahead: ReadAhead, whole: xxhash.xxh3_128) -> Iterator[bytearray]:
+def _read_ranges(ahead: ReadAhead, whole: xxhash.xxh3_128) -> Iterator[Block]:
     """The bytes of each range, which also update `whole`."""
     for index in range(len(ahead.ranges)):
         data = ahead.whole(index)
@@ -185,13 +189,13 @@ def _compare_matrix(
     stored: TensorRecord,
     decoded: TensorRecord,
     groups: list[RowGroups],
-    read: Iterator[bytearray],
+    read: Iterator[Block],
     coders: Coders,
     seen: Callable[[int], None],
 ) -> None:
     own, bits = xxhash.xxh3_128(), xxhash.xxh3_128()
 
-    def coded() -> Iterator[tuple[RowGroups, bytearray]]:
+    def coded() -> Iterator[tuple[RowGroups, Block]]:
         for group in groups:
             data = next(read)
             own.update(data)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import PartRecord, TensorRecord
 from runner.format.safetensors import open_regular
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.row_groups import Coders, RowGroups, batches_of_row_groups
+from toolkit.parts.row_groups import IN_PROGRESS, Coders, RowGroups, batches_of_row_groups
 
 
 class DamagedTensor(Exception):
@@ -60,16 +59,14 @@ class PartReader:
             self._first.append(len(ranges))
             self._groups.append(groups)
             ranges += [ByteRange(path, stored.region.start + start, nbytes) for start, nbytes in places]
-        self._ahead = ReadAhead(ranges, held=2)
+        self._ahead = ReadAhead(ranges, held=IN_PROGRESS if any(self._groups) else 2)
 
     def __enter__(self) -> PartReader:
         self._ahead.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ahead.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._ahead.__exit__()
 
     def bits(self, index: int) -> Iterator[memoryview | bytearray]:
         """The bytes of the tensor at `index` in blocks, each valid while the next one is used.
@@ -79,7 +76,7 @@ class PartReader:
         name, groups, first = self._tensors[index].tensor.name, self._groups[index], self._first[index]
         try:
             if groups:
-                coded = self._coded(first, groups)
+                coded = ((group, self._ahead.whole(index)) for index, group in enumerate(groups, first))
                 yield from self._coders.decoded(coded, self._tensors[index].tensor.shape[1])
             else:
                 yield from self._ahead.blocks(first)
@@ -89,10 +86,6 @@ class PartReader:
             raise DamagedTensor(f"{name}: {error}") from None
         except ValueError as error:
             raise DamagedTensor(f"{name} can't be decoded: {error}") from None
-
-    def _coded(self, first: int, groups: list[RowGroups]) -> Iterator[tuple[RowGroups, bytearray]]:
-        for index, group in enumerate(groups, first):
-            yield group, self._ahead.whole(index)
 
 
 def _groups(path: Path, stored: StoredTensor, row_groups: Region) -> list[RowGroups]:

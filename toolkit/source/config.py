@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.safetensors import read_small
+from toolkit.io.disk import read_if_exists
 
 LARGEST_CONFIG = 2**20
 ARCHITECTURES = ("BloomModel", "BloomForCausalLM")
@@ -58,17 +58,14 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = read_small(path, LARGEST_CONFIG)
-    except FileNotFoundError:
+    data = read_if_exists(path, LARGEST_CONFIG)
+    if data is None:
         raise BloomdeskError(
             f"{path} is missing",
             "SOURCE must be a directory with config.json, tokenizer.json and the weights",
-        ) from None
-    except OSError as error:
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+        )
     try:
-        config = json.loads(text)
+        config = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BloomdeskError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):

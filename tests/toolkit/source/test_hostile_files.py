@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from runner.model.tokenizer import Tokenizer
 from runner.system.atomic import write_atomically
 from runner.weights.checkpoint import Weights
 from scripts.fakehub.checkpoint import byte_tokenizer, old_config, synthetic
-from tests.conftest import PreparedFactory
 from tests.support.bounded import Bounded
 from toolkit.commands.convert import convert
 from toolkit.hub.record import RECORD
@@ -28,13 +27,6 @@ from toolkit.source.shards import read_source
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, links and devices as Linux has them")
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
 DEEP = "[" * 500_000
-
-
-@pytest.fixture(scope="module")
-def bounded() -> Iterator[Bounded]:
-    reader = Bounded()
-    yield reader
-    reader.close()
 
 
 def item(start: Any, end: Any, shape: Any = None, dtype: Any = "U8") -> dict[str, Any]:
@@ -136,17 +128,17 @@ def test_json_that_is_not_what_it_should_be(
 @pytest.mark.parametrize(
     "name",
     [
-        *("../x.bin", "/etc/x.bin", "a/../../x.bin", "..\\x.bin", "C:\\x.bin", "c:x.bin", "x\0.bin", "x\n.bin"),
-        *("NUL.bin", "com1.x.bin", "con .bin", ".x.bin", "..bin", "", "x*.bin"),
-        *("\ud800.bin", "é" * 200 + ".bin", "x.bin/", "x.bin "),
+        *("../x.bin", "/etc/x.bin", "a/x.bin", "a/../../x.bin", "..\\x.bin", "a\\x.bin", "C:\\x.bin", "C:x.bin"),
+        *("c:x.bin", "x\0.bin", "x\n.bin", "NUL.bin", "com1.x.bin", "con .bin", ".x.bin", "..bin", ".bin", ".."),
+        *("", "x*.bin", "\ud800.bin", "é" * 200 + ".bin", "x.bin/", "x.bin ", "x.py", "x.safetensors", 7, None),
     ],
 )  # fmt: skip
 def test_an_index_that_names_anything_but_a_file_beside_it(
-    tmp_path: Path, bounded: Bounded, name: str
+    tmp_path: Path, bounded: Bounded, name: Any
 ) -> None:
-    index = {"weight_map": {"ln_f.weight": name}}
+    index = {"weight_map": {"ln_f.bias": "good.bin", "ln_f.weight": name}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert "is not the name of a shard beside it" in bounded.refuses("index", tmp_path)
+    assert "not the name of a shard beside it, which ends in .bin" in bounded.refuses("index", tmp_path)
 
 
 def test_a_shard_that_is_a_directory(tmp_path: Path, bounded: Bounded) -> None:
@@ -297,16 +289,6 @@ def test_a_tokenizer_that_is_no_file(tmp_path: Path, odd: dict[str, Path]) -> No
         Tokenizer(tmp_path / "tokenizer.json")
 
 
-@pytest.fixture
-def mine(prepared: PreparedFactory, tmp_path: Path) -> Path:
-    """A prepared directory to do anything with."""
-    directory = tmp_path / "bloom"
-    directory.mkdir()
-    for path in prepared()[1].iterdir():
-        (directory / path.name).write_bytes(path.read_bytes())
-    return directory
-
-
 def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest and make its checksum right, as a careful forger would."""
     body = json.loads((directory / "manifest.json").read_text())
@@ -325,7 +307,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         lambda body: body["parts"][1]["sources"][0].update(file=7),
         lambda body: body["parts"][1]["tensors"].reverse(),
         lambda body: body["parts"][1]["tensors"].append(body["parts"][1]["tensors"][0]),
-        lambda body: body["parts"][1]["tensors"][0].update(shape=[96.0]),
+        lambda body: body["parts"][1]["tensors"][0].update(shape=[64.0]),
         lambda body: body["parts"][1]["tensors"][0].update(xxh3_128="ab" * 32),
         lambda body: body["source"].update(repo=7),
         lambda body: body["source"].update(repo="\x1b[2J"),
@@ -337,41 +319,41 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ],
 )  # fmt: skip
 def test_a_manifest_made_by_hand(
-    mine: Path, bounded: Bounded, change: Callable[[dict[str, Any]], Any]
+    made_copy: Path, bounded: Bounded, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    edit(mine, change)
-    bounded.refuses("manifest", mine)
+    edit(made_copy, change)
+    bounded.refuses("manifest", made_copy)
 
 
-def test_a_manifest_edited_by_hand(mine: Path, bounded: Bounded) -> None:
-    path = mine / "manifest.json"
-    path.write_text(path.read_text().replace('"vocab_size": 1200', '"vocab_size": 1201'))
-    assert "edited or damaged" in bounded.refuses("manifest", mine)
+def test_a_manifest_edited_by_hand(made_copy: Path, bounded: Bounded) -> None:
+    path = made_copy / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 301'))
+    assert "edited or damaged" in bounded.refuses("manifest", made_copy)
 
 
-def test_a_part_whose_data_starts_elsewhere(mine: Path) -> None:
+def test_a_part_whose_data_starts_elsewhere(made_copy: Path) -> None:
     """The same tensors and the same size, but shifted off the page: never mapped."""
-    path = mine / "block_00.safetensors"
+    path = made_copy / "block_00.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     text, tensors = data[8 : 8 + length].rstrip(), data[8 + length :]
     header = json.loads(text)
     size = len(data) - 1
-    edit(mine, lambda body: body["parts"][1].update(size=size))
+    edit(made_copy, lambda body: body["parts"][1].update(size=size))
     path.write_bytes(
         (length - 1).to_bytes(8, "little") + json.dumps(header).encode().ljust(length - 1) + tensors
     )
     with pytest.raises(BloomdeskError, match="does not hold the tensors"):
-        Weights.open(mine)
+        Weights.open(made_copy)
 
 
-def test_parts_that_are_no_files(mine: Path, odd: dict[str, Path]) -> None:
-    path = mine / "block_01.safetensors"
+def test_parts_that_are_no_files(made_copy: Path, odd: dict[str, Path]) -> None:
+    path = made_copy / "block_01.safetensors"
     for kind in ("a pipe", "an endless device", "a directory", "nothing", "a loop", "another file"):
         path.unlink()
         path.symlink_to(odd[kind])
         with pytest.raises(BloomdeskError, match="block_01"):
-            Weights.open(mine)
+            Weights.open(made_copy)
 
 
 @pytest.fixture

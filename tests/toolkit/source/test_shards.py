@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import struct
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,114 +112,6 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         read_shard(tmp_path / "x.bin")
 
 
-class Evil:
-    """Unpickling this makes a directory."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.target),)
-
-
-class Greedy:
-    """torch lets this call through, and it would allocate a terabyte."""
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return bytearray, (2**40,)
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_that_runs_code_runs_nothing(tmp_path: Path, protocol: int) -> None:
-    path = tmp_path / "x.bin"
-    for value in (Evil(tmp_path / "made"), Greedy()):
-        torch.save({"a": torch.ones(2), "b": value}, path, pickle_protocol=protocol)
-        with pytest.raises(BloomdeskError, match="not only weights"):
-            read_shard(path)
-    path.write_bytes(pickle.dumps(Evil(tmp_path / "made"), protocol))
-    with pytest.raises(BloomdeskError, match="old format"):
-        read_shard(path)
-    assert not (tmp_path / "made").exists()
-
-
-def test_legacy_format(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-    with pytest.raises(BloomdeskError, match="old format"):
-        read_shard(tmp_path / "x.bin")
-
-
-def test_every_truncation(tmp_path: Path) -> None:
-    path = tmp_path / "x.bin"
-    synthetic(tmp_path, **SHAPE)
-    whole = (tmp_path / "pytorch_model_00004-of-00004.bin").read_bytes()
-    for length in (*range(0, len(whole), 61), len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(BloomdeskError):
-            read_shard(path)
-
-
-def rezipped(source: Path, target: Path, **options: Any) -> None:
-    """The same records in another zip."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-
-
-def test_compressed_zip(tmp_path: Path) -> None:
-    synthetic(tmp_path, **SHAPE)
-    rezipped(
-        tmp_path / "pytorch_model_00004-of-00004.bin", tmp_path / "x.bin", compression=zipfile.ZIP_DEFLATED
-    )
-    with pytest.raises(BloomdeskError, match="compressed"):
-        read_shard(tmp_path / "x.bin")
-
-
-def test_a_zip_of_something_else(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "x.bin", "w") as container:
-        container.writestr("a/letter.txt", "dear reader")
-    with pytest.raises(BloomdeskError, match=r"no data\.pkl"):
-        read_shard(tmp_path / "x.bin")
-
-
-def patched(path: Path, where: int, what: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(where)
-        file.write(what)
-
-
-def directory_entry(path: Path, name: str) -> int:
-    """Where the zip's directory describes the record `name`."""
-    return path.read_bytes().rindex(name.encode()) - 46
-
-
-@pytest.mark.parametrize("todays_zip", [False, True])
-def test_records_that_lie(tmp_path: Path, todays_zip: bool) -> None:
-    synthetic(tmp_path, **SHAPE, layout=Layout(todays_zip=todays_zip))
-    original = tmp_path / "pytorch_model_00004-of-00004.bin"
-    path = tmp_path / "x.bin"
-    root = zipfile.ZipFile(original).namelist()[0].partition("/")[0]
-    entry = directory_entry(original, f"{root}/data/0")
-    for where, what in (
-        (entry + 20, struct.pack("<2I", 64, 64)),  # smaller than the tensor
-        (entry + 20, struct.pack("<2I", 2**31, 2**31)),  # beyond the file
-        (entry + 42, struct.pack("<I", 0)),  # at another record's place
-        (entry + 42, struct.pack("<I", 2**31)),  # outside of the file
-        (len(original.read_bytes()) - 98 + 40, struct.pack("<Q", 2**50)),  # a directory of a petabyte
-    ):
-        path.write_bytes(original.read_bytes())
-        patched(path, where, what)
-        with pytest.raises(BloomdeskError, match=r"x\.bin"):
-            read_shard(path)
-
-
-def test_big_endian(tmp_path: Path) -> None:
-    synthetic(tmp_path, **SHAPE, layout=Layout(todays_zip=True, single=True))
-    path = tmp_path / "pytorch_model.bin"
-    path.write_bytes(path.read_bytes().replace(b"little", b"bigbig"))
-    with pytest.raises(BloomdeskError):
-        read_shard(path)
-
-
 def test_a_flipped_bit_anywhere_outside_the_data_is_no_crash(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     synthetic(tmp_path, **SHAPE)
@@ -238,38 +125,14 @@ def test_a_flipped_bit_anywhere_outside_the_data_is_no_crash(tmp_path: Path) -> 
         assert all(tensor.offset + tensor.nbytes <= len(whole) for tensor in found.values())
 
 
-def index_of(directory: Path, weight_map: Any) -> None:
-    (directory / "pytorch_model.bin.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        "../x.bin",
-        "/etc/x.bin",
-        "a/x.bin",
-        "a\\x.bin",
-        "C:x.bin",
-        ".x.bin",
-        "..",
-        "",
-        "x.safetensors",
-        7,
-        None,
-    ],
+    "text",
+    ["", "[]", "{", "{}", "\xff", "[" * 99_999]
+    + [f'{{"weight_map": {inside}}}' for inside in ("3", "[]", "{}", '{"a": []}')],
 )
-def test_an_index_that_points_elsewhere(tmp_path: Path, name: Any) -> None:
-    index_of(tmp_path, {"ln_f.weight": name})
-    with pytest.raises(BloomdeskError, match=r"index\.json"):
-        find_shards(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 99_999])
-def test_no_index(tmp_path: Path, text: str) -> None:
-    (tmp_path / "pytorch_model.bin.index.json").write_text(text)
-    with pytest.raises(BloomdeskError, match="not a sound index"):
+def test_a_damaged_index_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pytorch_model.bin.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(BloomdeskError, match=r"index\.json is not a sound index"):
         find_shards(tmp_path)
 
 
@@ -308,15 +171,6 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_source(tmp_path)
     with pytest.raises(BloomdeskError, match="not a directory"):
         read_source(tmp_path / "absent")
-
-
-def test_links_to_files_are_read(tmp_path: Path) -> None:
-    """The Hub's cache holds links to blobs."""
-    synthetic(tmp_path / "blobs", **SHAPE)
-    (tmp_path / "snapshot").mkdir()
-    for path in (tmp_path / "blobs").iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{path.name}")
-    assert len(read_source(tmp_path / "snapshot")) == 29
 
 
 def test_dtypes_that_differ_or_are_not_known(tmp_path: Path) -> None:
