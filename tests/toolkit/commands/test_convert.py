@@ -26,7 +26,7 @@ from runner.format.manifest import load_manifest
 from runner.format.safetensors import DATA_ALIGNMENT, read_header
 from runner.system import atomic as durable
 from scripts.fakehub.checkpoint import Layout, from_state, old_config, write_repo
-from tests.support.lossless import content, make
+from tests.support.lossless import content, flip, interrupt_at, make
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert, plan_conversion
@@ -411,7 +411,7 @@ def test_delete_source_resumes_after_a_kill(tmp_path: Path) -> None:
     convert(make(tmp_path / "again"), tmp_path / "expected")
     plan = plan_conversion(source, tmp_path / "out", delete_source=True)
     with pytest.raises(KeyboardInterrupt):
-        carry_out(plan, _interrupt_at("block_01.safetensors"))
+        carry_out(plan, interrupt_at("block_01.safetensors"))
     left = len(list(source.glob("*.bin")))
     assert 0 < left < len(plan.shards.deletable)
     carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
@@ -438,9 +438,7 @@ def test_a_part_that_does_not_read_back_keeps_its_source(
 
     def lossy(temporary: Path, path: Path) -> None:
         if path.name == "block_01.safetensors":
-            data = bytearray(temporary.read_bytes())
-            data[-1] ^= 1
-            temporary.write_bytes(data)
+            flip(temporary, -1)
         replace_file(temporary, path)
 
     monkeypatch.setattr(durable, "replace_file", lossy)
@@ -457,11 +455,3 @@ def test_links_are_not_deleted(tmp_path: Path) -> None:
         (cache / file.name).symlink_to(file)
     with pytest.raises(BloomdeskError, match="is a link"):
         plan_conversion(cache, tmp_path / "out", delete_source=True)
-
-
-def _interrupt_at(file: str) -> Callable[[str, int, int], None]:
-    def progress(name: str, done: int, total: int) -> None:
-        if name == file:
-            raise KeyboardInterrupt
-
-    return progress
