@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate, islice
 from pathlib import Path
@@ -93,7 +93,7 @@ class _Writer:
         ranges = [each for chunks in chunked for each in chunks]
         with TensorReader(ranges, held=IN_PROGRESS) as reader, WriteBehind(self._file.fileno()) as behind:
             behind.write(bytes(room))
-            read = map(reader.whole, range(len(ranges)))
+            read = self._read(reader)
             for (name, tensor), chunks in zip(named, chunked, strict=True):
                 write = self._matrix if name in part.spec.matrices else self._vector
                 write(name, tensor, islice(read, len(chunks)), behind)
@@ -105,12 +105,16 @@ class _Writer:
             self._file.write(data)
         return record, self._tables
 
+    def _read(self, reader: TensorReader) -> Iterator[Block]:
+        for index in range(len(reader.ranges)):
+            chunk = reader.whole(index)
+            self._seen(len(chunk))
+            yield chunk
+
     def _vector(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
         own = xxhash.xxh3_128()
-        for chunk in chunks:
+        for chunk in _hashed(chunks, own):
             behind.write(chunk)
-            own.update(chunk)
-            self._seen(len(chunk))
         self._tensors.append(TensorRecord(name, tensor.dtype, tensor.shape, own.hexdigest()))
 
     def _matrix(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
@@ -118,16 +122,10 @@ class _Writer:
         bits, stored = xxhash.xxh3_128(), xxhash.xxh3_128()
         lengths: list[int] = []
 
-        def hashed() -> Iterator[Block]:
-            for chunk in chunks:
-                bits.update(chunk)
-                self._seen(len(chunk))
-                yield chunk
-
         behind.wait()
         position = behind.position
         behind.write(bytes(8 * (row_group_count(rows) + 1)))
-        for coded, of_row_groups in self._coders.encoded(hashed(), columns):
+        for coded, of_row_groups in self._coders.encoded(_hashed(chunks, bits), columns):
             behind.write(coded)
             stored.update(coded)
             lengths += of_row_groups
@@ -165,7 +163,7 @@ def _read_back(
         start += tensor.nbytes
     whole = xxhash.xxh3_128()
     with ReadAhead(ranges, held=IN_PROGRESS) as ahead:
-        read = _read_ranges(ahead, whole)
+        read = _hashed(map(ahead.whole, range(len(ranges))), whole)
         if next(read) != record.header:
             raise ValueError("its header is another one")
         for tensor in record.tensors:
@@ -177,12 +175,11 @@ def _read_back(
     return whole.hexdigest()
 
 
-def _read_ranges(ahead: ReadAhead, whole: xxhash.xxh3_128) -> Iterator[Block]:
-    """The bytes of each range, which also update `whole`."""
-    for index in range(len(ahead.ranges)):
-        data = ahead.whole(index)
-        whole.update(data)
-        yield data
+def _hashed(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[Block]:
+    """The same blocks, each of which updates `digest` when it is taken."""
+    for block in blocks:
+        digest.update(block)
+        yield block
 
 
 def _compare_matrix(
@@ -194,14 +191,8 @@ def _compare_matrix(
     seen: Callable[[int], None],
 ) -> None:
     own, bits = xxhash.xxh3_128(), xxhash.xxh3_128()
-
-    def coded() -> Iterator[tuple[RowGroups, Block]]:
-        for group in groups:
-            data = next(read)
-            own.update(data)
-            yield group, data
-
-    for rows in coders.decoded(coded(), decoded.shape[1]):
+    # `groups` stands first, so that no block after the matrix's last one is taken.
+    for rows in coders.decoded(zip(groups, _hashed(read, own), strict=False), decoded.shape[1]):
         bits.update(rows)
         seen(len(rows))
     _compare(stored, own.hexdigest())

@@ -17,18 +17,6 @@ from toolkit.io.disk import read_if_exists
 
 LARGEST_CONFIG = 2**20
 ARCHITECTURES = ("BloomModel", "BloomForCausalLM")
-# Our name -> the names that config.json may use: new form, then old.
-NAMES = {
-    "hidden_size": ("hidden_size", "n_embed"),
-    "n_head": ("n_head", "num_attention_heads"),
-    "n_layer": ("n_layer", "num_hidden_layers"),
-    "vocab_size": ("vocab_size",),
-    "layer_norm_epsilon": ("layer_norm_epsilon",),
-    "apply_residual_connection_post_layernorm": ("apply_residual_connection_post_layernorm",),
-    "bos_token_id": ("bos_token_id",),
-    "eos_token_id": ("eos_token_id",),
-    "pad_token_id": ("pad_token_id",),
-}
 # What an absent field means. The shapes have no defaults here: a BLOOM whose size is unsaid is an error.
 DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
@@ -36,6 +24,14 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+# Our name -> the names that config.json may use: new form, then old.
+NAMES = {
+    "hidden_size": ("hidden_size", "n_embed"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "vocab_size": ("vocab_size",),
+    **{name: (name,) for name in DEFAULTS},
 }
 
 
