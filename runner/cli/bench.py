@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,45 +15,37 @@ from runner.units import duration, number, parse_size, percent, rate, size
 if TYPE_CHECKING:
     from runner.estimate.bench import Bench
 
-
-@dataclass(frozen=True)
-class BenchOptions:
-    """What `bench` is asked for; `ram` is a size like 12GB."""
-
-    directory: Path
-    ram: str | None = None
-    tokens: int = 4
-    prompt_tokens: int = 16
-    as_json: bool = False
+DEFAULT_TOKENS, DEFAULT_PROMPT_TOKENS = 4, 16
 
 
-def bench(options: BenchOptions) -> int:
-    """Exit status, after the report was printed."""
+def bench(
+    directory: Path,
+    ram: str | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
+    *,
+    as_json: bool = False,
+) -> int:
+    """Exit status, after the report was printed; `ram` is a size like 12GB."""
     from runner.estimate.bench import bench
 
     line = StatusLine(sys.stderr)
     try:
-        found = bench(
-            options.directory,
-            parse_size(options.ram) if options.ram else None,
-            options.tokens,
-            options.prompt_tokens,
-            line.show_part,
-        )
+        found = bench(directory, parse_size(ram) if ram else None, tokens, prompt_tokens, line.show_part)
     finally:
         line.clear()
-    print_rows(_rows(options, found), as_json=options.as_json)
+    print_rows(_rows(directory, found), as_json=as_json)
     return 0
 
 
-def _rows(options: BenchOptions, found: Bench) -> Iterator[Row]:
+def _rows(directory: Path, found: Bench) -> Iterator[Row]:
     run, forecast = found.run, found.forecast
     token, limit = found.seconds_per_token, found.limit_seconds
     yield Row(
         "measured",
         f"{duration(token)} a token, {percent(limit / token)} of the limit",
         {
-            "directory": str(options.directory),
+            "directory": str(directory),
             "seconds_per_token": token,
             "percent_of_limit": 100 * limit / token,
         },

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.cli.report import Row, forecast_fields, print_rows, rates_row
+from runner.cli.bench import DEFAULT_PROMPT_TOKENS
+from runner.cli.report import Row, print_rows, rates_row
 from runner.format.hyperparameters import Hyperparameters
 from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.units import duration, parse_size, size
@@ -18,45 +19,41 @@ if TYPE_CHECKING:
     from runner.generation.memory_plan import MemoryPlan
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """What `plan` is asked for; `ram` is a size like 12GB, `model` a name of the family."""
-
-    directory: Path = Path()
-    ram: str | None = None
-    model: str | None = None
-    tokens: int = DEFAULT_NEW_TOKENS
-    prompt_tokens: int = 16
-    as_json: bool = False
-
-
-def plan(options: PlanOptions, space_to_prepare: Callable[[Hyperparameters], int]) -> int:
+def plan(
+    space_to_prepare: Callable[[Hyperparameters], int],
+    directory: Path = Path(),
+    ram: str | None = None,
+    model: str | None = None,
+    tokens: int = DEFAULT_NEW_TOKENS,
+    prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
+    *,
+    as_json: bool = False,
+) -> int:
     """Exit status, 1 if the disk is too small, after the report was printed.
 
-    `space_to_prepare` gives the bytes of disk that preparing a model takes.
+    `space_to_prepare` gives the bytes of disk that preparing a model takes; `ram` is a size like 12GB.
     """
     from runner.estimate.plan import plan
 
-    ram = parse_size(options.ram) if options.ram else None
-    found = plan(options.directory, ram, options.model, options.prompt_tokens, options.tokens)
+    found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
-    print_rows(_rows(options, found, needed, fits), as_json=options.as_json)
+    asked = {"prompt_tokens": prompt_tokens, "tokens": tokens}
+    print_rows(_rows(directory, asked, found, needed, fits), as_json=as_json)
     return 0 if fits else 1
 
 
-def _rows(options: PlanOptions, found: Plan, needed: int, fits: bool) -> Iterator[Row]:
+def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits: bool) -> Iterator[Row]:
     form, forecast = found.form, found.form.forecast
     memory = forecast.memory_plan
     yield Row(
         "model",
-        f"{found.name or 'the prepared one'}, in {options.directory}",
+        f"{found.name or 'the prepared one'}, in {directory}",
         {
-            "directory": str(options.directory),
+            "directory": str(directory),
             "prepared": found.name is None,
             "model": {"name": found.name, **asdict(found.model)},
-            "prompt_tokens": options.prompt_tokens,
-            "tokens": options.tokens,
+            **asked,
         },
     )
     disk = f"{size(form.disk_bytes)}, which are there"
@@ -71,7 +68,7 @@ def _rows(options: PlanOptions, found: Plan, needed: int, fits: bool) -> Iterato
     if memory.streamed_bytes:
         read = f"{size(memory.streamed_bytes)} are read from the disk"
     yield Row("each token", f"{duration(forecast.seconds_per_token)}; {read}")
-    prompt = f"{duration(forecast.prompt_seconds)} for {options.prompt_tokens} tokens"
+    prompt = f"{duration(forecast.prompt_seconds)} for {asked['prompt_tokens']} tokens"
     yield Row("prompt", f"{prompt}, while all weights are read from the disk once")
     if other := found.lossless:
         words = f"{duration(other.forecast.seconds_per_token)} a token, {size(other.disk_bytes)} of disk; "
@@ -113,12 +110,29 @@ def _table(found: Plan) -> Iterator[Row]:
 
 
 def _form_fields(form: Form) -> dict[str, Any]:
-    def fields(ram: int, forecast: Forecast | None) -> dict[str, Any]:
-        return forecast_fields(forecast) if forecast else {"ram": ram, "too_little": True}
-
     return {
         "coding": form.form,
         "disk_bytes": form.disk_bytes,
-        "forecast": forecast_fields(form.forecast),
-        "others": [fields(ram, forecast) for ram, forecast in form.others.items()],
+        "forecast": _forecast_fields(form.forecast),
+        "others": [
+            _forecast_fields(forecast) if forecast else {"ram": ram, "too_little": True}
+            for ram, forecast in form.others.items()
+        ],
+    }
+
+
+def _forecast_fields(found: Forecast) -> dict[str, Any]:
+    """A forecast for --json, in bytes and seconds."""
+    plan, request = found.memory_plan, found.memory_plan.request
+    return {
+        "ram": request.ram,
+        "process": request.process,
+        "cache": request.cache,
+        "activations": request.activations,
+        "read_ahead": plan.read_ahead,
+        "resident_bytes": plan.resident_bytes,
+        "streamed_bytes_per_pass": plan.streamed_bytes,
+        "limit_seconds": found.limit_seconds,
+        "seconds_per_token": found.seconds_per_token,
+        "prompt_seconds": found.prompt_seconds,
     }

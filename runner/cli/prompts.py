@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, reading
 
 # Bytes; a longer line is not a prompt.
 LONGEST_LINE = 2**24
@@ -42,10 +42,8 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
             f"{path} is not a file of prompts: its name must end in .txt or .jsonl",
             "put one prompt on each line of a .txt, or one object with a prompt on each line of a .jsonl",
         )
-    try:
+    with reading(path):
         prompts = tuple(_prompts(path))
-    except OSError as error:
-        raise BloomdeskError(f"{path} cannot be read: {error.strerror}") from error
     if not prompts:
         raise BloomdeskError(f"{path} holds no prompt")
     lines: dict[tuple[str, str | int], int] = {}

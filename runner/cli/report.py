@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from runner.units import number, rate
 
 if TYPE_CHECKING:
-    from runner.estimate.forecast import Forecast
     from runner.estimate.rates import Rates
 
 
@@ -44,20 +43,3 @@ def rates_row(rates: Rates) -> Row:
         f"{number(rates.compute / 1e9)} billion multiply-adds/s"
     )
     return Row("rates", words, {"rates": asdict(rates)})
-
-
-def forecast_fields(found: Forecast) -> dict[str, Any]:
-    """A forecast for --json, in bytes and seconds."""
-    plan, request = found.memory_plan, found.memory_plan.request
-    return {
-        "ram": request.ram,
-        "process": request.process,
-        "cache": request.cache,
-        "activations": request.activations,
-        "read_ahead": plan.read_ahead,
-        "resident_bytes": plan.resident_bytes,
-        "streamed_bytes_per_pass": plan.streamed_bytes,
-        "limit_seconds": found.limit_seconds,
-        "seconds_per_token": found.seconds_per_token,
-        "prompt_seconds": found.prompt_seconds,
-    }

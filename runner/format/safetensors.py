@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, reading
 
 DATA_ALIGNMENT = 4096
 # The reference reader allows 100 MB, whose JSON can take gigabytes; all of BLOOM-176B in one file needs 0.1 MB.
@@ -112,20 +112,15 @@ def read_header(path: Path) -> Header:
     Only the header's bytes are read. Raises `BloomdeskError` for anything that the format does not allow: a length
     beyond the file, invalid JSON, a repeated name, gaps, overlaps, data that ends before or after the file does.
     """
-    try:
-        with open_regular(path) as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
-            if length > MAX_HEADER_BYTES:
-                raise _damaged(
-                    path, f"its header has {length:,} bytes, expected {MAX_HEADER_BYTES:,} at most"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path), open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _damaged(path, f"its header claims {length:,} bytes and the file has {size:,}")
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(path, f"its header has {length:,} bytes, expected {MAX_HEADER_BYTES:,} at most")
+        text = file.read(length)
     entries = _parse(path, text)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import ByteLevel, DecodeStream
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, reading
 from runner.format.safetensors import read_small
 
 # Bytes. BLOOM's tokenizer.json has 14.5 MB.
@@ -21,12 +21,8 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         """Raises `BloomdeskError` if the file is missing, or is not a tokenizer of BLOOM's kind."""
         repair = f"see what is damaged: bloomdesk verify {path.parent}"
-        try:
+        with reading(path, repair):
             data = read_small(path, LARGEST_TOKENIZER)
-        except FileNotFoundError:
-            raise BloomdeskError(f"{path} is missing", repair) from None
-        except OSError as error:
-            raise BloomdeskError(f"{path}: cannot be read: {error.strerror}", repair) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except BaseException as error:

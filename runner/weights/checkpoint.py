@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, reading
 from runner.format.coded import LOSSLESS, ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import PartSpec, part_specs
@@ -103,20 +103,17 @@ def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:
     """The vectors of a part, and the chunks of its matrices, by name."""
     path = directory / spec.file
     repair = f"see what is damaged: bloomdesk verify {directory}"
-    try:
+    with reading(path, repair):
         file = PartFile.of(path)
-        if file.size != record.size:
-            raise BloomdeskError(f"{path} has {file.size:,} bytes, expected {record.size:,}", repair)
-        header = read_header(path)
-        found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
-        expected = [tensor.described for tensor in record.tensors]
-        if found != expected or header.data_start % DATA_ALIGNMENT:
-            raise BloomdeskError(f"{path} does not hold the tensors that the manifest lists", repair)
+    if file.size != record.size:
+        raise BloomdeskError(f"{path} has {file.size:,} bytes, expected {record.size:,}", repair)
+    header = read_header(path)
+    found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
+    expected = [tensor.described for tensor in record.tensors]
+    if found != expected or header.data_start % DATA_ALIGNMENT:
+        raise BloomdeskError(f"{path} does not hold the tensors that the manifest lists", repair)
+    try:
         return _read_part(file, header.tensors, spec, record)
-    except FileNotFoundError:
-        raise BloomdeskError(f"{path} is missing", repair) from None
-    except OSError as error:
-        raise BloomdeskError(f"{path} cannot be read: {error.strerror}", repair) from error
     except ValueError as error:
         raise BloomdeskError(f"{path} is damaged: {error}", repair) from error
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, reading
 from runner.system import files, platform
 
 
@@ -27,9 +27,14 @@ class PartFile:
         found = path.stat()
         return cls(path, found.st_size, found.st_mtime_ns)
 
+    @property
+    def hint(self) -> str:
+        """The next command if it cannot be read."""
+        return f"see what is damaged: bloomdesk verify {self.path.parent}"
+
     def check_unchanged(self, descriptor: int | None = None) -> None:
         """Raise `BloomdeskError` if the file, found by its path or already open, is not as it was."""
-        with _named(self.path):
+        with reading(self.path, self.hint):
             found = self.path.stat() if descriptor is None else os.fstat(descriptor)
         if (found.st_size, found.st_mtime_ns) != (self.size, self.changed_ns):
             raise BloomdeskError(
@@ -46,7 +51,7 @@ class PartFile:
         """
         first = start - start % platform.PAGE
         wanted = start + nbytes - first
-        with _named(self.path, f" at bytes {start:,} to {start + nbytes:,}"):
+        with reading(self.path, self.hint, f" at bytes {start:,} to {start + nbytes:,}"):
             done = 0
             if stays:
                 self.check_unchanged()
@@ -60,7 +65,7 @@ class PartFile:
     @contextmanager
     def opened(self) -> Iterator[io.FileIO]:
         """The file, to be read a few kilobytes here and there by `read_range`. Raises `BloomdeskError`, also inside."""
-        with _named(self.path), files.open_for_rows(self.path) as file:
+        with reading(self.path, self.hint), files.open_for_rows(self.path) as file:
             self.check_unchanged(file.fileno())
             yield file
 
@@ -72,15 +77,3 @@ def read_range(file: io.FileIO, start: int, nbytes: int) -> bytearray:
     if file.readinto(data) != nbytes:
         raise OSError(errno.EIO, "the file ends too early")
     return data
-
-
-@contextmanager
-def _named(path: Path, place: str = "") -> Iterator[None]:
-    """Turn an OSError into one that says which file cannot be read."""
-    try:
-        yield
-    except OSError as error:
-        raise BloomdeskError(
-            f"{path} cannot be read{place}: {error.strerror or error}",
-            f"see what is damaged: bloomdesk verify {path.parent}",
-        ) from error

@@ -84,6 +84,7 @@ COLUMNS = (
     Column("peer", "point"),
     Column("s/token", "seconds", ".3f"),
     Column("range of rounds", "rounds", ".3f"),
+    Column("limit s", "limit", ".3f"),
     Column("x bloomdesk", "times_own"),
     Column("x limit", "times_limit"),
     Column("prompt s", "prompt_seconds"),
@@ -175,6 +176,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     return {
         **passes,
         "times_own": passes["seconds"] / median(own) if own else None,
+        "limit": least,
         "times_limit": passes["seconds"] / least if least else None,
         "same": agreement(run, done) + (f", {failed} failed" if failed else ""),
     }

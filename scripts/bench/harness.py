@@ -220,8 +220,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     work = given.work.resolve()
     try:
         with turns.sole_worker(work):
+            turns.check_limits(work, given_limits(given))
             prepared, points = benchmark.points(given, work)
-            turns.check_limits(work, {point.limits for point in points})
             run = Run(given, prepared.resolve(), points)
             complete = turns.to_the_end(lambda: _rounds(benchmark, run))
     except CannotRun as error:
@@ -267,6 +267,12 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     """The options for one amount of RAM and one rate of the disk."""
     parser.add_argument("--ram", type=size, default="3GB", metavar="SIZE")
     parser.add_argument("--disk", type=size, default="1.073GB/s", metavar="RATE")
+
+
+def given_limits(given: argparse.Namespace) -> list[Limits]:
+    """Every pair of an amount of RAM and a rate of the disk in the options."""
+    rams, disks = (each if isinstance(each, list) else [each] for each in (given.ram, given.disk))
+    return [limits_of(ram, disk) for disk in disks for ram in rams]
 
 
 def limits_of(ram: float | None, disk: float | None) -> Limits:

@@ -54,7 +54,7 @@ from scripts.bench.harness import (
     Row,
     Run,
     Turn,
-    limits_of,
+    given_limits,
     main,
     pass_facts,
     peer,
@@ -110,7 +110,7 @@ def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
         raise CannotRun("--ram must be sizes, and --tokens at least 1")
     prepared = (given.prepared or checkpoint(work, given.blocks, given.shape)).resolve()
     prompt, made = prompt_of(prepared, PROMPT_TOKENS), []
-    for limits in (limits_of(ram, disk) for disk in given.disk for ram in given.ram):
+    for limits in given_limits(given):
         command = peer("one_row_passes", prepared, prompt, given.tokens + 1, given, limits)
         plan = turns.module("toolkit.cli.app", "plan", prepared, "--json", "--ram", limits.ram)
         plan += ["--tokens", given.tokens + 1, "--prompt-tokens", PROMPT_TOKENS]

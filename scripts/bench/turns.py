@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runner.system.disk import existing_directory, free_bytes
 from scripts.bench.control_group import NoControlGroups, control_group
 from scripts.bench.peers import forms
 
@@ -154,7 +154,7 @@ def check_limits(work: Path, limits: Iterable[Limits]) -> None:
     """Raises `CannotRun` if one of these limits is not possible on the disk of `work`."""
     for each in limits:
         try:
-            with control_group(ram=each.ram, read_rate=each.disk, disk_of=existing(work)):
+            with control_group(ram=each.ram, read_rate=each.disk, disk_of=existing_directory(work)):
                 pass
         except NoControlGroups as error:
             raise CannotRun(f"{error}\nrun it as root on Linux, or without limits") from error
@@ -182,15 +182,9 @@ def sole_worker(work: Path) -> Iterator[None]:
 
 def check_room(work: Path, needed: int) -> None:
     """Raises `CannotRun` where the disk of `work` has less than `needed` bytes free."""
-    free = shutil.disk_usage(existing(work)).free
+    free = free_bytes(work)
     if free < needed:
         raise CannotRun(f"{work} needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that there is."""
-    path = path.resolve()
-    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def machine(directory: Path) -> str:

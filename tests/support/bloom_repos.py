@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import subprocess
+import time
 from pathlib import Path
 
 from scripts.fakehub.server import LocalHub
@@ -14,6 +16,7 @@ NAME = "someone/bloom-small"
 BLOOM = "bigscience/bloom"
 COMMIT = "2a3d62e072b65c210f519263339144a9428db0f4"
 SHARD = 300_000
+RANGE, WINDOW = 16_384, 131_072
 SHARDS = tuple(f"pytorch_model_0000{number}-of-00003.bin" for number in (1, 2, 3))
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -94,3 +97,11 @@ def fetched(local: LocalHub) -> set[str]:
 def ranges(local: LocalHub, name: str) -> list[str | None]:
     """The Range header of each request for the bytes of a large file."""
     return [each.headers.get("range") for each in local.asked("GET", name) if each.server == "cdn"]
+
+
+def wait_for_bytes(path: Path, nbytes: int, writer: subprocess.Popen) -> None:
+    """Wait until the process has written that many bytes of a file."""
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.stat().st_size < nbytes:
+        assert time.monotonic() < deadline and writer.poll() is None
+        time.sleep(0.01)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,6 +30,16 @@ def flip(path: Path, position: int, bit: int = 1) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= bit
     path.write_bytes(content)
+
+
+def interrupt_at(file: str) -> Callable[[str, int, int], None]:
+    """A progress that raises `KeyboardInterrupt` at a file."""
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name == file:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 def decoded(directory: Path) -> Iterator[tuple[str, str, bytes]]:

@@ -5,11 +5,13 @@ For `pytest_plugins` of the tests that talk to it; these also use the fixtures `
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from scripts.fakehub.server import LocalHub, Repo
-from tests.support.bloom_repos import BLOOM, COMMIT, NAME, write_bin_repo, write_pins
-from toolkit.hub import retry
+from tests.support.bloom_repos import BLOOM, COMMIT, NAME, RANGE, WINDOW, write_bin_repo, write_pins
+from toolkit.hub import ranges, retry
 from toolkit.hub import revision as hub
 
 
@@ -30,6 +32,19 @@ def surroundings(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(retry, "BACKOFF", (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def small_ranges(monkeypatch):
+    monkeypatch.setattr(ranges, "WINDOW", WINDOW)
+    monkeypatch.setattr(ranges, "SMALLEST", 4096)
+    monkeypatch.setattr(ranges, "LARGEST", RANGE)
+
+
+@pytest.fixture
+def no_thread_is_left():
+    yield
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("range")] == []
 
 
 @pytest.fixture(scope="module")

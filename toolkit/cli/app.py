@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.exceptions import TyperException
 
-from runner.cli.bench import BenchOptions
-from runner.cli.bench import bench as run_bench
+from runner.cli import bench as bench_command
+from runner.cli import plan as plan_command
 from runner.cli.command import Guard
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.plan import PlanOptions
-from runner.cli.plan import plan as run_plan
 from runner.cli.report import print_lines, print_rows
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
@@ -261,19 +259,21 @@ def generate(
 def bench(
     directory: Prepared,
     ram: Ram = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to time.")] = BenchOptions.tokens,
-    prompt_tokens: PromptTokens = BenchOptions.prompt_tokens,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to time.")
+    ] = bench_command.DEFAULT_TOKENS,
+    prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
     as_json: Json = False,
 ) -> int:
     """Time a few tokens. They are compared with the least that this machine's disk and memory allow."""
-    return run_bench(BenchOptions(directory, ram, tokens, prompt_tokens, as_json))
+    return bench_command.bench(directory, ram, tokens, prompt_tokens, as_json=as_json)
 
 
 @app.command()
 def plan(
     directory: Annotated[
         Path, typer.Argument(metavar="DST", help="A prepared directory, or any on the disk in question.")
-    ] = PlanOptions.directory,
+    ] = Path(),
     ram: Ram = None,
     model: Annotated[
         str | None,
@@ -283,14 +283,16 @@ def plan(
             show_default="what DST holds, or bigscience/bloom",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = PlanOptions.tokens,
-    prompt_tokens: PromptTokens = PlanOptions.prompt_tokens,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to generate.")
+    ] = GenerationOptions.max_new_tokens,
+    prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
     from toolkit.commands.schedule import space_to_prepare
 
-    return run_plan(PlanOptions(directory, ram, model, tokens, prompt_tokens, as_json), space_to_prepare)
+    return plan_command.plan(space_to_prepare, directory, ram, model, tokens, prompt_tokens, as_json=as_json)
 
 
 def _built(verb: str, plan: BuildPlan) -> Summary:

@@ -28,7 +28,7 @@ from toolkit.commands.build import plan_source_part
 from toolkit.commands.download import fetch_recorded
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
 from toolkit.hub.record import DownloadRecord, load_record
-from toolkit.hub.revision import HubFile, Revision
+from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import Transfer
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
@@ -152,13 +152,12 @@ class ArrivingShards:
         if known.sound_in(self._directory):
             progress(name, known.size, known.size)
             return Transfer(known.sha256 or "", known.size, 0)
-        file = HubFile(name, known.size, known.sha256, known.git_sha1)
         with disk_errors(self._directory / name):
             self._directory.mkdir(parents=True, exist_ok=True)
             # It is not known to be sound.
             (self._directory / name).unlink(missing_ok=True)
             transfer, self._record = fetch_recorded(
-                self._revision, file, self._directory, self._record, progress, self._connections
+                self._revision, known, self._directory, self._record, progress, self._connections
             )
         return transfer
 

@@ -29,7 +29,7 @@ from runner.format.safetensors import encode_header, read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import quick_damage
-from toolkit.io.disk import disk_errors, sole_writer_of
+from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.destination import (
@@ -45,7 +45,6 @@ from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
 
 INDEX = "model.safetensors.index.json"
-# Bytes after which a shard is synced to the disk and dropped from the page cache.
 
 
 @dataclass(frozen=True)
@@ -162,17 +161,15 @@ def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
 
 def _has_index(destination: Path, index: bytes) -> bool:
     """Whether the destination has this export's index; False if it is new or empty, else an error."""
-    try:
-        if read_small(destination / INDEX, LARGEST_INDEX) == index:
-            return True
-        what = "the index of another checkpoint"
-    except (FileNotFoundError, NotADirectoryError):
+    present = read_if_exists(destination / INDEX, LARGEST_INDEX)
+    if present == index:
+        return True
+    what = "the index of another checkpoint"
+    if present is None:
         others = other_files(destination, {INDEX + TEMPORARY_SUFFIX, ".bloomdesk.lock"})
         if not others:
             return False
         what = ", ".join(others[:3])
-    except OSError as error:
-        raise BloomdeskError(f"{destination / INDEX}: cannot be read: {error.strerror}") from error
     raise BloomdeskError(
         f"{destination} is not empty and holds no export of this checkpoint: {what}",
         "give a new or an empty directory to write to",

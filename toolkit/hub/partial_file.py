@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import TracebackType
 
 from runner.errors import BloomdeskError
 from toolkit.hub.revision import HubFile
@@ -44,14 +43,12 @@ class PartialFile:
         except BaseException:
             os.close(self._descriptor)
             raise
-        self._behind = WriteBehind(self._descriptor, self.position)
+        self._behind = WriteBehind(self._descriptor, self.position, durable=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._behind.__exit__(kind, error, trace)
+            self._behind.__exit__(kind)
         finally:
             os.close(self._descriptor)
 

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 from toolkit.hub.client import Location
 from toolkit.hub.connection import Connection
@@ -72,8 +71,8 @@ class Ahead:
         self._start, self._next, self._stop = start, start, stop
         self._size = range_size(connections)
         self._ranges: deque[_Range] = deque()
-        self._spare: list[bytearray] = []
-        self._unmade = WINDOW // self._size
+        # Untouched memory takes none.
+        self._spare = [bytearray(self._size) for _ in range(WINDOW // self._size)]
         self._proven = False
         self._failure: BaseException | None = None
         self._held_up_since: float | None = None
@@ -97,9 +96,7 @@ class Ahead:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
         for thread in self._threads:
             if thread.ident is not None:
@@ -139,7 +136,7 @@ class Ahead:
     def _drop_straggler(self) -> None:
         """One connection that crawls must not keep the others from working once the window is full."""
         now, others = time.monotonic(), list(self._ranges)[1:]
-        if not others or self._spare or self._unmade or not all(part.whole for part in others):
+        if not others or self._spare or not all(part.whole for part in others):
             self._held_up_since = None
         elif self._held_up_since is None:
             self._held_up_since = now
@@ -160,20 +157,14 @@ class Ahead:
         """The next range to fetch, when there is room for it; None when there is nothing left to do."""
         with self._changed:
             while not self._stopping.is_set() and self._next < self._stop:
-                if (self._spare or self._unmade) and (self._proven or self._next == self._start):
+                if self._spare and (self._proven or self._next == self._start):
                     length = min(self._size, self._stop - self._next)
-                    part = _Range(self._next, memoryview(self._buffer())[:length], connection)
+                    part = _Range(self._next, memoryview(self._spare.pop())[:length], connection)
                     self._ranges.append(part)
                     self._next += length
                     return part
                 self._changed.wait()
         return None
-
-    def _buffer(self) -> bytearray:
-        if self._spare:
-            return self._spare.pop()
-        self._unmade -= 1
-        return bytearray(self._size)
 
     def _fill(self, part: _Range) -> None:
         retries = RetryPolicy(self._resource, self._pause)

@@ -18,9 +18,9 @@ from typing import Any
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
 from runner.format.manifest import digest
-from runner.format.safetensors import read_small
 from runner.system.atomic import write_atomically
 from toolkit.hub.revision import COMMIT, HubFile, Revision
+from toolkit.io.disk import read_if_exists, reason
 
 RECORD = "bloomdesk-download.json"
 FORMAT = "bloomdesk-download"
@@ -29,17 +29,13 @@ LARGEST_RECORD = 16 * 2**20  # of BLOOM-176B's 77 files it has 0.02 MB
 
 
 @dataclass(frozen=True)
-class RecordedFile:
-    """A needed file: the Hub's size and hashes, and the state in which it was last seen to be sound.
+class RecordedFile(HubFile):
+    """A needed file with the state in which it was last seen to be sound.
 
     `mtime_ns` is None until the file is in place; `sha256` is known from then on, even if the Hub gave
     only `git_sha1`.
     """
 
-    path: str
-    size: int
-    sha256: str | None
-    git_sha1: str | None = None
     mtime_ns: int | None = None
 
     def sound_in(self, directory: Path) -> bool:
@@ -104,16 +100,14 @@ class DownloadRecord:
 def load_record(directory: Path) -> DownloadRecord | None:
     """The record of `directory`, or None if there is none; `BloomdeskError` if it is damaged."""
     path = directory / RECORD
-    try:
-        return _decode(json.loads(read_small(path, LARGEST_RECORD)))
-    except (FileNotFoundError, NotADirectoryError):
+    data = read_if_exists(path, LARGEST_RECORD)
+    if data is None:
         return None
-    except OSError as error:
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return _decode(json.loads(data))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        reason = str(error)[:200].encode("unicode_escape").decode()  # it may quote the file
         raise BloomdeskError(
-            f"{path} is not a sound download record: {reason}",
+            f"{path} is not a sound download record: {reason(error)}",
             "delete it and run the download again: files that are there are checked, not fetched again",
         ) from None
 

@@ -182,7 +182,11 @@ def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFi
     for index_name, single_name, suffix in FORMS:
         index, single = revision.find(index_name), revision.find(single_name)
         if index is not None:
-            data = _read_index(revision, index, read)
+            if index.size > LARGEST_INDEX:
+                raise BloomdeskError(
+                    f"{index.path} of {revision} has {index.size:,} bytes: no index is that large"
+                )
+            data = read(index)
             names = sorted(set(parse_index(data, suffix, f"{index_name} of {revision}").values()))
             shards = [revision.find(name) for name in names]
             if None not in shards:
@@ -195,9 +199,3 @@ def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFi
             return [single]
     why = "; ".join(gaps) or "neither safetensors nor .bin files by their usual names"
     raise BloomdeskError(f"{revision} holds no whole set of weights: {why}", "choose another --revision")
-
-
-def _read_index(revision: Revision, index: HubFile, read: Callable[[HubFile], bytes]) -> bytes:
-    if index.size > LARGEST_INDEX:
-        raise BloomdeskError(f"{index.path} of {revision} has {index.size:,} bytes: no index is that large")
-    return read(index)

@@ -8,8 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.format.safetensors import read_small
 from runner.system.disk import free_bytes
 from runner.system.lock import sole_writer
+
+
+def reason(error: Exception) -> str:
+    """What the error says, short and without control characters: it may quote a file."""
+    return str(error)[:200].encode("unicode_escape").decode()
 
 
 @contextmanager
@@ -21,6 +27,15 @@ def read_errors(path: Path) -> Iterator[None]:
         raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
     except EOFError as error:
         raise BloomdeskError(f"{path}: {error}") from None
+
+
+def read_if_exists(path: Path, largest: int) -> bytes | None:
+    """All bytes of a small file, or None if there is none; `BloomdeskError` if it can't be read."""
+    with read_errors(path):
+        try:
+            return read_small(path, largest)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 @contextmanager

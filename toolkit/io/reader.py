@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from runner.format.safetensors import open_regular
@@ -81,9 +80,7 @@ class ReadAhead:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
         for file in self._files:
             file.close()
@@ -109,10 +106,14 @@ class ReadAhead:
             if count < read.nbytes:
                 raise EOFError(f"it ends {read.nbytes - count:,} bytes too early")
 
-    def whole(self, index: int) -> bytearray:
-        """A copy of the bytes of the range at `index`; raises as `blocks` does."""
-        data = bytearray()
-        for block in self.blocks(index):
+    def whole(self, index: int) -> memoryview | bytearray:
+        """All bytes of the range at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
+        blocks = self.blocks(index)
+        first = next(blocks, memoryview(b""))
+        if len(first) == self.ranges[index].nbytes:
+            return first
+        data = bytearray(first)
+        for block in blocks:
             data += block
         return data
 

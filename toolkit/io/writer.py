@@ -1,13 +1,12 @@
-"""Bytes written to a file in a thread, while the next ones are read and hashed, and synced as it grows."""
+"""Bytes written to a file in a thread, while the next ones are read and hashed, and brought to the disk as it grows."""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 
-# The disk starts early on what it has not, so the last fsync is short; a power loss costs little more than this; and
-# 352 GB that go by don't push out of the page cache what other programs have there.
+# The disk starts early on what it lacks, so the last fsync is short; and 352 GB that go by don't push out of the page
+# cache what other programs have there.
 SYNC_BYTES = 64 * 2**20
 # Blocks from this size on are written in a thread.
 LARGE = 2**18
@@ -16,12 +15,13 @@ LARGE = 2**18
 class WriteBehind:
     """Appends to the file open at `descriptor`, each block while the caller prepares the next one.
 
-    `position` is the number of bytes that the file has. Leaving the block waits for all writes.
+    `position` is the number of bytes that the file has; `durable` if a power loss may cost little more than
+    `SYNC_BYTES` of them. Leaving the block waits for all writes.
     """
 
-    def __init__(self, descriptor: int, position: int = 0) -> None:
+    def __init__(self, descriptor: int, position: int = 0, *, durable: bool = False) -> None:
         self.position = self._synced = position
-        self._descriptor = descriptor
+        self._descriptor, self._durable = descriptor, durable
         # One writes, one syncs.
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="write")
         self._writing: Future[None] | None = None
@@ -30,9 +30,7 @@ class WriteBehind:
     def __enter__(self) -> WriteBehind:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._threads.shutdown()
         if kind is None:
             self.wait()
@@ -68,7 +66,11 @@ class WriteBehind:
         if self.position - self._synced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             if self._syncing is not None:
                 self._syncing.result()
-            self._syncing = self._threads.submit(sync_range, self._descriptor, self._synced, self.position)
+            # Parts are made again after a power loss, so for them nobody waits.
+            range_behind = (sync_range, self._descriptor, self._synced, self.position)
+            self._syncing = self._threads.submit(
+                *(range_behind if self._durable else (drop_cached, self._descriptor))
+            )
             self._synced = self.position
 
 
@@ -80,6 +82,6 @@ def sync_range(descriptor: int, start: int, stop: int) -> None:
 
 
 def drop_cached(descriptor: int, start: int = 0, nbytes: int = 0) -> None:
-    """Drop a file's synced bytes from the page cache, 0 for all; what is read next then comes from the disk."""
+    """Drop a file's synced bytes, 0 for all, from the page cache, and start to write the others to the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate, islice
 from pathlib import Path
@@ -24,7 +24,15 @@ from toolkit.io.progress import Progress
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.io.writer import WriteBehind, drop_cached
 from toolkit.parts.part import PlannedPart
-from toolkit.parts.row_groups import CHUNK, Coders, RowGroups, batches_of_row_groups, chunk_nbytes
+from toolkit.parts.row_groups import (
+    CHUNK,
+    IN_PROGRESS,
+    Block,
+    Coders,
+    RowGroups,
+    batches_of_row_groups,
+    chunk_nbytes,
+)
 from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
 
 
@@ -83,9 +91,9 @@ class _Writer:
         steps = [chunk_nbytes(of.shape[1]) if name in part.spec.matrices else CHUNK for name, of in named]
         chunked = [ranges_of(tensor, step) for (_, tensor), step in zip(named, steps, strict=True)]
         ranges = [each for chunks in chunked for each in chunks]
-        with TensorReader(ranges) as reader, WriteBehind(self._file.fileno()) as behind:
+        with TensorReader(ranges, held=IN_PROGRESS) as reader, WriteBehind(self._file.fileno()) as behind:
             behind.write(bytes(room))
-            read = map(reader.whole, range(len(ranges)))
+            read = self._read(reader)
             for (name, tensor), chunks in zip(named, chunked, strict=True):
                 write = self._matrix if name in part.spec.matrices else self._vector
                 write(name, tensor, islice(read, len(chunks)), behind)
@@ -97,33 +105,27 @@ class _Writer:
             self._file.write(data)
         return record, self._tables
 
-    def _vector(
-        self, name: str, tensor: SourceTensor, chunks: Iterator[bytearray], behind: WriteBehind
-    ) -> None:
-        own = xxhash.xxh3_128()
-        for chunk in chunks:
-            behind.write(chunk)
-            own.update(chunk)
+    def _read(self, reader: TensorReader) -> Iterator[Block]:
+        for index in range(len(reader.ranges)):
+            chunk = reader.whole(index)
             self._seen(len(chunk))
+            yield chunk
+
+    def _vector(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
+        own = xxhash.xxh3_128()
+        for chunk in _hashed(chunks, own):
+            behind.write(chunk)
         self._tensors.append(TensorRecord(name, tensor.dtype, tensor.shape, own.hexdigest()))
 
-    def _matrix(
-        self, name: str, tensor: SourceTensor, chunks: Iterator[bytearray], behind: WriteBehind
-    ) -> None:
+    def _matrix(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
         rows, columns = tensor.shape
         bits, stored = xxhash.xxh3_128(), xxhash.xxh3_128()
         lengths: list[int] = []
 
-        def hashed() -> Iterator[bytearray]:
-            for chunk in chunks:
-                bits.update(chunk)
-                self._seen(len(chunk))
-                yield chunk
-
         behind.wait()
         position = behind.position
         behind.write(bytes(8 * (row_group_count(rows) + 1)))
-        for coded, of_row_groups in self._coders.encoded(hashed(), columns):
+        for coded, of_row_groups in self._coders.encoded(_hashed(chunks, bits), columns):
             behind.write(coded)
             stored.update(coded)
             lengths += of_row_groups
@@ -160,8 +162,8 @@ def _read_back(
             ranges.append(ByteRange(path, start, tensor.nbytes))
         start += tensor.nbytes
     whole = xxhash.xxh3_128()
-    with ReadAhead(ranges) as ahead:
-        read = _read_ranges(ahead, whole)
+    with ReadAhead(ranges, held=IN_PROGRESS) as ahead:
+        read = _hashed(map(ahead.whole, range(len(ranges))), whole)
         if next(read) != record.header:
             raise ValueError("its header is another one")
         for tensor in record.tensors:
@@ -173,31 +175,24 @@ def _read_back(
     return whole.hexdigest()
 
 
-def _read_ranges(ahead: ReadAhead, whole: xxhash.xxh3_128) -> Iterator[bytearray]:
-    """The bytes of each range, which also update `whole`."""
-    for index in range(len(ahead.ranges)):
-        data = ahead.whole(index)
-        whole.update(data)
-        yield data
+def _hashed(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[Block]:
+    """The same blocks, each of which updates `digest` when it is taken."""
+    for block in blocks:
+        digest.update(block)
+        yield block
 
 
 def _compare_matrix(
     stored: TensorRecord,
     decoded: TensorRecord,
     groups: list[RowGroups],
-    read: Iterator[bytearray],
+    read: Iterator[Block],
     coders: Coders,
     seen: Callable[[int], None],
 ) -> None:
     own, bits = xxhash.xxh3_128(), xxhash.xxh3_128()
-
-    def coded() -> Iterator[tuple[RowGroups, bytearray]]:
-        for group in groups:
-            data = next(read)
-            own.update(data)
-            yield group, data
-
-    for rows in coders.decoded(coded(), decoded.shape[1]):
+    # `groups` stands first, so that no block after the matrix's last one is taken.
+    for rows in coders.decoded(zip(groups, _hashed(read, own), strict=False), decoded.shape[1]):
         bits.update(rows)
         seen(len(rows))
     _compare(stored, own.hexdigest())

@@ -17,10 +17,9 @@ from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS
 from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, part_specs
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
-from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
-from toolkit.io.disk import disk_errors
+from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
 
 # BLOOM's tokenizer.json has 14.5 MB.
@@ -125,13 +124,12 @@ def read_companions(source: Path) -> dict[str, bytes]:
         try:
             if path.is_symlink():
                 _refuse_foreign(path)
-            companions[name] = read_small(path, LARGEST_COMPANION)
-            json.loads(companions[name])
-        except FileNotFoundError:
-            if name in REQUIRED_COMPANIONS:
-                raise BloomdeskError(f"{path} is missing", again) from None
-        except OSError as error:
-            raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+            data = read_if_exists(path, LARGEST_COMPANION)
+            if data is not None:
+                json.loads(data)
+                companions[name] = data
+            elif name in REQUIRED_COMPANIONS:
+                raise BloomdeskError(f"{path} is missing", again)
         except (ValueError, RecursionError):
             raise BloomdeskError(f"{path} is not JSON", again) from None
     return companions

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import PartRecord, TensorRecord
 from runner.format.safetensors import open_regular
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.row_groups import Coders, RowGroups, batches_of_row_groups
+from toolkit.parts.row_groups import IN_PROGRESS, Coders, RowGroups, batches_of_row_groups
 
 
 class DamagedTensor(Exception):
@@ -44,7 +44,7 @@ def stored_tensors(part: PartRecord) -> tuple[StoredTensor, ...]:
     )
 
 
-class PartReader:
+class PartReader(ReadAhead):
     """Reads `tensors` of the part at `path` in their order; memory is some tens of megabytes."""
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor], coders: Coders) -> None:
@@ -60,16 +60,7 @@ class PartReader:
             self._first.append(len(ranges))
             self._groups.append(groups)
             ranges += [ByteRange(path, stored.region.start + start, nbytes) for start, nbytes in places]
-        self._ahead = ReadAhead(ranges, held=2)
-
-    def __enter__(self) -> PartReader:
-        self._ahead.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ahead.__exit__(kind, error, trace)
+        super().__init__(ranges, held=IN_PROGRESS if any(self._groups) else 2)
 
     def bits(self, index: int) -> Iterator[memoryview | bytearray]:
         """The bytes of the tensor at `index` in blocks, each valid while the next one is used.
@@ -77,35 +68,30 @@ class PartReader:
         Tensors are asked for in their order. Raises `DamagedTensor` if they can't be read or decoded.
         """
         name, groups, first = self._tensors[index].tensor.name, self._groups[index], self._first[index]
-        try:
+        with _damage_of(name):
             if groups:
-                coded = self._coded(first, groups)
+                coded = ((group, self.whole(index)) for index, group in enumerate(groups, first))
                 yield from self._coders.decoded(coded, self._tensors[index].tensor.shape[1])
             else:
-                yield from self._ahead.blocks(first)
-        except OSError as error:
-            raise DamagedTensor(f"{name} cannot be read: {error.strerror}") from error
-        except EOFError as error:
-            raise DamagedTensor(f"{name}: {error}") from None
-        except ValueError as error:
-            raise DamagedTensor(f"{name} can't be decoded: {error}") from None
-
-    def _coded(self, first: int, groups: list[RowGroups]) -> Iterator[tuple[RowGroups, bytearray]]:
-        for index, group in enumerate(groups, first):
-            yield group, self._ahead.whole(index)
+                yield from self.blocks(first)
 
 
 def _groups(path: Path, stored: StoredTensor, row_groups: Region) -> list[RowGroups]:
     rows, columns = stored.tensor.shape
-    name = stored.tensor.name + ROW_GROUPS_SUFFIX
+    with _damage_of(stored.tensor.name + ROW_GROUPS_SUFFIX), open_regular(path) as file:
+        file.seek(row_groups.start)
+        offsets = read_row_groups(file.read(row_groups.nbytes), rows, columns, stored.region.nbytes)
+        return batches_of_row_groups(offsets, rows, columns)
+
+
+@contextmanager
+def _damage_of(tensor: str) -> Iterator[None]:
+    """Turn an error of reading or decoding a tensor into a `DamagedTensor`."""
     try:
-        with open_regular(path) as file:
-            file.seek(row_groups.start)
-            data = file.read(row_groups.nbytes)
-        return batches_of_row_groups(
-            read_row_groups(data, rows, columns, stored.region.nbytes), rows, columns
-        )
+        yield
     except OSError as error:
-        raise DamagedTensor(f"{name} cannot be read: {error.strerror}") from error
+        raise DamagedTensor(f"{tensor} cannot be read: {error.strerror}") from error
+    except EOFError as error:
+        raise DamagedTensor(f"{tensor}: {error}") from None
     except ValueError as error:
-        raise DamagedTensor(f"{name}: {error}") from None
+        raise DamagedTensor(f"{tensor} can't be decoded: {error}") from None

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TypeVar
 
 from runner.format.coded import ROW_GROUP_ROWS
@@ -15,7 +14,10 @@ from runner.format.coded import ROW_GROUP_ROWS
 CHUNK = 2 * 2**20  # of decoded bytes; or one row group, where that is more
 # Each gives more than 1 GB/s, and a disk takes no more than a few of them.
 THREADS = min(8, os.cpu_count() or 1)
+# A chunk must stay valid until so many further ones are requested.
+IN_PROGRESS = THREADS + 2
 
+Block = bytes | bytearray | memoryview
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
@@ -51,33 +53,28 @@ def batches_of_row_groups(offsets: Sequence[int], rows: int, columns: int) -> li
 
 
 class Coders:
-    """Threads that encode and decode; as many chunks are on their way as they are, and two more."""
+    """Threads that encode and decode, up to `IN_PROGRESS` chunks at a time."""
 
     def __init__(self) -> None:
-        self._ahead = THREADS + 2
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="code")
 
     def __enter__(self) -> Coders:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def encoded(self, chunks: Iterable[bytearray], columns: int) -> Iterator[tuple[bytes, list[int]]]:
+    def encoded(self, chunks: Iterable[Block], columns: int) -> Iterator[tuple[bytes, list[int]]]:
         """For each chunk of whole row groups its coded bytes and the length of each row group, in order."""
         from runner.kernel.encode import encode_row_groups  # compiles what a plain directory has no use for
 
         return self._in_order(lambda chunk: encode_row_groups(chunk, columns), chunks)
 
-    def decoded(
-        self, coded: Iterable[tuple[RowGroups, bytes | bytearray]], columns: int
-    ) -> Iterator[bytearray]:
+    def decoded(self, coded: Iterable[tuple[RowGroups, Block]], columns: int) -> Iterator[bytearray]:
         """The rows of each group from its coded bytes, bf16 bits, in order; `ValueError` if they are damaged."""
         from runner.kernel.decode import decode_row_groups
 
-        def decode(given: tuple[RowGroups, bytes | bytearray]) -> bytearray:
+        def decode(given: tuple[RowGroups, Block]) -> bytearray:
             group, data = given
             rows = bytearray(group.rows * columns * 2)
             decode_row_groups(data, group.offsets, group.rows, columns, rows)
@@ -90,7 +87,7 @@ class Coders:
         for index, item in enumerate(given):
             on_their_way.append(self._threads.submit(work, item))
             # The first one alone: the first of all compiles, and several at once would do so each for itself.
-            if index == 0 or len(on_their_way) == self._ahead:
+            if index == 0 or len(on_their_way) == IN_PROGRESS:
                 yield on_their_way.popleft().result()
         while on_their_way:
             yield on_their_way.popleft().result()

@@ -13,22 +13,10 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.safetensors import read_small
+from toolkit.io.disk import read_if_exists
 
 LARGEST_CONFIG = 2**20
 ARCHITECTURES = ("BloomModel", "BloomForCausalLM")
-# Our name -> the names that config.json may use: new form, then old.
-NAMES = {
-    "hidden_size": ("hidden_size", "n_embed"),
-    "n_head": ("n_head", "num_attention_heads"),
-    "n_layer": ("n_layer", "num_hidden_layers"),
-    "vocab_size": ("vocab_size",),
-    "layer_norm_epsilon": ("layer_norm_epsilon",),
-    "apply_residual_connection_post_layernorm": ("apply_residual_connection_post_layernorm",),
-    "bos_token_id": ("bos_token_id",),
-    "eos_token_id": ("eos_token_id",),
-    "pad_token_id": ("pad_token_id",),
-}
 # What an absent field means. The shapes have no defaults here: a BLOOM whose size is unsaid is an error.
 DEFAULTS = {
     "layer_norm_epsilon": 1e-5,
@@ -36,6 +24,14 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+}
+# Our name -> the names that config.json may use: new form, then old.
+NAMES = {
+    "hidden_size": ("hidden_size", "n_embed"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_layer": ("n_layer", "num_hidden_layers"),
+    "vocab_size": ("vocab_size",),
+    **{name: (name,) for name in DEFAULTS},
 }
 
 
@@ -58,17 +54,14 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        text = read_small(path, LARGEST_CONFIG)
-    except FileNotFoundError:
+    data = read_if_exists(path, LARGEST_CONFIG)
+    if data is None:
         raise BloomdeskError(
             f"{path} is missing",
             "SOURCE must be a directory with config.json, tokenizer.json and the weights",
-        ) from None
-    except OSError as error:
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+        )
     try:
-        config = json.loads(text)
+        config = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BloomdeskError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):

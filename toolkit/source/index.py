@@ -19,7 +19,7 @@ from typing import Any
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
 from runner.format.safetensors import read_small
-from toolkit.io.disk import read_errors
+from toolkit.io.disk import read_errors, reason
 
 # Best first. Safetensors need no pickle, so they win if a source holds both whole.
 FORMS = (
@@ -81,9 +81,8 @@ def parse_index(data: bytes, suffix: str, where: str) -> dict[str, str]:
         if not all(map(str.isprintable, weight_map)):
             raise ValueError("its weight_map has keys that are not printable")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        # The reason may quote the file: short, and without control characters.
-        reason = str(error)[:200].encode("unicode_escape").decode()
-        raise BloomdeskError(f"{where} is not a sound index: {type(error).__name__}: {reason}") from None
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise BloomdeskError(f"{where} is not a sound index: {what}") from None
     for name in names:
         # Plain names only: an index may come from anywhere and must not point out of its directory.
         if not is_file_name(name) or not name.endswith(suffix):

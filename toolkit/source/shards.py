@@ -12,9 +12,10 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.safetensors import read_header
+from toolkit.io.disk import reason
 from toolkit.source.index import ShardList, find_shards
 from toolkit.source.tensor import SourceTensor, common_dtype
-from toolkit.source.torch_zip import read_head, read_torch_zip, reason
+from toolkit.source.torch_zip import read_head, read_torch_zip
 
 # What describes the tensors stands first in both kinds of file; that of all of BLOOM-176B in one file has 0.1 MB.
 HEAD_BYTES = 2**20

@@ -45,13 +45,13 @@ def common_dtype(tensors: Mapping[str, SourceTensor]) -> str:
 
 
 class TensorReader(ReadAhead):
-    """Reads `ranges` of source shards; a block stays valid while the next one is used, so it can be written meanwhile.
+    """Reads `ranges` of source shards; a block stays valid until `held` further ones are requested.
 
     The page cache keeps what was read: the shard's hash reads the same bytes.
     """
 
-    def __init__(self, ranges: Sequence[ByteRange]) -> None:
-        super().__init__(ranges, threads=1, held=2, keep_cached=True)
+    def __init__(self, ranges: Sequence[ByteRange], held: int = 2) -> None:
+        super().__init__(ranges, threads=1, held=held, keep_cached=True)
 
     def blocks(self, index: int) -> Iterator[memoryview]:
         """As `ReadAhead.blocks`, but raises `BloomdeskError` if the shard can't be read."""

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from runner.errors import BloomdeskError
 from runner.format.safetensors import open_regular
-from toolkit.io.disk import read_errors
+from toolkit.io.disk import read_errors, reason
 from toolkit.source.state_pickle import LARGEST_PICKLE, NotWeights, StoredTensor, read_state
 from toolkit.source.tensor import SourceTensor
 
@@ -26,13 +26,7 @@ def read_torch_zip(path: Path) -> dict[str, SourceTensor]:
     try:
         with read_errors(path), open_regular(path) as file:
             records, description = _read_zip(path, file)
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        ValueError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise _unsound(path, reason(error)) from None
     state = _read_pickle(path, description)
     return {key: _locate(path, key, tensor, records) for key, tensor in state.items()}
@@ -145,11 +139,6 @@ def _locate(
     if size != storage.numel * storage.itemsize:
         raise _unsound(path, f"the record of {key[:120]} is not where or as large as its description says")
     return SourceTensor(key, storage.dtype, tensor.shape, path, start + tensor.begin, tensor.nbytes)
-
-
-def reason(error: Exception) -> str:
-    """What the error says, short and without control characters: it may quote the file."""
-    return str(error)[:200].encode("unicode_escape").decode()
 
 
 def _unsound(path: Path, why: str) -> BloomdeskError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,17 @@ def measure(steps: Iterator[int], count: int) -> dict[str, Any]:
         "ids": ids,
         "peak_rss": peak_rss(),
     }
+
+
+def main(peer: Callable[[Task], tuple[Iterator[int], Callable[[], dict[str, Any]]]]) -> None:
+    """Run a peer: it opens the checkpoint, and returns its token ids and what else it reports at the end."""
+    import torch
+
+    given = task()
+    torch.set_num_threads(given.threads)
+    steps, facts = peer(given)
+    measured = measure(steps, given.tokens)
+    report(measured, **facts())
 
 
 def report(measured: Mapping[str, Any], **more: Any) -> None:

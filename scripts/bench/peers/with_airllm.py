@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from airllm.airllm_base import AirLLMBaseModel
 
-from scripts.bench.peers.passes import measure, report, task
+from scripts.bench.peers.passes import Task, main
+from scripts.bench.peers.with_transformers import generate
 
 
 class AirLLMBloom(AirLLMBaseModel):
@@ -25,27 +25,11 @@ class AirLLMBloom(AirLLMBaseModel):
         }
 
 
-@torch.inference_mode()
-def generate(model: AirLLMBloom, prompt: list[int]) -> Iterator[int]:
-    ids, cache = prompt, None
-    while True:
-        output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        ids = [int(output.logits[0, -1].float().argmax())]
-        yield ids[0]
-
-
-def main() -> None:
-    given = task()
-    torch.set_num_threads(given.threads)
+def peer(given: Task) -> tuple[Iterator[int], Callable[[], dict[str, Any]]]:
     prefetching = given.settings.get("prefetching", "1") == "1"
-    with contextlib.redirect_stdout(sys.stderr):
-        model = AirLLMBloom(
-            str(given.checkpoint), device="cpu", dtype=torch.bfloat16, prefetching=prefetching
-        )
-        measured = measure(generate(model, given.prompt), given.tokens)
-    report(measured, settings={"prefetching": prefetching})
+    model = AirLLMBloom(str(given.checkpoint), device="cpu", dtype=torch.bfloat16, prefetching=prefetching)
+    return generate(model, given.prompt), lambda: {"settings": {"prefetching": prefetching}}
 
 
 if __name__ == "__main__":
-    main()
+    main(peer)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import llama_cpp
 import numpy as np
 
-from scripts.bench.peers.passes import measure, report, task
+from scripts.bench.peers.passes import Task, main
 
 
 def generate(model: llama_cpp.Llama, prompt: list[int]) -> Iterator[int]:
@@ -19,8 +20,7 @@ def generate(model: llama_cpp.Llama, prompt: list[int]) -> Iterator[int]:
         yield ids[0]
 
 
-def main() -> None:
-    given = task()
+def peer(given: Task) -> tuple[Iterator[int], Callable[[], dict[str, Any]]]:
     settings = {"use_mmap": 1, "use_mlock": 0, "flash_attn": 0, "n_batch": 512, "numa": 0}
     settings |= {name: int(value) for name, value in given.settings.items()}
     model = llama_cpp.Llama(
@@ -31,8 +31,8 @@ def main() -> None:
         verbose=False,
         **{name: value if name == "n_batch" else bool(value) for name, value in settings.items()},
     )
-    report(measure(generate(model, given.prompt), given.tokens), settings=settings)
+    return generate(model, given.prompt), lambda: {"settings": settings}
 
 
 if __name__ == "__main__":
-    main()
+    main(peer)

@@ -6,15 +6,18 @@ them beside a stream of the others, and every pass would read everything.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BloomForCausalLM
 
-from scripts.bench.peers.passes import measure, report, task
+from scripts.bench.peers.passes import Task, main
 
 # Python, torch, transformers, activations, the KV cache, and one block on its way.
 BYTES_FOR_ALL_ELSE = 900_000_000
@@ -43,7 +46,8 @@ def device_map(kept: int, count: int) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def generate(model: BloomForCausalLM, prompt: list[int]) -> Iterator[int]:
+def generate(model: Callable[..., Any], prompt: list[int]) -> Iterator[int]:
+    """The greedy token of the prompt, then of each pass of one row."""
     ids, cache = prompt, None
     while True:
         output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -52,20 +56,20 @@ def generate(model: BloomForCausalLM, prompt: list[int]) -> Iterator[int]:
         yield ids[0]
 
 
-def main() -> None:
-    given = task()
-    torch.set_num_threads(given.threads)
+def peer(given: Task) -> tuple[Iterator[int], Callable[[], dict[str, Any]]]:
     kept, count = blocks_that_fit(given.checkpoint, given.ram)
     kept = min(count, int(given.settings.get("kept", kept)))
-    with tempfile.TemporaryDirectory() as offload:
-        where = {} if kept == count else {"device_map": device_map(kept, count), "offload_folder": offload}
-        model = BloomForCausalLM.from_pretrained(given.checkpoint, dtype=torch.bfloat16, **where).eval()
-        for parameter in model.parameters() if given.settings.get("copied", "1") == "1" else ():
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
-        measured = measure(generate(model, given.prompt), given.tokens)
-    report(measured, settings={"blocks in RAM": f"{kept} of {count}"})
+    where = {}
+    if kept < count:
+        offload = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, offload)
+        where = {"device_map": device_map(kept, count), "offload_folder": offload}
+    model = BloomForCausalLM.from_pretrained(given.checkpoint, dtype=torch.bfloat16, **where).eval()
+    for parameter in model.parameters() if given.settings.get("copied", "1") == "1" else ():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    return generate(model, given.prompt), lambda: {"settings": {"blocks in RAM": f"{kept} of {count}"}}
 
 
 if __name__ == "__main__":
-    main()
+    main(peer)

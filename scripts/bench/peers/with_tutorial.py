@@ -9,15 +9,16 @@ way 15.4, one run each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomBlock, build_alibi_tensor
 
-from scripts.bench.peers.passes import measure, report, task
+from scripts.bench.peers.passes import Task, main
 
 
 class Tutorial:
@@ -66,12 +67,9 @@ def read(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def main() -> None:
-    given = task()
-    torch.set_num_threads(given.threads)
-    model = Tutorial(given.checkpoint)
-    report(measure(model.generate(given.prompt), given.tokens), settings={})
+def peer(given: Task) -> tuple[Iterator[int], Callable[[], dict[str, Any]]]:
+    return Tutorial(given.checkpoint).generate(given.prompt), dict
 
 
 if __name__ == "__main__":
-    main()
+    main(peer)

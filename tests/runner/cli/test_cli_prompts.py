@@ -122,7 +122,7 @@ def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
         (["a", "--batch", "0"], "a batch must be of at least 1 prompt"),
         (["a", "--speculate", "dice"], "unknown --speculate 'dice'"),
         (["a", "--draft", "nowhere"], "nowhere"),
-        (["--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--prompts", "none.txt"], "none.txt is missing"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(

@@ -87,7 +87,7 @@ def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BloomdeskError, match="cannot be read: No such file"):
+    with pytest.raises(BloomdeskError, match="is missing"):
         read_prompts(tmp_path / "none.txt")
     (tmp_path / "directory.txt").mkdir()
     with pytest.raises(BloomdeskError, match="cannot be read"):

@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from runner import BloomdeskError
-from runner.cli.bench import BenchOptions
 from runner.cli.bench import bench as bench_command
-from runner.cli.plan import PlanOptions
 from runner.cli.plan import plan as plan_command
 from runner.estimate import bench as bench_module
 from runner.estimate import forecast, rates
@@ -115,12 +113,12 @@ BENCH_KEYS = {
 
 def test_bench_prints_json_or_aligned_rows(prepared, quick, capsys: pytest.CaptureFixture[str]) -> None:
     directory = prepared()[1]
-    assert bench_command(BenchOptions(directory, None, 2, 3, as_json=True)) == 0
+    assert bench_command(directory, None, 2, 3, as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert set(report) == BENCH_KEYS
     assert report["percent_of_limit"] == 100 * report["limit_seconds"] / report["seconds_per_token"]
     assert set(report["rates"]) == {"disk", "memory", "compute", "decoded"}
-    assert bench_command(BenchOptions(directory, "3GB", 2, 3)) == 0
+    assert bench_command(directory, "3GB", 2, 3) == 0
     text = capsys.readouterr().out
     assert "of the limit" in text and "of 3 GB" in text
     assert len({line.index(line.strip().split("  ")[1]) for line in text.splitlines()}) == 1  # aligned
@@ -128,9 +126,9 @@ def test_bench_prints_json_or_aligned_rows(prepared, quick, capsys: pytest.Captu
 
 def test_bench_refuses_too_little_ram_and_other_directories(prepared, quick, tmp_path: Path) -> None:
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
-        bench_command(BenchOptions(prepared()[1], "10MB", 2, 3))
+        bench_command(prepared()[1], "10MB", 2, 3)
     with pytest.raises(BloomdeskError, match="not a prepared checkpoint"):
-        bench_command(BenchOptions(tmp_path, None, 2, 3))
+        bench_command(tmp_path, None, 2, 3)
     with pytest.raises(BloomdeskError, match="at least one token"):
         bench_module.bench(prepared()[1], None, 0, 3)
 
@@ -140,7 +138,7 @@ def test_a_plan_for_a_prepared_directory_writes_nothing(
 ) -> None:
     directory = prepared()[1]
     before = sorted(directory.iterdir())
-    assert plan_command(PlanOptions(directory, tokens=4, prompt_tokens=8, as_json=True), lambda model: 0) == 0
+    assert plan_command(lambda model: 0, directory, tokens=4, prompt_tokens=8, as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["prepared"] and report["fits"] and report["model"]["n_layer"] == 3
     assert report["forecast"]["streamed_bytes_per_pass"] == 0
@@ -160,9 +158,7 @@ FORECAST_KEYS = {
 def test_a_plan_on_an_empty_directory_leaves_nothing(
     quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        plan_command(PlanOptions(tmp_path, "16GB", as_json=True), lambda model: 2**62) == 1
-    )  # it does not fit
+    assert plan_command(lambda model: 2**62, tmp_path, "16GB", as_json=True) == 1  # it does not fit
     report = json.loads(capsys.readouterr().out)
     assert set(report) == PLAN_KEYS and set(report["forecast"]) == FORECAST_KEYS
     assert not report["prepared"] and not report["fits"] and report["model"]["name"] == "bigscience/bloom"
@@ -174,7 +170,7 @@ def test_a_plan_on_an_empty_directory_leaves_nothing(
 
 def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = tmp_path / "not" / "yet"  # the disk is that of what is there
-    assert plan_command(PlanOptions(later, "2GB", "bloom-560m"), lambda model: 10**6) == 0
+    assert plan_command(lambda model: 10**6, later, "2GB", "bloom-560m") == 0
     text = capsys.readouterr().out
     assert "it fits" in text and "bloom-560m" in text and "weights that stay" in text
     table = text.split("\n\n")[1].splitlines()
@@ -183,7 +179,7 @@ def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.Capt
     in_full = [line[:streamed].endswith(" 0 bytes") for line in table[1:]]
     assert in_full == [False] * (len(table) - 2) + [True]
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
-        plan_command(PlanOptions(tmp_path, "100MB", "bloom-560m"), lambda model: 0)
+        plan_command(lambda model: 0, tmp_path, "100MB", "bloom-560m")
     assert not list(tmp_path.iterdir())
 
 

@@ -96,7 +96,7 @@ def test_empty_short_and_absent_files_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(BloomdeskError):
             read_header(path)
-    with pytest.raises(BloomdeskError, match="cannot be read"):
+    with pytest.raises(BloomdeskError, match="is missing"):
         read_header(tmp_path / "absent.safetensors")
 
 

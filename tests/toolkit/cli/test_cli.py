@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,8 @@ import runner
 from runner.weights.stream import READERS
 from scripts.fakehub.server import LocalHub
 from tests.support.commands import COMMAND, refused, run, screen_of, started
+from tests.support.lossless import content, flip
+from tests.support.streaming import soon
 
 PROMPT = "The SQL command to list all the books whose year is 1999 is:"
 
@@ -80,21 +81,14 @@ def test_text_and_progress_on_a_terminal(miniature: tuple[Path, Path]) -> None:
 @pytest.mark.slow
 def test_interrupted_generation_keeps_its_text(miniature: tuple[Path, Path]) -> None:
     with started("generate", miniature[1], "When I was 6", "--max-new-tokens", "2000", "--json") as process:
-        _wait_for_generation(process)
+        # The threads that read ahead start with the first pass.
+        threads = Path(f"/proc/{process.pid}/task")
+        soon(lambda: process.poll() is not None or len([*threads.iterdir()]) > READERS)
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
     if process.returncode == 130:  # else the model ended its text first
         assert "Traceback" not in errors
         assert json.loads(out)["stop_reason"] == "interrupted"
-
-
-def _wait_for_generation(process: subprocess.Popen) -> None:
-    """Until the process has the threads that read ahead, which begin with the first pass; or until it has ended."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if len(list(Path(f"/proc/{process.pid}/task").iterdir())) > READERS:
-            return
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -108,10 +102,7 @@ def test_verify_tells_sound_damaged_and_unable_apart(miniature: tuple[Path, Path
     bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
     assert run("verify", bloom).returncode == 0
     assert run("verify", bloom, "--quick").returncode == 0
-    part = bloom / "block_31.safetensors"
-    data = bytearray(part.read_bytes())
-    data[-1] ^= 1
-    part.write_bytes(data)
+    flip(bloom / "block_31.safetensors", -1)
     assert run("verify", bloom, "--quick").returncode == 0  # the header and the size are right
     done = run("verify", bloom)
     assert done.returncode == 1
@@ -125,14 +116,14 @@ def test_verify_tells_sound_damaged_and_unable_apart(miniature: tuple[Path, Path
 
 def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
-    whole = {path.name: path.read_bytes() for path in bloom.iterdir()}
+    whole = content(bloom)
     (bloom / "block_31.safetensors").unlink()
     os.truncate(bloom / "tokenizer.json", 10)
     assert "give that checkpoint" in refused("repair", bloom)
     assert (bloom / "tokenizer.json").exists()  # nothing is deleted before there is something to repair from
     done = run("repair", bloom, "--source", miniature[0])
     assert done.returncode == 0 and "1 parts and 1 small files made anew" in done.stdout, done
-    assert {path.name: path.read_bytes() for path in bloom.iterdir()} == whole
+    assert content(bloom) == whole
     assert "is sound" in run("verify", bloom, "--sample", "5%").stdout
     assert "a sample is a share" in refused("verify", bloom, "--sample", "much", status=2)
     assert "72 shards written" in run("export", bloom, tmp_path / "hub").stdout

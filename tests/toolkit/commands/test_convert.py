@@ -26,7 +26,7 @@ from runner.format.manifest import load_manifest
 from runner.format.safetensors import DATA_ALIGNMENT, read_header
 from runner.system import atomic as durable
 from scripts.fakehub.checkpoint import Layout, from_state, old_config, write_repo
-from tests.support.lossless import content, make
+from tests.support.lossless import content, flip, interrupt_at, make
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert, plan_conversion
@@ -36,6 +36,16 @@ from toolkit.hub.revision import HubFile, Revision
 from toolkit.source.key_map import assign
 
 COMMIT = "0123456789" * 4
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make(tmp_path / "source")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
 
 
 def record_download(source: Path, repo: str = "me/bloom", **wrong: str) -> None:
@@ -78,11 +88,9 @@ def test_dtypes_are_kept(tmp_path: Path, dtype: str, name: str) -> None:
 
 def test_all_sources_of_one_model_give_the_same_parts(tmp_path: Path) -> None:
     whole = []
-    for number, layout in enumerate(
-        (LAYOUTS["bloom"], LAYOUTS["cut blocks in safetensors"], LAYOUTS["lm_head"])
-    ):
-        convert(make(tmp_path / f"source{number}", layout), tmp_path / f"out{number}")
-        found = content(tmp_path / f"out{number}")
+    for layout in ("bloom", "cut blocks in safetensors", "lm_head"):
+        convert(make(tmp_path / f"source {layout}", LAYOUTS[layout]), tmp_path / layout)
+        found = content(tmp_path / layout)
         whole.append({name: found[name] for name in found if name.endswith(".safetensors")})
     assert whole[0] == whole[1] == whole[2]
 
@@ -129,22 +137,20 @@ def test_manifest_names_the_source(tmp_path: Path) -> None:
         assert shard.sha256 == hashlib.sha256((source / shard.file).read_bytes()).hexdigest()
 
 
-def test_companions_are_carried_over(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_companions_are_carried_over(source: Path, out: Path) -> None:
     (source / "special_tokens_map.json").unlink()
     convert(source, out)
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
     assert set(load_manifest(out).companions) == {"config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_progress_counts_every_byte(tmp_path: Path) -> None:
+def test_progress_counts_every_byte(source: Path, out: Path) -> None:
     seen: dict[str, tuple[int, int]] = {}
 
     def progress(file: str, done: int, total: int) -> None:
         assert done > seen.get(file, (0, 0))[0]
         seen[file] = done, total
 
-    source, out = make(tmp_path / "source"), tmp_path / "out"
     plan = plan_conversion(source, out)
     assert not out.exists()
     summary = convert(source, out, progress)
@@ -197,9 +203,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("damage", "words"), REFUSALS.values(), ids=REFUSALS)
 def test_refused_before_anything_is_written(
-    tmp_path: Path, damage: Callable[[Path], Any], words: str
+    source: Path, out: Path, damage: Callable[[Path], Any], words: str
 ) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
     damage(source)
     with pytest.raises(BloomdeskError, match=words):
         convert(source, out)
@@ -241,8 +246,7 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     assert content(tmp_path / "letters") == {"letter.txt": b"dear reader"}
 
 
-def test_a_destination_of_another_source_is_refused(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_a_destination_of_another_source_is_refused(tmp_path: Path, source: Path, out: Path) -> None:
     record_download(source)
     convert(source, out)
     before = content(out)
@@ -264,8 +268,7 @@ def test_a_destination_of_another_source_is_refused(tmp_path: Path) -> None:
     assert content(out) == before
 
 
-def test_a_shard_that_is_not_the_recorded_one_makes_no_part(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_a_shard_that_is_not_the_recorded_one_makes_no_part(source: Path, out: Path) -> None:
     shard = "pytorch_model_00003-of-00005.bin"
     record_download(source, **{shard: "0" * 64})
     with pytest.raises(BloomdeskError, match=f"{shard} is damaged or has changed"):
@@ -278,8 +281,7 @@ def test_a_shard_that_is_not_the_recorded_one_makes_no_part(tmp_path: Path) -> N
     assert verify(out).sound
 
 
-def test_an_incomplete_download_is_refused(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_an_incomplete_download_is_refused(source: Path, out: Path) -> None:
     record_download(source)
     with (source / "pytorch_model_00005-of-00005.bin").open("ab") as file:
         file.write(b"x")
@@ -299,8 +301,7 @@ def test_an_unrecorded_source_that_changed_is_refused(tmp_path: Path) -> None:
     assert not (out / "block_01.safetensors").exists()
 
 
-def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(source: Path, out: Path) -> None:
     convert(source, out)
     before = content(out)
     assert convert(source, out).written == ()
@@ -324,9 +325,8 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(tmp_path: Path) -> None:
     [*((PLAIN, number) for number in range(12)), *((LOSSLESS, number) for number in (1, 3, 6, 9))],
 )
 def test_an_error_at_any_write_leaves_nothing_that_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, failing: int
+    tmp_path: Path, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, form: str, failing: int
 ) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
     convert(source, tmp_path / "undisturbed", form=form)
     writes = []
     real = os.fsync
@@ -361,8 +361,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), progress)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path, source: Path, out: Path) -> None:
     command = [sys.executable, "-c", KILLED, source, out, "block_01.safetensors"]
     done = subprocess.run(command, cwd=Path(__file__).resolve().parents[3])
     assert done.returncode == -signal.SIGKILL
@@ -376,22 +375,18 @@ def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path) -> None
     assert content(out) == content(tmp_path / "undisturbed")
 
 
-def test_a_source_that_ends_while_it_is_read_makes_no_part(tmp_path: Path) -> None:
-    source, out = make(tmp_path / "source"), tmp_path / "out"
+def test_a_source_that_ends_while_it_is_read_makes_no_part(source: Path, out: Path) -> None:
     plan = plan_conversion(source, out)
     part = plan.shards.parts["block_00.safetensors"]
-    moved = replace(
-        part, tensors=tuple(replace(tensor, offset=tensor.offset + 10**9) for tensor in part.tensors)
-    )
+    moved = tuple(replace(tensor, offset=tensor.offset + 10**9) for tensor in part.tensors)
+    parts = {**plan.shards.parts, part.spec.file: replace(part, tensors=moved)}
     with pytest.raises(BloomdeskError, match="too early"):
-        carry_out(
-            replace(plan, shards=replace(plan.shards, parts={**plan.shards.parts, moved.spec.file: moved}))
-        )
+        carry_out(replace(plan, shards=replace(plan.shards, parts=parts)))
     assert not (out / "block_00.safetensors").exists()
 
 
 def test_delete_source_leaves_the_same_directory_and_no_shards(tmp_path: Path) -> None:
-    """Also where blocks are cut across shards: a shard waits for its last part."""
+    """Also if blocks are cut across shards: a shard waits for its last part."""
     source = make(tmp_path / "source", LAYOUTS["cut blocks"])
     expected = make(tmp_path / "again", LAYOUTS["cut blocks"])
     convert(expected, tmp_path / "expected")
@@ -411,7 +406,7 @@ def test_delete_source_resumes_after_a_kill(tmp_path: Path) -> None:
     convert(make(tmp_path / "again"), tmp_path / "expected")
     plan = plan_conversion(source, tmp_path / "out", delete_source=True)
     with pytest.raises(KeyboardInterrupt):
-        carry_out(plan, _interrupt_at("block_01.safetensors"))
+        carry_out(plan, interrupt_at("block_01.safetensors"))
     left = len(list(source.glob("*.bin")))
     assert 0 < left < len(plan.shards.deletable)
     carry_out(plan_conversion(source, tmp_path / "out", delete_source=True))
@@ -438,9 +433,7 @@ def test_a_part_that_does_not_read_back_keeps_its_source(
 
     def lossy(temporary: Path, path: Path) -> None:
         if path.name == "block_01.safetensors":
-            data = bytearray(temporary.read_bytes())
-            data[-1] ^= 1
-            temporary.write_bytes(data)
+            flip(temporary, -1)
         replace_file(temporary, path)
 
     monkeypatch.setattr(durable, "replace_file", lossy)
@@ -457,11 +450,3 @@ def test_links_are_not_deleted(tmp_path: Path) -> None:
         (cache / file.name).symlink_to(file)
     with pytest.raises(BloomdeskError, match="is a link"):
         plan_conversion(cache, tmp_path / "out", delete_source=True)
-
-
-def _interrupt_at(file: str) -> Callable[[str, int, int], None]:
-    def progress(name: str, done: int, total: int) -> None:
-        if name == file:
-            raise KeyboardInterrupt
-
-    return progress

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +27,7 @@ from tests.support.bloom_repos import (
     assert_whole,
     fetched,
     ranges,
+    wait_for_bytes,
     write_bin_repo,
 )
 from toolkit.commands.download import carry_out, download, plan_download
@@ -117,21 +116,24 @@ download(sys.argv[1], Path(sys.argv[2]))
 """
 
 
-def test_a_new_process_resumes_after_a_kill(local, repo, target):
+@pytest.fixture
+def stalled(local, target):
+    """A download in a process that has 200,000 bytes of the victim and waits for more; killed afterwards."""
     local.fail(VICTIM, Fault(drop_after=200_000, stall=60.0, times=1))
-    command = [sys.executable, "-c", CHILD, NAME, str(target)]
-    with subprocess.Popen(command) as child:
-        incomplete = target / f"{VICTIM}.incomplete"
-        deadline = time.monotonic() + 30
-        while not incomplete.exists() or incomplete.stat().st_size < 200_000:
-            assert time.monotonic() < deadline and child.poll() is None
-            time.sleep(0.02)
-        child.send_signal(signal.SIGKILL)
+    with subprocess.Popen([sys.executable, "-c", CHILD, NAME, str(target)]) as child:
+        wait_for_bytes(target / f"{VICTIM}.incomplete", 200_000, child)
+        yield child
+        child.kill()
+
+
+def test_a_new_process_resumes_after_a_kill(local, repo, target, stalled):
+    stalled.kill()
+    stalled.wait()
     assert not (target / VICTIM).exists()
     planned = {each.file.path: each for each in plan_download(NAME, target).files}
     assert (planned[VICTIM].state, planned[VICTIM].to_fetch) == ("partial", SHARD - 200_000)
     local.requests.clear()
-    subprocess.run(command, check=True)
+    subprocess.run(stalled.args, check=True)
     assert ranges(local, VICTIM) == ["bytes=200000-"]
     assert fetched(local) == {*SHARDS[1:]}
     assert_whole(target, repo)
@@ -204,17 +206,11 @@ def test_a_plan_does_not_go_into_a_directory_that_another_download_has_taken_sin
         carry_out(plan)
 
 
-def test_a_second_writer_is_refused(local, repo, target):
-    local.fail(VICTIM, Fault(drop_after=200_000, stall=60.0, times=1))
-    command = [sys.executable, "-c", CHILD, NAME, str(target)]
-    with subprocess.Popen(command) as child:
-        deadline = time.monotonic() + 30
-        while not (target / f"{VICTIM}.incomplete").exists():
-            assert time.monotonic() < deadline and child.poll() is None
-            time.sleep(0.02)
-        with pytest.raises(BloomdeskError, match="another bloomdesk is writing there"):
-            download(NAME, target)
-        child.kill()
+def test_a_second_writer_is_refused(repo, target, stalled):
+    with pytest.raises(BloomdeskError, match="another bloomdesk is writing there"):
+        download(NAME, target)
+    stalled.kill()
+    stalled.wait()
     download(NAME, target)
     assert_whole(target, repo)
     with sole_writer(target):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
-from collections import namedtuple
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
 from runner.system.lock import sole_writer
 from tests.conftest import PreparedFactory
-from tests.support.lossless import content, flip, make
+from tests.support.lossless import content, flip, interrupt_at, make
 from toolkit.commands import export as module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
@@ -179,11 +180,9 @@ def test_an_incomplete_directory_is_refused(made_copy: Path, tmp_path: Path) -> 
 def test_too_little_space_is_refused_with_the_figures(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(0, 0, 100_000))
-    with pytest.raises(
-        BloomdeskError, match=r"needs [\d,]+ bytes and the disk has 100,000 free, [\d,]+ too few"
-    ):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    words = r"needs [\d,]+ bytes and the disk has 100,000 free, [\d,]+ too few"
+    with pytest.raises(BloomdeskError, match=words):
         export(made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -242,26 +241,13 @@ def test_a_full_disk_leaves_nothing_that_counts(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left -= len(data)
 
-    class Full:
-        def __init__(self, file: BinaryIO) -> None:
-            self._file = file
-
+    class Limited(io.FileIO):
         def write(self, data: Any) -> int:
             take(data)
-            return self._file.write(data)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self._file.close()
+            return super().write(data)
 
     def open_(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
-        file = original(path, mode, *rest, **named)
-        return Full(file) if set(mode) & set("wx") else file
+        return Limited(path, mode) if set(mode) & set("wx") else original(path, mode, *rest, **named)
 
     monkeypatch.setattr(Path, "open", open_)
     monkeypatch.setattr(os, "write", lambda descriptor, data: take(data) or write(descriptor, data))
@@ -276,16 +262,9 @@ def test_a_full_disk_leaves_nothing_that_counts(
 
 
 def test_a_kill_leaves_nothing_that_counts(made: Path, tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(file: str, done: int, total: int) -> None:
-        if file == SHARDS[2]:
-            raise Killed
-
     out = tmp_path / "out"
-    with pytest.raises(Killed):
-        export(made, out, kill)
+    with pytest.raises(KeyboardInterrupt):
+        export(made, out, interrupt_at(SHARDS[2]))
     assert sorted(path.name for path in out.glob("*.safetensors*") if path.name != INDEX) == SHARDS[:2]
     assert export(made, out).kept == tuple(SHARDS[:2])
 

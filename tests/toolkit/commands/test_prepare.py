@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +21,9 @@ from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import Fault, LocalHub
 from tests.support.bloom_repos import fetched, ranges, sha256
+from tests.support.commands import started
 from tests.support.lossless import content
+from tests.support.streaming import soon
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
@@ -85,12 +85,9 @@ def test_the_result_is_that_of_download_and_convert(serve, tmp_path: Path, layou
 def test_the_dtype_is_read_from_the_first_bytes_of_one_shard(
     serve, tmp_path: Path, dtype: str, layout: str, fault: Fault
 ) -> None:
-    hub, expected = serve(
-        LAYOUTS[layout], dtype={"F16": "float16", "F32": "float32", "BF16": "bfloat16"}[dtype]
-    )
-    shard = min(
-        path.name for path in (tmp_path / "repo").iterdir() if path.suffix in (".bin", ".safetensors")
-    )
+    names = {"F16": "float16", "F32": "float32", "BF16": "bfloat16"}
+    hub, expected = serve(LAYOUTS[layout], dtype=names[dtype])
+    shard = min(name for name in content(tmp_path / "repo") if name.endswith((".bin", ".safetensors")))
     hub.fail(shard, fault)
     hub.requests.clear()
     plan = plan_preparation(REPO, tmp_path / "out")
@@ -123,7 +120,7 @@ def _peak_while(directory: Path, work: Callable[[], object]) -> int:
     def sample() -> None:
         nonlocal peak
         while not over.is_set():
-            peak = max(peak, _bytes_below(directory))
+            peak = max(peak, sum(size for _, size, _ in _files_below(directory)))
             time.sleep(0.001)
 
     sampler = threading.Thread(target=sample)
@@ -136,13 +133,15 @@ def _peak_while(directory: Path, work: Callable[[], object]) -> int:
     return peak
 
 
-def _bytes_below(directory: Path) -> int:
-    size = 0
+def _files_below(directory: Path) -> set[tuple[str, int, int]]:
+    """(name, size, time of change) of each file."""
+    found = set()
     for folder, _, names in os.walk(directory):
         for name in names:
             with suppress(FileNotFoundError):
-                size += Path(folder, name).stat().st_size
-    return size
+                state = Path(folder, name).stat()
+                found.add((name, state.st_size, state.st_mtime_ns))
+    return found
 
 
 def test_blocks_that_are_cut_need_more_shards_at_a_time_and_it_is_known_before() -> None:
@@ -197,9 +196,8 @@ def test_the_dtype_of_parts_or_pins_needs_no_request(
     hub, expected = serve(dtype="float16")
     prepare(REPO, tmp_path / "out")
     (tmp_path / "out" / "block_01.safetensors").unlink()
-    files = {
-        path.name: (path.stat().st_size, sha256(path.read_bytes())) for path in (tmp_path / "repo").iterdir()
-    }
+    repo = content(tmp_path / "repo")
+    files = {name: (len(data), sha256(data)) for name, data in repo.items()}
     body = {"commit": load_manifest(tmp_path / "out").source.commit, "dtype": "F16", "files": files}
     (tmp_path / "pins.json").write_text(json.dumps(body))
     hub.requests.clear()
@@ -244,10 +242,7 @@ def test_a_second_writer_is_refused(serve, tmp_path: Path) -> None:
     serve()
     plan = plan_preparation(REPO, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    with (
-        sole_writer(tmp_path / "out"),
-        pytest.raises(BloomdeskError, match="another bloomdesk is writing there"),
-    ):
+    with sole_writer(tmp_path / "out"), pytest.raises(BloomdeskError, match="another bloomdesk is writing"):
         carry_out(plan)
     assert not list((tmp_path / "out").iterdir())
 
@@ -267,15 +262,13 @@ def test_kills_at_random_are_resumed(serve, tmp_path: Path) -> None:
     for name in plan_preparation(REPO, tmp_path / "out").schedule.shards[::2]:
         hub.fail(name, Fault(drop_after=40_000, times=2))
     chance = random.Random(7)
-    command = [sys.executable, "-m", "toolkit.cli.app", "prepare", REPO, str(tmp_path / "out")]
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint}
     kills = 0
     for _ in range(40):
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with started("prepare", REPO, tmp_path / "out") as process:
             if kills < 4:
-                _wait_until_it_writes(tmp_path / "out", process)
+                before = _files_below(tmp_path / "out")
+                while process.poll() is None and _files_below(tmp_path / "out") == before:
+                    time.sleep(0.005)
                 time.sleep(chance.uniform(0, 0.4))
                 process.send_signal(signal.SIGKILL)
             _, said = process.communicate(timeout=120)
@@ -288,39 +281,12 @@ def test_kills_at_random_are_resumed(serve, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == expected
 
 
-def _wait_until_it_writes(directory: Path, process: subprocess.Popen[str]) -> None:
-    before = _state(directory)
-    while process.poll() is None and _state(directory) == before:
-        time.sleep(0.005)
-
-
-def _state(directory: Path) -> set[tuple[str, int]]:
-    found = set()
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with suppress(FileNotFoundError):
-                found.add((name, Path(folder, name).stat().st_mtime_ns))
-    return found
-
-
 def test_an_interrupt_ends_quickly_and_keeps_what_arrived(serve, tmp_path: Path) -> None:
     hub, expected = serve()
     hub.fail("pytorch_model_00005-of-00008.bin", Fault(stall=5.0, drop_after=10_000, times=1))
-    command = [
-        sys.executable,
-        "-m",
-        "toolkit.cli.app",
-        "prepare",
-        REPO,
-        str(tmp_path / "out"),
-        "--connections",
-        "1",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with started("prepare", REPO, tmp_path / "out", "--connections", "1") as process:
         staged = tmp_path / "out" / STAGING / "pytorch_model_00005-of-00008.bin.incomplete"
-        deadline = time.monotonic() + 60
-        while not staged.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        soon(staged.exists)
         process.send_signal(signal.SIGINT)
         start = time.monotonic()
         _, errors = process.communicate(timeout=60)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -28,6 +30,7 @@ from toolkit.parts.manifest_backup import write_backup
 from toolkit.parts.regions import Region, choose, regions_of
 
 BLOCK = "block_01.safetensors"
+SOME_FILES = (BLOCK, "embedding.safetensors", "tokenizer.json", "special_tokens_map.json")
 linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's figures")
 
 
@@ -95,21 +98,21 @@ def test_a_cut_file_is_damage(made_copy: Path, length: int) -> None:
         assert len(whole.damage) == 2
 
 
-def test_added_bytes_are_damage(made_copy: Path) -> None:
-    with (made_copy / BLOCK).open("ab") as file:
-        file.write(b"\0")
-    for quick in (True, False):
-        assert named(verify(made_copy, quick=quick).damage) == [(BLOCK, None)]
-
-
 @pytest.mark.parametrize(
-    "file", [BLOCK, "embedding.safetensors", "tokenizer.json", "special_tokens_map.json"]
+    ("file", "harm", "what"),
+    [
+        (BLOCK, lambda path: path.write_bytes(path.read_bytes() + b"\0"), ".*, expected .*"),
+        (BLOCK, lambda path: (path.unlink(), path.mkdir()), ".*cannot be read.*"),
+        *((file, Path.unlink, "it is missing") for file in SOME_FILES),
+    ],
 )
-def test_a_missing_file_is_damage(made_copy: Path, file: str) -> None:
-    (made_copy / file).unlink()
+def test_a_file_that_is_longer_unreadable_or_missing_is_damage(
+    made_copy: Path, file: str, harm: Callable[[Path], object], what: str
+) -> None:
+    harm(made_copy / file)
     for quick in (True, False):
-        report = verify(made_copy, quick=quick)
-        assert report.damage == (Damage(file, None, "it is missing"),)
+        (damage,) = verify(made_copy, quick=quick).damage
+        assert (damage.file, damage.tensor) == (file, None) and re.fullmatch(what, damage.what)
 
 
 def test_swapped_files_are_damage(made_copy: Path) -> None:
@@ -129,15 +132,6 @@ def test_a_damaged_companion_is_named(made_copy: Path) -> None:
     assert verify(made_copy, quick=True).sound
     (made_copy / "tokenizer.json").write_bytes(b"")
     assert named(verify(made_copy, quick=True).damage) == [("tokenizer.json", None)]
-
-
-def test_an_unreadable_file_is_damage(made_copy: Path) -> None:
-    (made_copy / BLOCK).unlink()
-    (made_copy / BLOCK).mkdir()
-    for quick in (True, False):
-        report = verify(made_copy, quick=quick)
-        assert named(report.damage) == [(BLOCK, None)]
-        assert "cannot be read" in report.damage[0].what
 
 
 def test_parts_that_were_never_made_are_damage(made: Path, tmp_path: Path) -> None:
@@ -173,7 +167,7 @@ def test_without_a_sound_manifest_nothing_is_checked(made_copy: Path, tmp_path: 
 
 
 def test_the_report_does_not_depend_on_the_threads(made_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damage in the order of the manifest, with pieces so small that every file is many."""
+    """Damage in the order of the manifest, with several blocks of bytes in every file."""
     monkeypatch.setattr(readahead, "BLOCK", 5_000)
     entries = read_header(made_copy / BLOCK).tensors
     for name in ("mlp.dense_4h_to_h.weight", "input_layernorm.weight"):
@@ -344,9 +338,8 @@ def test_a_sample_has_at_least_one_tensor(made_copy: Path) -> None:
 def test_the_report_says_how_much_was_compared(made_copy: Path) -> None:
     seen: dict[str, int] = {}
     plan = plan_verify(made_copy, sample=0.3, seed=1)
-    report = verify(
-        made_copy, sample=0.3, seed=1, progress=lambda file, done, total: seen.update({file: total})
-    )
+    progress = lambda file, done, total: seen.update({file: total})  # noqa: E731
+    report = verify(made_copy, sample=0.3, seed=1, progress=progress)
     assert report.sound and report.sample == 0.3
     assert report.bytes_recorded == sum(record.size for record in load_manifest(made_copy).records)
     assert report.bytes_read == plan.bytes_to_read == sum(seen.values())
@@ -363,11 +356,9 @@ def test_a_sample_finds_the_damage_in_its_tensors(made_copy: Path) -> None:
     for seed in range(20):
         chosen = plan_verify(made_copy, sample=0.2, seed=seed).regions
         damage = verify(made_copy, sample=0.2, seed=seed).damage
-        whole = {name for name in ("tokenizer.json",) if name in {region.file for region in chosen}}
+        read = {(region.file, region.tensor) for region in chosen}
         assert set(named(damage)) == {
-            (region.file, region.tensor)
-            for region in chosen
-            if region.tensor is not None or region.file in whole
+            (file, tensor) for file, tensor in read if tensor is not None or file == "tokenizer.json"
         }
 
 
@@ -387,15 +378,11 @@ def test_a_sample_checks_every_size(made_copy: Path) -> None:
     assert {item.file for item in damage} == {record.file for record in load_manifest(made_copy).records}
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan")])
-def test_an_impossible_share_is_refused(made_copy: Path, share: float) -> None:
-    with pytest.raises(BloomdeskError, match="above 0% and at most 100%"):
-        verify(made_copy, sample=share)
-
-
-def test_quick_takes_no_sample(made_copy: Path) -> None:
-    with pytest.raises(BloomdeskError, match="takes no sample"):
-        verify(made_copy, quick=True, sample=0.5)
+@pytest.mark.parametrize("share", [0, -0.1, 1.01, float("nan"), 0.5])
+def test_an_impossible_share_or_a_quick_sample_is_refused(made_copy: Path, share: float) -> None:
+    words = "takes no sample" if share == 0.5 else "above 0% and at most 100%"
+    with pytest.raises(BloomdeskError, match=words):
+        verify(made_copy, quick=share == 0.5, sample=share)
 
 
 def test_systems_without_positioned_reads_are_checked_too(
@@ -416,5 +403,5 @@ def test_few_files_are_open_at_a_time_and_none_afterwards(made_copy: Path) -> No
 
     before, most = count(), []
     verify(made_copy, progress=lambda file, done, total: most.append(count()), threads=2)
-    assert max(most) - before <= 5  # a piece of its own for each buffer, and the file at hand
+    assert max(most) - before <= 5  # one for each buffer, and the file that is read
     assert count() == before

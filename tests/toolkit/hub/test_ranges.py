@@ -7,15 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
 from runner.errors import BloomdeskError
 from scripts.fakehub.server import Fault, LocalHub, RandomFaults
-from tests.support.bloom_repos import NAME, VICTIM, assert_whole, fetched, noise
-from toolkit.commands.download import download
+from tests.support.bloom_repos import NAME, RANGE, WINDOW, noise, wait_for_bytes
 from toolkit.hub import ranges, transfer
 from toolkit.hub import revision as hub
 from toolkit.io import writer
@@ -26,20 +24,6 @@ pytestmark = pytest.mark.usefixtures("client", "surroundings", "small_ranges", "
 
 FILE = "model.safetensors"
 SIZE = 600_000
-RANGE, WINDOW = 16_384, 131_072
-
-
-@pytest.fixture
-def small_ranges(monkeypatch):
-    monkeypatch.setattr(ranges, "WINDOW", WINDOW)
-    monkeypatch.setattr(ranges, "SMALLEST", 4096)
-    monkeypatch.setattr(ranges, "LARGEST", RANGE)
-
-
-@pytest.fixture
-def no_thread_is_left():
-    yield
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("range")] == []
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +122,6 @@ def test_a_stalled_range_is_dropped_and_gone_on_from(one, single, target, monkey
     assert_came(single, target)
 
 
-@pytest.mark.parametrize("status", [500, 503, 429, 408])
-@pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_passing_weakness_of_the_hub_or_its_store(one, single, target, status, method):
-    one.fail(FILE, Fault(method=method, status=status, headers={"Retry-After": "0"}, times=3))
-    fetch(target)
-    assert_came(single, target)
-
-
 def test_a_pause_that_is_asked_for_is_made(one, single, target):
     one.fail(FILE, Fault(status=429, headers={"Retry-After": "1"}, since=100_000, times=1))
     began = time.monotonic()
@@ -159,23 +135,6 @@ def test_an_address_that_runs_out_is_asked_for_again_by_one_for_all(one, single,
     assert fetch(target).received == SIZE
     assert 2 <= len(one.asked("HEAD", FILE)) <= 4
     assert_came(single, target)
-
-
-@pytest.mark.parametrize(
-    ("status", "code"), [(401, "RepoNotFound"), (403, "GatedRepo"), (404, "EntryNotFound")]
-)
-def test_refusals_are_not_tried_again(one, target, status, code):
-    one.fail(FILE, Fault(method="HEAD", status=status, code=code))
-    with pytest.raises(BloomdeskError) as caught:
-        fetch(target)
-    assert caught.value.hint and len(one.asked("HEAD", FILE)) == 1
-
-
-def test_what_the_hub_announces_is_compared_before_anything_comes(one, target):
-    one.fail(FILE, Fault(method="HEAD", etag="ab" * 32))
-    with pytest.raises(BloomdeskError, match=r"sha256 should be .* says abab"):
-        fetch(target)
-    assert not asked_for(one)
 
 
 @pytest.mark.parametrize("since", [0, 200_000])
@@ -236,19 +195,6 @@ def test_a_range_that_crawls_goes_on_over_a_new_connection(one, single, target, 
     assert_came(single, target)
 
 
-def test_a_corrupted_byte_is_found_and_only_that_file_comes_again(local, repo, target):
-    local.fail(VICTIM, Fault(flip=123_456, times=40))
-    with pytest.raises(BloomdeskError, match=f"{VICTIM} of {NAME} .* came damaged: its sha256 should be"):
-        download(NAME, target, connections=4)
-    assert not list(target.glob(f"{VICTIM}*"))
-    present = {path.name for path in target.iterdir()}
-    local.faults.clear()
-    local.requests.clear()
-    download(NAME, target, connections=4)
-    assert VICTIM in fetched(local) and not fetched(local) & present
-    assert_whole(target, repo)
-
-
 CHILD = f"""
 import sys
 from pathlib import Path
@@ -259,19 +205,12 @@ transfer.fetch(revision, revision.find({FILE!r}), Path(sys.argv[1]), lambda *_: 
 """
 
 
-def wait_for(target, child, size):
-    path, deadline = target / f"{FILE}.incomplete", time.monotonic() + 30
-    while not path.exists() or path.stat().st_size < size:
-        assert time.monotonic() < deadline and child.poll() is None
-        time.sleep(0.01)
-
-
 def test_a_killed_process_loses_no_more_than_the_window(one, single, target):
     one.rate = 100_000
     target.mkdir()
     command = [sys.executable, "-c", CHILD, str(target)]
     with subprocess.Popen(command) as child:
-        wait_for(target, child, 150_000)
+        wait_for_bytes(target / f"{FILE}.incomplete", 150_000, child)
         child.send_signal(signal.SIGKILL)
     kept = (target / f"{FILE}.incomplete").stat().st_size
     first_run = sum(stop - start for start, stop in asked_for(one))
@@ -290,7 +229,7 @@ def test_an_interrupted_process_ends_at_once_and_without_noise(one, target, stal
     target.mkdir()
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", CHILD, str(target)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        wait_for(target, child, 90_000)
+        wait_for_bytes(target / f"{FILE}.incomplete", 90_000, child)
         time.sleep(0.1)
         child.send_signal(signal.SIGINT)
         began = time.monotonic()

@@ -24,34 +24,42 @@ from toolkit.hub import revision as hub
 from toolkit.hub.record import RECORD, load_record
 
 pytest_plugins = ("tests.support.network",)
-pytestmark = pytest.mark.usefixtures("client", "surroundings")
+pytestmark = pytest.mark.usefixtures("client", "surroundings", "no_thread_is_left")
+
+
+@pytest.fixture(params=[1, 4])
+def connections(request, small_ranges):
+    return request.param
 
 
 @pytest.mark.parametrize("name", [NAME, BLOOM])
 @pytest.mark.parametrize("file", [VICTIM, "config.json"])
-def test_a_corrupted_byte_is_found_and_only_that_file_comes_again(local, repo, pins, target, name, file):
-    local.fail(file, Fault(flip=100, times=1))
+def test_a_corrupted_byte_is_found_and_only_that_file_comes_again(
+    local, repo, pins, target, name, file, connections
+):
+    local.fail(file, Fault(flip=100, times=40))
     with pytest.raises(BloomdeskError) as caught:
-        download(name, target)
+        download(name, target, connections=connections)
     message, data = caught.value.message, (repo / file).read_bytes()
     expected = wire_hash = sha256(data)
     if name == NAME and file == "config.json":  # the Hub gives only the git blob sha1 of small files
         expected = wire_hash = hub.resolve(NAME).find(file).git_sha1
     assert f"{file} of {name}" in message and f"should be {expected} and is " in message
     assert wire_hash not in message.rpartition(" and is ")[2]
-    assert "this file alone" in caught.value.hint
-    assert not (target / file).exists() and not (target / f"{file}.incomplete").exists()
+    assert "came damaged" in message and "this file alone" in caught.value.hint
+    assert not list(target.glob(f"{file}*"))
     present = {path.name for path in target.iterdir()} - {RECORD}
+    local.faults.clear()
     local.requests.clear()
-    download(name, target)
+    download(name, target, connections=connections)
     assert fetched(local) == set(NEEDED) - present and file in fetched(local)
     assert_whole(target, repo)
 
 
-def test_what_the_hub_announces_is_compared_before_anything_comes(local, pins, target):
+def test_what_the_hub_announces_is_compared_before_anything_comes(local, pins, target, connections):
     local.fail(VICTIM, Fault(method="HEAD", etag="ab" * 32))
     with pytest.raises(BloomdeskError, match=f"{VICTIM} of {BLOOM} .*sha256 should be .* says abab"):
-        download(BLOOM, target)
+        download(BLOOM, target, connections=connections)
     assert VICTIM not in fetched(local)
 
 
@@ -128,9 +136,9 @@ def test_a_server_that_ignores_ranges_and_always_drops_is_given_up(local, target
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_a_passing_weakness_of_the_hub_or_its_store(local, repo, target, status, method):
+def test_a_passing_weakness_of_the_hub_or_its_store(local, repo, target, status, method, connections):
     local.fail(VICTIM, Fault(method=method, status=status, headers={"Retry-After": "0"}, times=3))
-    download(NAME, target)
+    download(NAME, target, connections=connections)
     assert_whole(target, repo)
 
 
@@ -151,10 +159,10 @@ def test_an_address_that_ran_out_is_asked_for_again(local, repo, target):
         (403, "", "refuses access"),
     ],
 )
-def test_refusals_are_not_tried_again(local, target, status, code, expected):
+def test_refusals_are_not_tried_again(local, target, status, code, expected, connections):
     local.fail(VICTIM, Fault(method="HEAD", status=status, code=code))
     with pytest.raises(BloomdeskError, match=expected) as caught:
-        download(NAME, target)
+        download(NAME, target, connections=connections)
     assert caught.value.hint
     assert len(local.asked("HEAD", VICTIM)) == 1
     assert load_record(target).missing_in(target) == SHARDS[1:]
@@ -194,10 +202,7 @@ def test_a_part_of_other_bytes_or_of_too_many_never_gets_in(local, repo, target)
 @pytest.mark.parametrize(
     "place", ["http://127.0.0.1:port/x", "http://[bad/x", "http://127.0.0.1:99999/x", "ftp://x/y"]
 )
-@pytest.mark.parametrize("connections", [1, 4])
-def test_an_address_that_is_none_is_a_clear_error(local, target, monkeypatch, place, connections):
-    monkeypatch.setattr("toolkit.hub.ranges.SMALLEST", 4096)
-    monkeypatch.setattr("toolkit.hub.ranges.LARGEST", 16_384)
+def test_an_address_that_is_none_is_a_clear_error(local, target, place, connections):
     local.fail(VICTIM, Fault(method="HEAD", location=place))
     with pytest.raises(BloomdeskError, match=f"sends {VICTIM} of {NAME} to an invalid address") as caught:
         download(NAME, target, connections=connections)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN, ROW_GROUPS_SUFFIX
-from runner.format.manifest import Manifest, PartRecord, load_manifest
+from runner.format.manifest import Manifest, load_manifest
 from runner.format.safetensors import read_header
 from scripts.fakehub.checkpoint import bloom_shapes, from_state, old_config, synthetic, write_repo
 from tests.support.commands import refused, run
@@ -27,55 +28,40 @@ from toolkit.commands.convert import convert, plan_conversion
 from toolkit.commands.export import export
 from toolkit.commands.info import inspect
 from toolkit.commands.verify import verify
-from toolkit.parts import coded_part
-from toolkit.parts import row_groups as row_groups
+from toolkit.parts import coded_part, row_groups
 from toolkit.parts.row_groups import batches_of_row_groups, chunk_nbytes
 from toolkit.source.key_map import name_table
 
 BLOCK = "block_01.safetensors"
 
 
-def patterns(shape: tuple[int, ...], kind: str) -> torch.Tensor:
-    """bf16 tensors of values that a coder could forget about, bit for bit."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    count = torch.Size(shape).numel()
-    bits = {
-        "every pattern": torch.arange(count) * 31 % 65536,
-        "not numbers": 0x7F80 + torch.arange(count) % 128 + torch.arange(count) % 3 * 0x4000,
-        "denormal": torch.arange(count) % 128 + torch.arange(count) % 2 * 0x8000,
-        "zeros": torch.arange(count) % 7 // 6 * 0x8000,  # some of them negative
-        "one value": torch.full((count,), 0xBD31),
-        "noise": torch.randint(0, 65536, (count,), generator=generator),
-        "all exponents in one row": (torch.arange(count) % 256 << 7) | 5,
-    }[kind]
-    return bits.to(torch.int32).to(torch.uint16).view(torch.bfloat16).reshape(shape)
+Bits = Callable[[torch.Tensor], torch.Tensor]
+# Bits of bf16 values that a coder could forget, from the numbers of the elements.
+KINDS: list[Bits] = [
+    lambda at: at * 31 % 65536,  # every pattern
+    lambda at: 0x7F80 + at % 128 + at % 3 * 0x4000,  # infinite or not a number
+    lambda at: at % 128 + at % 2 * 0x8000,  # denormal
+    lambda at: at % 7 // 6 * 0x8000,  # zeros, some of them negative
+    lambda at: torch.full_like(at, 0xBD31),  # one value
+    lambda at: torch.randint(0, 65536, at.shape, generator=torch.Generator().manual_seed(len(at))),
+    lambda at: (at % 256 << 7) | 5,  # all exponents in one row
+]
 
 
 def of_kinds(
-    directory: Path, hidden: int, heads: int, blocks: int, vocabulary: int, kinds: list[str]
+    directory: Path, hidden: int, heads: int, blocks: int, vocabulary: int, kinds: list[Bits]
 ) -> Path:
     """A source whose tensors have values of these kinds in turns."""
-    shapes = bloom_shapes(hidden, blocks, vocabulary)
-    state = {
-        key: patterns(shape, kinds[number % len(kinds)]) for number, (key, shape) in enumerate(shapes.items())
-    }
+    state = {}
+    for number, (key, shape) in enumerate(bloom_shapes(hidden, blocks, vocabulary).items()):
+        bits = kinds[number % len(kinds)](torch.arange(math.prod(shape)))
+        state[key] = bits.to(torch.int32).to(torch.uint16).view(torch.bfloat16).reshape(shape)
     synthetic(directory, hidden_size=hidden, heads=heads, blocks=blocks, vocab_size=vocabulary)
     for path in directory.glob("pytorch_model*"):
         path.unlink()
     tokenizer = {path.name: path.read_bytes() for path in directory.glob("*token*.json")}
     write_repo(directory, from_state(state), old_config(hidden, heads, blocks, vocabulary), tokenizer)
     return directory
-
-
-KINDS = [
-    "every pattern",
-    "not numbers",
-    "denormal",
-    "zeros",
-    "one value",
-    "noise",
-    "all exponents in one row",
-]
 
 
 SOURCES: dict[str, Callable[[Path], Path]] = {
@@ -319,10 +305,7 @@ def test_a_record_of_a_coded_part_is_not_taken_for_a_plain_one(coded_copy: Path)
     manifest = load_manifest(coded_copy)
     body = json.loads(manifest.to_json())
     assert body["format_version"] == 2 and body["coding"] == LOSSLESS
-    plain: dict[str, PartRecord] = {
-        file: replace(record, decoded=()) for file, record in manifest.parts.items()
-    }
-    with pytest.raises(BloomdeskError, match="not a sound manifest"):
-        Manifest.from_json(replace(manifest, parts=plain).to_json(), coded_copy / "manifest.json")
-    with pytest.raises(BloomdeskError, match="not a sound manifest"):
-        Manifest.from_json(replace(manifest, form=PLAIN).to_json(), coded_copy / "manifest.json")
+    plain = {file: replace(record, decoded=()) for file, record in manifest.parts.items()}
+    for forged in (replace(manifest, parts=plain), replace(manifest, form=PLAIN)):
+        with pytest.raises(BloomdeskError, match="not a sound manifest"):
+            Manifest.from_json(forged.to_json(), coded_copy / "manifest.json")

@@ -18,7 +18,6 @@ from runner.model.tokenizer import Tokenizer
 from runner.system.atomic import write_atomically
 from runner.weights.checkpoint import Weights
 from scripts.fakehub.checkpoint import byte_tokenizer, old_config, synthetic
-from tests.conftest import PreparedFactory
 from tests.support.bounded import Bounded
 from toolkit.commands.convert import convert
 from toolkit.hub.record import RECORD
@@ -290,16 +289,6 @@ def test_a_tokenizer_that_is_no_file(tmp_path: Path, odd: dict[str, Path]) -> No
         Tokenizer(tmp_path / "tokenizer.json")
 
 
-@pytest.fixture
-def mine(prepared: PreparedFactory, tmp_path: Path) -> Path:
-    """A prepared directory to do anything with."""
-    directory = tmp_path / "bloom"
-    directory.mkdir()
-    for path in prepared()[1].iterdir():
-        (directory / path.name).write_bytes(path.read_bytes())
-    return directory
-
-
 def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change the manifest and make its checksum right, as a careful forger would."""
     body = json.loads((directory / "manifest.json").read_text())
@@ -318,7 +307,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         lambda body: body["parts"][1]["sources"][0].update(file=7),
         lambda body: body["parts"][1]["tensors"].reverse(),
         lambda body: body["parts"][1]["tensors"].append(body["parts"][1]["tensors"][0]),
-        lambda body: body["parts"][1]["tensors"][0].update(shape=[96.0]),
+        lambda body: body["parts"][1]["tensors"][0].update(shape=[64.0]),
         lambda body: body["parts"][1]["tensors"][0].update(xxh3_128="ab" * 32),
         lambda body: body["source"].update(repo=7),
         lambda body: body["source"].update(repo="\x1b[2J"),
@@ -330,41 +319,41 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     ],
 )  # fmt: skip
 def test_a_manifest_made_by_hand(
-    mine: Path, bounded: Bounded, change: Callable[[dict[str, Any]], Any]
+    made_copy: Path, bounded: Bounded, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    edit(mine, change)
-    bounded.refuses("manifest", mine)
+    edit(made_copy, change)
+    bounded.refuses("manifest", made_copy)
 
 
-def test_a_manifest_edited_by_hand(mine: Path, bounded: Bounded) -> None:
-    path = mine / "manifest.json"
-    path.write_text(path.read_text().replace('"vocab_size": 1200', '"vocab_size": 1201'))
-    assert "edited or damaged" in bounded.refuses("manifest", mine)
+def test_a_manifest_edited_by_hand(made_copy: Path, bounded: Bounded) -> None:
+    path = made_copy / "manifest.json"
+    path.write_text(path.read_text().replace('"vocab_size": 300', '"vocab_size": 301'))
+    assert "edited or damaged" in bounded.refuses("manifest", made_copy)
 
 
-def test_a_part_whose_data_starts_elsewhere(mine: Path) -> None:
+def test_a_part_whose_data_starts_elsewhere(made_copy: Path) -> None:
     """The same tensors and the same size, but shifted off the page: never mapped."""
-    path = mine / "block_00.safetensors"
+    path = made_copy / "block_00.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     text, tensors = data[8 : 8 + length].rstrip(), data[8 + length :]
     header = json.loads(text)
     size = len(data) - 1
-    edit(mine, lambda body: body["parts"][1].update(size=size))
+    edit(made_copy, lambda body: body["parts"][1].update(size=size))
     path.write_bytes(
         (length - 1).to_bytes(8, "little") + json.dumps(header).encode().ljust(length - 1) + tensors
     )
     with pytest.raises(BloomdeskError, match="does not hold the tensors"):
-        Weights.open(mine)
+        Weights.open(made_copy)
 
 
-def test_parts_that_are_no_files(mine: Path, odd: dict[str, Path]) -> None:
-    path = mine / "block_01.safetensors"
+def test_parts_that_are_no_files(made_copy: Path, odd: dict[str, Path]) -> None:
+    path = made_copy / "block_01.safetensors"
     for kind in ("a pipe", "an endless device", "a directory", "nothing", "a loop", "another file"):
         path.unlink()
         path.symlink_to(odd[kind])
         with pytest.raises(BloomdeskError, match="block_01"):
-            Weights.open(mine)
+            Weights.open(made_copy)
 
 
 @pytest.fixture
