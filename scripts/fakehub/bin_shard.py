@@ -92,7 +92,7 @@ def _pickled(tensors: Sequence[Tensor]) -> bytes:
 class _Zip:
     """A stored zip whose records start at multiples of 64 bytes, with data descriptors; no seeking back.
 
-    Zip64 fields appear where a size or an offset needs them; the end record is always a zip64 one. Layout
+    Zip64 fields appear if a size or an offset needs them; the end record is always a zip64 one. Layout
     and padding are those of torch's writer; the fields' meaning: PKWARE's APPNOTE, 4.3 and 4.5.3.
     """
 

@@ -15,8 +15,8 @@ LARGE = re.compile(r".*\.(bin|safetensors|h5|msgpack|pt|onnx)|tokenizer\.json|.*
 class Repo:
     """A directory served as a repository; its only commit is `commit`, or follows from its contents.
 
-    With `token`, a private repository: other callers are told that there is none. With `gated` too, one that
-    all may see and only that token may download.
+    With `token`, the repository is private: for other callers it does not exist. With `gated` too, all may see it and
+    only that token may download it.
     """
 
     directory: Path
@@ -43,9 +43,8 @@ class Entry:
     def as_json(self) -> dict:
         body = {"type": "file", "oid": self.git_sha1, "size": self.size, "path": self.path}
         if self.large:
-            pointer = (
-                f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
-            )
+            version = "version https://git-lfs.github.com/spec/v1"
+            pointer = f"{version}\noid sha256:{self.sha256}\nsize {self.size}\n"
             body["oid"] = git_blob(pointer.encode())
             body["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": len(pointer)}
         return body
@@ -57,7 +56,7 @@ def git_blob(data: bytes) -> str:
 
 
 class Shelf:
-    """The entries of directories, hashed once for as long as a file keeps its size and time of change."""
+    """The entries of directories; a file is hashed again only if its size or time of change differs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -71,7 +70,7 @@ class Shelf:
         return {entry.path: entry for entry in entries}
 
     def commit(self, repo: Repo) -> str:
-        """The given commit, or one that is the same whenever the contents are."""
+        """The given commit, or one that depends on the contents alone."""
         if repo.commit is not None:
             return repo.commit
         lines = (f"{entry.path} {entry.sha256}\n" for entry in self.entries(repo).values())
@@ -84,9 +83,9 @@ class Shelf:
             sha256 = hashlib.sha256()
             sha1 = hashlib.sha1(f"blob {found.st_size}\0".encode(), usedforsecurity=False)
             with path.open("rb", buffering=0) as file:
-                while piece := file.read(2**20):
-                    sha256.update(piece)
-                    sha1.update(piece)
+                while block := file.read(2**20):
+                    sha256.update(block)
+                    sha1.update(block)
             name = path.relative_to(directory).as_posix()
             large = LARGE.fullmatch(path.name) is not None
             self._known[key] = Entry(name, found.st_size, sha256.hexdigest(), sha1.hexdigest(), large)

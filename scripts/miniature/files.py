@@ -20,7 +20,7 @@ UNSEEN_TEXTS = 150  # of each kind
 
 
 def save_weights(out: Path, weights: dict[str, torch.Tensor], shape: Shape) -> None:
-    """Write weights and config as the Hub has the real ones: bfloat16, no prefix, no head of its own."""
+    """Write weights and config as the Hub has the real ones: bfloat16, no prefix, no separate head."""
     tensors = {}
     for name, value in weights.items():
         if name.startswith("h.*."):

@@ -11,7 +11,7 @@
       draft/                        model.safetensors and config.json of a shallow model beside it
 
 A few blocks learn the texts first; then each becomes several, and all 70 go on learning, in a forward pass
-that rounds where a bfloat16 one does.
+that rounds at the same places as a bfloat16 one.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What should never be lost is attacked: kills, full disks, damaged files and made-up ones, at random from a seed."""
+"""Attacks with random kills, full disks, and damaged or made-up files, each repeatable from its seed."""
