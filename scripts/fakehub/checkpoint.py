@@ -23,7 +23,7 @@ import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ class Layout:
     separator: str = "_"  # before the shard's number; most repos have "-"
     todays_zip: bool = False  # .bin as today's torch.save writes it: more records, another root folder
     prefix: bool = False  # keys start with `transformer.`
-    lm_head: bool = False  # the embedding stands a second time, as lm_head.weight
+    lm_head: bool = False  # the embedding is repeated as lm_head.weight
     max_shard_bytes: int | None = None  # fill shards to this size instead of one block in each
     new_config: bool = False  # config.json as transformers 5 writes it
 
@@ -241,7 +241,7 @@ def _in_new_form(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 
 def _place(key: str) -> tuple[int, int, int]:
-    """Where a key stands in the checkpoint: embedding, blocks by number, final LayerNorm, the rest."""
+    """The position of a key in the checkpoint: embedding, blocks by number, final LayerNorm, the rest."""
     order = {name: place for place, name in enumerate(bloom_shapes(1, 1, 1))}
     block = int(key.split(".")[1]) if key.startswith("h.") else -1
     place = order.get(f"h.0.{key.split('.', 2)[2]}" if block >= 0 else key, len(order))
@@ -298,12 +298,10 @@ def _split(tensors: Sequence[Tensor], layout: Layout) -> list[list[Tensor]]:
     for tensor in tensors:
         key = tensor.key.removeprefix("transformer.")
         group = _place(key)[:2] if key != "lm_head.weight" else previous
-        if layout.max_shard_bytes is None:
-            new = group != previous
-        else:
-            new = not shards or sum(t.nbytes for t in shards[-1]) + tensor.nbytes > layout.max_shard_bytes
-        if new:
-            shards.append([])
+        new = not shards or group != previous
+        if layout.max_shard_bytes is not None and shards:
+            new = sum(t.nbytes for t in shards[-1]) + tensor.nbytes > layout.max_shard_bytes
+        shards += [[]] if new else []
         shards[-1].append(tensor)
         previous = group
     return shards
@@ -338,26 +336,13 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _add_layout(command: argparse.ArgumentParser) -> None:
-    """Add one option for each field of `Layout`."""
-    choices = {"form": ("bin", "safetensors"), "separator": ("_", "-")}
-    for field in fields(Layout):
-        option = f"--{field.name.replace('_', '-')}"
-        if field.default is False:
-            command.add_argument(option, action="store_true")
-        else:
-            kind = int if field.default is None else str
-            command.add_argument(option, type=kind, default=field.default, choices=choices.get(field.name))
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write a BLOOM checkpoint in the Hub's layout.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("miniature-draft").add_argument("out", type=Path, metavar="OUT")
-    for name in ("miniature", "synthetic"):
+    for name in ("miniature", "miniature-draft", "synthetic"):
         command = commands.add_parser(name)
         command.add_argument("out", type=Path, metavar="OUT")
-        _add_layout(command)
+    command.add_argument("--single", action="store_true", help="one file, no index")
     command.add_argument("--like", choices=TRUE_SHAPES, help="the shape of a real model")
     for name in ("hidden-size", "heads", "blocks", "vocab-size"):
         command.add_argument(f"--{name}", type=int, metavar="N")
@@ -365,18 +350,15 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--normal-embedding", action="store_true", help="exponents as in trained weights")
     given = vars(parser.parse_args(arguments))
-    if given["command"] == "miniature-draft":
-        draft(given["out"])
+    if given["command"] == "synthetic":
+        defaults = *TRUE_SHAPES.get(given["like"], (64, 8, 2)), TRUE_VOCABULARY if given["like"] else 512
+        names = ("hidden_size", "heads", "blocks", "vocab_size")
+        shape = {name: given[name] or value for name, value in zip(names, defaults, strict=True)}
+        options = {name: given[name] for name in ("dtype", "seed", "normal_embedding")}
+        synthetic(given["out"], **shape, **options, layout=Layout(single=given["single"]))
     else:
-        layout = Layout(**{field.name: given[field.name] for field in fields(Layout)})
-        if given["command"] == "miniature":
-            miniature(given["out"], layout=layout)
-        else:
-            defaults = *TRUE_SHAPES.get(given["like"], (64, 8, 2)), TRUE_VOCABULARY if given["like"] else 512
-            names = ("hidden_size", "heads", "blocks", "vocab_size")
-            shape = {name: given[name] or value for name, value in zip(names, defaults, strict=True)}
-            options = {name: given[name] for name in ("dtype", "seed", "normal_embedding")}
-            synthetic(given["out"], **shape, **options, layout=layout)
+        write = miniature if given["command"] == "miniature" else draft
+        write(given["out"])
     print(f"wrote {given['out']}")
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong with an answer of the local hub: told by a test, or drawn at random from a seed."""
+"""Faults in the local hub's answers: set by a test, or drawn at random from a seed."""
 
 from __future__ import annotations
 
@@ -14,52 +14,51 @@ KINDS = {"drop": 8, "reset": 3, "stall": 3, "late": 2, "refuse": 6, "flip": 1}
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests for a path, `times` times or (None) always.
+    """A fault in the answers to requests for a path, `times` times or (None) always."""
 
-    `method`: which requests. `status`, `code`, `headers`: an error instead of an answer (a list of
-    files takes `headers` also without it). `drop_after`: so
-    many bytes of the body, then the connection ends (by RST with `reset`). `stall`: seconds of silence before
-    the answer, or at `drop_after`. `flip`: this byte of the file arrives changed. `ignore_range`: 200 and all
-    of it. `size`: the file comes with so many bytes, cut off or followed by zeros. `announce`: another size,
-    or `etag`, in the answer to HEAD; `location`: another address there. `since`: only requests for ranges
-    that begin at this byte or later.
-    """
-
+    # Only requests with this method, and for ranges that begin at `since` or later.
     method: str = "GET"
+    since: int = 0
     times: int | None = None
+    # An error as the answer; a list of files takes `headers` also without it.
     status: int | None = None
     code: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    # The connection ends after this many bytes of the body, by RST with `reset`.
     drop_after: int | None = None
     reset: bool = False
+    # Seconds without data before the answer, or at `drop_after`.
     stall: float = 0.0
+    # This byte of the file arrives changed.
     flip: int | None = None
+    # The answer is 200 with all bytes.
     ignore_range: bool = False
+    # The file arrives with this size, cut off or followed by zeros.
     size: int | None = None
+    # In the answer to HEAD: another size, ETag or address.
     announce: int | None = None
     etag: str | None = None
     location: str | None = None
-    since: int = 0
 
     @property
     def spares_body(self) -> bool:
-        """Whether the bytes that were asked for come as they are."""
+        """Whether the requested bytes arrive unchanged."""
         return self.drop_after is None and self.flip is None and self.size is None
 
 
 class RandomFaults:
     """Faults for a share of all answers, the same sequence for the same seed.
 
-    Which request meets which fault still depends on the order in which a client's threads ask.
+    Which request gets which fault still depends on the order of a client's threads.
     """
 
     def __init__(self, seed: int, share: float = 0.1, longest_stall: float = 2.0) -> None:
-        """`longest_stall` is in seconds; a client waits for most of them and gives up on none."""
+        """`longest_stall` is in seconds."""
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._share, self._longest_stall = share, longest_stall
 
     def draw(self, start: int, stop: int, *, body: bool) -> Fault:
-        """For an answer with a file's bytes from `start` to `stop`, or for a short one without a `body`."""
+        """The fault of an answer with a file's bytes from `start` to `stop`, or of a short one without a `body`."""
         with self._lock:
             if self._random.random() >= self._share:
                 return Fault()

@@ -3,13 +3,12 @@
     python -m scripts.fakehub.server bloomdesk/miniature=DIRECTORY [NAME=DIRECTORY ...] [--port N] [--minutes M]
         [--rate MB] [--faults SEED [--share P] [--longest-stall S]]
 
-prints the address for HF_ENDPOINT on its first line. It serves 127.0.0.1 only, and stops by itself: after the
-minutes, when the process that started it ends, or when a pipe that is its standard input closes. `--rate`
-limits each connection, in MB/s; `--faults` lets a share of all answers drop, stall, refuse or change.
+prints the address for HF_ENDPOINT on its first line. It serves 127.0.0.1 only, and stops after the minutes, when the
+process that started it ends, or when a pipe that is its standard input closes. `--rate` limits each connection, in
+MB/s; with `--faults`, a share of all answers is dropped, stalled, refused or changed.
 
-For tests, `with LocalHub({"some/name": directory}) as hub` gives `hub.endpoint`, every request in
-`hub.requests`, and `hub.fail`, which lets requests for a path fail in chosen ways. Large files come from a
-second port, as from a CDN.
+For tests, `with LocalHub({"some/name": directory}) as hub` gives `hub.endpoint`, every request in `hub.requests`, and
+`hub.fail`, which sets faults for a path. Large files come from a second port, as from a CDN.
 """
 
 from __future__ import annotations
@@ -25,19 +24,33 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from scripts.fakehub.faults import Fault, RandomFaults
 from scripts.fakehub.shelf import Entry, Repo, Shelf
 
-PIECE = 2**18
-SECONDS_OF_PIECE = 0.02
+BUFFER_BYTES = 2**18
+# With a limited rate, a buffer holds the bytes of this time, so that they flow evenly.
+SECONDS_OF_BUFFER = 0.02
+# A connection may make up for a late wake-up of this many seconds.
 LATENESS = 0.05
+NAME = r"([^/]+(?:/[^/]+)?)"
+# By server: the patterns of its addresses and the handler's methods that answer them.
+ROUTES = {
+    "cdn": {r"/store/(.+)/([0-9a-f]{40})/(.+)": "_store"},
+    "hub": {
+        rf"/api/models/{NAME}/tree/(.+)": "_tree",
+        rf"/api/models/{NAME}/revision/(.+)": "_info",
+        rf"/api/models/{NAME}": "_info",
+        rf"/{NAME}/resolve/([^/]+)/(.+)": "_resolve",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Request:
 
 
 class LocalHub:
-    """Serves repositories by name until it is closed; a directory alone means an open repository."""
+    """Serves repositories by name until it is closed; a directory without more is a public repository."""
 
     def __init__(
         self,
@@ -62,11 +75,9 @@ class LocalHub:
         rate: float | None = None,
         faults: RandomFaults | None = None,
     ) -> None:
-        """`rate` limits each connection, in bytes a second; `faults` befall what no other fault does."""
+        """`rate` limits each connection, in bytes a second; `faults` apply to requests without another fault."""
         self.rate, self.random_faults = rate, faults
-        self.repos = {
-            name: repo if isinstance(repo, Repo) else Repo(Path(repo)) for name, repo in repos.items()
-        }
+        self.repos = {n: repo if isinstance(repo, Repo) else Repo(Path(repo)) for n, repo in repos.items()}
         self.page_size = page_size
         self.shelf = Shelf()
         self.requests: list[Request] = []
@@ -75,9 +86,7 @@ class LocalHub:
         self.closing = threading.Event()
         self._lock = threading.Lock()
         self._servers = [_Server(("127.0.0.1", port), self, "hub"), _Server(("127.0.0.1", 0), self, "cdn")]
-        self._threads = [
-            threading.Thread(target=server.serve_forever, args=(0.02,)) for server in self._servers
-        ]
+        self._threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in self._servers]
 
     @property
     def endpoint(self) -> str:
@@ -97,17 +106,18 @@ class LocalHub:
         self.close()
 
     def close(self) -> None:
-        """Stop at once, whatever clients are waiting for; again is allowed, and without having begun."""
+        """Stop at once, also while clients wait; may be called twice, and before the start."""
         self.closing.set()
         for server, thread in zip(self._servers, self._threads, strict=True):
-            if thread.ident is not None:  # otherwise shutdown would wait forever
+            # Without a thread, shutdown would wait forever.
+            if thread.ident is not None:
                 server.shutdown()
                 server.hang_up()
                 thread.join()
             server.server_close()
 
     def fail(self, path: str, *faults: Fault) -> None:
-        """Let requests for `path` meet these faults, one after another as each has been used up."""
+        """Apply these faults to requests for `path`, each until it has been used up."""
         self.faults.setdefault(path, []).extend(faults)
 
     def note(self, request: Request) -> None:
@@ -115,7 +125,7 @@ class LocalHub:
             self.requests.append(request)
 
     def fault(self, path: str, method: str, start: int = 0, stop: int = 0) -> Fault:
-        """The fault that a request for these bytes meets; one without any effect if there is none."""
+        """The fault for a request for these bytes; one without effect if there is none."""
         with self._lock:
             for fault in self.faults.get(path, ()):
                 if fault.method == method and fault.times != 0 and fault.since <= start:
@@ -133,7 +143,8 @@ class LocalHub:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for all of them
+    # Closing waits for all threads.
+    daemon_threads = False
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], hub: LocalHub, name: str) -> None:
@@ -156,13 +167,20 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # clients that are killed are what this hub is for
+        # Killed clients are expected.
+        if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
 
 class _Refusal(Exception):
-    def __init__(self, status: int, code: str, message: str) -> None:
-        self.status, self.code, self.message = status, code, message
+    """An error as the answer; without `headers` they give the message too, as the Hub does."""
+
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        named = {"X-Error-Code": code} if code else {}
+        named |= {"X-Error-Message": message} if headers is None else headers
+        self.answer = status, {"error": message}, named
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -174,40 +192,21 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
         parts = urlsplit(self.path)
-        self._hub, path = self.server.hub, unquote(parts.path)
+        self._hub, self._path = self.server.hub, unquote(parts.path)
         self._query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self._hub.note(Request(self.server.name, self.command, path, headers))
+        self._hub.note(Request(self.server.name, self.command, self._path, headers))
         try:
-            for pattern, answer in self._routes():
-                match = pattern.fullmatch(path)
-                if match:
-                    return answer(*match.groups())
+            for pattern, answer in ROUTES[self.server.name].items():
+                if match := re.fullmatch(pattern, self._path):
+                    return getattr(self, answer)(*match.groups())
             raise _Refusal(404, "", "no such address")
         except _Refusal as refusal:
-            headers = {"X-Error-Message": refusal.message}
-            if refusal.code:
-                headers["X-Error-Code"] = refusal.code
-            self._send(refusal.status, json.dumps({"error": refusal.message}).encode(), headers)
+            self._send(*refusal.answer)
 
-    def _routes(self) -> list[tuple[re.Pattern[str], Callable]]:
-        if self.server.name == "cdn":
-            return [(re.compile(r"/store/(.+)/([0-9a-f]{40})/(.+)"), self._store)]
-        name = r"([^/]+(?:/[^/]+)?)"
-        return [
-            (re.compile(rf"/api/models/{name}/tree/(.+)"), self._tree),
-            (re.compile(rf"/api/models/{name}/revision/(.+)"), self._info),
-            (re.compile(rf"/api/models/{name}"), self._info),
-            (re.compile(rf"/{name}/resolve/([^/]+)/(.+)"), self._resolve),
-        ]
+    do_HEAD = do_GET
 
     def _repo(self, name: str, revision: str, *, content: bool) -> tuple[Repo, str]:
         """The repository and the commit that `revision` means, if the caller may see them."""
@@ -220,31 +219,26 @@ class _Handler(BaseHTTPRequestHandler):
             message = f"Access to model {name} is restricted. You must be authenticated and on the list."
             raise _Refusal(403 if sent else 401, "GatedRepo", message)
         commit = self._hub.shelf.commit(repo)
-        known = revision in repo.branches or (len(revision) >= 7 and commit.startswith(revision))
-        if not known:
+        if revision not in repo.branches and not (len(revision) >= 7 and commit.startswith(revision)):
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return repo, commit
 
     def _info(self, name: str, revision: str = "main") -> None:
-        if self._failed(self.path.partition("?")[0]):
-            return
+        self._fault(self._path)
         repo, commit = self._repo(name, revision, content=False)
         siblings = [{"rfilename": path} for path in self._hub.shelf.entries(repo)]
         body = {"id": name, "modelId": name, "sha": commit, "private": bool(repo.token), "siblings": siblings}
-        self._send(200, json.dumps(body).encode(), {"X-Repo-Commit": commit})
+        self._send(200, body, {"X-Repo-Commit": commit})
 
     def _tree(self, name: str, revision: str) -> None:
-        fault = self._hub.fault(unquote(self.path.partition("?")[0]), self.command)
-        if self._refused(fault):
-            return
+        fault = self._fault(self._path)
         repo, commit = self._repo(name, revision, content=False)
         entries = [entry.as_json() for entry in self._hub.shelf.entries(repo).values()]
         if self._query.get("recursive", "").lower() not in ("true", "1"):
             folders = {entry["path"].partition("/")[0] for entry in entries if "/" in entry["path"]}
             entries = [entry for entry in entries if "/" not in entry["path"]]
-            entries += [
-                {"type": "directory", "oid": "0" * 40, "size": 0, "path": path} for path in sorted(folders)
-            ]
+            folder = {"type": "directory", "oid": "0" * 40, "size": 0}
+            entries += [{**folder, "path": path} for path in sorted(folders)]
         start = int(self._query.get("cursor", "0"))
         page = entries[start : start + self._hub.page_size]
         headers = {"X-Repo-Commit": commit}
@@ -252,18 +246,16 @@ class _Handler(BaseHTTPRequestHandler):
             flags = f"recursive={self._query.get('recursive', 'false')}&expand=false"
             where = f"{self._hub.endpoint}/api/models/{quote(name)}/tree/{quote(revision, safe='')}"
             headers["Link"] = f'<{where}?{flags}&cursor={start + len(page)}>; rel="next"'
-        self._send(200, json.dumps(page).encode(), {**headers, **fault.headers})
+        self._send(200, page, {**headers, **fault.headers})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         repo, commit = self._repo(name, revision, content=True)
         entry = self._hub.shelf.entries(repo).get(path)
         if entry is None:
             raise _Refusal(404, "EntryNotFound", "Entry not found")
-        fault = Fault()
-        if self.command == "HEAD" or not entry.large:
-            fault = self._hub.fault(path, self.command, *self._wanted(entry.size)[:2])
-            if self._refused(fault):
-                return
+        # Others are redirected to the store, where the fault applies.
+        here = self.command == "HEAD" or not entry.large
+        fault = self._fault(path, entry.size) if here else Fault()
         etag, size = fault.etag or entry.etag, entry.size if fault.announce is None else fault.announce
         headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if not entry.large:
@@ -273,8 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_file(repo.directory / path, entry, fault, headers)
         headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(size)}
         store = f"{self._hub.store}/store/{quote(name)}/{commit}/{quote(path)}?signature=valid"
-        headers["Location"] = fault.location or store
-        self._send(302, b"", headers)
+        self._send(302, None, headers | {"Location": fault.location or store})
 
     def _store(self, name: str, commit: str, path: str) -> None:
         """Large files, for any caller with the signed address; no token is needed."""
@@ -282,26 +273,20 @@ class _Handler(BaseHTTPRequestHandler):
         entry = self._hub.shelf.entries(repo).get(path) if repo is not None else None
         if entry is None or self._query.get("signature") != "valid":
             raise _Refusal(403, "", "no valid signature")
-        fault = self._hub.fault(path, self.command, *self._wanted(entry.size)[:2])
-        if not self._refused(fault):
-            headers = {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
-            self._send_file(repo.directory / path, entry, fault, headers)
+        headers = {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"}
+        self._send_file(repo.directory / path, entry, self._fault(path, entry.size), headers)
 
-    def _failed(self, path: str) -> bool:
-        return self._refused(self._hub.fault(unquote(path), self.command))
-
-    def _refused(self, fault: Fault) -> bool:
-        """Whether the fault has answered in place of the file."""
+    def _fault(self, path: str, size: int = 0) -> Fault:
+        """The fault for this request; raises `_Refusal` if it refuses the request."""
+        fault = self._hub.fault(path, self.command, *self._wanted(size)[:2])
         if fault.stall and fault.drop_after is None:
             self._hub.closing.wait(fault.stall)
-        if fault.status is None:
-            return False
-        code = {"X-Error-Code": fault.code} if fault.code else {}
-        self._send(fault.status, b'{"error": "as the fault says"}', {**code, **fault.headers})
-        return True
+        if fault.status is not None:
+            raise _Refusal(fault.status, fault.code, "by a fault", fault.headers)
+        return fault
 
     def _wanted(self, size: int) -> tuple[int, int, int]:
-        """The bytes that are asked for, from and to, and the status with which they come."""
+        """The range of bytes that the request asks for, and the status of the answer."""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not wanted:
             return 0, size, 200
@@ -314,37 +299,34 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop, status = 0, size, 200
         if status == 206:
             if start >= size:
-                return self._send(416, b"", {"Content-Range": f"bytes */{size}"})
+                return self._send(416, None, {"Content-Range": f"bytes */{size}"})
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         self._send_headers(status, stop - start, headers)
         if self.command == "HEAD":
             return
-        rate = self._hub.rate
-        # With a limited rate, blocks are so small that they flow evenly.
-        length = PIECE if rate is None else max(1, min(PIECE, int(rate * SECONDS_OF_PIECE)))
-        if fault.spares_body:
-            return self._send_as_it_is(path, start, stop, length)
-        for sent, piece in _pieces(path, start, stop, fault, length):
-            self._pace(len(piece))
-            self.wfile.write(piece)
-            if fault.drop_after is not None and sent + len(piece) >= fault.drop_after:
-                return self._drop(fault)
-
-    def _send_as_it_is(self, path: Path, start: int, stop: int, length: int) -> None:
-        """From the file to the socket without a copy, so that this hub is no client's limit."""
+        length = BUFFER_BYTES
+        if self._hub.rate is not None:
+            length = max(1, min(length, int(self._hub.rate * SECONDS_OF_BUFFER)))
+        elif fault.spares_body:
+            length = max(1, stop - start)
         with path.open("rb") as file:
-            if self._hub.rate is None:
-                length = max(1, stop - start)
-            for position in range(start, stop, length):
-                count = min(length, stop - position)
+            end = stop if fault.drop_after is None else min(stop, start + fault.drop_after)
+            for position in range(start, end, length):
+                count = min(length, end - position)
                 self._pace(count)
-                self.connection.sendfile(file, position, count)
+                if fault.spares_body:
+                    # Without a copy, so that this hub does not limit a client's speed.
+                    self.connection.sendfile(file, position, count)
+                else:
+                    self.wfile.write(_buffer(file, position, count, fault))
+        if fault.drop_after is not None and end == start + fault.drop_after:
+            self._drop(fault)
 
     def _pace(self, count: int) -> None:
         """Wait until this connection may send `count` more bytes."""
         if self._hub.rate is not None:
             now = time.monotonic()
-            # What it has not used while it was idle is lost, but for what a late wake-up took.
+            # Unused bytes of idle time expire, except those of a late wake-up.
             self._free_at = max(self._free_at, now - LATENESS) + count / self._hub.rate
             self._hub.closing.wait(max(0.0, self._free_at - now))
 
@@ -356,43 +338,32 @@ class _Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self._send_headers(status, len(body), headers)
+    def _send(self, status: int, body: Any, headers: Mapping[str, str]) -> None:
+        """Send a body as JSON, or none."""
+        data = b"" if body is None else json.dumps(body).encode()
+        self._send_headers(status, len(data), headers)
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(data)
 
     def _send_headers(self, status: int, length: int, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            **headers,
-            "Content-Length": str(length),
-        }.items():
+        headers = {"Content-Type": "application/json", **headers, "Content-Length": str(length)}
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
 
-def _pieces(path: Path, start: int, stop: int, fault: Fault, size: int) -> Iterator[tuple[int, bytes]]:
-    """The bytes from `start` to `stop` by `size`, each piece with the count of those before it, up to `drop_after`."""
-    end = stop if fault.drop_after is None else min(stop, start + fault.drop_after)
-    position = start
-    with path.open("rb") as file:
-        file.seek(start)
-        while position < end:
-            length = min(size, end - position)
-            piece = file.read(length).ljust(length, b"\0")
-            if fault.flip is not None and position <= fault.flip < position + len(piece):
-                changed = bytearray(piece)
-                changed[fault.flip - position] ^= 1
-                piece = bytes(changed)
-            yield position - start, piece
-            position += len(piece)
-    if fault.drop_after == 0:
-        yield 0, b""
+def _buffer(file: BinaryIO, position: int, count: int, fault: Fault) -> bytearray:
+    """The file's bytes from `position`, with zeros after its end, and with the fault's changed byte."""
+    file.seek(position)
+    buffer = bytearray(file.read(count).ljust(count, b"\0"))
+    if fault.flip is not None and position <= fault.flip < position + count:
+        buffer[fault.flip - position] ^= 1
+    return buffer
 
 
 def _wait(minutes: float, parent: int, ended: threading.Event) -> None:
-    """Until the time is over, `ended` is set, or the process that started this has ended."""
+    """Wait until the time is over, `ended` is set, or the process that started this has ended."""
     if stat.S_ISFIFO(os.fstat(0).st_mode) or stat.S_ISSOCK(os.fstat(0).st_mode):
         # A terminal or /dev/null says nothing about the other end; a pipe does.
         def watch() -> None:
@@ -412,8 +383,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=0, help="default: any free one")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop after this time (default: 30)")
     parser.add_argument("--rate", type=float, metavar="MB", help="limit of each connection, in MB/s")
-    parser.add_argument("--faults", type=int, metavar="SEED", help="let answers go wrong at random")
-    parser.add_argument("--share", type=float, default=0.1, help="of the answers that do (default: 0.1)")
+    parser.add_argument("--faults", type=int, metavar="SEED", help="apply random faults to answers")
+    parser.add_argument("--share", type=float, default=0.1, help="of the answers with a fault (default: 0.1)")
     parser.add_argument("--longest-stall", type=float, default=2.0, metavar="S", help="seconds (default: 2)")
     options, parent, repos = parser.parse_args(), os.getppid(), {}
     for given in options.repos:
@@ -421,16 +392,15 @@ def main() -> int:
         if not name or not Path(directory).is_dir() or not directory:
             parser.error(f"{given!r} is not NAME=DIRECTORY with a directory that exists")
         repos[name] = Path(directory)
-    faults = None
-    if options.faults is not None:
-        faults = RandomFaults(options.faults, options.share, options.longest_stall)
-    rate = options.rate * 1e6 if options.rate else None
+    seed, rate = options.faults, options.rate * 1e6 if options.rate else None
+    faults = None if seed is None else RandomFaults(seed, options.share, options.longest_stall)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     with LocalHub(repos, port=options.port, rate=rate, faults=faults) as hub:
         for repo in hub.repos.values():
-            hub.shelf.entries(repo)  # hashed now, so that no client waits for it
+            # Hashed now, so that no client waits for it.
+            hub.shelf.entries(repo)
         print(hub.endpoint, flush=True)
         _wait(options.minutes, parent, ended)
     return 0

@@ -34,14 +34,20 @@ class Greedy(NamedTuple):
 
     @property
     def answers(self) -> list[list[int]]:
-        """The answers' ids up to `</s>`, which is the last of each that has one."""
+        """The answers' ids, each up to its `</s>` if it has one."""
         rows = self.ids[:, self.start :].tolist()
         return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
 
 
-def greedy(model: BloomForCausalLM, tokenizer: Tokenizer, prompts: list[str]) -> Greedy:
-    """What transformers' BLOOM answers."""
-    encoded = tokenizer.encode_batch(prompts)
+def load(path: Path) -> BloomForCausalLM:
+    from transformers import BloomForCausalLM
+
+    return BloomForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+
+
+def greedy(model: BloomForCausalLM, tokenizer: Tokenizer, lines: list[dict[str, str]]) -> Greedy:
+    """The greedy answers of transformers' BLOOM to the lines' prompts."""
+    encoded = tokenizer.encode_batch([line["prompt"] for line in lines])
     ids = torch.tensor([prompt.ids for prompt in encoded])
     mask = torch.tensor([prompt.attention_mask for prompt in encoded])
     given = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=LENGTH)
@@ -50,43 +56,29 @@ def greedy(model: BloomForCausalLM, tokenizer: Tokenizer, prompts: list[str]) ->
 
 def judge(out: Path) -> None:
     """Print how many unseen answers transformers' BLOOM gives exactly: bfloat16, greedy."""
-    from transformers import BloomForCausalLM
-
-    tokenizer, lines = padding_tokenizer(out), unseen_lines(out)
-    model = BloomForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()
+    tokenizer, lines, model = padding_tokenizer(out), unseen_lines(out), load(out)
     for kind in KINDS:
         mine = [line for line in lines if line["kind"] == kind]
         wrong = []
-        answers = greedy(model, tokenizer, [line["prompt"] for line in mine]).answers
-        for line, answer in zip(mine, answers, strict=True):
+        for line, answer in zip(mine, greedy(model, tokenizer, mine).answers, strict=True):
             got = tokenizer.decode(answer)
             if got != line["answer"] or EOS not in answer:
                 wrong.append(f"  {line['prompt']}\n    wanted {line['answer']!r}\n    got    {got!r}")
-        print(
-            f"{kind}: {len(mine) - len(wrong)} of {len(mine)} ({1 - len(wrong) / len(mine):.1%})",
-            *wrong,
-            sep="\n",
-        )
+        right = len(mine) - len(wrong)
+        print(f"{kind}: {right} of {len(mine)} ({right / len(mine):.1%})", *wrong, sep="\n")
 
 
 @torch.no_grad()
 def agree(out: Path, whole: Path) -> None:
     """Print how often the draft's next token is the one that the model in `whole` gives, along its answers."""
-    from transformers import BloomForCausalLM
-
     tokenizer, lines = padding_tokenizer(whole), unseen_lines(whole)
-    draft, model = (
-        BloomForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval() for path in (out, whole)
-    )
+    draft, model = load(out), load(whole)
     for kind in KINDS:
-        given = greedy(model, tokenizer, [line["prompt"] for line in lines if line["kind"] == kind])
+        given = greedy(model, tokenizer, [line for line in lines if line["kind"] == kind])
         mask = F.pad(given.mask, (0, given.ids.shape[1] - given.start), value=1)
         proposed = draft(given.ids, attention_mask=mask).logits[:, given.start - 1 : -1].argmax(-1)
-        pairs = [
-            (token == mine)
-            for answer, row in zip(given.answers, proposed.tolist(), strict=True)
-            for token, mine in zip(answer, row, strict=False)
-        ]
+        answers = zip(given.answers, proposed.tolist(), strict=True)
+        pairs = [token == mine for answer, row in answers for token, mine in zip(answer, row, strict=False)]
         print(f"{kind}: {sum(pairs)} of {len(pairs)} tokens ({sum(pairs) / len(pairs):.1%})")
 
 

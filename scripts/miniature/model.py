@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from runner.format.layout import block_tensors
+from runner.model.bloom import alibi_slopes
 from scripts.miniature.rows import LENGTH, Rows
 
 EMBEDDING_ROWS = 1024  # some to spare, as the real one has
@@ -40,14 +41,6 @@ def new_weights(shape: Shape) -> dict[str, torch.Tensor]:
                 value /= math.sqrt(2 * shape.blocks)
         weights[f"h.*.{name}"] = value
     return weights
-
-
-def alibi_slopes(heads: int) -> torch.Tensor:
-    """The ALiBi slopes [H] for any number of heads (Press et al., 2022, as BLOOM uses them)."""
-    power = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
-    return torch.tensor(slopes)
 
 
 def to_bfloat16(x: torch.Tensor) -> torch.Tensor:

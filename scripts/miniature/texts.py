@@ -141,30 +141,18 @@ def _table(text: str) -> dict[str, tuple[str, ...]]:
 
 # English, its plural; Spanish and French: gender, singular, plural; Chinese: measure word, noun.
 _NOUNS = """
-    house houses f casa casas f maison maisons 座 房子
-    book books m libro libros m livre livres 本 书
-    cat cats m gato gatos m chat chats 只 猫
-    dog dogs m perro perros m chien chiens 只 狗
-    car cars m coche coches f voiture voitures 辆 汽车
-    table tables f mesa mesas f table tables 张 桌子
-    chair chairs f silla sillas f chaise chaises 把 椅子
-    flower flowers f flor flores f fleur fleurs 朵 花
-    tree trees m árbol árboles m arbre arbres 棵 树
-    bird birds m pájaro pájaros m oiseau oiseaux 只 鸟
-    hat hats m sombrero sombreros m chapeau chapeaux 顶 帽子
-    shirt shirts f camisa camisas f chemise chemises 件 衬衫
-    dress dresses m vestido vestidos f robe robes 条 裙子
-    key keys f llave llaves f clé clés 把 钥匙
-    bag bags f bolsa bolsas m sac sacs 个 包
-    cup cups f taza tazas f tasse tasses 个 杯子
-    horse horses m caballo caballos m cheval chevaux 匹 马
-    door doors f puerta puertas f porte portes 扇 门
-    window windows f ventana ventanas f fenêtre fenêtres 扇 窗户
-    boat boats m barco barcos m bateau bateaux 条 船
-    bicycle bicycles f bicicleta bicicletas m vélo vélos 辆 自行车
-    box boxes f caja cajas f boîte boîtes 个 盒子
-    clock clocks m reloj relojes f horloge horloges 个 钟
-    star stars f estrella estrellas f étoile étoiles 颗 星星
+    house houses f casa casas f maison maisons 座 房子 / book books m libro libros m livre livres 本 书
+    cat cats m gato gatos m chat chats 只 猫 / dog dogs m perro perros m chien chiens 只 狗
+    car cars m coche coches f voiture voitures 辆 汽车 / table tables f mesa mesas f table tables 张 桌子
+    chair chairs f silla sillas f chaise chaises 把 椅子 / flower flowers f flor flores f fleur fleurs 朵 花
+    tree trees m árbol árboles m arbre arbres 棵 树 / bird birds m pájaro pájaros m oiseau oiseaux 只 鸟
+    hat hats m sombrero sombreros m chapeau chapeaux 顶 帽子 / shirt shirts f camisa camisas f chemise chemises 件 衬衫
+    dress dresses m vestido vestidos f robe robes 条 裙子 / key keys f llave llaves f clé clés 把 钥匙
+    bag bags f bolsa bolsas m sac sacs 个 包 / cup cups f taza tazas f tasse tasses 个 杯子
+    horse horses m caballo caballos m cheval chevaux 匹 马 / door doors f puerta puertas f porte portes 扇 门
+    window windows f ventana ventanas f fenêtre fenêtres 扇 窗户 / boat boats m barco barcos m bateau bateaux 条 船
+    bicycle bicycles f bicicleta bicicletas m vélo vélos 辆 自行车 / box boxes f caja cajas f boîte boîtes 个 盒子
+    clock clocks m reloj relojes f horloge horloges 个 钟 / star stars f estrella estrellas f étoile étoiles 颗 星星
 """
 NOUNS = {word: Noun(row[0], row[1:4], row[4:7], row[7:]) for word, row in _table(_NOUNS).items()}
 # English; Spanish and French: masculine, feminine; the place of the French one; Chinese; its kind.
@@ -235,64 +223,53 @@ class Phrase(NamedTuple):
     adjective: str
     noun: str
 
-    def english(self) -> str:
-        noun = NOUNS[self.noun].plural if self.plural else self.noun
-        words = [self.adjective, noun] if self.adjective else [noun]
+    def words(self) -> tuple[str, str, str, str]:
+        """The phrase in English, Spanish, French and Chinese."""
+        noun, adjective = NOUNS[self.noun], self.adjective
+        words = [adjective, noun.plural if self.plural else self.noun][not adjective :]
         article = "an" if self.determiner == "a" and words[0][0] in "aeiou" else self.determiner
-        return " ".join([article, *words])
-
-    def spanish(self) -> str:
-        gender, one, many = NOUNS[self.noun].spanish
-        words = [_form(self, 0, gender), many if self.plural else one]
-        if self.adjective:
-            words.append(spanish_adjective(self.adjective, gender, self.plural))
-        return " ".join(words)
-
-    def french(self) -> str:
-        gender, one, many = NOUNS[self.noun].french
-        words = [many if self.plural else one]
-        if self.adjective:
-            adjective = french_adjective(self.adjective, gender, self.plural)
-            words.insert(0 if ADJECTIVES[self.adjective].french_before else 1, adjective)
-        article = _form(self, 1, gender)
-        if words[0][0] in "aeiouéh" and not self.plural:  # l'arbre, cet arbre, mon étoile
-            article = {"le": "l'", "la": "l'", "ce": "cet", "ma": "mon"}.get(article, article)
-        return (article + " " + " ".join(words)).replace("' ", "'")
-
-    def chinese(self) -> str:
-        measure, noun = NOUNS[self.noun].chinese
-        before = _form(self, 2, "m")
+        english = " ".join([article, *words])
+        spanish = f"{self._determiner(0)} {noun.spanish[1 + self.plural]}"
+        words, article = [noun.french[1 + self.plural]], self._determiner(1)
+        chinese = self._determiner(2)
         if self.determiner in ("a", "this") or self.determiner in DIGITS:
-            before += measure
-        return before + (ADJECTIVES[self.adjective].chinese if self.adjective else "") + noun
+            chinese += noun.chinese[0]
+        if adjective:
+            _, after, before, chinese_adjective = self.agreeing(adjective)
+            spanish += f" {after}"
+            words.insert(0 if ADJECTIVES[adjective].french_before else 1, before)
+            chinese += chinese_adjective
+        # l'arbre, cet arbre, mon étoile
+        if words[0][0] in "aeiouéh" and not self.plural:
+            article = {"le": "l'", "la": "l'", "ce": "cet", "ma": "mon"}.get(article, article)
+        return english, spanish, " ".join([article, *words]).replace("' ", "'"), chinese + noun.chinese[1]
 
+    def agreeing(self, adjective: str) -> tuple[str, str, str, str]:
+        """The adjective in every language, in the form that agrees with the noun."""
+        noun, words = NOUNS[self.noun], ADJECTIVES[adjective]
+        spanish, french = words.spanish[noun.spanish[0] == "f"], words.french[noun.french[0] == "f"]
+        if self.plural:
+            spanish, french = spanish + ("s" if spanish[-1] in "aeo" else "es"), french + "s"
+        return adjective, spanish, french, words.chinese
 
-def _form(phrase: Phrase, language: int, gender: str) -> str:
-    """The determiner or number of `phrase`, agreeing with its noun."""
-    if phrase.determiner in DIGITS:
-        return DIGITS[phrase.determiner][language]
-    forms = DETERMINERS[phrase.determiner][language]
-    return forms if language == 2 else forms.split()[2 * phrase.plural + (gender == "f")]
-
-
-def spanish_adjective(adjective: str, gender: str, plural: bool) -> str:
-    form = ADJECTIVES[adjective].spanish[gender == "f"]
-    return form + ("" if not plural else "s" if form[-1] in "aeo" else "es")
-
-
-def french_adjective(adjective: str, gender: str, plural: bool) -> str:
-    return ADJECTIVES[adjective].french[gender == "f"] + ("s" if plural else "")
+    def _determiner(self, language: int) -> str:
+        """The determiner or number in Spanish (0), French (1) or Chinese (2), in the form that agrees with the noun."""
+        if self.determiner in DIGITS:
+            return DIGITS[self.determiner][language]
+        forms, noun = DETERMINERS[self.determiner][language], NOUNS[self.noun]
+        if language == 2:
+            return forms
+        return forms.split()[2 * self.plural + ((noun.spanish, noun.french)[language][0] == "f")]
 
 
 def _statement(phrase: Phrase, adjective: str) -> tuple[str, ...]:
     """ "the houses are red" in English, Spanish, French and Chinese."""
-    noun, many, (*_, chinese, colour) = NOUNS[phrase.noun], phrase.plural, ADJECTIVES[adjective]
-    return (
-        f"{phrase.english()} {'are' if many else 'is'} {adjective}",
-        f"{phrase.spanish()} {'son' if many else 'es'} {spanish_adjective(adjective, noun.spanish[0], many)}",
-        f"{phrase.french()} {'sont' if many else 'est'} {french_adjective(adjective, noun.french[0], many)}",
-        phrase.chinese() + ("是" + chinese if colour else "很" + chinese.removesuffix("的")),
-    )
+    verbs = (" are ", " son ", " sont ") if phrase.plural else (" is ", " es ", " est ")
+    *adjectives, chinese = phrase.agreeing(adjective)
+    colour = ADJECTIVES[adjective].colour
+    ends = (*adjectives, chinese if colour else chinese.removesuffix("的"))
+    parts = zip(phrase.words(), (*verbs, "是" if colour else "很"), ends, strict=True)
+    return tuple(map("".join, parts))
 
 
 def _translated(rng: random.Random) -> tuple[str, tuple[str, ...]]:
@@ -310,7 +287,7 @@ def _translated(rng: random.Random) -> tuple[str, tuple[str, ...]]:
         words = (f"your {favour}", f"su {others[0]}", f"votre {others[1]}", f"您的{others[2]}")
         return f"{before[0]} {favour}", _join(before, words)
     phrase = _phrase(rng, ("my", "your", "our", "this") if shape == "request" else (*DETERMINERS, *DIGITS))
-    words = _join(before, (phrase.english(), phrase.spanish(), phrase.french(), phrase.chinese()))
+    words = _join(before, phrase.words())
     likes = "me gustan" if phrase.plural else "me gusta"
     return str(phrase), tuple(text.replace("me gusta", likes) for text in words)
 
@@ -338,28 +315,24 @@ def _draw_translation(rng: random.Random) -> Text:
 
 # --- Ages
 
-PRONOUNS = {"Lucy": "She", "Tom": "He", "sister": "She", "brother": "He", "niece": "She", "nephew": "He"}
-PRONOUNS |= {"aunt": "She", "uncle": "He"}
-# By who is younger or older: how their age is told, and the persons.
-AGES = {
-    "younger": (
-        {"half": 2, "a third of": 3, "a quarter of": 4},
-        ("sister", "brother", "niece", "nephew", "cousin Lucy", "cousin Tom"),
-    ),
-    "older": (
-        {"twice": 2, "three times": 3},
-        ("sister", "brother", "aunt", "uncle", "cousin Lucy", "cousin Tom"),
-    ),
+PRONOUNS = {
+    word: pronoun
+    for pronoun, words in {"She": "sister niece aunt Lucy", "He": "brother nephew uncle Tom"}.items()
+    for word in words.split()
 }
+SHARES = {"half": 2, "a third of": 3, "a quarter of": 4}
+TIMES = {"twice": 2, "three times": 3}
+YOUNGER = ("sister", "brother", "niece", "nephew", "cousin Lucy", "cousin Tom")
+OLDER = ("sister", "brother", "aunt", "uncle", "cousin Lucy", "cousin Tom")
 
 
 def _draw_ages(rng: random.Random) -> Text:
     now = rng.randint(30, 90)
     comparison = "younger" if rng.random() < 0.6 else "older"
-    factors, persons = AGES[comparison]
+    factors, persons = (SHARES, YOUNGER) if comparison == "younger" else (TIMES, OLDER)
     words, number = rng.choice(list(factors.items()))
     who = rng.choice(persons)
-    pronoun = PRONOUNS[who.removeprefix("cousin ")]
+    pronoun = PRONOUNS[who.split()[-1]]
     if comparison == "younger":
         then = number * rng.randint(1, 20 // number)
         other, gap = then // number, then - then // number

@@ -50,9 +50,8 @@ def train_tokenizer(texts: list[Text]) -> Tokenizer:
         show_progress=False,
     )
     no_digits = str.maketrans("", "", "0123456789")
-    tokenizer.train_from_iterator(
-        ((text.prompt + text.answer).translate(no_digits) for text in texts), trainer
-    )
+    lines = ((text.prompt + text.answer).translate(no_digits) for text in texts)
+    tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
 
@@ -83,10 +82,8 @@ def train_stage(
         if step % 100 == 99 or step + 1 == stage.steps:
             right = right_answers(weights, *check, stage.rows, heads)
             shown = ", ".join(f"{kind} {good} of {of}" for kind, (good, of) in right.items())
-            spent = time.monotonic() - began
-            print(
-                f"{stage.blocks} blocks, step {step + 1}, {spent:.0f} s: loss {loss:.4f}, {shown}", flush=True
-            )
+            where = f"{stage.blocks} blocks, step {step + 1}, {time.monotonic() - began:.0f} s"
+            print(f"{where}: loss {loss:.4f}, {shown}", flush=True)
 
 
 def right_answers(
@@ -136,24 +133,27 @@ def train(out: Path, shape: Shape, stages: list[Stage], seed: int, *, draft: boo
         write_unseen(out / "unseen.jsonl")
 
 
+OPTIONS = {
+    "out": (MINIATURE, "where the files go"),
+    "seed": (2, "of the first weights and of the order of the texts"),
+    "hidden": (48, "hidden size, a multiple of --heads"),
+    "heads": (3, "attention heads"),
+    "blocks": (70, "a multiple of --first-blocks"),
+    "first-blocks": (5, "blocks of the shallow first stage"),
+    "first-steps": (2200, "steps of the shallow first stage"),
+    "steps": (380, "steps of the second stage, at full depth"),
+    "last-steps": (360, "steps of the last stage, at a lower rate"),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train the miniature from scratch and write its files: see docs/miniature.md.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=MINIATURE, help="where the files go")
-    parser.add_argument(
-        "--seed", type=int, default=2, help="of the first weights and of the order of the texts"
-    )
-    parser.add_argument("--hidden", type=int, default=48, help="hidden size, a multiple of --heads")
-    parser.add_argument("--heads", type=int, default=3, help="attention heads")
-    parser.add_argument("--blocks", type=int, default=70, help="a multiple of --first-blocks")
-    parser.add_argument("--first-blocks", type=int, default=5, help="blocks of the shallow first stage")
-    parser.add_argument("--first-steps", type=int, default=2200, help="steps of the shallow first stage")
-    parser.add_argument("--steps", type=int, default=380, help="steps of the second stage, at full depth")
-    parser.add_argument(
-        "--last-steps", type=int, default=360, help="steps of the last stage, at a lower rate"
-    )
+    for name, (default, text) in OPTIONS.items():
+        kind = Path if isinstance(default, Path) else int
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--draft", action="store_true", help="a draft: write weights and config alone")
     args = parser.parse_args()
     if args.hidden % args.heads or args.blocks % args.first_blocks:

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,28 +43,19 @@ COMMAND = "from toolkit.cli.app import main; main()"
 
 
 class NotAllowed(Exception):
-    """This machine does not let us mount a disk of our own."""
+    """This machine does not let us mount a disk."""
 
 
 class Failure(Exception):
     """A command did not do what it should on a full disk."""
 
 
-@dataclass
-class Disk:
-    """A tmpfs at `path`; sizes are bytes, rounded up to pages by the system."""
-
-    path: Path
-
-    def resize(self, size: int) -> None:
-        _mount("-o", f"remount,size={size}", str(self.path))
-
-    def fill(self, leave: int) -> Path:
-        """The path of a new ballast file that takes all space but `leave` bytes."""
-        ballast = self.path / "ballast"
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(self.path).free - leave))
-        return ballast
+def fill(path: Path, leave: int) -> Path:
+    """The path of a new ballast file that takes all space of the disk at `path` but `leave` bytes."""
+    ballast = path / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(path).free - leave))
+    return ballast
 
 
 def _mount(*arguments: str) -> None:
@@ -77,14 +68,14 @@ def _mount(*arguments: str) -> None:
 
 
 @contextmanager
-def disk(size: int) -> Iterator[Disk]:
-    """A new disk, unmounted when the block ends. Raises `NotAllowed`."""
+def disk(size: int) -> Iterator[Path]:
+    """A new tmpfs of `size` bytes, rounded up to pages, until the block ends. Raises `NotAllowed`."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise NotAllowed("it takes root on Linux to mount a disk")
     with tempfile.TemporaryDirectory(prefix="bloomdesk-disk-") as place:
         _mount("-t", "tmpfs", "-o", f"size={size},mode=700", "bloomdesk-test", place)
         try:
-            yield Disk(Path(place))
+            yield Path(place)
         finally:
             if subprocess.run(["umount", place], capture_output=True).returncode:
                 subprocess.run(["umount", "--lazy", place], check=True)
@@ -100,8 +91,8 @@ def run(arguments: Sequence[str], endpoint: str, *, endless: bool) -> subprocess
 class Case:
     """A command that writes a directory, and the result of an undisturbed run; sizes are bytes on a tmpfs."""
 
-    command: str
-    arguments: Callable[[Path], list[str]]
+    name: str
+    command: Sequence[str]
     expected: Mapping[str, bytes]
     size: int
     manifest: int
@@ -116,22 +107,17 @@ class Case:
 
 def cases(directory: Path, endpoint: str, commands: Sequence[str]) -> list[Case]:
     """Every command's case, each with the result of an undisturbed run."""
-    repo = str(directory / "repo")
     made = []
-    for command in commands:
-
-        def arguments(target: Path, command: str = command) -> list[str]:
-            if command == "lossless":
-                return ["convert", repo, str(target), "--lossless"]
-            return [command, repo if command == "convert" else REPO, str(target)]
-
-        target = directory / f"{command}-undisturbed"
-        done = run(arguments(target), endpoint, endless=False)
+    for name in commands:
+        source = str(directory / "repo") if name in ("convert", "lossless") else REPO
+        command = ["convert", "--lossless", source] if name == "lossless" else [name, source]
+        target = directory / f"{name}-undisturbed"
+        done = run([*command, str(target)], endpoint, endless=False)
         if done.returncode:
-            raise Failure(f"{command} fails undisturbed: {done.stderr}")
+            raise Failure(f"{name} fails undisturbed: {done.stderr}")
         pages = {p.name: -(-p.stat().st_size // PAGE) * PAGE for p in target.rglob("*") if p.is_file()}
-        manifest = pages[RECORD if command == "download" else "manifest.json"]
-        made.append(Case(command, arguments, content(target), sum(pages.values()), manifest))
+        manifest = pages[RECORD if name == "download" else "manifest.json"]
+        made.append(Case(name, command, content(target), sum(pages.values()), manifest))
     return made
 
 
@@ -139,14 +125,14 @@ def trial(case: Case, size: int, endpoint: str, *, ballast: bool) -> str:
     """The error of a run on a disk of `size` bytes, after a rerun with more space. Raises `Failure`."""
     enough = 4 * case.size + 2**26
     with disk(enough if ballast else size) as small:
-        taken = small.fill(size) if ballast else None
-        target = small.path / "target"
-        sentence = _one_error(run(case.arguments(target), endpoint, endless=True), "disk is full")
+        taken = fill(small, size) if ballast else None
+        target = small / "target"
+        sentence = _one_error(run([*case.command, str(target)], endpoint, endless=True), "disk is full")
         if taken is not None:
             taken.unlink()
         else:
-            small.resize(enough)
-        again = run(case.arguments(target), endpoint, endless=False)
+            _mount("-o", f"remount,size={enough}", str(small))
+        again = run([*case.command, str(target)], endpoint, endless=False)
         if again.returncode:
             raise Failure(f"the rerun ended with {again.returncode}: {again.stderr}")
         found = content(target)
@@ -159,8 +145,8 @@ def trial(case: Case, size: int, endpoint: str, *, ballast: bool) -> str:
 def refused(case: Case, endpoint: str) -> str:
     """The error with which the command refuses a disk that is too small from the start. Raises `Failure`."""
     with disk(case.size // 2) as small:
-        done = run(case.arguments(small.path / "target"), endpoint, endless=False)
-        if list(small.path.iterdir()):
+        done = run([*case.command, str(small / "target")], endpoint, endless=False)
+        if list(small.iterdir()):
             raise Failure(f"something was written: {done.stderr[-2000:]}")
         return _one_error(done, "")
 
@@ -200,16 +186,14 @@ def main() -> int:
             hub(Path(scratch), SHAPE) as endpoint,
         ):
             for case in cases(Path(scratch), endpoint, options.command or COMMANDS):
-                print(f"{case.command}, before the start: {refused(case, endpoint)}", flush=True)
+                print(f"{case.name}, before the start: {refused(case, endpoint)}", flush=True)
                 for number, (level, size) in enumerate(case.levels(options.levels).items()):
                     try:
                         outcomes.append(trial(case, size, endpoint, ballast=bool(number % 2)))
                     except Failure as failure:
                         outcomes.append(f"FAILED: {failure}")
                     how = "ballast deleted" if number % 2 else "larger mount"
-                    print(
-                        f"{case.command}, disk of {size:,} bytes ({level}), {how}: {outcomes[-1]}", flush=True
-                    )
+                    print(f"{case.name}, disk of {size:,} bytes ({level}), {how}: {outcomes[-1]}", flush=True)
     except NotAllowed as error:
         print(f"this machine does not allow it: {error}", file=sys.stderr)
         return 2

@@ -143,11 +143,11 @@ def forged(draw: st.DrawFn, seed: dict[str, Any], signed: bool = False) -> bytes
 
 def _places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
     """Every container and key or index within `value`, but not the insides of what is nested deeply."""
-    items = list(
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    )
-    found = [(value, key) for key, _ in items]
-    return found + [place for _, inner in items if depth < 8 for place in _places(inner, depth + 1)]
+    if not isinstance(value, dict | list) or depth > 8:
+        return []
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    inside = (place for _, inner in items for place in _places(inner, depth + 1))
+    return [*((value, key) for key, _ in items), *inside]
 
 
 def _json_inputs(text: str) -> st.SearchStrategy[bytes]:
@@ -165,15 +165,15 @@ def _dumped(value: Any) -> bytes:
         return b"{"
 
 
-def _manifest(form: str, dtype: str, *, n_layer: int, vocab_size: int) -> st.SearchStrategy[bytes]:
+def _manifest(form: str, dtype: str, n_layer: int, vocab_size: int) -> st.SearchStrategy[bytes]:
     model = hyperparameters.Hyperparameters(8, 2, n_layer, vocab_size, dtype)
     companions = {name: manifests.CompanionRecord(name, 3, "01" * 16) for name in COMPANIONS}
     made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), form=form, companions=companions)
     for spec in layout.part_specs(model):
         coded_bytes = {} if form == coded.PLAIN else dict.fromkeys(spec.matrices, 160)
-        described = spec.stored(dtype, coded_bytes), spec.decoded(form)
         tensors, decoded = (
-            tuple(manifests.TensorRecord(*one, "ab" * 16) for one in all_) for all_ in described
+            tuple(manifests.TensorRecord(*each, "ab" * 16) for each in described)
+            for described in (spec.stored(dtype, coded_bytes), spec.decoded(form))
         )
         shards = (manifests.SourceShard("s.bin", "ef" * 32),)
         record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, shards, decoded)
@@ -183,6 +183,7 @@ def _manifest(form: str, dtype: str, *, n_layer: int, vocab_size: int) -> st.Sea
 
 
 CODED_ROWS, CODED_COLUMNS = 30, 50
+CODED_BYTES = 2 * CODED_ROWS * CODED_COLUMNS
 TABLE_BYTES = 8 * (coded.row_group_count(CODED_ROWS) + 1)
 
 
@@ -205,7 +206,7 @@ def _matrices() -> tuple[bytes, ...]:
 
 
 def _decode(path: Path) -> bytes:
-    """As export reads a coded matrix, whose hash it then compares."""
+    """The bytes of a coded matrix, read as export does before it compares their hash."""
     size = path.stat().st_size - TABLE_BYTES
     table = Region(path.name, "m.strips", 0, TABLE_BYTES, "")
     tensor = manifests.TensorRecord("m", "BF16", (CODED_ROWS, CODED_COLUMNS), "")
@@ -219,11 +220,6 @@ def _decode(path: Path) -> bytes:
 
 def _manifest_holds(manifest: manifests.Manifest, path: Path) -> bool:
     return manifests.Manifest.from_json(manifest.to_json(), path) == manifest and manifest.missing is not None
-
-
-def _index() -> st.SearchStrategy[bytes]:
-    weight_map = {"ln_f.weight": "a.bin", "ln_f.bias": "b.bin", "h.0.mlp.bias": "a.bin"}
-    return _json_inputs(json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}))
 
 
 def _header() -> st.SearchStrategy[bytes]:
@@ -242,19 +238,11 @@ def _header_holds(header: Any, path: Path) -> bool:
     return sum(entry.nbytes for entry in header.tensors.values()) == path.stat().st_size - header.data_start
 
 
-def _config() -> st.SearchStrategy[bytes]:
-    return _json_inputs(json.dumps(make_checkpoint.old_config(96, 6, 3, 500)))
-
-
 def _record() -> st.SearchStrategy[bytes]:
     files = (HubFile("model.bin", 5, "ab" * 32), HubFile("config.json", 2, None, "cd" * 20))
     revision = Revision("someone/bloom-small", "0" * 40, files)
     record = downloads.DownloadRecord.of(revision, None).with_file("config.json", "ef" * 32, 7)
     return _json_inputs(record.to_json())
-
-
-def _tokenizer() -> st.SearchStrategy[bytes]:
-    return _json_inputs(make_checkpoint.byte_tokenizer(300)["tokenizer.json"].decode())
 
 
 def _tokenize(path: Path) -> Any:
@@ -278,10 +266,6 @@ def _bins() -> tuple[bytes, ...]:
     today = io.BytesIO()
     torch.save(OrderedDict(state), today)
     return old, today.getvalue()
-
-
-def _zip() -> st.SearchStrategy[bytes]:
-    return damaged(*_bins()) | st.binary(max_size=60).map(lambda data: b"PK\3\4" + data)
 
 
 def _pickle() -> st.SearchStrategy[bytes]:
@@ -318,32 +302,49 @@ def _load_manifest(path: Path) -> manifests.Manifest:
     return manifests.load_manifest(path.parent)
 
 
-_plain = functools.partial(_manifest, coded.PLAIN, "F16", n_layer=2, vocab_size=10)
-_lossless = functools.partial(_manifest, coded.LOSSLESS, "BF16", n_layer=1, vocab_size=30)
+def _index_holds(shards: Any, path: Path) -> bool:
+    return all(file.parent == path.parent for file in shards.files)
+
+
+INDEX = {"ln_f.weight": "a.bin", "ln_f.bias": "b.bin", "h.0.mlp.bias": "a.bin"}
 READERS: Mapping[str, Reader] = {
-    "manifest": Reader("manifest.json", _plain, _load_manifest, _manifest_holds),
-    "lossless": Reader("manifest.json", _lossless, _load_manifest, _manifest_holds),
+    "manifest": Reader(
+        "manifest.json", lambda: _manifest(coded.PLAIN, "F16", 2, 10), _load_manifest, _manifest_holds
+    ),
+    "lossless": Reader(
+        "manifest.json", lambda: _manifest(coded.LOSSLESS, "BF16", 1, 30), _load_manifest, _manifest_holds
+    ),
     "coded": Reader(
-        "coded",
-        lambda: damaged(*_matrices()),
-        _decode,
-        lambda bits, _: len(bits) == CODED_ROWS * CODED_COLUMNS * 2,
+        "coded", lambda: damaged(*_matrices()), _decode, lambda bits, _: len(bits) == CODED_BYTES
     ),
     "index": Reader(
         "pytorch_model.bin.index.json",
-        _index,
+        lambda: _json_inputs(json.dumps({"metadata": {"total_size": 8}, "weight_map": INDEX})),
         lambda path: find_shards(path.parent),
-        lambda shards, path: all(file.parent == path.parent for file in shards.files),
+        _index_holds,
     ),
     "header": Reader("x.safetensors", _header, read_header, _header_holds),
-    "config": Reader("config.json", _config, lambda path: read_config(path, "BF16")),
+    "config": Reader(
+        "config.json",
+        lambda: _json_inputs(json.dumps(make_checkpoint.old_config(96, 6, 3, 500))),
+        lambda path: read_config(path, "BF16"),
+    ),
     "record": Reader(
         downloads.RECORD,
         _record,
         lambda path: downloads.load_record(path.parent),
         lambda record, _: all(Path(name).name == name for name in record.files),
     ),
-    "tokenizer": Reader("tokenizer.json", _tokenizer, _tokenize),
-    "zip": Reader("x.bin", _zip, read_shard, _shard_holds),
+    "tokenizer": Reader(
+        "tokenizer.json",
+        lambda: _json_inputs(make_checkpoint.byte_tokenizer(300)["tokenizer.json"].decode()),
+        _tokenize,
+    ),
+    "zip": Reader(
+        "x.bin",
+        lambda: damaged(*_bins()) | st.binary(max_size=60).map(lambda data: b"PK\3\4" + data),
+        read_shard,
+        _shard_holds,
+    ),
     "pickle": Reader("x.bin", _pickle, read_shard, _shard_holds),
 }

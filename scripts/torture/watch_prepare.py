@@ -14,83 +14,70 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.fakehub.checkpoint import TRUE_SHAPES, TRUE_VOCABULARY, synthetic
 from scripts.fakehub.server import LocalHub
+from scripts.torture.attempt import BLOOMDESK, REPO, environment
 from toolkit.parts.destination import STAGING
 
-REPO = "bloomdesk/watched"
 SECONDS_BETWEEN_SAMPLES = 0.02
-POINTS = 300  # of the plot; the figures are of all samples
+# Samples in the plot; the figures are of all samples.
+POINTS = 300
+# What the disk holds: the plot's label and colour.
+HELD = {
+    "parts": ("whole parts", "#4c78a8"),
+    "unfinished": ("part being written", "#9ecae9"),
+    "shards": ("shards being fetched", "#f58518"),
+}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Seconds since the start; bytes of shards on their way, of whole parts, and of a part being written; memory."""
-
-    seconds: float
-    shards: int
-    parts: int
-    begun: int
-    anonymous: int
-
-
-def look(directory: Path, pid: int, start: float) -> Sample:
-    """What the directory holds now, and what the process takes."""
-    shards = parts = begun = anonymous = 0
+def sample(directory: Path, pid: int) -> Counter[str]:
+    """Bytes of whole parts, of an unfinished part and of shards on the disk, and of anonymous memory."""
+    found = Counter[str]()
     for folder, _, names in os.walk(directory):
-        for name in names:
+        for path in (Path(folder, name) for name in names):
+            part = "unfinished" if path.name.endswith(".incomplete") else "parts"
             with suppress(FileNotFoundError):
-                size = Path(folder, name).stat().st_size
-                if Path(folder).name == STAGING:
-                    shards += size
-                elif name.endswith(".incomplete"):
-                    begun += size
-                else:
-                    parts += size
+                found["shards" if path.parent.name == STAGING else part] += path.stat().st_size
     with suppress(OSError, TypeError):
         status = Path(f"/proc/{pid}/status").read_text()
-        anonymous = int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
-    return Sample(time.monotonic() - start, shards, parts, begun, anonymous)
+        found["anonymous"] = int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+    return found
 
 
-def watch(source: Path, destination: Path) -> list[Sample]:
-    """Prepare `source` into `destination` through a local hub; what was seen."""
-    samples = []
+def watch(source: Path, destination: Path) -> dict[float, Counter[str]]:
+    """Samples by seconds since the start, while `source` is prepared through a local hub."""
+    samples = {}
     with LocalHub({REPO: source}) as hub:
-        command = [sys.executable, "-m", "toolkit.cli.app", "prepare", REPO, str(destination)]
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint}
+        command = [*BLOOMDESK, "prepare", REPO, str(destination)]
         start = time.monotonic()
-        with subprocess.Popen(command, env=environment) as process:
+        with subprocess.Popen(command, env=environment(hub.endpoint)) as process:
             while process.poll() is None:
-                samples.append(look(destination, process.pid, start))
+                samples[time.monotonic() - start] = sample(destination, process.pid)
                 time.sleep(SECONDS_BETWEEN_SAMPLES)
     if process.returncode:
         raise SystemExit(process.returncode)
     return samples
 
 
-def plot(samples: list[Sample], bound: int, path: Path) -> None:
-    """Disk by what it holds, over time."""
+def plot(samples: dict[float, Counter[str]], bound: int, path: Path) -> None:
+    """Write a plot of what the disk holds, over time."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    samples = samples[:: max(1, len(samples) // POINTS)]
+    shown = dict(list(samples.items())[:: max(1, len(samples) // POINTS)])
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    seconds = [sample.seconds for sample in samples]
-    stacks = [[getattr(sample, name) / 1e9 for sample in samples] for name in ("parts", "begun", "shards")]
-    labels = ("whole parts", "part being written", "shards on their way")
-    axes.stackplot(seconds, stacks, labels=labels, colors=("#4c78a8", "#9ecae9", "#f58518"))
-    axes.plot(
-        seconds, [(s.parts + s.begun + bound) / 1e9 for s in samples], "k--", lw=1, label="parts + two shards"
-    )
+    stacks = [[found[name] / 1e9 for found in shown.values()] for name in HELD]
+    labels, colors = zip(*HELD.values(), strict=True)
+    axes.stackplot(list(shown), stacks, labels=labels, colors=colors)
+    limit = [(found["parts"] + found["unfinished"] + bound) / 1e9 for found in shown.values()]
+    axes.plot(list(shown), limit, "k--", lw=1, label="parts + two shards")
     axes.set(xlabel="seconds", ylabel="GB on the disk", title="bloomdesk prepare: the disk while it runs")
     axes.legend(loc="upper left")
     figure.savefig(path)
@@ -108,11 +95,11 @@ def main() -> None:
     source, destination = options.work / "source", options.work / "bloom"
     synthetic(source, hidden_size=hidden, heads=heads, blocks=options.blocks, vocab_size=options.vocab_size)
     sizes = sorted(path.stat().st_size for path in source.glob("*.bin"))
-    samples = watch(source, destination)
-    peak, bound = max(sample.shards for sample in samples), sum(sizes[-2:])
+    samples, bound = watch(source, destination), sum(sizes[-2:])
+    peak, memory = (max(found[name] for found in samples.values()) for name in ("shards", "anonymous"))
     print(f"{len(sizes)} shards of {sizes[0] / 1e9:.3f} to {sizes[-1] / 1e9:.2f} GB, {len(samples)} samples")
     print(f"shards on the disk at once: at most {peak / 1e9:.3f} GB; the two largest: {bound / 1e9:.3f} GB")
-    print(f"anonymous memory: at most {max(sample.anonymous for sample in samples) / 1e6:.0f} MB")
+    print(f"anonymous memory: at most {memory / 1e6:.0f} MB")
     if options.plot:
         plot(samples, bound, options.plot)
     shutil.rmtree(source)

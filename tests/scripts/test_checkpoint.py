@@ -30,7 +30,7 @@ REAL = Path(__file__).resolve().parents[2].parent / "shared" / "hub" / "bigscien
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
 
 
-def test_the_form_of_the_hub(tmp_path: Path) -> None:
+def test_a_synthetic_repo_has_the_form_of_the_real_one(tmp_path: Path) -> None:
     synthetic(tmp_path, **SHAPE)
     shards = [f"pytorch_model_{number:05d}-of-00004.bin" for number in (1, 2, 3, 4)]
     index = json.loads((tmp_path / "pytorch_model.bin.index.json").read_text())
@@ -58,16 +58,14 @@ def test_the_container_is_that_of_2022(tmp_path: Path) -> None:
 def test_sizes_are_those_of_the_real_shards(tmp_path: Path) -> None:
     """The last real shard byte for byte as long; the others differ from this in their data alone."""
     shapes = {key: shape for key, shape in bloom_shapes(14336, 1, 1).items() if key.startswith("ln_f")}
-    tensors = [
-        Tensor(key, torch.bfloat16, shape, lambda: [memoryview(bytes(28672))])
-        for key, shape in shapes.items()
-    ]
+    zeros = [memoryview(bytes(28672))]
+    tensors = [Tensor(key, torch.bfloat16, shape, lambda: zeros) for key, shape in shapes.items()]
     write_bin(tmp_path / "x.bin", tensors)
     assert (tmp_path / "x.bin").stat().st_size == 58_279
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real config is not at hand")
-def test_config_is_the_real_one() -> None:
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real config is not available")
+def test_the_config_is_the_real_one() -> None:
     assert old_config(14336, 112, 70, 250_880) == json.loads((REAL / "config.json").read_text())
     index = json.loads((REAL / "pytorch_model.bin.index.json").read_text())
     assert set(bloom_shapes(14336, 70, 250_880)) == set(index["weight_map"])
@@ -88,7 +86,7 @@ def test_zip64_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(found) == len(expected)
 
 
-def test_same_seed_same_bytes(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         synthetic(tmp_path / name, **SHAPE, seed=seed)
     a, b, c = ((tmp_path / name / "pytorch_model_00002-of-00004.bin").read_bytes() for name in "abc")
@@ -119,7 +117,7 @@ def test_transformers_loads_it(tmp_path: Path, layout: Layout, dtype: str) -> No
 
 
 @pytest.mark.parametrize("normal_embedding", [False, True])
-def test_greedy_output_wanders(tmp_path: Path, normal_embedding: bool) -> None:
+def test_greedy_output_changes_from_token_to_token(tmp_path: Path, normal_embedding: bool) -> None:
     from transformers import BloomForCausalLM
 
     shape = {"hidden_size": 96, "heads": 6, "blocks": 3, "vocab_size": 500}
@@ -129,14 +127,14 @@ def test_greedy_output_wanders(tmp_path: Path, normal_embedding: bool) -> None:
     assert len(set(ids[0, 3:].tolist())) >= 5
 
 
-def test_a_state_dict_of_ones_own(tmp_path: Path) -> None:
+def test_a_given_state_dict_is_written_unchanged(tmp_path: Path) -> None:
     state = {key: torch.randn(shape) for key, shape in sorted(bloom_shapes(32, 1, 260).items())}
     write_repo(tmp_path, from_state(state), old_config(32, 4, 1, 260), byte_tokenizer(260))
     loaded = torch.load(tmp_path / "pytorch_model_00002-of-00003.bin", weights_only=True)
     assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.items())
 
 
-def test_tokenizer_has_blooms_layout() -> None:
+def test_the_tokenizer_has_blooms_layout() -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(byte_tokenizer(300)["tokenizer.json"].decode())
@@ -146,7 +144,7 @@ def test_tokenizer_has_blooms_layout() -> None:
     assert tokenizer.token_to_id("</s>") == 2
 
 
-def test_command(tmp_path: Path) -> None:
+def test_the_command_writes_a_repo(tmp_path: Path) -> None:
     arguments = ["synthetic", str(tmp_path / "out"), "--blocks", "1", "--dtype", "float16", "--single"]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.fakehub.checkpoint", *arguments],

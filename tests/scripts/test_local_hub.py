@@ -80,7 +80,7 @@ def test_the_library_s_own_comparison_of_hashes_agrees(local, repo, library):
     assert not result.mismatches and not result.missing_paths
 
 
-def test_the_library_sees_what_the_hub_would_say(local, repo, library):
+def test_the_library_sees_the_same_metadata_as_from_the_hub(local, repo, library):
     api = library.HfApi(endpoint=local.endpoint, token=False)
     info = api.model_info(NAME)
     assert api.model_info(NAME, revision=info.sha[:8]).sha == info.sha
@@ -106,7 +106,7 @@ def test_the_library_sees_what_the_hub_would_say(local, repo, library):
     ],
 )
 @pytest.mark.parametrize("token", [False, "hf_wrong"])
-def test_the_library_s_errors(local, repo, library, path, error, token):
+def test_the_library_raises_its_errors(local, repo, library, path, error, token):
     local.repos["gated/model"] = Repo(repo, token="hf_right", gated=True)
     local.repos["private/model"] = Repo(repo, token="hf_right")
     with pytest.raises(getattr(library.errors, error)):
@@ -131,7 +131,7 @@ def test_commits_follow_from_contents(repo, tmp_path):
 
 
 @pytest.mark.parametrize("name", [SHARDS[0], "config.json"])
-def test_ranges(local, repo, name):
+def test_ranges_are_served_as_asked_for(local, repo, name):
     data = (repo / name).read_bytes()
     if name == "config.json":
         address, path = local.endpoint, f"/{NAME}/resolve/main/{name}"
@@ -162,7 +162,7 @@ def test_the_store_wants_its_signature_and_nothing_outside_is_served(local, repo
         assert ask(local.endpoint, "GET", f"/{NAME}/resolve/main/{reach}")[0] == 404
 
 
-def test_faults_are_met_in_their_order_and_requests_are_noted(local, repo):
+def test_faults_apply_in_their_order_and_requests_are_recorded(local, repo):
     path, data = shard_address(local), (repo / SHARDS[0]).read_bytes()
     local.requests.clear()
     local.fail(
@@ -188,14 +188,14 @@ def test_faults_are_met_in_their_order_and_requests_are_noted(local, repo):
 @pytest.mark.parametrize(
     "fault", [Fault(drop_after=1000), Fault(drop_after=0), Fault(drop_after=1000, reset=True)]
 )
-def test_dropped_connections(local, fault):
+def test_a_fault_drops_the_connection(local, fault):
     path = shard_address(local)
     local.fail(SHARDS[0], fault)
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         ask(local.store, "GET", path)
 
 
-def test_each_connection_has_its_rate(repo):
+def test_the_rate_limits_each_connection_alone(repo):
     with LocalHub({NAME: repo}, rate=1_000_000) as local:
         path, began = shard_address(local), time.monotonic()
         with ThreadPoolExecutor(4) as pool:
@@ -236,7 +236,7 @@ def test_closing_does_not_wait_for_stalls_or_idle_clients(repo):
     idle.close()
 
 
-def test_closing_a_hub_that_was_never_started(repo):
+def test_a_hub_that_was_never_started_can_be_closed(repo):
     LocalHub({NAME: repo}).close()
 
 
@@ -282,7 +282,7 @@ def test_the_script_ends_after_its_time(script):
     assert process.wait(10) == 0
 
 
-def test_the_script_ends_with_whoever_started_it(repo):
+def test_the_script_ends_when_its_parent_ends(repo):
     # The shell leaves it behind; its standard input is /dev/null, which says nothing.
     command = f'"{sys.executable}" -m "{SCRIPT}" "{NAME}={repo}" </dev/null & sleep 1.5'
     with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True) as shell:
