@@ -66,7 +66,7 @@ class Bounded:
         self._process: subprocess.Popen[str] | None = None
 
     def read(self, reader: str, path: Path) -> Outcome:
-        """`AssertionError` where the process dies over it or takes longer than `SECONDS`."""
+        """Raises `AssertionError` if the process dies over it or takes longer than `SECONDS`."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", WORKER, str(MEMORY)],

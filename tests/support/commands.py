@@ -46,13 +46,13 @@ def started(*arguments: str | Path) -> subprocess.Popen[str]:
 def screen_of(*arguments: str | Path) -> str:
     """All that a command writes to a terminal of 120 columns."""
     ours, theirs = pty.openpty()
-    command, pieces = [*COMMAND, *map(str, arguments)], []
+    command, blocks = [*COMMAND, *map(str, arguments)], []
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "120"}):
         os.close(theirs)
         try:
-            while piece := os.read(ours, 65536):
-                pieces.append(piece)
+            while block := os.read(ours, 65536):
+                blocks.append(block)
         except OSError:  # how Linux says that nobody writes to the terminal any more
             pass
     os.close(ours)
-    return b"".join(pieces).decode()
+    return b"".join(blocks).decode()

@@ -25,7 +25,7 @@ LONGEST = 60  # seconds; what takes longer hangs
 
 
 def promptly(action: Callable[[], None]) -> None:
-    """Do it; fails where it hangs."""
+    """Do it; fails if it hangs."""
     raised: list[BaseException] = []
 
     def run() -> None:

@@ -106,8 +106,8 @@ def test_the_buffer_size_changes_no_byte(made: Path, tmp_path: Path, monkeypatch
     export(made, tmp_path / "whole")
     monkeypatch.setattr(readahead, "BLOCK", 1_000)
     monkeypatch.setattr(writer, "SYNC_BYTES", 7_000)
-    export(made, tmp_path / "pieces")
-    assert content(tmp_path / "whole") == content(tmp_path / "pieces")
+    export(made, tmp_path / "small blocks")
+    assert content(tmp_path / "whole") == content(tmp_path / "small blocks")
 
 
 def test_progress_reaches_the_end_of_every_shard(made: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Source shards of every kind: where each tensor's bytes lie, and everything unsound refused with nothing run."""
+"""Source shards of every kind: the place of each tensor's bytes, and what is refused."""
 
 from __future__ import annotations
 
