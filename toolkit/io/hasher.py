@@ -11,7 +11,8 @@ from typing import Protocol
 
 from toolkit.io.disk import read_errors
 
-BUFFER = 2 * 2**20
+# Below this size, glibc returns the memory of every coded chunk to the system, and each new one is faulted in again.
+BUFFER = 8 * 2**20
 
 
 class Hash(Protocol):
