@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,3 +126,14 @@ def coded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def coded_copy(coded: tuple[Path, Path], tmp_path: Path) -> Path:
     """A lossless directory of the test's own."""
     return Path(shutil.copytree(coded[1], tmp_path / "bloom"))
+
+
+@pytest.fixture(autouse=True)
+def only_slow_tests_start_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scripts/test --quick` leaves out tests that are marked `slow`; all that start a process must be."""
+    if request.node.get_closest_marker("slow") is None:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a test that starts a process is slow: mark it")
+
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)

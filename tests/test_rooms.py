@@ -90,6 +90,7 @@ def test_the_toolkit_knows_the_contract_alone(path: Path) -> None:
     assert {name for name in of_runner if room_of(name) not in allowed} == set()
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other() -> None:
     edges = {module_of(path): ours(path) for path in FILES}
     open_, done = set(), set()
@@ -121,15 +122,18 @@ def loaded_by(code: str) -> set[str]:
     return set(run.stderr.split())
 
 
+@pytest.mark.slow
 def test_importing_the_runner_brings_in_nothing_heavy() -> None:
     assert not loaded_by("import runner") & {"toolkit", "transformers", "huggingface_hub", "torch", "xxhash"}
 
 
+@pytest.mark.slow
 def test_generating_brings_in_no_toolkit() -> None:
     code = "import runner, runner.generation.model, runner.cli.generate"
     assert not loaded_by(code) & {"toolkit", "transformers", "huggingface_hub", "xxhash"}
 
 
+@pytest.mark.slow
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys, toolkit.cli.app; sys.argv = ['bloomdesk', '--help']\n"
@@ -138,6 +142,7 @@ def test_help_imports_no_torch() -> None:
     assert not loaded_by(code) & {"torch", "transformers", "huggingface_hub", "numpy"}
 
 
+@pytest.mark.slow
 def test_preparing_compiles_nothing_before_something_is_coded() -> None:
     commands = ("prepare", "repair", "export", "info", "verify")
     code = "import toolkit.cli.app" + "".join(f", toolkit.commands.{command}" for command in commands)

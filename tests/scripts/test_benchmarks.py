@@ -117,6 +117,7 @@ def test_the_prompts_of_the_speculation() -> None:
         assert not any(row.startswith(question) for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", bench_speculation.WAYS, ids=lambda way: way.name)
 def test_the_speculation_compares_answers(
     way: bench_speculation.Way, miniature: tuple[Path, Path], draft: tuple[Path, Path]

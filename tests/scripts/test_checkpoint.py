@@ -144,6 +144,7 @@ def test_the_tokenizer_has_blooms_layout() -> None:
     assert tokenizer.token_to_id("</s>") == 2
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_repo(tmp_path: Path) -> None:
     arguments = ["synthetic", str(tmp_path / "out"), "--blocks", "1", "--dtype", "float16", "--single"]
     done = subprocess.run(

@@ -63,6 +63,7 @@ def test_a_rate_needs_a_disk() -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_groups")
 def test_the_page_cache_counts(tmp_path: Path) -> None:
     """Reading a file larger than the group's RAM fills it up and no further; arguments come through as they are."""
@@ -80,6 +81,7 @@ def test_the_page_cache_counts(tmp_path: Path) -> None:
     assert peak <= 64 * MIB
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_groups")
 def test_more_memory_than_the_group_has_is_not_given() -> None:
     with control_group(ram=64 * MIB) as group:
@@ -89,6 +91,7 @@ def test_more_memory_than_the_group_has_is_not_given() -> None:
     assert not greedy.stdout
 
 
+@pytest.mark.slow
 def test_the_disk_is_braked(big_file: Path) -> None:
     with control_group(ram=256 * MIB, read_rate=32 * MIB, disk_of=big_file) as group:
         start = time.monotonic()
@@ -96,6 +99,7 @@ def test_the_disk_is_braked(big_file: Path) -> None:
     assert time.monotonic() - start > 1.5  # 64 MiB; a brake may let the first moment through
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_groups")
 def test_nothing_is_left_after_an_exception_not_even_a_process() -> None:
     with pytest.raises(KeyboardInterrupt), control_group(ram=64 * MIB) as group:
@@ -109,6 +113,7 @@ def test_nothing_is_left_after_an_exception_not_even_a_process() -> None:
     assert not any(directory.exists() for directory in group.directories)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_groups")
 def test_a_group_that_a_killed_process_left_goes_with_the_next() -> None:
     hold = "with module.control_group(ram=2**26) as group: print(*group.directories, flush=True); time.sleep(600)"
@@ -142,6 +147,7 @@ def test_the_reasons_are_named_if_there_is_no_group(monkeypatch: pytest.MonkeyPa
         assert why in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_scope_of_systemd_has_the_limits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_mounts: Path
 ) -> None:

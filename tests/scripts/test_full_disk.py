@@ -27,6 +27,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
 LAST = "all but the manifest"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "level"), [("download", "50%"), ("convert", LAST), ("prepare", LAST), ("lossless", "50%")]
 )

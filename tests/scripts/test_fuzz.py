@@ -21,6 +21,7 @@ calm = settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_any_bytes_give_a_result_or_one_clear_error(name: str, tmp_path: Path) -> None:
     reader, taken = READERS[name], set()

@@ -204,6 +204,7 @@ def test_the_rate_limits_each_connection_alone(repo):
         assert 0.2 < time.monotonic() - began < 4 * SHARD / 1e6  # 0.3 s each, all at the same time
 
 
+@pytest.mark.slow
 def test_random_faults_are_the_same_for_the_same_seed(repo):
     data, met = (repo / SHARDS[0]).read_bytes(), {}
     for run, seed in (("first", 1), ("again", 1), ("other", 2)):
@@ -257,6 +258,7 @@ def script(repo):
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_script_serves_loopback_until_its_input_closes(script):
     process, address = script()
     assert urlsplit(address).hostname == "127.0.0.1"
@@ -265,11 +267,13 @@ def test_the_script_serves_loopback_until_its_input_closes(script):
     assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_the_script_limits_the_rate_and_lets_answers_fail(script):
     _, address = script("--rate", "1", "--faults", "7", "--share", "1", "--longest-stall", "0")
     assert {ask(address, "GET", f"/api/models/{NAME}")[0] for _ in range(30)} & {429, 500, 502, 503}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_script_ends_cleanly_on_a_signal(script, number):
     process, _ = script()
@@ -277,11 +281,13 @@ def test_the_script_ends_cleanly_on_a_signal(script, number):
     assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_the_script_ends_after_its_time(script):
     process, _ = script("--minutes", "0.005")
     assert process.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_the_script_ends_when_its_parent_ends(repo):
     # The shell leaves it behind; its standard input is /dev/null, which says nothing.
     command = f'"{sys.executable}" -m "{SCRIPT}" "{NAME}={repo}" </dev/null & sleep 1.5'
@@ -291,6 +297,7 @@ def test_the_script_ends_when_its_parent_ends(repo):
         assert shell.stdout.read() == ""  # ends when the script has closed it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["no-directory", "name=", "=.", "name=/no/such/directory"])
 def test_the_script_refuses_what_it_cannot_serve(given):
     result = subprocess.run(

@@ -16,6 +16,7 @@ FREE = Limits(None, None)
 PYTHON = (sys.executable, "-c")
 
 
+@pytest.mark.slow
 def test_the_last_line_is_the_report(tmp_path: Path) -> None:
     program = 'print("loading"); print(); print(\'{"seconds": [3.0, 1.0, 2.0]}\')'
     turn = take_turn([*PYTHON, program], FREE, tmp_path)
@@ -23,6 +24,7 @@ def test_the_last_line_is_the_report(tmp_path: Path) -> None:
     assert (turn.steps, turn.failure, turn.group, turn.group_peak) == ([1.0, 2.0], None, "none", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "failure"),
     [
@@ -47,6 +49,7 @@ def test_the_rate_of_a_limit_is_the_brakes_where_that_holds_the_disk() -> None:
     assert turns.rate_of_the_limit([3e9, 2e9], FREE) == 3e9
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
     work = tmp_path / "new" / "work"
     with turns.sole_worker(work):

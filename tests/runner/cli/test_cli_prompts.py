@@ -48,6 +48,7 @@ def by_index(text: str) -> dict[int, dict[str, object]]:
     return {each["index"]: each for each in found}
 
 
+@pytest.mark.slow
 def test_results_are_those_of_each_prompt_alone(given, wanted: list[list[int]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run(*given, "--out", out, "--batch", "4", "--draft", given[1])
@@ -61,6 +62,7 @@ def test_results_are_those_of_each_prompt_alone(given, wanted: list[list[int]], 
     assert "does not hold results of these prompts" in refused(*given, "--out", given[-1])
 
 
+@pytest.mark.slow
 def test_results_on_standard_output(given, wanted: list[list[int]]) -> None:
     done = run(*given, "--speculate", "off")
     assert (done.returncode, done.stderr) == (0, "")

@@ -50,6 +50,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "open", classmethod(open_half))
 
 
+@pytest.mark.slow
 def test_a_bench_in_ram_streams_nothing(prepared, quick) -> None:
     found = bench_module.bench(prepared()[1], None, tokens=3, prompt_tokens=5)
     run = found.run
@@ -133,6 +134,7 @@ def test_bench_refuses_too_little_ram_and_other_directories(prepared, quick, tmp
         bench_module.bench(prepared()[1], None, 0, 3)
 
 
+@pytest.mark.slow
 def test_a_plan_for_a_prepared_directory_writes_nothing(
     prepared, quick, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +157,7 @@ FORECAST_KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_plan_on_an_empty_directory_leaves_nothing(
     quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +171,7 @@ def test_a_plan_on_an_empty_directory_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = tmp_path / "not" / "yet"  # the disk is that of what is there
     assert plan_command(lambda model: 10**6, later, "2GB", "bloom-560m") == 0
@@ -183,6 +187,7 @@ def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.Capt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: Path) -> None:
     found = plan_module.plan(tmp_path, 2**40, "bloom-560m", 16, 4)
     for form in (found.form, found.lossless):

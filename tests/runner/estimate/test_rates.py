@@ -97,6 +97,7 @@ def test_places_that_cannot_be_measured_are_refused(tmp_path: Path, monkeypatch:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_rates_are_above_zero(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)

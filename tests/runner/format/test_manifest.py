@@ -153,6 +153,7 @@ BODY = {key: value for key, value in json.loads(whole().to_json()).items() if ke
 PATHS = [path for path in paths(BODY) if path]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(path=st.sampled_from(PATHS), value=json_values)
 def test_any_value_anywhere_gives_a_manifest_or_a_clear_error(path: tuple[Any, ...], value: Any) -> None:
@@ -169,6 +170,7 @@ def test_any_value_anywhere_gives_a_manifest_or_a_clear_error(path: tuple[Any, .
     assert isinstance(manifest, Manifest)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=50) | json_values.map(json.dumps))
 def test_any_text_gives_a_clear_error(text: str) -> None:

@@ -59,6 +59,7 @@ def ngrams_that(propose: Callable[[list[int], int], list[int]]) -> type:
 # One pass.
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 2**32))
 def test_rows_have_the_same_bits_alone_and_in_company(prepared, dtype: str, seed: int) -> None:
@@ -361,6 +362,7 @@ def test_an_interruption_right_after_a_pass_costs_only_that_pass(
 # From Python, and what it makes of the RAM.
 
 
+@pytest.mark.slow
 def test_the_miniature_answers_many_prompts_at_a_time(miniature: tuple[Path, Path]) -> None:
     model = runner.load(miniature[1])
     prompts = [

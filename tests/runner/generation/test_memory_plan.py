@@ -50,6 +50,7 @@ def planned(
     return memory_plan(Sizes(None, tuple(sizes), total, process, (), 0, cache=cache, activations=activations))
 
 
+@pytest.mark.slow
 @given(SIZES, PARTS, PARTS, PARTS, st.integers(0, 2**34))
 @example([10], 0, 0, 0, MARGIN + 9)
 def test_a_plan_never_exceeds_its_total(
@@ -195,6 +196,7 @@ print(ram, peak, sum(map(cached, chunks)), *tokens)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at memory as Linux shows it")
 def test_a_run_stays_within_its_ram_and_leaves_the_page_cache_alone(tmp_path: Path) -> None:
     make_checkpoint.synthetic(tmp_path / "source", hidden_size=1024, heads=16, blocks=4, vocab_size=60_000)

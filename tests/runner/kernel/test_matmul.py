@@ -52,6 +52,7 @@ def assert_close(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, befor
     assert ((out.double() - exact).abs() <= roundings / (1 - roundings) * sizes).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T", ROWS)
 def test_any_number_of_rows_is_right(dtype: torch.dtype, T: int) -> None:

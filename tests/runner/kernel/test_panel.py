@@ -45,6 +45,7 @@ def normal(*shape: int, scale: float = 0.02, seed: int = 0) -> torch.Tensor:
     return (torch.randn(*shape, generator=generator) * scale).bfloat16()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_bit_comes_back(shape: tuple[int, int]) -> None:
     weight = normal(*shape)
@@ -59,6 +60,7 @@ def test_every_pattern_of_bits_comes_back() -> None:
     assert decoded(*coded(every), every.shape) == bits(every)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_mixture_of_exponents_comes_back(data: st.DataObject) -> None:
@@ -117,6 +119,7 @@ class _No(dict):
         return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 66])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

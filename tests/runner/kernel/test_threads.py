@@ -183,6 +183,7 @@ def test_scratch_memory_holds_a_panel() -> None:
     assert scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS) <= SCRATCH_NBYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", ["", "; time.sleep(0.1)"], ids=["spinning", "asleep"])
 def test_the_process_ends_whatever_the_workers_do(wait: str) -> None:
     """A thread that is cut off inside of machine code at exit would abort the process."""

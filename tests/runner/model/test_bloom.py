@@ -92,6 +92,7 @@ def test_unusable_requests_are_refused(model, prompt, tokens: int, message: str)
         model.generate(prompt, max_new_tokens=tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="counts anonymous memory as Linux shows it"
 )

@@ -153,6 +153,7 @@ def compare(source: Path, directory: Path, dtype: torch.dtype, ids: list[int]) -
 
 
 # 6 heads take the ALiBi branch of the real model's 112, 8 heads that of a power of two.
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [6, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_and_tokens_are_those_of_transformers(prepared, dtype: str, heads: int) -> None:
@@ -177,12 +178,14 @@ def check_synthetic(prepared, dtype: str, heads: int, check: Callable[..., list[
 MINIATURE_PROMPT = "The SQL command to list all the books whose year is 1999 is:"
 
 
+@pytest.mark.slow
 def test_miniature(miniature) -> None:
     source, directory = miniature
     ids = runner.load(directory).tokenizer.encode(MINIATURE_PROMPT)
     compare(source, directory, torch.bfloat16, ids)
 
 
+@pytest.mark.slow
 def test_miniature_exactly(miniature, own_products) -> None:
     source, directory = miniature
     ids = runner.load(directory).tokenizer.encode(MINIATURE_PROMPT)
@@ -205,6 +208,7 @@ def test_residual_after_layernorm(prepared, own_products, tmp_path: Path) -> Non
     compare_exactly(changed, tmp_path / "bloom", torch.bfloat16, [5, 6, 7, 8])
 
 
+@pytest.mark.slow
 def test_generate_gives_what_transformers_generates(miniature) -> None:
     source, directory = miniature
     model = runner.load(directory)

@@ -22,6 +22,7 @@ with sole_writer(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_another_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -42,6 +42,7 @@ def run_python(code: str, *arguments: object) -> str:
 # Without the Linux calls.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_miniature_gives_the_same_tokens_without_linux_calls(
     miniature: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, streamed: bool
@@ -89,6 +90,7 @@ assert main([sys.argv[1], "hello", "--max-new-tokens", "2"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_system_without_linux_names(prepared) -> None:
     directory = prepared()[1]
     wanted = str(list(runner.load(directory).generate([5, 6, 7], max_new_tokens=5)))
@@ -274,6 +276,7 @@ def test_the_default_is_most_of_what_is_free_and_what_the_process_has(groups: Pa
     assert 2**24 < own <= memory.memory_in_use()
 
 
+@pytest.mark.slow
 @on_linux
 def test_mapped_files_do_not_count_as_the_processs_memory(mapped: MappedFile, tmp_path: Path) -> None:
     large = MappedFile(tmp_path / "large", 2**26)
@@ -283,6 +286,7 @@ def test_mapped_files_do_not_count_as_the_processs_memory(mapped: MappedFile, tm
     assert memory.memory_of_its_own() - own < 0.3 * 2**26
 
 
+@pytest.mark.slow
 @on_linux
 def test_the_peak_is_of_this_program_alone() -> None:
     """What the parent held when it started the child counts for nothing."""
@@ -308,6 +312,7 @@ print(memory.memory_in_use() - before)
 """
 
 
+@pytest.mark.slow
 @on_linux
 def test_large_blocks_go_back_when_they_are_freed() -> None:
     run = subprocess.run(

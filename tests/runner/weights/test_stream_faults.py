@@ -62,6 +62,7 @@ def damaged(path: Path, kind: str) -> Iterator[None]:
     kept.rename(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["touched", "replaced", "deleted"])
 @pytest.mark.parametrize(
     ("part", "used"), [(PARTS[0], False), (PARTS[1], True), (PARTS[2], False), (PARTS[2], True)]
@@ -144,6 +145,7 @@ print("through")
 """
 
 
+@pytest.mark.slow
 def test_a_truncated_file_is_no_bus_error(directory: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", TRUNCATE.format(longest=LONGEST), str(directory), json.dumps(TRUNCATIONS)],

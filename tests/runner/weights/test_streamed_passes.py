@@ -30,6 +30,7 @@ from tests.support.streaming import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("readers", "threads", "largest"),
@@ -66,6 +67,7 @@ def streaming_ram(model: Model, capacity: int, share: float) -> int:
     return plenty.process + plenty.cache + plenty.activations + ahead + int(share * sum(weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.4, 0.9])
 def test_generations_in_a_row_stream_under_a_budget(
     prepared, monkeypatch: pytest.MonkeyPatch, share: float
@@ -89,6 +91,7 @@ def test_generations_in_a_row_stream_under_a_budget(
     promptly(generate)
 
 
+@pytest.mark.slow
 def test_fifty_models_leave_no_threads_and_no_files(prepared) -> None:
     directory = prepared()[1]
 

@@ -23,6 +23,7 @@ from tests.support.streaming import soon
 PROMPT = "The SQL command to list all the books whose year is 1999 is:"
 
 
+@pytest.mark.slow
 def test_a_hub_to_generated_text(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     """Hub, download, convert, verify, info, generate: as scripts/demo does it."""
     with LocalHub({"bloomdesk/miniature": miniature[0]}) as hub:
@@ -98,6 +99,7 @@ def test_a_reader_that_leaves_early_is_no_error(miniature: tuple[Path, Path]) ->
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+@pytest.mark.slow
 def test_verify_tells_sound_damaged_and_unable_apart(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
     assert run("verify", bloom).returncode == 0
@@ -114,6 +116,7 @@ def test_verify_tells_sound_damaged_and_unable_apart(miniature: tuple[Path, Path
     assert "is not a prepared checkpoint" in refused("verify", bloom, status=2)
 
 
+@pytest.mark.slow
 def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     bloom = Path(shutil.copytree(miniature[1], tmp_path / "bloom"))
     whole = content(bloom)

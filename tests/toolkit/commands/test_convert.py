@@ -360,6 +360,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), progress)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_kill_in_the_middle_leaves_nothing_that_counts(tmp_path: Path, source: Path, out: Path) -> None:
     command = [sys.executable, "-c", KILLED, source, out, "block_01.safetensors"]

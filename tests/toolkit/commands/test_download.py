@@ -126,6 +126,7 @@ def stalled(local, target):
         child.kill()
 
 
+@pytest.mark.slow
 def test_a_new_process_resumes_after_a_kill(local, repo, target, stalled):
     stalled.kill()
     stalled.wait()
@@ -139,6 +140,7 @@ def test_a_new_process_resumes_after_a_kill(local, repo, target, stalled):
     assert_whole(target, repo)
 
 
+@pytest.mark.slow
 def test_the_client_makes_no_request_and_prints_nothing_of_its_own(local, repo, target, tmp_path):
     local.fail(VICTIM, Fault(drop_after=1000, times=1))
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -206,6 +208,7 @@ def test_a_plan_does_not_go_into_a_directory_that_another_download_has_taken_sin
         carry_out(plan)
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused(repo, target, stalled):
     with pytest.raises(BloomdeskError, match="another bloomdesk is writing there"):
         download(NAME, target)

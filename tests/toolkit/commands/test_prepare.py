@@ -62,6 +62,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_result_is_that_of_download_and_convert(serve, tmp_path: Path, layout: Layout) -> None:
     _, expected = serve(layout)
@@ -190,6 +191,7 @@ def test_a_corrupt_shard_never_counts(serve, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_the_dtype_of_parts_or_pins_needs_no_request(
     serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +227,7 @@ def test_a_guessed_dtype_without_parts_is_replaced(serve, tmp_path: Path) -> Non
     assert content(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_another_repo_or_commit_is_refused(serve, tmp_path: Path) -> None:
     hub, _ = serve()
     prepare(REPO, tmp_path / "out")
@@ -256,6 +259,7 @@ def test_a_directory_of_another_format_version_is_refused(serve, tmp_path: Path)
         plan_preparation(REPO, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_kills_at_random_are_resumed(serve, tmp_path: Path) -> None:
     """SIGKILL at random moments, with drops on the line, until it is through: byte for byte the undisturbed result."""
     hub, expected = serve()
@@ -281,6 +285,7 @@ def test_kills_at_random_are_resumed(serve, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_quickly_and_keeps_what_arrived(serve, tmp_path: Path) -> None:
     hub, expected = serve()
     hub.fail("pytorch_model_00005-of-00008.bin", Fault(stall=5.0, drop_after=10_000, times=1))

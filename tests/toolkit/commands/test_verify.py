@@ -289,6 +289,7 @@ print(most)
 """
 
 
+@pytest.mark.slow
 @linux
 def test_memory_is_bounded(tmp_path: Path) -> None:
     synthetic(tmp_path / "source", hidden_size=1024, heads=8, blocks=3, vocab_size=20_000)

@@ -113,6 +113,7 @@ def test_connections_that_always_drop_get_there_as_long_as_something_comes(one, 
     assert_came(single, target)
 
 
+@pytest.mark.slow
 def test_a_stalled_range_is_dropped_and_gone_on_from(one, single, target, monkeypatch):
     from huggingface_hub import constants
 
@@ -122,6 +123,7 @@ def test_a_stalled_range_is_dropped_and_gone_on_from(one, single, target, monkey
     assert_came(single, target)
 
 
+@pytest.mark.slow
 def test_a_pause_that_is_asked_for_is_made(one, single, target):
     one.fail(FILE, Fault(status=429, headers={"Retry-After": "1"}, since=100_000, times=1))
     began = time.monotonic()
@@ -171,6 +173,7 @@ def test_a_range_that_never_comes_ends_all_and_keeps_what_came(one, single, targ
     assert_came(single, target)
 
 
+@pytest.mark.slow
 def test_a_slow_first_range_holds_the_others_at_the_window(one, single, target):
     one.fail(FILE, Fault(drop_after=1000, stall=1.0, times=1))
     ends = []
@@ -205,6 +208,7 @@ transfer.fetch(revision, revision.find({FILE!r}), Path(sys.argv[1]), lambda *_: 
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_more_than_the_window(one, single, target):
     one.rate = 100_000
     target.mkdir()
@@ -223,6 +227,7 @@ def test_a_killed_process_loses_no_more_than_the_window(one, single, target):
     assert_came(single, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stalled", [{"drop_after": 1000}, {}])
 def test_an_interrupted_process_ends_at_once_and_without_noise(one, target, stalled):
     one.fail(FILE, Fault(stall=60.0, since=100_000, **stalled))

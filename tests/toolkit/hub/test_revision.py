@@ -361,6 +361,7 @@ def test_the_token_must_be_one(serve, repo, monkeypatch):
         hub.resolve(NAME)
 
 
+@pytest.mark.slow
 def test_importing_is_light():
     modules = (
         "toolkit.hub, toolkit.commands.download, toolkit.hub.record, toolkit.hub.transfer, toolkit.hub.client"

@@ -109,6 +109,7 @@ def test_a_connection_that_brings_nothing_is_given_up_and_gone_on_from_later(loc
     assert_whole(target, repo)
 
 
+@pytest.mark.slow
 def test_a_stalled_connection_is_dropped_and_gone_on_from(local, repo, target, monkeypatch):
     from huggingface_hub import constants
 

@@ -76,6 +76,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_every_bit_comes_back(tmp_path: Path, kind: str) -> None:
     source, out = SOURCES[kind](tmp_path / "source"), tmp_path / "out"
@@ -99,6 +100,7 @@ def test_every_bit_comes_back(tmp_path: Path, kind: str) -> None:
     assert back == plain_back
 
 
+@pytest.mark.slow
 def test_the_miniature_comes_back(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     source, plain = miniature
     convert(source, tmp_path / "out", form=LOSSLESS)

@@ -173,6 +173,7 @@ def with_bytes(directory: Path, changed: dict[str, bytes]) -> None:
     write_backup(directory, forged)
 
 
+@pytest.mark.slow
 def test_a_forged_part_gives_an_error_or_the_right_bits(
     coded: tuple[Path, Path], coded_copy: Path, tmp_path: Path
 ) -> None:
@@ -270,6 +271,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path]
     assert content(out) == before
 
 
+@pytest.mark.slow
 def test_prepare_resumes_after_a_kill(hub: LocalHub, coded: tuple[Path, Path], tmp_path: Path) -> None:
     """SIGKILL while a part is coded and while one is compared, with a drop on the line."""
     hub.fail("pytorch_model_00002-of-00005.bin", Fault(drop_after=40_000, times=1))

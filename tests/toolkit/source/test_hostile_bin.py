@@ -23,7 +23,11 @@ from scripts.torture.mutations import zip_of
 from tests.support.bounded import Bounded
 from toolkit.source.shards import read_shard
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them")
+# A process of its own reads the hostile files.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="limits of memory as Linux has them"),
+]
 
 
 def text(value: str) -> bytes:

@@ -25,7 +25,11 @@ from toolkit.hub.record import RECORD
 from toolkit.source.index import find_shards
 from toolkit.source.shards import read_source
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, links and devices as Linux has them")
+# A process of its own reads the hostile files.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="limits, links and devices as Linux has them"),
+]
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
 DEEP = "[" * 500_000
 

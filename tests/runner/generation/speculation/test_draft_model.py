@@ -60,6 +60,7 @@ def other(prepared) -> Path:
 REQUESTS = [Request(tokens(count, count), new) for count, new in ((3, 14), (20, 3), (9, 22), (1, 1), (30, 9))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculate", ["lookup", "off"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_draft_changes_no_token(prepared, other: Path, free, kept, dtype: str, speculate: str) -> None:
@@ -202,6 +203,7 @@ def test_a_draft_model_may_have_more_rows_than_tokens_but_not_fewer(prepared, tm
     assert list(generation) == plain(model, [Request([5, 6, 7], 30)])[0]
 
 
+@pytest.mark.slow
 def test_the_miniature_drafts_for_itself(miniature: tuple[Path, Path], free) -> None:
     model = runner.load(miniature[1])
     prompt = "The SQL command to list all the books whose year is 1999 is:"

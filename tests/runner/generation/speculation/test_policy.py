@@ -191,6 +191,7 @@ def test_right_draft_tokens_pay_if_computing_is_the_bottleneck() -> None:
     assert Machine(right=0.8, drafting=0.05).run(60).gain > 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [30, 64, 300, 2000])
 @pytest.mark.parametrize("disk", [0.0, 0.9, 10.0])
 @pytest.mark.parametrize(("slope", "drafting"), [(0.3, 0.0), (1.0, 0.0), (0.3, 0.1), (0.3, 0.9), (1.0, 3.0)])
@@ -202,6 +203,7 @@ def test_useless_draft_tokens_cost_less_than_5_percent(
     assert machine.gain > 0.95
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     right=st.floats(0, 1), slope=st.floats(0, 1.5), disk=st.floats(0, 5), drafting=st.floats(0, 2),
