@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from runner.cli.command import Guard
 from runner.cli.generate import GenerateOptions, generate
+from runner.cli.guard import Guard
 from runner.errors import BloomdeskError
 from runner.generation.options import GenerationOptions
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.cli.command import INTERRUPTED, note
+from runner.cli.guard import INTERRUPTED, note
 from runner.cli.prompts import Prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from runner.estimate.rates import Rates
 from runner.format.coded import row_group_count
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import part_specs
+from runner.format.layout import DATA_ALIGNMENT, part_specs
 from runner.format.manifest import Manifest
-from runner.format.safetensors import DATA_ALIGNMENT, tensor_nbytes
+from runner.format.safetensors import tensor_nbytes
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.weights.chunks import row_ranges
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from array import array
-from collections.abc import Sequence
 from itertools import pairwise
-
-from runner.format.safetensors import Described, encode_header
 
 PLAIN, LOSSLESS = "plain", "lossless"
 # Constants of the coding that a file depends on; the bytes of a panel are described in runner/kernel/panel.py.
@@ -49,17 +45,3 @@ def read_row_groups(data: bytes | bytearray | memoryview, rows: int, columns: in
         if not 0 < end - start <= largest:
             raise ValueError(f"row group {index:,} cannot have {end - start:,} bytes")
     return offsets
-
-
-def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) -> bytes:
-    """The first bytes of a part, up to its data: it holds `stored`, which decode to `decoded` if they are coded.
-
-    The length does not depend on the sizes of coded tensors, so it is known before they are.
-    """
-    if not decoded:
-        return encode_header(stored)
-    tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, dtype, shape in decoded}
-    form = {"version": CODING_VERSION, "tensors": tensors}
-    metadata = {CODING_KEY: json.dumps(form, separators=(",", ":"))}
-    largest = [(name, dtype, (LARGEST_CODED,) if name in tensors else shape) for name, dtype, shape in stored]
-    return encode_header(stored, metadata, room=len(encode_header(largest, metadata)))

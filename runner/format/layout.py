@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runner.format.coded import CODED_DTYPE, LOSSLESS, ROW_GROUPS_SUFFIX, row_group_count
+from runner.format.coded import (
+    CODED_DTYPE,
+    CODING_KEY,
+    CODING_VERSION,
+    LARGEST_CODED,
+    LOSSLESS,
+    ROW_GROUPS_SUFFIX,
+    row_group_count,
+)
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.safetensors import Described, Shape, tensor_nbytes
+from runner.format.safetensors import Described, Shape, encode_header, tensor_nbytes
 
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"
@@ -16,6 +25,8 @@ REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
 COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map.json")
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
+# A part's data starts on a page.
+DATA_ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
@@ -95,3 +106,18 @@ def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
     blocks = [PartSpec(block_file(i, model.n_layer), block_tensors(E)) for i in range(model.n_layer)]
     final = {"weight": (E,), "bias": (E,)}
     return (PartSpec(EMBEDDING, embedding), *blocks, PartSpec(FINAL_LAYERNORM, final))
+
+
+def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) -> bytes:
+    """The first bytes of a part, up to its data: it holds `stored`, which decode to `decoded` if they are coded.
+
+    The length does not depend on the sizes of coded tensors, so it is known before they are.
+    """
+    if not decoded:
+        return encode_header(stored, alignment=DATA_ALIGNMENT)
+    tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, dtype, shape in decoded}
+    form = {"version": CODING_VERSION, "tensors": tensors}
+    metadata = {CODING_KEY: json.dumps(form, separators=(",", ":"))}
+    largest = [(name, dtype, (LARGEST_CODED,) if name in tensors else shape) for name, dtype, shape in stored]
+    room = len(encode_header(largest, metadata, alignment=DATA_ALIGNMENT))
+    return encode_header(stored, metadata, room, DATA_ALIGNMENT)

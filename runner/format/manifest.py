@@ -24,9 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
-from runner.format.coded import CODED_ALIGNMENT, CODED_DTYPE, LARGEST_CODED, LOSSLESS, PLAIN, part_header
+from runner.format.coded import CODED_ALIGNMENT, CODED_DTYPE, LARGEST_CODED, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters, quoted
-from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, is_file_name, part_specs
+from runner.format.layout import (
+    COMPANIONS,
+    MANIFEST,
+    REQUIRED_COMPANIONS,
+    PartSpec,
+    is_file_name,
+    part_header,
+    part_specs,
+)
 from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_small, tensor_nbytes
 
 FORMAT = "bloomdesk-prepared"

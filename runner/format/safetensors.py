@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 
 from runner.errors import BloomdeskError, reading
 
-DATA_ALIGNMENT = 4096
 # The reference reader allows 100 MB, whose JSON can take gigabytes; all of BLOOM-176B in one file needs 0.1 MB.
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_AXES = 8
@@ -88,11 +87,15 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def encode_header(
-    tensors: Iterable[Described], metadata: Mapping[str, str] | None = None, room: int = 0
+    tensors: Iterable[Described],
+    metadata: Mapping[str, str] | None = None,
+    room: int = 0,
+    alignment: int = 8,
 ) -> bytes:
     """The first bytes of a file that stores these tensors in this order without gaps: header length and header.
 
-    They are a multiple of `DATA_ALIGNMENT` long, and at least `room`. `metadata` is added to that of every part.
+    They are a multiple of `alignment` long, by default that of the reference library, and at least `room`. `metadata`
+    is added to that of every file.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
@@ -102,7 +105,7 @@ def encode_header(
         position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * max(room - 8 - len(text), 0)
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % alignment)
     return len(text).to_bytes(8, "little") + text
 
 

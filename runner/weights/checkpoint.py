@@ -11,9 +11,9 @@ import torch
 from runner.errors import BloomdeskError, reading
 from runner.format.coded import LOSSLESS, ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import PartSpec, part_specs
+from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs
 from runner.format.manifest import PartRecord, load_manifest
-from runner.format.safetensors import DATA_ALIGNMENT, TensorEntry, read_header
+from runner.format.safetensors import TensorEntry, read_header
 from runner.kernel.decode import compile_decoder
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers

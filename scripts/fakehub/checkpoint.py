@@ -324,10 +324,8 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
     """Write a safetensors file as the reference library does: tensors by name, header padded to 8 bytes."""
     ordered = sorted(tensors, key=lambda tensor: tensor.key)
     header = encode_header((tensor.key, SAFETENSORS_NAMES[tensor.dtype], tensor.shape) for tensor in ordered)
-    text = header[8:].rstrip(b" ")
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for tensor in ordered:
             file.writelines(tensor.buffers())
 

@@ -16,9 +16,9 @@ from typer.exceptions import TyperException
 
 from runner.cli import bench as bench_command
 from runner.cli import plan as plan_command
-from runner.cli.command import Guard
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
+from runner.cli.guard import Guard
 from runner.cli.report import print_lines, print_rows
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN

@@ -137,15 +137,8 @@ def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
         tensors = {key: by_key[key] for key in sorted(by_key)}
         described = [(key, stored.tensor.dtype, stored.tensor.shape) for key, stored in tensors.items()]
         file = f"model-{number:05d}-of-{len(manifest.parts):05d}.safetensors"
-        shards.append(PlannedShard(file, part, _padded_to_8(encode_header(described)), tensors))
+        shards.append(PlannedShard(file, part, encode_header(described), tensors))
     return tuple(shards)
-
-
-def _padded_to_8(header: bytes) -> bytes:
-    """A part's header with the reference library's padding in place of ours."""
-    text = header[8:].rstrip(b" ")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:

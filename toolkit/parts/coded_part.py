@@ -18,7 +18,8 @@ from typing import BinaryIO
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.coded import ROW_GROUPS_SUFFIX, part_header, read_row_groups, row_group_count
+from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups, row_group_count
+from runner.format.layout import part_header
 from runner.format.manifest import PartRecord, TensorRecord
 from toolkit.io.progress import Progress
 from toolkit.io.reader import ByteRange, ReadAhead

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN, part_header
-from runner.format.layout import PartSpec
+from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
+from runner.format.layout import PartSpec, part_header
 from runner.format.safetensors import open_regular, tensor_nbytes
 from toolkit.source.tensor import SourceTensor
 

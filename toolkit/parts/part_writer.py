@@ -16,7 +16,7 @@ from typing import BinaryIO
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.coded import part_header
+from runner.format.layout import part_header
 from runner.format.manifest import PartRecord, SourceShard, TensorRecord
 from runner.system.atomic import atomic_file
 from toolkit.io.disk import disk_errors

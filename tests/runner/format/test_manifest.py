@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.errors import BloomdeskError
-from runner.format.coded import LOSSLESS, largest_row_group, part_header, read_row_groups, row_group_count
+from runner.format.coded import LOSSLESS, largest_row_group, read_row_groups, row_group_count
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import block_file, part_specs
+from runner.format.layout import block_file, part_header, part_specs
 from runner.format.manifest import (
     CompanionRecord,
     Manifest,

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from runner.errors import BloomdeskError
-from runner.format.safetensors import DATA_ALIGNMENT, encode_header, read_header
+from runner.format.layout import DATA_ALIGNMENT
+from runner.format.safetensors import encode_header, read_header
 
 TRIPLES = [("b", "BF16", (3, 5)), ("a", "F32", (7,)), ("empty", "F16", (0, 2))]
 
@@ -30,9 +31,9 @@ def entry(start: int, end: int, shape: Any = None, dtype: Any = "U8") -> dict[st
 
 
 def test_encoded_headers_are_read_back(tmp_path: Path) -> None:
-    encoded = encode_header(TRIPLES)
+    encoded = encode_header(TRIPLES, alignment=DATA_ALIGNMENT)
     assert len(encoded) % DATA_ALIGNMENT == 0
-    assert encoded == encode_header(TRIPLES)
+    assert encoded == encode_header(TRIPLES, alignment=DATA_ALIGNMENT)
     path = tmp_path / "x.safetensors"
     path.write_bytes(encoded + bytes(30 + 28))
     header = read_header(path)

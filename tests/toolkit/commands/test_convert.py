@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
-from runner.format.layout import part_specs
+from runner.format.layout import DATA_ALIGNMENT, part_specs
 from runner.format.manifest import load_manifest
-from runner.format.safetensors import DATA_ALIGNMENT, read_header
+from runner.format.safetensors import read_header
 from runner.system import atomic as durable
 from scripts.fakehub.checkpoint import Layout, from_state, old_config, write_repo
 from tests.support.lossless import content, flip, interrupt_at, make
