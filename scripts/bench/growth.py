@@ -77,6 +77,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=3, metavar="N", help="passes of one row in a turn")
 
 
+def limits(given: argparse.Namespace) -> list[turns.Limits]:
+    """The limits of the lines that were asked for; the context in RAM has none."""
+    rams = {"blocks": [given.blocks_ram], "context": [given.context_ram], "ram": given.ram}
+    return [limits_of(ram, given.disk) for line in given.only or LINES for ram in rams.get(line, ())]
+
+
 def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
     """Every point of the lines that were asked for."""
     if None in (*given.ram, given.blocks_ram, given.context_ram) or given.tokens < 1:
@@ -171,7 +177,9 @@ def first_blocks(prepared: Path, out: Path, count: int) -> Path:
     return out
 
 
-BENCHMARK = Benchmark("growth", "Measure how a token's seconds grow.", options, points, row, COLUMNS, facts)
+BENCHMARK = Benchmark(
+    "growth", "Measure how a token's seconds grow.", options, points, row, COLUMNS, facts, limits=limits
+)
 
 if __name__ == "__main__":
     sys.exit(main(BENCHMARK))

@@ -187,8 +187,8 @@ class Run:
 class Benchmark:
     """What one benchmark adds: options, points (which are made in WORK), the row of a point, and columns.
 
-    `row` gets the run, the point, its turns, and the rows before it. `facts` are more fields of the JSON, `below` is
-    text after the table.
+    `row` gets the run, the point, its turns, and the rows before it. `limits` are those that its turns will be under.
+    `facts` are more fields of the JSON, `below` is text after the table.
     """
 
     name: str
@@ -199,6 +199,7 @@ class Benchmark:
     columns: Sequence[Column]
     facts: Callable[[Run], dict[str, Any]] = lambda run: {}
     below: Callable[[Run], str] = lambda run: ""
+    limits: Callable[[argparse.Namespace], list[Limits]] = lambda given: given_limits(given)
 
     def result(self, run: Run) -> dict[str, Any]:
         """Everything so far, as the JSON has it."""
@@ -220,7 +221,7 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     work = given.work.resolve()
     try:
         with turns.sole_worker(work):
-            turns.check_limits(work, given_limits(given))
+            turns.check_limits(work, benchmark.limits(given))
             prepared, points = benchmark.points(given, work)
             run = Run(given, prepared.resolve(), points)
             complete = turns.to_the_end(lambda: _rounds(benchmark, run))
