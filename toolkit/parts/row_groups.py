@@ -14,7 +14,7 @@ from runner.format.coded import ROW_GROUP_ROWS
 CHUNK = 2 * 2**20  # of decoded bytes; or one row group, where that is more
 # Each gives more than 1 GB/s, and a disk takes no more than a few of them.
 THREADS = min(8, os.cpu_count() or 1)
-# A chunk must stay valid until so many further ones are requested.
+# Further requests for which a chunk must stay valid.
 IN_PROGRESS = THREADS + 2
 
 Block = bytes | bytearray | memoryview
