@@ -40,9 +40,10 @@ def written(what: str, done: Summary) -> str:
     if done.written:
         text += f" ({amount(done.bytes_written, done.seconds)})"
     text += f", {len(done.kept)} kept"
-    if done.bytes_deleted:
-        text += f"; {size(done.bytes_deleted)} of the source deleted"
-    return f"{text}; {fetched(done)}" if done.received or done.resumed else text
+    # Shards that prepare fetched are its own, and the user had no source.
+    if done.received or done.resumed:
+        return f"{text}; {fetched(done)}"
+    return f"{text}; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else text
 
 
 def download_lines(plan: DownloadPlan) -> Iterator[str]:
