@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from runner.errors import BloomdeskError
 
-RESUME = "run the same command again: it goes on where this one stopped"
+RESUME = "run the same command again: it resumes where this one stopped"
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 

@@ -47,7 +47,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BloomdeskError(
                 f"{path}: the disk is full: {free_bytes(path):,} bytes are free",
-                "make room and run the same command again: it goes on where it stopped",
+                "make room and run the same command again: it resumes where it stopped",
             ) from error
         raise BloomdeskError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -162,7 +162,7 @@ def test_a_range_that_never_comes_ends_all_and_keeps_what_came(one, single, targ
     with pytest.raises(BloomdeskError, match=r"cannot be reached|does not give") as caught:
         fetch(target)
     assert time.monotonic() - began < 5
-    assert "goes on where this one stopped" in caught.value.hint
+    assert "resumes where this one stopped" in caught.value.hint
     kept = (target / f"{FILE}.incomplete").stat().st_size
     assert 290_000 - WINDOW <= kept <= 300_000
     one.faults.clear()

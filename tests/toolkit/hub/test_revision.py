@@ -256,7 +256,7 @@ def test_a_hub_that_stays_weak_is_an_error(serve, repo):
     local.fail(f"/api/models/{NAME}/revision/main", Fault(status=503))
     with pytest.raises(BloomdeskError, match="answered 503") as caught:
         hub.resolve(NAME)
-    assert "goes on where" in caught.value.hint
+    assert "resumes where" in caught.value.hint
     assert len(local.requests) == 1 + len(retry.BACKOFF)
 
 

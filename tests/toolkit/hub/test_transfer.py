@@ -100,7 +100,7 @@ def test_a_connection_that_brings_nothing_is_given_up_and_gone_on_from_later(loc
     local.fail(VICTIM, Fault(drop_after=1000, times=1), Fault(drop_after=0))
     with pytest.raises(BloomdeskError, match=r"cannot be reached|does not give") as caught:
         download(NAME, target)
-    assert "goes on where this one stopped" in caught.value.hint
+    assert "resumes where this one stopped" in caught.value.hint
     assert (target / f"{VICTIM}.incomplete").stat().st_size == 1000
     local.faults.clear()
     local.requests.clear()
