@@ -30,6 +30,7 @@ from toolkit.cli.report import (
     fetched,
     info_rows,
     intention,
+    repair_lines,
     verify_lines,
     written,
 )
@@ -178,18 +179,15 @@ def repair(
     connections: Connections = DEFAULT_CONNECTIONS,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
-    from toolkit.commands.repair import forget, plan_repair
+    from toolkit.commands.repair import repair as mend
 
     start = time.monotonic()
-    report = _check(directory)
-    if report.sound:
-        print_lines(verify_lines(report, time.monotonic() - start))
-        return
-    print_lines(damage_lines(report))
-    plan = plan_repair(directory, forget(directory, report.damage, source), source, connections)
-    parts = _built("repairing", plan).written
-    others = {damage.file for damage in report.damage} - set(parts)
-    print(f"{directory} is whole again: {len(parts)} parts and {len(others)} small files made anew")
+
+    def found(report: VerifyReport) -> None:
+        print_lines(damage_lines(report))
+
+    done = mend(directory, source, connections, work=WorkProgress, found=found)
+    print_lines(repair_lines(done, time.monotonic() - start))
 
 
 @app.command()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.download import DownloadPlan, DownloadSummary
     from toolkit.commands.info import Info
+    from toolkit.commands.repair import Repaired
     from toolkit.commands.verify import VerifyReport
 
 _STATES = {
@@ -92,6 +93,20 @@ def verify_lines(report: VerifyReport, seconds: float) -> Iterator[str]:
         files = len({damage.file for damage in report.damage})
         yield f"{report.directory} is damaged: {files} files, see above; {checked}"
         yield f"  next: bloomdesk repair {report.directory}"
+
+
+def repair_lines(done: Repaired, seconds: float) -> Iterator[str]:
+    """What a repair did, or that there was nothing to do, and what is left to do."""
+    directory = done.report.directory
+    if done.report.sound:
+        yield from verify_lines(done.report, seconds)
+    elif done.parts or done.small_files:
+        yield f"{directory}: {len(done.parts)} parts and {len(done.small_files)} small files made anew"
+    if done.manifest.missing:
+        there, missing = len(done.manifest.parts), len(done.manifest.missing)
+        yield f"{directory} is not complete: {there} parts are there, {missing} files are still to be made"
+    elif not done.report.sound:
+        yield f"{directory} is whole again"
 
 
 def info_rows(found: Info) -> Iterator[Row]:

@@ -22,6 +22,7 @@ from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import CONNECTIONS, read_range
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
+from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import check_form_dtype
 from toolkit.source.config import read_config
 from toolkit.source.index import ShardList, find_shards
@@ -48,9 +49,11 @@ def plan_preparation(
     revision: str | None = None,
     form: str = PLAIN,
     connections: int = CONNECTIONS,
+    mend: frozenset[str] | None = None,
 ) -> BuildPlan:
     """What is to be fetched and made; nothing is written to `destination`.
 
+    `mend` are the recorded parts that are damaged or missing, if only these are to be made again.
     If that has parts of `repo` already and no revision is named, their commit is resumed. Raises `BloomdeskError` if
     the Hub refuses, the repo holds no BLOOM or none that has the form `form`, the directory has another source or
     form, or the disk is too small.
@@ -80,16 +83,17 @@ def plan_preparation(
     check_form_dtype(dtype, form)
     origin = Source(chosen.repo, chosen.commit)
     fresh = Manifest(replace(model, dtype=dtype), origin, form=form)
-    manifest = target.resume(destination, existing, fresh, companions)
+    manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
+    known = known_parts(destination, existing) if existing is not None else {}
     assignment = assign(index.weight_map, manifest.model) if index.weight_map is not None else None
     sizes = {file.path: file.size for file in chosen.files}
-    schedule = schedule_of(manifest, index, assignment, sizes)
+    schedule = schedule_of(manifest, index, assignment, sizes, mend)
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
     target.require_free_space(destination, to_come, schedule.needs, companions)
     shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections)
     return BuildPlan(
-        destination, existing, manifest, companions, schedule, shards, peak, schedule.shard_bytes
+        destination, existing, manifest, known, companions, schedule, shards, peak, schedule.shard_bytes
     )
 
 

@@ -1,73 +1,97 @@
 """Makes what is damaged or missing in a prepared directory again, and nothing else.
 
-    check every byte ──> forget the damaged parts ──> build what is missing, from the Hub or a checkpoint on disk
+    lock ──> check every byte ──> plan ──> for each damaged part: made beside it ──> as recorded? ──> replaces it
 
-Forgetting is all that repair adds: an interrupted repair is an unfinished preparation, which repair, convert and
-prepare resume.
+Nothing is deleted, and the manifest stays as it is: an interrupted repair leaves a directory with less damage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.layout import COMPANIONS, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, load_manifest
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP
+from runner.format.manifest import Manifest
 from runner.system.lock import sole_writer
-from toolkit.commands.build import BuildPlan
+from toolkit.commands.build import BuildPlan, build
 from toolkit.commands.convert import plan_conversion
 from toolkit.commands.prepare import plan_preparation
-from toolkit.commands.verify import Damage
+from toolkit.commands.verify import VerifyReport, plan_verify
+from toolkit.commands.verify import carry_out as check
 from toolkit.hub.transfer import CONNECTIONS
-from toolkit.io.disk import disk_errors
-from toolkit.parts.destination import write_manifest
-from toolkit.parts.manifest_backup import recover_manifest
+from toolkit.io.progress import Progress, silent
+from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest
+
+# Begins a piece of work by its verb and its bytes, and ends with it.
+Work = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did: what the check had found, and the files that were made again.
+
+    `manifest` is the directory's afterwards; it is not complete if the directory was not before.
+    """
+
+    report: VerifyReport
+    manifest: Manifest
+    parts: tuple[str, ...]
+    small_files: tuple[str, ...]
+
+
+def repair(
+    directory: Path,
+    source: Path | None = None,
+    connections: int = CONNECTIONS,
+    *,
+    work: Work = lambda verb, total: nullcontext(silent),
+    found: Callable[[VerifyReport], None] = lambda report: None,
+) -> Repaired:
+    """Check every byte, and mend what is damaged from the checkpoint `source`, or else from the Hub.
+
+    A directory that was made from a checkpoint on disk can't be mended without it, so only sizes and headers are
+    checked then. `found` gets what the check says before anything is mended. Parts that were never made are left to
+    the command that makes the directory.
+
+    Raises `BloomdeskError` if another process writes there, neither manifest.json nor its backup can be trusted, there
+    is nothing to mend from, the source has other tensors than are recorded, or the disk fails.
+    """
+    # Without a manifest there is nothing to lock for.
+    find_manifest(directory)
+    with sole_writer(directory):
+        manifest, _ = find_manifest(directory)
+        check_plan = plan_verify(directory, quick=source is None and manifest.source.repo is None)
+        with work("verifying", check_plan.bytes_to_read) as progress:
+            report = check(check_plan, progress)
+        found(report)
+        files = {item.file for item in report.damage}
+        manifest = recover_manifest(directory)
+        known = known_parts(directory, manifest)
+        damaged = frozenset(files & known.keys())
+        small_files = files & {MANIFEST, MANIFEST_BACKUP, *manifest.companions}
+        if damaged or files & manifest.companions.keys():
+            plan = plan_repair(directory, manifest, damaged, source, connections)
+            with work("repairing", plan.work) as progress:
+                build(plan, progress)
+        return Repaired(
+            report, manifest, tuple(file for file in known if file in damaged), tuple(small_files)
+        )
 
 
 def plan_repair(
-    directory: Path, known: Manifest, source: Path | None, connections: int = CONNECTIONS
+    directory: Path, manifest: Manifest, damaged: frozenset[str], source: Path | None, connections: int
 ) -> BuildPlan:
-    """The plan that makes what is missing from the checkpoint `source`, or else from the Hub.
-
-    `known` is what the complete directory records, as `forget` returns it: the source must be the one it names.
-    """
+    """The plan that makes the `damaged` parts again from the checkpoint `source`, or else from the Hub."""
     if source is not None:
-        return plan_conversion(source, directory, known=known, form=known.form)
-    repo, commit = known.source.repo or "", known.source.commit
-    return plan_preparation(repo, directory, commit, known.form, connections)
-
-
-def forget(directory: Path, damage: Sequence[Damage], source: Path | None) -> Manifest:
-    """Delete the damaged files and remove their parts from the manifest; what the complete directory records.
-
-    Raises `BloomdeskError` before that if there is nothing to repair from, neither manifest.json nor its backup can
-    be trusted, another process writes there, or the disk fails.
-    """
-    damaged = {item.file for item in damage}
-    with sole_writer(directory):
-        manifest = recover_manifest(directory)
-        if source is None and manifest.source.repo is None:
-            raise BloomdeskError(
-                f"{directory} was made from a checkpoint on disk, so the Hub can't repair it",
-                f"give that checkpoint: bloomdesk repair {directory} --source SRC",
-            )
-        known = _whole(directory, manifest)
-        left = {file: record for file, record in manifest.parts.items() if file not in damaged}
-        if left != manifest.parts:
-            write_manifest(directory, replace(manifest, parts=left))
-        for file in damaged & {*known.parts, *COMPANIONS}:
-            with disk_errors(directory / file):
-                (directory / file).unlink(missing_ok=True)
-    return known
-
-
-def _whole(directory: Path, manifest: Manifest) -> Manifest:
-    """The backup, which keeps the records of parts that an earlier repair has forgotten and not made yet."""
-    try:
-        backup = load_manifest(directory, MANIFEST_BACKUP)
-    except BloomdeskError:
-        return manifest
-    same = (backup.source, backup.model, backup.form) == (manifest.source, manifest.model, manifest.form)
-    return backup if same else manifest
+        return plan_conversion(source, directory, form=manifest.form, mend=damaged)
+    if manifest.source.repo is None:
+        raise BloomdeskError(
+            f"{directory} was made from a checkpoint on disk, so the Hub can't repair it",
+            f"give that checkpoint: bloomdesk repair {directory} --source SRC",
+        )
+    return plan_preparation(
+        manifest.source.repo, directory, manifest.source.commit, manifest.form, connections, damaged
+    )

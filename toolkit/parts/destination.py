@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,14 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS
-from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, part_specs
+from runner.format.layout import (
+    COMPANIONS,
+    MANIFEST,
+    MANIFEST_BACKUP,
+    REQUIRED_COMPANIONS,
+    PartSpec,
+    part_specs,
+)
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
@@ -33,9 +40,9 @@ SPARE_BYTES = 16 * 2**20
 def load_existing(destination: Path) -> Manifest | None:
     """The manifest in `destination`, or None if that is new or empty.
 
-    Raises `BloomdeskError` if it holds something else.
+    Raises `BloomdeskError` if it holds something else, or its manifest is not sound.
     """
-    if (destination / MANIFEST).exists():
+    if any(os.path.lexists(destination / name) for name in (MANIFEST, MANIFEST_BACKUP)):
         return load_manifest(destination)
     others = other_files(destination, {MANIFEST + TEMPORARY_SUFFIX, STAGING})
     if others:
@@ -55,9 +62,13 @@ def other_files(destination: Path, ours: set[str]) -> list[str]:
 
 
 def resume(
-    destination: Path, existing: Manifest | None, fresh: Manifest, companions: Mapping[str, bytes]
+    destination: Path,
+    existing: Manifest | None,
+    fresh: Manifest,
+    companions: Mapping[str, bytes],
+    damaged: Collection[str] = (),
 ) -> Manifest:
-    """The manifest to start from: `fresh`, or what `existing` records of parts that are still in place.
+    """The manifest to start from: `fresh`, or what `existing` records of parts that are in place and not `damaged`.
 
     Raises `BloomdeskError` if `existing` is of another form, source or model, or has another of the small files.
     """
@@ -77,7 +88,8 @@ def resume(
     for name, record in existing.companions.items():
         if name not in companions or xxhash.xxh3_128_hexdigest(companions[name]) != record.xxh3_128:
             raise another_source(destination, f"another {name}")
-    return drop_missing(destination, existing)
+    kept = drop_missing(destination, existing)
+    return replace(kept, parts={file: part for file, part in kept.parts.items() if file not in damaged})
 
 
 def another_source(destination: Path, what: str) -> BloomdeskError:
@@ -147,20 +159,36 @@ def _refuse_foreign(link: Path) -> None:
 
 
 def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
-    """Write the manifest and the small files; the manifest, which then records them."""
-    write_manifest(destination, manifest)
+    """Write the manifest and the small files; the manifest, which then records them.
+
+    Raises `BloomdeskError` before anything is written if a small file is there that no manifest records.
+    """
     records = {}
     for name, data in companions.items():
-        put_file(destination / name, data)
+        path = destination / name
+        if name not in manifest.companions and read_if_exists(path, LARGEST_COMPANION) not in (None, data):
+            raise foreign_file(path)
         records[name] = CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data))
+    write_manifest(destination, manifest)
+    for name, data in companions.items():
+        put_file(destination / name, data)
     manifest = replace(manifest, companions=records)
     write_manifest(destination, manifest)
     return manifest
 
 
+def foreign_file(path: Path) -> BloomdeskError:
+    """The error for a file in the place of one of ours that no manifest records."""
+    return BloomdeskError(
+        f"{path} is in the way: the manifest does not record it, and it is not what would be written there",
+        "move it out of the directory and run the same command again",
+    )
+
+
 def write_manifest(destination: Path, manifest: Manifest) -> None:
-    """Replace the manifest as a whole."""
-    put_file(destination / MANIFEST, manifest.to_json().encode())
+    """Replace the manifest, then its backup, each as a whole."""
+    for name in (MANIFEST, MANIFEST_BACKUP):
+        put_file(destination / name, manifest.to_json().encode())
 
 
 def put_file(path: Path, data: bytes) -> None:

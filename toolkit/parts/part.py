@@ -19,11 +19,15 @@ CODED_SHARE = 0.72
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A part to write: its source tensors in the order of `spec`, and the form in which it stores them."""
+    """A part to write: its source tensors in the order of `spec`, and the form in which it stores them.
+
+    `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first.
+    """
 
     spec: PartSpec
     tensors: tuple[SourceTensor, ...]
     form: str = PLAIN
+    lm_head: SourceTensor | None = None
 
     @property
     def dtype(self) -> str:
@@ -42,7 +46,8 @@ class PlannedPart:
     @property
     def sources(self) -> tuple[Path, ...]:
         """The shards that its bytes come from, in the order in which they are needed."""
-        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors))
+        heads = (self.lm_head,) if self.lm_head is not None else ()
+        return tuple(dict.fromkeys(tensor.file for tensor in (*self.tensors, *heads)))
 
 
 def plan_part(
