@@ -297,7 +297,10 @@ def _built(verb: str, plan: BuildPlan) -> Summary:
     from toolkit.commands.build import carry_out
 
     with WorkProgress(verb, plan.work) as progress:
-        return carry_out(plan, progress)
+        done = carry_out(plan, progress)
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    return done
 
 
 def _check(directory: Path, quick: bool = False, sample: float | None = None) -> VerifyReport:
