@@ -170,7 +170,7 @@ class OpenedFile:
         """One read into `buffer` from the byte `start` on; the GIL is free meanwhile."""
         with self._lock:
             if self._file is None:
-                self._file = retried(lambda: open_regular(self.path)).detach()
+                self._file = open_regular(self.path).detach()
                 # The kernel then reads further ahead.
                 self.advise(0, 0, "SEQUENTIAL")
             if not hasattr(os, "preadv"):
