@@ -1,4 +1,4 @@
-"""What systems put into directories: a directory with nothing else in it counts as empty. None of it is ever touched."""
+"""What systems put into directories. A directory with nothing else counts as empty, and none of it is touched."""
 
 from __future__ import annotations
 
