@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.cli.guard import INTERRUPTED, note
+from runner.cli.guard import note, status_after
 from runner.cli.prompts import Prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
@@ -79,8 +79,8 @@ def _generate_one(options: GenerateOptions) -> int:
     try:
         for token_id in generation:
             show(stream.push(token_id))
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except KeyboardInterrupt as stop:
+        status = status_after(stop)
     seconds = time.perf_counter() - start
     show(stream.finish())
     if options.as_json:
@@ -125,10 +125,10 @@ def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Wr
             line.clear()
             done += 1  # before it is written, since an interruption then finds it written
             write(prompt.index, {**named, "prompt": prompt.text, **report})
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         line.clear()
         print(f"interrupted: {done} of {len(prompts)} prompts are done", file=sys.stderr)
-        return INTERRUPTED
+        return status_after(stop)
     finally:
         line.clear()
     pace = f"{number(batch.tokens / (time.perf_counter() - start))} tokens a second"

@@ -6,19 +6,20 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from runner.cli import bench as bench_command
 from runner.cli import plan as plan_command
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.guard import Guard
+from runner.cli.guard import Guard, empty_argument, end_process
 from runner.cli.report import print_lines, print_rows
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
@@ -39,7 +40,28 @@ if TYPE_CHECKING:
     from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.verify import VerifyReport
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command that refuses an empty argument; PROMPT has a rule of its own."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        names = {
+            param.name: param.metavar if param.param_type_name == "argument" else param.opts[0]
+            for param in self.get_params(ctx)
+        }
+        empty = empty_argument({names[name]: value for name, value in given.items() if name != "prompt"})
+        if empty is not None:
+            ctx.fail(empty)
+        return super().parse_args(ctx, args)
+
+
+class _Commands(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        return super().command(name, cls=_Command, **options)
+
+
+app = _Commands(
     help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
     no_args_is_help=True,
     add_completion=False,
@@ -345,7 +367,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command of this process, and end with its exit status."""
-    sys.exit(run(sys.argv[1:]))
+    end_process(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":
