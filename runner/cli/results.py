@@ -20,13 +20,15 @@ _BEGINNING = b'{"index": '
 class Results(AbstractContextManager["Results"]):
     """The results of these prompts so far, and those to come.
 
-    A line that a kill cut off is removed, so that running the command again resumes. `done` holds the indices of the
-    prompts that have a result, found by id or index and compared by text.
+    A line that a kill cut off is removed, so that running the command again resumes. `done` holds, by the index of the
+    prompt, the numbers of its continuations that have a result, found by id or index and compared by text; `seed` is
+    that of the last one that was drawn, or None.
     """
 
     def __init__(self, path: Path, prompts: Sequence[Prompt]) -> None:
         """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
         self._path = path
+        self.seed: int | None = None
         with self._named("opened"):
             is_new = not path.exists()
             # Without a buffer, closing writes nothing that could fail.
@@ -51,16 +53,18 @@ class Results(AbstractContextManager["Results"]):
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
-        self.done.add(index)
+        self.done.setdefault(index, set()).add(result.get("choice", 0))
 
-    def _read(self, expected: Mapping[tuple[str, str | int], Prompt]) -> set[int]:
-        done, end = set(), 0
+    def _read(self, expected: Mapping[tuple[str, str | int], Prompt]) -> dict[int, set[int]]:
+        done: dict[int, set[int]] = {}
+        end = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     self._cut(line, number, end)
                     break
-                done.add(self._known(line, number, expected))
+                index, choice = self._known(line, number, expected)
+                done.setdefault(index, set()).add(choice)
                 end += len(line)
         return done
 
@@ -72,13 +76,16 @@ class Results(AbstractContextManager["Results"]):
             raise self._foreign(number, "it does not end like a file of results")
         self._file.truncate(end)
 
-    def _known(self, line: bytes, number: int, expected: Mapping[tuple[str, str | int], Prompt]) -> int:
-        """Index of the prompt whose result this line is."""
+    def _known(
+        self, line: bytes, number: int, expected: Mapping[tuple[str, str | int], Prompt]
+    ) -> tuple[int, int]:
+        """Index of the prompt whose result this line is, and the number of the continuation."""
         try:
             found = json.loads(line)
             identity = found.get("id")
             key = ("index", found["index"]) if identity is None else ("id", identity)
-            text = found["prompt"]
+            text, choice = found["prompt"], int(found.get("choice", 0))
+            self.seed = found.get("seed", self.seed)
             prompt = expected.get(key)
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
             raise self._foreign(number, "it is not a result") from None
@@ -87,7 +94,7 @@ class Results(AbstractContextManager["Results"]):
         if prompt.text != text:
             wanted = f"that with the {key[0]} {key[1]!r} {_short(prompt.text)}"
             raise self._foreign(number, f"the prompt is {_short(text)}, {wanted}")
-        return prompt.index
+        return prompt.index, choice
 
     def _foreign(self, number: int, why: str) -> BloomdeskError:
         return BloomdeskError(

@@ -22,7 +22,7 @@ from runner.cli.guard import Guard
 from runner.cli.report import print_lines, print_rows
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
-from runner.generation.options import GenerationOptions
+from runner.generation.options import GenerationOptions, Sampling, read_biases
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
@@ -246,11 +246,74 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T", help="Draw tokens; higher is more daring.", show_default="the likeliest token"
+        ),
+    ] = Sampling.temperature,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw among the K likeliest tokens.", show_default="all")
+    ] = Sampling.top_k,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among the likeliest tokens that have this probability together."
+        ),
+    ] = Sampling.top_p,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among tokens of this fraction of the likeliest one's probability."
+        ),
+    ] = Sampling.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1: less likely are tokens that prompt or text have.")
+    ] = Sampling.repetition_penalty,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from the logits of tokens that the text has.")
+    ] = Sampling.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from them as often as the text has them.")
+    ] = Sampling.frequency_penalty,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=X", help="Added to the logit of a token id. Repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Makes a drawn text repeatable.", show_default="drawn and reported"),
+    ] = None,
+    n: Annotated[int, typer.Option(metavar="N", help="Continuations of each prompt.")] = Sampling.n,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends the text, and is no part of it. Repeatable."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens before the text may end by itself.")
+    ] = Sampling.min_new_tokens,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
+    ] = Sampling.ignore_eos,
     as_json: Json = False,
 ) -> int:
-    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
     generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
-    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation))
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        read_biases(logit_bias or ()),
+        seed,
+        n,
+        tuple(stop or ()),
+        min_new_tokens,
+        ignore_eos,
+    )
+    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation, sampling))
 
 
 @app.command()

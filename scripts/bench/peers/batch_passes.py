@@ -46,7 +46,7 @@ def main() -> None:
     vocabulary = model.weights.model.vocab_size
     count = int(given.settings.get("batch", 1))
     prompts = [[(i + STEP * number) % vocabulary for i in given.prompt] for number in range(count)]
-    requests = [model.request(prompt, given.tokens) for prompt in prompts]
+    requests = [model.requests(prompt, given.tokens)[0] for prompt in prompts]
     draft = given.settings.get("draft")
     options = GenerationOptions(given.tokens, given.settings.get("speculate", "off"), draft, count)
     running = model.batch(requests, options)
