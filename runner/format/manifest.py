@@ -148,6 +148,12 @@ class Manifest:
         wanted = (*(spec.file for spec in part_specs(self.model)), *REQUIRED_COMPANIONS)
         return tuple(file for file in wanted if file not in self.parts and file not in self.companions)
 
+    def command(self, directory: Path) -> str:
+        """The command that makes the rest of an unfinished directory."""
+        form = "" if self.form == PLAIN else f" --{self.form}"
+        made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
+        return f"bloomdesk {made_by} {directory}{form}"
+
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
         """All records: those of the parts in the order of a pass, then those of the companions."""

@@ -125,6 +125,7 @@ def repair_lines(done: Repaired, seconds: float) -> Iterator[str]:
     if done.manifest.missing:
         there, missing = len(done.manifest.parts), len(done.manifest.missing)
         yield f"{directory} is not complete: {there} parts are there, {missing} files are still to be made"
+        yield f"  next: {done.manifest.command(directory)}"
     elif not done.report.sound:
         yield f"{directory} is whole again"
 

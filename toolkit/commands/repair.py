@@ -7,14 +7,14 @@ Nothing is deleted, and the manifest stays as it is: an interrupted repair leave
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest
+from runner.format.manifest import Manifest, PartRecord
 from runner.system.lock import sole_writer
 from toolkit.commands.build import BuildPlan, build
 from toolkit.commands.convert import plan_conversion
@@ -52,9 +52,8 @@ def repair(
 ) -> Repaired:
     """Check every byte, and mend what is damaged from the checkpoint `source`, or else from the Hub.
 
-    A directory that was made from a checkpoint on disk can't be mended without it, so only sizes and headers are
-    checked then. `found` gets what the check says before anything is mended. Parts that were never made are left to
-    the command that makes the directory.
+    `found` gets what the check says before anything is mended. Parts that were never made are left to the command that
+    makes the directory.
 
     Raises `BloomdeskError` if another process writes there, neither manifest.json nor its backup can be trusted, there
     is nothing to mend from, the source has other tensors than are recorded, or the disk fails.
@@ -63,35 +62,46 @@ def repair(
     find_manifest(directory)
     with sole_writer(directory):
         manifest, _ = find_manifest(directory)
-        check_plan = plan_verify(directory, quick=source is None and manifest.source.repo is None)
-        with work("verifying", check_plan.bytes_to_read) as progress:
-            report = check(check_plan, progress)
-        found(report)
-        files = {item.file for item in report.damage}
-        manifest = recover_manifest(directory)
         known = known_parts(directory, manifest)
-        damaged = frozenset(files & known.keys())
+        mendable = source is not None or manifest.source.repo is not None
+        if not mendable:
+            # Seconds, before hours are spent on finding what can't be mended.
+            _refuse_unmendable(check(plan_verify(directory, quick=True)), manifest, known)
+        plan = plan_verify(directory)
+        with work("verifying", plan.bytes_to_read) as progress:
+            report = check(plan, progress)
+        found(report)
+        if not mendable:
+            _refuse_unmendable(report, manifest, known)
+        manifest = recover_manifest(directory)
+        files = {item.file for item in report.damage}
+        parts = tuple(file for file in known if file in files)
+        if parts or files & manifest.companions.keys():
+            mending = _plan(directory, manifest, frozenset(parts), source, connections)
+            with work("repairing", mending.work) as progress:
+                build(mending, progress)
         small_files = files & {MANIFEST, MANIFEST_BACKUP, *manifest.companions}
-        if damaged or files & manifest.companions.keys():
-            plan = plan_repair(directory, manifest, damaged, source, connections)
-            with work("repairing", plan.work) as progress:
-                build(plan, progress)
-        return Repaired(
-            report, manifest, tuple(file for file in known if file in damaged), tuple(small_files)
-        )
+        return Repaired(report, manifest, parts, tuple(small_files))
 
 
-def plan_repair(
+def _refuse_unmendable(report: VerifyReport, manifest: Manifest, known: Mapping[str, PartRecord]) -> None:
+    """Raise `BloomdeskError` if a file is damaged that only the source has; the manifest has a backup."""
+    for item in report.damage:
+        if item.file in known or item.file in manifest.companions:
+            raise BloomdeskError(
+                f"{report.directory / item.file}: {item.what}; the directory was made from a checkpoint on disk, "
+                "so the Hub can't repair it",
+                f"give that checkpoint: bloomdesk repair {report.directory} --source SRC",
+            )
+
+
+def _plan(
     directory: Path, manifest: Manifest, damaged: frozenset[str], source: Path | None, connections: int
 ) -> BuildPlan:
     """The plan that makes the `damaged` parts again from the checkpoint `source`, or else from the Hub."""
     if source is not None:
         return plan_conversion(source, directory, form=manifest.form, mend=damaged)
-    if manifest.source.repo is None:
-        raise BloomdeskError(
-            f"{directory} was made from a checkpoint on disk, so the Hub can't repair it",
-            f"give that checkpoint: bloomdesk repair {directory} --source SRC",
-        )
+    origin = manifest.source
     return plan_preparation(
-        manifest.source.repo, directory, manifest.source.commit, manifest.form, connections, damaged
+        origin.repo or "", directory, origin.commit, manifest.form, connections, mend=damaged
     )

@@ -8,6 +8,7 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest, PartRecord
+from runner.format.safetensors import open_regular
 from toolkit.io.disk import disk_errors, read_errors
 from toolkit.io.hasher import hash_file
 from toolkit.io.writer import drop_cached
@@ -67,7 +68,7 @@ def read_back(path: Path, record: PartRecord, hint: str) -> None:
 def file_hash(path: Path, *, cached: bool = True) -> str:
     """The xxh3-128 of a file, read from the disk unless `cached`; `BloomdeskError` if it can't be read."""
     whole = xxhash.xxh3_128()
-    with read_errors(path), path.open("rb", buffering=0) as file:
+    with read_errors(path), open_regular(path) as file:
         if not cached:
             drop_cached(file.fileno())
         hash_file(file.fileno(), whole)
