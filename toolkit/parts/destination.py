@@ -26,6 +26,7 @@ from runner.format.layout import (
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
+from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
 
@@ -55,11 +56,15 @@ def load_existing(destination: Path) -> Manifest | None:
 
 
 def other_files(destination: Path, ours: set[str]) -> list[str]:
-    """Names in `destination` but `ours`, sorted; none if it is new, `BloomdeskError` if it is no directory."""
+    """Names in `destination` but `ours` and those that systems put there, sorted; none if it is new.
+
+    Raises `BloomdeskError` if it is no directory.
+    """
     # A broken link or a loop exists too.
     if os.path.lexists(destination) and not destination.is_dir():
         raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
-    return sorted({path.name for path in destination.iterdir()} - ours) if destination.exists() else []
+    names = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    return sorted(name for name in names - ours if not is_clutter(name))
 
 
 def resume(
