@@ -27,7 +27,7 @@ from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
-    fetched,
+    downloaded_lines,
     info_rows,
     intention,
     repair_lines,
@@ -100,18 +100,21 @@ def download(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hash the files that are there, too; fetch those that are damaged."),
+    ] = False,
 ) -> int:
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    plan = plan_download(repo, directory, revision)
+    plan = plan_download(repo, directory, revision, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
-        return 0 if plan.fits else 1
+        return 0 if plan.fits and not plan.names("foreign") else 1
     with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
-    files = f"{len(done.fetched)} files fetched, {len(done.kept)} kept, each checked against its hash"
-    print(f"{done.revision} is in {directory}: {files} ({fetched(done)})")
+    print_lines(downloaded_lines(done, directory))
     return 0
 
 
