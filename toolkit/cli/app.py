@@ -297,6 +297,13 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
     ] = Sampling.ignore_eos,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Report log-probabilities, also of the N likeliest tokens; with --json.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
@@ -315,6 +322,7 @@ def generate(
         tuple(stop or ()),
         min_new_tokens,
         ignore_eos,
+        logprobs,
     )
     return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation, sampling))
 
