@@ -20,6 +20,8 @@ from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
 from runner.cli.guard import Guard
 from runner.cli.report import print_lines, print_rows
+from runner.cli.score import ScoreOptions
+from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
@@ -325,6 +327,29 @@ def generate(
         logprobs,
     )
     return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation, sampling))
+
+
+@app.command()
+def score(
+    directory: Prepared,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .txt, one long text, or a .jsonl of texts.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
+    ] = ScoreOptions.context,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+    ] = None,
+    ram: Ram = None,
+    as_json: Json = False,
+) -> int:
+    """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
 
 
 @app.command()
