@@ -66,9 +66,11 @@ class Line:
 
 def score(options: ScoreOptions) -> int:
     """Exit status, after the scores were printed or written. Raises `BloomdeskError` for what cannot be scored."""
-    if not options.context >= 2 or not 1 <= options.stride <= options.context:
+    if options.stride is None:
+        options = replace(options, stride=max(1, min(DEFAULT_STRIDE, options.context // 2)))
+    if not 1 <= options.stride < options.context:
         raise BloomdeskError(
-            f"--context must be at least 2 and --stride from 1 to that, found {options.context} and {options.stride}"
+            f"--stride must be at least 1 and below --context, found {options.stride} and {options.context}"
         )
     if options.file.suffix == ".jsonl":
         return _score_lines(options)
