@@ -52,6 +52,8 @@ def generate(options: GenerateOptions) -> int:
     """
     if (options.prompt is None) == (options.prompts is None):
         raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
+        raise BloomdeskError("--logprobs has nowhere to go", "add --json")
     if options.prompts is None:
         if options.out is not None or options.generation.batch is not None:
             raise BloomdeskError("--out and --batch are for a file of --prompts, and there is one PROMPT")
@@ -183,12 +185,15 @@ def _print_choice(index: int, result: Mapping[str, object]) -> None:
 
 
 def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, object]:
+    from runner.generation.scoring import as_json
+
     tokens, sampling = len(found.ids), found.request.sampling
     return {
         "prompt_token_ids": list(found.prompt_ids),
         "token_ids": found.ids,
         "text": model.text(found),
         **({"seed": sampling.seed} if sampling.draws else {}),
+        **({"logprobs": as_json(found.scores)} if sampling.logprobs is not None else {}),
         "seconds_per_token": seconds / tokens if tokens else None,
         "passes": found.passes,
         "bytes_read": found.bytes_read,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from runner.errors import BloomdeskError, reading
 from runner.generation.options import GREEDY, SAMPLING_FIELDS, Sampling, with_fields
@@ -32,6 +33,11 @@ class Prompt:
     id: str | int | None = None
     max_new_tokens: int | None = None
     sampling: Sampling = GREEDY
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The field of a result that says which text it is of."""
+        return "prompt", self.text
 
     @property
     def choices(self) -> set[int]:
@@ -71,11 +77,11 @@ def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:
 
 def _prompts(path: Path, sampling: Sampling) -> Iterator[Prompt]:
     parsed = partial(Prompt, sampling=sampling) if path.suffix == ".txt" else partial(_parsed, path, sampling)
-    filled = ((number, line) for number, line in _lines(path) if line.strip())
+    filled = ((number, line) for number, line in lines_of(path) if line.strip())
     return (parsed(index, number, line) for index, (number, line) in enumerate(filled))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, without line ends."""
     with path.open("rb") as file:
         number = 0
@@ -92,15 +98,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _parsed(path: Path, sampling: Sampling, index: int, number: int, line: str) -> Prompt:
     where = f"{path}, line {number}"
-    try:
-        given = json.loads(line)
-    except (ValueError, RecursionError):
-        raise BloomdeskError(f"{where}: not valid JSON") from None
-    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
-        raise BloomdeskError(f'{where}: expected an object with a text as its "prompt"')
-    identity, count = given.get("id"), given.get("max_new_tokens")
-    if not _is_whole_number(identity) and not isinstance(identity, str | None):
-        raise BloomdeskError(f'{where}: an "id" is a text or a whole number')
+    expected = 'an object with a text as its "prompt"'
+    given, identity = parsed_line(where, line, expected)
+    if not isinstance(given.get("prompt"), str):
+        raise BloomdeskError(f"{where}: expected {expected}")
+    count = given.get("max_new_tokens")
     if count is not None and not (_is_whole_number(count) and count >= 1):
         raise BloomdeskError(f'{where}: "max_new_tokens" is a whole number of at least 1')
     own = {name: given[name] for name in given if name in SAMPLING_FIELDS}
@@ -111,6 +113,20 @@ def _parsed(path: Path, sampling: Sampling, index: int, number: int, line: str) 
         return Prompt(index, number, given["prompt"], identity, count, with_fields(sampling, own))
     except BloomdeskError as error:
         raise BloomdeskError(f"{where}: {error.message}", error.hint) from None
+
+
+def parsed_line(where: str, line: str, expected: str) -> tuple[dict[str, Any], str | int | None]:
+    """The object of a line, and its "id"; `BloomdeskError` if the line is not what is `expected`."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        raise BloomdeskError(f"{where}: not valid JSON") from None
+    if not isinstance(given, dict):
+        raise BloomdeskError(f"{where}: expected {expected}")
+    identity = given.get("id")
+    if not _is_whole_number(identity) and not isinstance(identity, str | None):
+        raise BloomdeskError(f'{where}: an "id" is a text or a whole number')
+    return given, identity
 
 
 def _is_whole_number(value: object) -> bool:

@@ -13,6 +13,7 @@ from runner.generation.capacity import Planner
 from runner.generation.decode import Generation
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, default_total, memory_plan
 from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, GenerationOptions, Sampling
+from runner.generation.scorer import Scorer, Text, plan_scoring
 from runner.generation.sequence import Request
 from runner.generation.speculation.draft_model import DraftModel
 from runner.generation.speculation.proposer import Proposer
@@ -134,6 +135,13 @@ class Model(ModelRunner):
         capacities = sorted((request.capacity for request in requests), reverse=True)
         planner = Planner(self.memory_request(capacities, 0), requests, proposer)
         return kind(self, requests, planner.plan(options.batch), proposer, on_part)
+
+    def scorer(self, texts: Sequence[Text], on_part: OnPart | None = None) -> Scorer:
+        """Scores texts of token ids, as many in a pass as the RAM has room for.
+
+        Raises `BloomdeskError` if the RAM is too little for the longest.
+        """
+        return Scorer(self, texts, plan_scoring(self.memory_request([1], 1), texts), on_part)
 
     def requests(
         self,

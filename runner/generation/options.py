@@ -56,6 +56,8 @@ class Sampling:
     stop                texts that end the continuation; they are not part of it
     min_new_tokens      tokens before the text may end by itself
     ignore_eos          the end-of-text token ends nothing
+    logprobs            number of likeliest tokens whose log-probabilities are reported beside each new token's own;
+                        None for no log-probabilities
     """
 
     temperature: float = 0.0
@@ -71,6 +73,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.temperature, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
@@ -91,6 +94,10 @@ class Sampling:
             ),
             (self.n >= 1, f"n must be at least 1, found {self.n}"),
             (all(self.stop), "a stop text must not be empty"),
+            (
+                self.logprobs is None or self.logprobs >= 0,
+                f"logprobs must be at least 0, found {self.logprobs}",
+            ),
             (self.min_new_tokens >= 0, f"min_new_tokens must be at least 0, found {self.min_new_tokens}"),
         ):
             if not is_possible:

@@ -11,6 +11,7 @@ import torch
 
 from runner.generation.options import GREEDY, Sampling
 from runner.generation.sampling import Sampler
+from runner.generation.scoring import TokenScore, score
 from runner.generation.stops import StopScanner
 from runner.model.kv_cache import KVCache, Segment
 
@@ -52,6 +53,8 @@ class Sequence:
     request: Request
     eos: frozenset[int] = frozenset()
     ids: list[int] = field(default_factory=list)
+    # Of `ids`, if the request asks for log-probabilities.
+    scores: list[TokenScore] = field(default_factory=list)
     stop_reason: str | None = None
     passes: int = 0
     bytes_read: int = 0
@@ -118,6 +121,8 @@ class Sequence:
             logits = logits[:0]
         for accepted, row in enumerate(logits):
             token = self.sampler.choose(row, self.ids)
+            if self.request.sampling.logprobs is not None:
+                self.scores.append(score(row, token, self.request.sampling.logprobs))
             self._append(token)
             if self.stop_reason or accepted == len(draft_tokens) or draft_tokens[accepted] != token:
                 break

@@ -20,6 +20,8 @@ from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
 from runner.cli.guard import Guard
 from runner.cli.report import print_lines, print_rows
+from runner.cli.score import ScoreOptions
+from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
@@ -297,6 +299,13 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
     ] = Sampling.ignore_eos,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Report log-probabilities, also of the N likeliest tokens; with --json.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
@@ -315,8 +324,32 @@ def generate(
         tuple(stop or ()),
         min_new_tokens,
         ignore_eos,
+        logprobs,
     )
     return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation, sampling))
+
+
+@app.command()
+def score(
+    directory: Prepared,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .txt, one long text, or a .jsonl of texts.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
+    ] = ScoreOptions.context,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+    ] = None,
+    ram: Ram = None,
+    as_json: Json = False,
+) -> int:
+    """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
 
 
 @app.command()
