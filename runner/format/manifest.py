@@ -1,8 +1,9 @@
 """manifest.json: what a prepared directory holds, and proof that nobody has edited that.
 
     bloom/
-      manifest.json                 version, source, hyperparameters, and per part: size, hashes, tensors, sources
-      manifest.backup.json          the same bytes a second time, once the directory is complete
+      manifest.json                 version, source, hyperparameters, fingerprint, and per part: size, hashes, tensors,
+                                    sources
+      manifest.backup.json          the same bytes a second time, written after manifest.json
       embedding.safetensors         word_embeddings.weight, word_embeddings_layernorm.{weight,bias}
       block_00.safetensors ...      12 tensors each, `h.N.` stripped
       final_layernorm.safetensors   weight, bias
@@ -15,20 +16,29 @@ the row groups in NAME. docs/format.md is the long form.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
-from runner.format.coded import CODED_ALIGNMENT, CODED_DTYPE, LARGEST_CODED, LOSSLESS, PLAIN
+from runner.format.coded import (
+    CODED_ALIGNMENT,
+    CODED_DTYPE,
+    LARGEST_CODED,
+    LOSSLESS,
+    PLAIN,
+    ROW_GROUPS_SUFFIX,
+)
 from runner.format.hyperparameters import Hyperparameters, quoted
 from runner.format.layout import (
     COMPANIONS,
     MANIFEST,
+    MANIFEST_BACKUP,
     REQUIRED_COMPANIONS,
     PartSpec,
     is_file_name,
@@ -41,6 +51,8 @@ FORMAT = "bloomdesk-prepared"
 FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2}
 # Far above every BLOOM's, so that a damaged or hostile file cannot fill the memory.
 LARGEST_MANIFEST = 64 * 2**20
+# Error numbers of what is there in place of the file: a directory, a pipe or a device, a loop of links, gigabytes.
+_NO_MANIFEST = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -63,10 +75,11 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A file of the source that a part was made from."""
+    """A file of the source that a part was made from; `size` is None in manifests of earlier versions."""
 
     file: str
     sha256: str
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,13 @@ class PartRecord:
         """The file's first bytes, up to its data; they follow from the record."""
         stored = [tensor.described for tensor in self.tensors]
         return part_header(stored, [tensor.described for tensor in self.decoded])
+
+    @property
+    def source_tensors(self) -> tuple[TensorRecord, ...]:
+        """The source's tensors that the part was made from, in the order of a pass, with hashes of uncoded bytes."""
+        decoded = {tensor.name: tensor for tensor in self.decoded}
+        tables = {name + ROW_GROUPS_SUFFIX for name in decoded}
+        return tuple(decoded.get(each.name, each) for each in self.tensors if each.name not in tables)
 
 
 @dataclass(frozen=True)
@@ -128,10 +148,31 @@ class Manifest:
         wanted = (*(spec.file for spec in part_specs(self.model)), *REQUIRED_COMPANIONS)
         return tuple(file for file in wanted if file not in self.parts and file not in self.companions)
 
+    def command(self, directory: Path) -> str:
+        """The command that makes the rest of an unfinished directory."""
+        form = "" if self.form == PLAIN else f" --{self.form}"
+        made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
+        return f"bloomdesk {made_by} {directory}{form}"
+
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
         """All records: those of the parts in the order of a pass, then those of the companions."""
         return (*self.parts.values(), *self.companions.values())
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What distinguishes the weights from all others, whatever their form or files; None until all parts are made.
+
+        The sha256 of the hyperparameters and of every source tensor's name, dtype, shape and hash.
+        """
+        if any(spec.file not in self.parts for spec in part_specs(self.model)):
+            return None
+        tensors = [
+            [part.file, *asdict(tensor).values()]
+            for part in self.parts.values()
+            for tensor in part.source_tensors
+        ]
+        return digest({"model": asdict(self.model), "tensors": tensors})
 
     def with_part(self, record: PartRecord) -> Manifest:
         """This manifest with one more part, which gets its place in the order of a pass."""
@@ -147,6 +188,8 @@ class Manifest:
             **({} if self.form == PLAIN else {"coding": self.form}),
             "source": asdict(self.source),
             "model": asdict(self.model),
+            "fingerprint": self.fingerprint,
+            "source_shards": _shard_sizes(self.parts.values()),
             "parts": [_part_body(record, self.form) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
         }
@@ -183,23 +226,44 @@ class Manifest:
             raise _unsound(where, f"{type(error).__name__}: {why}") from None
 
 
-def load_manifest(directory: Path, name: str = MANIFEST) -> Manifest:
-    """The manifest of a prepared directory, complete or not; `MANIFEST_BACKUP` is the `name` of its copy.
+class UnsoundManifest(BloomdeskError):
+    """The manifest is missing, or its bytes are not those that were written."""
 
-    Raises `BloomdeskError` if there is none, or it is not sound.
+
+def load_manifest(directory: Path) -> Manifest:
+    """The manifest of a prepared directory, complete or not.
+
+    Raises `UnsoundManifest` if there is none or it is not sound, and says so if its backup is.
     """
-    path = directory / name
+    try:
+        return read_manifest(directory / MANIFEST)
+    except UnsoundManifest as error:
+        try:
+            read_manifest(directory / MANIFEST_BACKUP)
+        except BloomdeskError:
+            raise error from None
+        raise UnsoundManifest(
+            f"{error.message}; its backup is sound",
+            f"bloomdesk repair {directory}",
+        ) from None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in the file `path`, which may be the backup; raises as `load_manifest` does."""
     try:
         text = read_small(path, LARGEST_MANIFEST).decode()
-    except FileNotFoundError:
-        what = f"has no {name}" if directory.is_dir() else "is not a directory"
-        raise BloomdeskError(
+    except (FileNotFoundError, NotADirectoryError):
+        directory = path.parent
+        what = f"has no {path.name}" if directory.is_dir() else "is not a directory"
+        raise UnsoundManifest(
             f"{directory} is not a prepared checkpoint: it {what}",
             f"make one from a downloaded checkpoint: bloomdesk convert SOURCE {directory}",
         ) from None
     except UnicodeDecodeError:
         raise _unsound(path, "it is not UTF-8 text") from None
     except OSError as error:
+        if error.errno in _NO_MANIFEST:
+            raise _unsound(path, str(error.strerror)) from None
         raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
     return Manifest.from_json(text, path)
 
@@ -210,8 +274,8 @@ def digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _unsound(where: Path, why: str) -> BloomdeskError:
-    return BloomdeskError(
+def _unsound(where: Path, why: str) -> UnsoundManifest:
+    return UnsoundManifest(
         f"{where} is not a sound manifest: {why}",
         f"convert again into an empty directory, not {where.parent}",
     )
@@ -219,9 +283,17 @@ def _unsound(where: Path, why: str) -> BloomdeskError:
 
 def _part_body(record: PartRecord, form: str) -> dict[str, Any]:
     body = asdict(record)
+    # Where earlier versions look, sizes would be unknown fields.
+    body["sources"] = [{"file": shard.file, "sha256": shard.sha256} for shard in record.sources]
     if form == PLAIN:
         del body["decoded"]
     return body
+
+
+def _shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
+    """Each source shard whose size is known, once."""
+    shards = {shard for part in parts for shard in part.sources if shard.size is not None}
+    return [asdict(shard) for shard in sorted(shards, key=lambda shard: (shard.file, shard.sha256))]
 
 
 def _decode(body: dict[str, Any]) -> Manifest:
@@ -235,7 +307,10 @@ def _decode(body: dict[str, Any]) -> Manifest:
         if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) < 200):
             raise ValueError("it does not say where it came from")
     specs = {spec.file: spec for spec in part_specs(model)}
-    parts = {entry["file"]: _decode_part(entry, specs, model.dtype, form) for entry in body["parts"]}
+    sizes = {(shard["file"], shard["sha256"]): shard["size"] for shard in body.get("source_shards", ())}
+    if any(type(size) is not int or size < 0 for size in sizes.values()):
+        raise ValueError("a source shard has no size")
+    parts = {entry["file"]: _decode_part(entry, specs, model.dtype, form, sizes) for entry in body["parts"]}
     companions = {entry["file"]: CompanionRecord(**entry) for entry in body["companions"]}
     if len(parts) != len(body["parts"]) or len(companions) != len(body["companions"]):
         raise ValueError("a file is recorded twice")
@@ -245,11 +320,23 @@ def _decode(body: dict[str, Any]) -> Manifest:
         if type(record.size) is not int or not 0 <= record.size < 2**63:
             raise ValueError(f"{record.file} has no size")
         _check_hash(record.xxh3_128, 32)
-    return Manifest(model, source, parts, companions, form)
+    manifest = Manifest(model, source, parts, companions, form)
+    if body.get("fingerprint", manifest.fingerprint) != manifest.fingerprint:
+        raise ValueError("its fingerprint is not that of its tensors")
+    return manifest
 
 
-def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: str, form: str) -> PartRecord:
-    """The record of a part, which must be one that this program writes for a part of these tensors."""
+def _decode_part(
+    entry: dict[str, Any],
+    specs: Mapping[str, PartSpec],
+    dtype: str,
+    form: str,
+    sizes: Mapping[tuple[str, str], int],
+) -> PartRecord:
+    """The record of a part, which must be one that this program writes for a part of these tensors.
+
+    `sizes` are those of the source shards by name and sha256.
+    """
     spec = specs[entry["file"]]
     matrices = {name for name, _, _ in spec.decoded(form)}
     coded = {each["name"]: each["shape"][0] for each in entry["tensors"] if each["name"] in matrices}
@@ -258,7 +345,10 @@ def _decode_part(entry: dict[str, Any], specs: Mapping[str, PartSpec], dtype: st
             raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
     tensors = _decode_tensors(spec.stored(dtype, coded), entry["tensors"])
     decoded = _decode_tensors(spec.decoded(form), entry.get("decoded", ()))
-    sources = tuple(SourceShard(**shard) for shard in entry["sources"])
+    sources = tuple(
+        SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
+        for each in entry["sources"]
+    )
     for shard in sources:
         _check_hash(shard.sha256, 64)
         if not is_file_name(shard.file):

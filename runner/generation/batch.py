@@ -30,7 +30,9 @@ class Batch:
         on_part: OnPart | None = None,
     ) -> None:
         self.model = model
-        self.sequences = tuple(Sequence(index, request) for index, request in enumerate(requests))
+        end = model.weights.model.eos_token_id
+        eos = frozenset(() if end is None else (end,))
+        self.sequences = tuple(Sequence(index, request, eos) for index, request in enumerate(requests))
         self.active: list[Sequence] = []
         self.waiting = deque(self.sequences)
         self.passes = 0
@@ -83,9 +85,8 @@ class Batch:
         with self.proposer.cost.measure(self._stream, rows):
             found = self.model.forward_all(list(segments.values()), self._on_part)
         self.passes += 1
-        eos = self.model.weights.model.eos_token_id
         accepted = {
-            each: each.verify(logits, drafts.get(each, ()), eos)
+            each: each.verify(logits, drafts.get(each, ()))
             for each, logits in zip(segments, found, strict=True)
         }
         self.proposer.learn(accepted, other_rows)

@@ -72,7 +72,7 @@ class Weights:
             raise BloomdeskError(
                 f"{directory} is not complete: {len(manifest.missing)} files are still to be made, "
                 f"the next is {manifest.missing[0]}",
-                "run the same bloomdesk convert again: it resumes where it stopped",
+                f"{manifest.command(directory)} resumes where it stopped",
             )
         dtype, is_coded = TORCH_DTYPES[manifest.model.dtype], manifest.form == LOSSLESS
         kernel = Kernel(dtype, workers(torch.get_num_threads()), coded=is_coded)

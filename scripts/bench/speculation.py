@@ -100,7 +100,7 @@ def measure(
     answers: list[list[int]] = [[] for _ in prompts]
     began = time.perf_counter()
     if way.batch:
-        requests = [model.request(prompt, MOST_TOKENS) for prompt in prompts]
+        requests = [model.requests(prompt, MOST_TOKENS)[0] for prompt in prompts]
         runs = [model.batch(requests, GenerationOptions(MOST_TOKENS, batch=way.batch, **options))]
         for found in runs[0].run():
             answers[found.index] = list(found.ids)

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from scripts.fakehub.server import LocalHub
 from scripts.torture.attempt import REPO, attack, content, prepared, source_of
-from toolkit.commands.build import carry_out
-from toolkit.commands.repair import forget, plan_repair
+from toolkit.commands.repair import repair
 from toolkit.commands.verify import verify
 
 HUB_EVERY = 10
@@ -61,7 +60,7 @@ def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
             what, found = f"{kind.__name__} {number} of {sorted(harmed)}", {item.file for item in damage}
             assert found == harmed, f"{what}: found {sorted(found)}"
             repair_from = None if number % HUB_EVERY == 0 else source
-            carry_out(plan_repair(directory, forget(directory, damage, repair_from), repair_from))
+            repair(directory, repair_from)
             assert content(directory) == whole, f"{what} was not mended"
             counts[kind.__name__] += 1
             if number % 100 == 99:

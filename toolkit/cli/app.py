@@ -20,16 +20,19 @@ from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
 from runner.cli.guard import Guard
 from runner.cli.report import print_lines, print_rows
+from runner.cli.score import ScoreOptions
+from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
-from runner.generation.options import GenerationOptions
+from runner.generation.options import GenerationOptions, Sampling, read_biases
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
-    fetched,
+    downloaded_lines,
     info_rows,
     intention,
+    repair_lines,
     verify_lines,
     written,
 )
@@ -99,18 +102,21 @@ def download(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hash the files that are there, too; fetch those that are damaged."),
+    ] = False,
 ) -> int:
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    plan = plan_download(repo, directory, revision)
+    plan = plan_download(repo, directory, revision, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
-        return 0 if plan.fits else 1
+        return 0 if plan.fits and not plan.names("foreign") else 1
     with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
-    files = f"{len(done.fetched)} files fetched, {len(done.kept)} kept, each checked against its hash"
-    print(f"{done.revision} is in {directory}: {files} ({fetched(done)})")
+    print_lines(downloaded_lines(done, directory))
     return 0
 
 
@@ -178,18 +184,15 @@ def repair(
     connections: Connections = DEFAULT_CONNECTIONS,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
-    from toolkit.commands.repair import forget, plan_repair
+    from toolkit.commands.repair import repair as mend
 
     start = time.monotonic()
-    report = _check(directory)
-    if report.sound:
-        print_lines(verify_lines(report, time.monotonic() - start))
-        return
-    print_lines(damage_lines(report))
-    plan = plan_repair(directory, forget(directory, report.damage, source), source, connections)
-    parts = _built("repairing", plan).written
-    others = {damage.file for damage in report.damage} - set(parts)
-    print(f"{directory} is whole again: {len(parts)} parts and {len(others)} small files made anew")
+
+    def found(report: VerifyReport) -> None:
+        print_lines(damage_lines(report))
+
+    done = mend(directory, source, connections, work=WorkProgress, found=found)
+    print_lines(repair_lines(done, time.monotonic() - start))
 
 
 @app.command()
@@ -248,11 +251,105 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T", help="Draw tokens; higher is more daring.", show_default="the likeliest token"
+        ),
+    ] = Sampling.temperature,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw among the K likeliest tokens.", show_default="all")
+    ] = Sampling.top_k,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among the likeliest tokens that have this probability together."
+        ),
+    ] = Sampling.top_p,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among tokens of this fraction of the likeliest one's probability."
+        ),
+    ] = Sampling.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1: less likely are tokens that prompt or text have.")
+    ] = Sampling.repetition_penalty,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from the logits of tokens that the text has.")
+    ] = Sampling.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from them as often as the text has them.")
+    ] = Sampling.frequency_penalty,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=X", help="Added to the logit of a token id. Repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Makes a drawn text repeatable.", show_default="drawn and reported"),
+    ] = None,
+    n: Annotated[int, typer.Option(metavar="N", help="Continuations of each prompt.")] = Sampling.n,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends the text, and is no part of it. Repeatable."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens before the text may end by itself.")
+    ] = Sampling.min_new_tokens,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
+    ] = Sampling.ignore_eos,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Report log-probabilities, also of the N likeliest tokens; with --json.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
     generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
-    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation))
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        read_biases(logit_bias or ()),
+        seed,
+        n,
+        tuple(stop or ()),
+        min_new_tokens,
+        ignore_eos,
+        logprobs,
+    )
+    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation, sampling))
+
+
+@app.command()
+def score(
+    directory: Prepared,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .txt, one long text, or a .jsonl of texts.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
+    ] = ScoreOptions.context,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+    ] = None,
+    ram: Ram = None,
+    as_json: Json = False,
+) -> int:
+    """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
 
 
 @app.command()
@@ -299,7 +396,10 @@ def _built(verb: str, plan: BuildPlan) -> Summary:
     from toolkit.commands.build import carry_out
 
     with WorkProgress(verb, plan.work) as progress:
-        return carry_out(plan, progress)
+        done = carry_out(plan, progress)
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    return done
 
 
 def _check(directory: Path, quick: bool = False, sample: float | None = None) -> VerifyReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.report import Row
@@ -13,12 +14,15 @@ if TYPE_CHECKING:
     from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.download import DownloadPlan, DownloadSummary
     from toolkit.commands.info import Info
+    from toolkit.commands.repair import Repaired
     from toolkit.commands.verify import VerifyReport
 
 _STATES = {
     "sound": "  (there)",
     "unchecked": "  (there, to be checked)",
     "partial": "  (partly there)",
+    "changed": "  (changed since it was downloaded: to be renamed, and fetched)",
+    "foreign": "  (another file, not from this program: in the way)",
     "absent": "",
 }
 
@@ -53,6 +57,23 @@ def download_lines(plan: DownloadPlan) -> Iterator[str]:
     yield f"{plan.revision.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}"
     verdict = "it fits" if plan.fits else f"it does not fit: {size(plan.to_fetch - plan.free)} too little"
     yield f"still to fetch: {size(plan.to_fetch)}, free in {plan.directory}: {size(plan.free)}: {verdict}"
+
+
+def downloaded_lines(done: DownloadSummary, directory: Path) -> Iterator[str]:
+    """What a download has fetched and kept, how each file is known to be right, and what became of wrong ones."""
+    files = f"{len(done.fetched)} files fetched and checked against their hashes, {len(done.kept)} kept"
+    if done.kept:
+        trusted = len(done.kept) - len(done.hashed)
+        how = [
+            f"{len(done.hashed)} hashed now" if done.hashed else "",
+            f"{trusted} of the size and date that they had when they were checked" if trusted else "",
+        ]
+        files += f", {' and '.join(filter(None, how))}"
+    yield f"{done.revision} is in {directory}: {files} ({fetched(done)})"
+    for name in done.dropped:
+        yield f"{name} was damaged on the disk and has been fetched again"
+    for path in done.set_aside:
+        yield f"{path} had changed since it was downloaded: it is kept under this name"
 
 
 def intention(plan: BuildPlan) -> str:
@@ -92,6 +113,21 @@ def verify_lines(report: VerifyReport, seconds: float) -> Iterator[str]:
         files = len({damage.file for damage in report.damage})
         yield f"{report.directory} is damaged: {files} files, see above; {checked}"
         yield f"  next: bloomdesk repair {report.directory}"
+
+
+def repair_lines(done: Repaired, seconds: float) -> Iterator[str]:
+    """What a repair did, or that there was nothing to do, and what is left to do."""
+    directory = done.report.directory
+    if done.report.sound:
+        yield from verify_lines(done.report, seconds)
+    elif done.parts or done.small_files:
+        yield f"{directory}: {len(done.parts)} parts and {len(done.small_files)} small files made anew"
+    if done.manifest.missing:
+        there, missing = len(done.manifest.parts), len(done.manifest.missing)
+        yield f"{directory} is not complete: {there} parts are there, {missing} files are still to be made"
+        yield f"  next: {done.manifest.command(directory)}"
+    elif not done.report.sound:
+        yield f"{directory} is whole again"
 
 
 def info_rows(found: Info) -> Iterator[Row]:

@@ -126,13 +126,13 @@ class ArrivingShards:
 
     def checked(self, shard: Path) -> SourceShard:
         """The shard with the sha256 that was taken as it arrived."""
-        return SourceShard(shard.name, self._sha256[shard.name])
+        return SourceShard(shard.name, self._sha256[shard.name], self._record.files[shard.name].size)
 
-    def release(self, needed: frozenset[str], delete: Callable[[Path], None]) -> None:
+    def release(self, needed: frozenset[str], delete: Callable[[Path, str | None], None]) -> None:
         """Delete what is not among `needed`, also shards that an earlier run has left."""
         for name in self._record.files.keys() - needed:
             if (self._directory / name).is_file():
-                delete(self._directory / name)
+                delete(self._directory / name, None)
             with self._changed:
                 self._sha256.pop(name, None)
                 self._tensors.pop(name, None)

@@ -1,5 +1,6 @@
 """The engine of convert, prepare and repair: makes the missing parts of a prepared directory, one at a time.
 
+    lock ──> nothing changed since the plan? ──> does the source hold what the kept parts were made from?
     for each part:  plan it from its shards ──> gather ──> PART.incomplete ──> fsync ──> source hashes right?
                     ──> rename ──> record in the manifest ──> delete shards that no later part needs
 
@@ -11,18 +12,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
-from runner.format.manifest import Manifest, SourceShard
+from runner.format.manifest import Manifest, PartRecord, SourceShard
 from toolkit.commands.schedule import Schedule
-from toolkit.io.disk import sole_writer_of
+from toolkit.io.disk import read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
-from toolkit.parts.manifest_backup import write_backup
+from toolkit.parts.comparison import Comparison, compare
+from toolkit.parts.manifest_backup import recover_manifest
 from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
 from toolkit.parts.part_writer import check_lm_head, write_part
 from toolkit.parts.release import Release
@@ -45,27 +47,34 @@ class Shards(Protocol):
     def checked(self, shard: Path) -> SourceShard:
         """The shard's name and sha256; `BloomdeskError` if that is not the expected one."""
 
-    def release(self, needed: frozenset[str], delete: Callable[[Path], None]) -> None:
-        """Call `delete` for every shard that may be deleted and is not among `needed`."""
+    def release(self, needed: frozenset[str], delete: Callable[[Path, str | None], None]) -> None:
+        """Call `delete` for every shard that may be deleted and is not among `needed`.
+
+        It gets the sha256 of the user's shard as that is now, and None with a shard that this program has fetched.
+        """
 
 
 @dataclass(frozen=True)
 class BuildPlan:
     """What `carry_out` will do, checked as far as possible before anything is written.
 
-    `existing` is the manifest that the destination has now, if any, and `manifest` what is kept of it. `companions`
-    are the small files' bytes. `shards` serve one run. `peak_bytes` is the most disk taken at any time: by `prepare`
-    in all, by `convert` beyond what is taken now. `bytes_to_fetch` are those of all needed shards of the Hub.
+    `existing` is the manifest that the destination has now, if any, and `manifest` what is kept of it. `known` are the
+    records of all parts that the destination has or had: made again, they must have the same tensors. `comparisons`
+    are of the kept parts with the source. `companions` are the small files' bytes. `shards` serve one run.
+    `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert` beyond what is taken now.
+    `bytes_to_fetch` are those of all needed shards of the Hub.
     """
 
     destination: Path
     existing: Manifest | None
     manifest: Manifest
+    known: Mapping[str, PartRecord]
     companions: Mapping[str, bytes]
     schedule: Schedule
     shards: Shards
     peak_bytes: int
     bytes_to_fetch: int = 0
+    comparisons: tuple[Comparison, ...] = ()
 
     @property
     def bytes_to_write(self) -> int:
@@ -74,10 +83,11 @@ class BuildPlan:
 
     @property
     def work(self) -> int:
-        """Bytes that progress counts in all, of fetched shards and of parts."""
+        """Bytes that progress counts in all, of compared tensors, of fetched shards and of parts."""
         model, form = self.manifest.model, self.manifest.form
         specs = (spec for spec in part_specs(model) if spec.file in self.schedule.needs)
-        return self.bytes_to_fetch + sum(part_work(spec, model.dtype, form) for spec in specs)
+        compared = sum(comparison.tensor.nbytes for comparison in self.comparisons)
+        return compared + self.bytes_to_fetch + sum(part_work(spec, model.dtype, form) for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Summary:
     """What a command did: the files that it wrote, and kept from earlier runs, in the order of a pass.
 
     `bytes_deleted` are those of source shards; of the Hub's, `received` came now and `resumed` in earlier runs.
+    `notes` are sentences about what else the user should know.
     """
 
     written: tuple[str, ...]
@@ -94,6 +105,7 @@ class Summary:
     bytes_deleted: int = 0
     received: int = 0
     resumed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def plan_source_part(
@@ -107,41 +119,74 @@ def plan_source_part(
     if file == EMBEDDING and lm_head is not None:
         check_shape(lm_head, (model.vocab_size, model.hidden_size))
         check_lm_head(lm_head, part.tensors[0])
+        part = replace(part, lm_head=lm_head)
     return part
 
 
 def carry_out(plan: BuildPlan, progress: Progress = silent) -> Summary:
-    """Make what is missing; `progress` is called for parts and fetched shards, from up to two threads.
+    """Hold the destination's lock and `build`; raises what that raises, or if another process writes there."""
+    with sole_writer_of(plan.destination):
+        return build(plan, progress)
 
-    Raises `BloomdeskError` if another process writes there, if the Hub, a shard or the disk fails, or if something is
-    not what it should be. What is finished then stays, and the same call resumes from it.
+
+def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
+    """Make what is missing, under the lock that the caller holds.
+
+    `progress` is called for compared tensors, parts and fetched shards, from up to two threads. Raises
+    `BloomdeskError` if the Hub, a shard or the disk fails, or if something is not what it should be. What is finished
+    then stays, and the same call resumes from it.
     """
     start = time.monotonic()
-    with sole_writer_of(plan.destination):
-        if target.load_existing(plan.destination) != plan.existing:
-            raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
-        manifest = target.initialise(plan.destination, plan.manifest, plan.companions)
-        release = Release(plan.destination)
-        whole = plan.shards.run(lambda report: _make_parts(plan, manifest, release, report), progress)
-        write_backup(plan.destination, whole)
+    if target.load_existing(plan.destination) != plan.existing:
+        raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
+    compare(plan.destination, plan.comparisons, progress)
+    # What is to be made again stays recorded: its hashes are known nowhere else.
+    manifest = plan.manifest
+    for record in plan.known.values():
+        manifest = manifest.with_part(record)
+    if manifest != plan.existing or plan.schedule.needs or not _has_companions(plan):
+        manifest = target.initialise(plan.destination, manifest, plan.companions)
+    else:
+        recover_manifest(plan.destination)
+    release = Release(plan.destination)
+    whole = plan.shards.run(lambda report: _make_parts(plan, manifest, release, report), progress)
     written = tuple(plan.schedule.needs)
     kept = tuple(file for file in whole.parts if file not in written)
     size = sum(whole.parts[file].size for file in written)
     seconds = time.monotonic() - start
-    return Summary(written, kept, size, seconds, release.bytes, plan.shards.received, plan.shards.resumed)
+    return Summary(
+        written,
+        kept,
+        size,
+        seconds,
+        release.bytes,
+        plan.shards.received,
+        plan.shards.resumed,
+        tuple(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+    )
+
+
+def _has_companions(plan: BuildPlan) -> bool:
+    """True if the destination's small files are as they should be."""
+    return all(
+        read_if_exists(plan.destination / name, target.LARGEST_COMPANION) == data
+        for name, data in plan.companions.items()
+    )
 
 
 def _make_parts(plan: BuildPlan, manifest: Manifest, release: Release, progress: Progress) -> Manifest:
     """The manifest with every part, each recorded as soon as it is in place."""
 
-    def delete(shard: Path) -> None:
-        release.delete(shard, manifest)
+    def delete(shard: Path, sha256: str | None) -> None:
+        release.delete(shard, sha256, manifest)
 
     # An earlier run may have made the parts of a shard and ended before it deleted the shard.
     shards = plan.shards
     shards.release(frozenset(plan.schedule.shards), delete)
     for file in plan.schedule.needs:
-        record = write_part(shards.part(file), plan.destination, shards.checked, progress)
+        record = write_part(
+            shards.part(file), plan.destination, shards.checked, progress, plan.known.get(file)
+        )
         if record.decoded:
             release.trust(record)
         manifest = manifest.with_part(record)

@@ -11,11 +11,14 @@ from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.manifest import Manifest, Source, SourceShard
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
-from toolkit.commands.schedule import schedule_of
+from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.hub.record import RECORD, load_record
+from toolkit.io.disk import read_errors
 from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
+from toolkit.parts.comparison import comparisons_of
+from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.source.config import read_config
 from toolkit.source.index import ShardList, find_shards
@@ -30,14 +33,17 @@ FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong a
 class ShardsOnDisk:
     """The shards of a checkpoint on disk, hashed in a thread while parts are made from them.
 
-    `parts` are the planned parts by file name, in the order of a pass, `sha256` the hashes known beforehand, and
-    `deletable` the shards to delete once no part needs them.
+    `parts` are the planned parts by file name, in the order of a pass, `sha256` the hashes known beforehand,
+    `deletable` the shards to delete once no part needs them, and `seen` each shard's size and time of change when its
+    tensors were listed.
     """
 
     parts: Mapping[str, PlannedPart]
     sha256: Mapping[Path, str]
     deletable: tuple[Path, ...]
+    seen: Mapping[Path, tuple[int, int]]
     hashes: ShardHashes = field(default_factory=ShardHashes)
+    done: set[Path] = field(default_factory=set)
     received: int = 0
     resumed: int = 0
 
@@ -56,21 +62,34 @@ class ShardsOnDisk:
         return self.parts[file]
 
     def checked(self, shard: Path) -> SourceShard:
-        """The shard with its hash; `BloomdeskError` if that is not the one known beforehand."""
+        """The shard with its hash; `BloomdeskError` if that is not the one known beforehand, or it has changed."""
         found = self.hashes.result(shard)
+        if state_of(shard) != self.seen[shard]:
+            raise BloomdeskError(
+                f"{shard} changed while it was read",
+                "wait until nothing writes to the source, and run the same command again",
+            )
         expected = self.sha256.get(shard, found)
         if found != expected:
             raise BloomdeskError(
                 f"{shard} is damaged or has changed: its sha256 is {found}, expected {expected}",
-                "fetch it again with bloomdesk download, then convert again: finished parts are kept",
+                "fetch it again with bloomdesk download --check, then convert again: finished parts are kept",
             )
-        return SourceShard(shard.name, found)
+        return SourceShard(shard.name, found, self.seen[shard][0])
 
-    def release(self, needed: frozenset[str], delete: Callable[[Path], None]) -> None:
+    def release(self, needed: frozenset[str], delete: Callable[[Path, str | None], None]) -> None:
         """Delete the deletable shards that are not among `needed`."""
         for shard in self.deletable:
-            if shard.name not in needed and shard.exists():
-                delete(shard)
+            if shard.name not in needed and shard not in self.done and shard.exists():
+                self.done.add(shard)
+                delete(shard, self.checked(shard).sha256)
+
+
+def state_of(shard: Path) -> tuple[int, int]:
+    """A shard's size and time of change; `BloomdeskError` if it can't be read."""
+    with read_errors(shard):
+        found = shard.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def convert(source: Path, destination: Path, progress: Progress = silent, *, form: str = PLAIN) -> Summary:
@@ -88,13 +107,13 @@ def plan_conversion(
     destination: Path,
     *,
     delete_source: bool = False,
-    known: Manifest | None = None,
     form: str = PLAIN,
+    mend: frozenset[str] | None = None,
 ) -> BuildPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
-    With `delete_source` each shard is deleted as soon as the parts made from it are on disk and checked. `known` is
-    what the destination's manifest was before a repair removed damaged parts: the source must be the one it names.
+    With `delete_source` each shard is deleted as soon as the parts made from it are on disk and checked. `mend` are the
+    recorded parts that are damaged or missing, if only these are to be made again.
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
@@ -105,6 +124,7 @@ def plan_conversion(
     companions = target.read_companions(source)
     existing = target.load_existing(destination)
     shards = _find_shards(source, destination, existing)
+    seen = {path: state_of(path) for path in shards.files}
     tensors = read_listed(shards)
     dtype = common_dtype(tensors) if tensors or existing is None else existing.model.dtype
     model = replace(model, dtype=dtype)
@@ -113,19 +133,34 @@ def plan_conversion(
     keys = shards.weight_map or tensors
     assignment = assign(keys, model) if keys or existing is None else None
     origin, sha256 = _recorded_source(source, shards, companions)
-    if known is not None and origin == Source():
-        # No download recorded the source, so the hashes of its shards will tell.
-        origin = known.source
-    manifest = target.resume(destination, existing, Manifest(model, origin, form=form), companions)
-    _add_known_hashes(destination, known or manifest, shards, sha256)
-    sizes = {path.name: path.stat().st_size for path in shards.files}
-    schedule = schedule_of(manifest, shards, assignment, sizes)
-    parts = _plan_parts(manifest, shards, tensors, assignment) if assignment is not None else {}
+    if mend is not None and existing is not None:
+        # The hashes of the tensors tell whether it is the recorded source.
+        origin, sha256 = existing.source, {}
+    fresh = Manifest(model, origin, form=form)
+    manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
+    known = known_parts(destination, existing) if existing is not None else {}
+    schedule = schedule_of(
+        manifest, shards, assignment, {path.name: size for path, (size, _) in seen.items()}, mend
+    )
+    parts, comparisons = {}, ()
+    if assignment is not None:
+        parts = _plan_parts(schedule, manifest, shards, tensors, assignment)
+        comparisons = comparisons_of(manifest, assignment, tensors) if mend is None else ()
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     target.require_free_space(destination, peak, schedule.needs, companions)
-    on_disk = ShardsOnDisk(parts, sha256, deletable)
-    return BuildPlan(destination, existing, manifest, companions, schedule, on_disk, peak)
+    on_disk = ShardsOnDisk(parts, sha256, deletable, seen)
+    return BuildPlan(
+        destination,
+        existing,
+        manifest,
+        known,
+        companions,
+        schedule,
+        on_disk,
+        peak,
+        comparisons=comparisons,
+    )
 
 
 def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> ShardList:
@@ -142,19 +177,23 @@ def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> 
 
 
 def _plan_parts(
-    manifest: Manifest, shards: ShardList, tensors: Mapping[str, SourceTensor], assignment: Assignment
+    schedule: Schedule,
+    manifest: Manifest,
+    shards: ShardList,
+    tensors: Mapping[str, SourceTensor],
+    assignment: Assignment,
 ) -> dict[str, PlannedPart]:
-    """The missing parts; `BloomdeskError` if a shard of one is gone or a tensor does not fit."""
+    """The parts to make; `BloomdeskError` if a shard of one is gone or a tensor does not fit."""
     parts = {}
-    for spec in target.missing_parts(manifest):
-        gone = [key for key in assignment.parts[spec.file].values() if key not in tensors]
+    for file in schedule.needs:
+        gone = [key for key in assignment.parts[file].values() if key not in tensors]
         if gone:
             shard = (shards.weight_map or {})[gone[0]]
             raise BloomdeskError(
-                f"{shard} is missing, and {spec.file} must be made from it",
+                f"{shard} is missing, and {file} must be made from it",
                 "run the download again: it fetches what is missing and nothing else",
             )
-        parts[spec.file] = plan_source_part(spec.file, manifest, assignment, tensors)
+        parts[file] = plan_source_part(file, manifest, assignment, tensors)
     return parts
 
 
@@ -180,17 +219,6 @@ def _recorded_source(
     return Source(record.repo, record.commit), hashes
 
 
-def _add_known_hashes(
-    destination: Path, manifest: Manifest, shards: ShardList, sha256: dict[Path, str]
-) -> None:
-    """Add the shards' hashes that the manifest records: a local source has no record, and may have changed."""
-    recorded = {shard.file: shard.sha256 for part in manifest.parts.values() for shard in part.sources}
-    for path in shards.files:
-        known = recorded.get(path.name)
-        if known is not None and sha256.setdefault(path, known) != known:
-            raise target.another_source(destination, f"another {path.name}")
-
-
 def _deletable(shards: ShardList) -> tuple[Path, ...]:
     links = [path for path in shards.files if path.is_symlink()]
     if links:
@@ -198,4 +226,7 @@ def _deletable(shards: ShardList) -> tuple[Path, ...]:
             f"{links[0]} is a link, as in a Hub cache: deleting it would free nothing",
             "convert without --delete-source, or download into a plain directory",
         )
+    folder = shards.files[0].parent if shards.files else Path()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BloomdeskError(f"{folder}: its shards can't be deleted", "convert without --delete-source")
     return shards.files

@@ -1,73 +1,107 @@
 """Makes what is damaged or missing in a prepared directory again, and nothing else.
 
-    check every byte ──> forget the damaged parts ──> build what is missing, from the Hub or a checkpoint on disk
+    lock ──> check every byte ──> plan ──> for each damaged part: made beside it ──> as recorded? ──> replaces it
 
-Forgetting is all that repair adds: an interrupted repair is an unfinished preparation, which repair, convert and
-prepare resume.
+Nothing is deleted, and the manifest stays as it is: an interrupted repair leaves a directory with less damage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.layout import COMPANIONS, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, load_manifest
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP
+from runner.format.manifest import Manifest, PartRecord
 from runner.system.lock import sole_writer
-from toolkit.commands.build import BuildPlan
+from toolkit.commands.build import BuildPlan, build
 from toolkit.commands.convert import plan_conversion
 from toolkit.commands.prepare import plan_preparation
-from toolkit.commands.verify import Damage
+from toolkit.commands.verify import VerifyReport, plan_verify
+from toolkit.commands.verify import carry_out as check
 from toolkit.hub.transfer import CONNECTIONS
-from toolkit.io.disk import disk_errors
-from toolkit.parts.destination import write_manifest
-from toolkit.parts.manifest_backup import recover_manifest
+from toolkit.io.progress import Progress, silent
+from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest
+
+# Begins a piece of work by its verb and its bytes, and ends with it.
+Work = Callable[[str, int], AbstractContextManager[Progress]]
 
 
-def plan_repair(
-    directory: Path, known: Manifest, source: Path | None, connections: int = CONNECTIONS
-) -> BuildPlan:
-    """The plan that makes what is missing from the checkpoint `source`, or else from the Hub.
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did: what the check had found, and the files that were made again.
 
-    `known` is what the complete directory records, as `forget` returns it: the source must be the one it names.
+    `manifest` is the directory's afterwards; it is not complete if the directory was not before.
     """
-    if source is not None:
-        return plan_conversion(source, directory, known=known, form=known.form)
-    repo, commit = known.source.repo or "", known.source.commit
-    return plan_preparation(repo, directory, commit, known.form, connections)
+
+    report: VerifyReport
+    manifest: Manifest
+    parts: tuple[str, ...]
+    small_files: tuple[str, ...]
 
 
-def forget(directory: Path, damage: Sequence[Damage], source: Path | None) -> Manifest:
-    """Delete the damaged files and remove their parts from the manifest; what the complete directory records.
+def repair(
+    directory: Path,
+    source: Path | None = None,
+    connections: int = CONNECTIONS,
+    *,
+    work: Work = lambda verb, total: nullcontext(silent),
+    found: Callable[[VerifyReport], None] = lambda report: None,
+) -> Repaired:
+    """Check every byte, and mend what is damaged from the checkpoint `source`, or else from the Hub.
 
-    Raises `BloomdeskError` before that if there is nothing to repair from, neither manifest.json nor its backup can
-    be trusted, another process writes there, or the disk fails.
+    `found` gets what the check says before anything is mended. Parts that were never made are left to the command that
+    makes the directory.
+
+    Raises `BloomdeskError` if another process writes there, neither manifest.json nor its backup can be trusted, there
+    is nothing to mend from, the source has other tensors than are recorded, or the disk fails.
     """
-    damaged = {item.file for item in damage}
+    # Without a manifest there is nothing to lock for.
+    find_manifest(directory)
     with sole_writer(directory):
+        manifest, _ = find_manifest(directory)
+        known = known_parts(directory, manifest)
+        mendable = source is not None or manifest.source.repo is not None
+        if not mendable:
+            # Seconds, before hours are spent on finding what can't be mended.
+            _refuse_unmendable(check(plan_verify(directory, quick=True)), manifest, known)
+        plan = plan_verify(directory)
+        with work("verifying", plan.bytes_to_read) as progress:
+            report = check(plan, progress)
+        found(report)
+        if not mendable:
+            _refuse_unmendable(report, manifest, known)
         manifest = recover_manifest(directory)
-        if source is None and manifest.source.repo is None:
+        files = {item.file for item in report.damage}
+        parts = tuple(file for file in known if file in files)
+        if parts or files & manifest.companions.keys():
+            mending = _plan(directory, manifest, frozenset(parts), source, connections)
+            with work("repairing", mending.work) as progress:
+                build(mending, progress)
+        small_files = files & {MANIFEST, MANIFEST_BACKUP, *manifest.companions}
+        return Repaired(report, manifest, parts, tuple(small_files))
+
+
+def _refuse_unmendable(report: VerifyReport, manifest: Manifest, known: Mapping[str, PartRecord]) -> None:
+    """Raise `BloomdeskError` if a file is damaged that only the source has; the manifest has a backup."""
+    for item in report.damage:
+        if item.file in known or item.file in manifest.companions:
             raise BloomdeskError(
-                f"{directory} was made from a checkpoint on disk, so the Hub can't repair it",
-                f"give that checkpoint: bloomdesk repair {directory} --source SRC",
+                f"{report.directory / item.file}: {item.what}; the directory was made from a checkpoint on disk, "
+                "so the Hub can't repair it",
+                f"give that checkpoint: bloomdesk repair {report.directory} --source SRC",
             )
-        known = _whole(directory, manifest)
-        left = {file: record for file, record in manifest.parts.items() if file not in damaged}
-        if left != manifest.parts:
-            write_manifest(directory, replace(manifest, parts=left))
-        for file in damaged & {*known.parts, *COMPANIONS}:
-            with disk_errors(directory / file):
-                (directory / file).unlink(missing_ok=True)
-    return known
 
 
-def _whole(directory: Path, manifest: Manifest) -> Manifest:
-    """The backup, which keeps the records of parts that an earlier repair has forgotten and not made yet."""
-    try:
-        backup = load_manifest(directory, MANIFEST_BACKUP)
-    except BloomdeskError:
-        return manifest
-    same = (backup.source, backup.model, backup.form) == (manifest.source, manifest.model, manifest.form)
-    return backup if same else manifest
+def _plan(
+    directory: Path, manifest: Manifest, damaged: frozenset[str], source: Path | None, connections: int
+) -> BuildPlan:
+    """The plan that makes the `damaged` parts again from the checkpoint `source`, or else from the Hub."""
+    if source is not None:
+        return plan_conversion(source, directory, form=manifest.form, mend=damaged)
+    origin = manifest.source
+    return plan_preparation(
+        origin.repo or "", directory, origin.commit, manifest.form, connections, mend=damaged
+    )

@@ -84,11 +84,20 @@ class Schedule:
 
 
 def schedule_of(
-    manifest: Manifest, shards: ShardList, assignment: Assignment | None, shard_sizes: Mapping[str, int]
+    manifest: Manifest,
+    shards: ShardList,
+    assignment: Assignment | None,
+    shard_sizes: Mapping[str, int],
+    only: frozenset[str] | None = None,
 ) -> Schedule:
-    """The schedule of the parts that `manifest` lacks; without an index every part needs the one shard there is."""
+    """The schedule of the parts that `manifest` lacks, or of those among them that are in `only`.
+
+    Without an index every part needs the one shard there is.
+    """
     needs = {}
     for spec in missing_parts(manifest):
+        if only is not None and spec.file not in only:
+            continue
         names = [file.name for file in shards.files]
         if shards.weight_map is not None and assignment is not None:
             names = [shards.weight_map[key] for key in assignment.parts[spec.file].values()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +15,24 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS
-from runner.format.layout import COMPANIONS, MANIFEST, REQUIRED_COMPANIONS, PartSpec, part_specs
+from runner.format.layout import (
+    COMPANIONS,
+    MANIFEST,
+    MANIFEST_BACKUP,
+    REQUIRED_COMPANIONS,
+    PartSpec,
+    part_specs,
+)
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
+from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
 
 # BLOOM's tokenizer.json has 14.5 MB.
 LARGEST_COMPANION = 2**26
+COMPANION_AGAIN = "download it from the model's page into the same directory"
 # Where `prepare` keeps the shards that are on their way.
 STAGING = ".source"
 # For the manifest and what the file system itself needs.
@@ -33,9 +42,9 @@ SPARE_BYTES = 16 * 2**20
 def load_existing(destination: Path) -> Manifest | None:
     """The manifest in `destination`, or None if that is new or empty.
 
-    Raises `BloomdeskError` if it holds something else.
+    Raises `BloomdeskError` if it holds something else, or its manifest is not sound.
     """
-    if (destination / MANIFEST).exists():
+    if any(os.path.lexists(destination / name) for name in (MANIFEST, MANIFEST_BACKUP)):
         return load_manifest(destination)
     others = other_files(destination, {MANIFEST + TEMPORARY_SUFFIX, STAGING})
     if others:
@@ -47,17 +56,25 @@ def load_existing(destination: Path) -> Manifest | None:
 
 
 def other_files(destination: Path, ours: set[str]) -> list[str]:
-    """Names in `destination` but `ours`, sorted; none if it is new, `BloomdeskError` if it is no directory."""
+    """Names in `destination` but `ours` and those that systems put there, sorted; none if it is new.
+
+    Raises `BloomdeskError` if it is no directory.
+    """
     # A broken link or a loop exists too.
     if os.path.lexists(destination) and not destination.is_dir():
         raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
-    return sorted({path.name for path in destination.iterdir()} - ours) if destination.exists() else []
+    names = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    return sorted(name for name in names - ours if not is_clutter(name))
 
 
 def resume(
-    destination: Path, existing: Manifest | None, fresh: Manifest, companions: Mapping[str, bytes]
+    destination: Path,
+    existing: Manifest | None,
+    fresh: Manifest,
+    companions: Mapping[str, bytes],
+    damaged: Collection[str] = (),
 ) -> Manifest:
-    """The manifest to start from: `fresh`, or what `existing` records of parts that are still in place.
+    """The manifest to start from: `fresh`, or what `existing` records of parts that are in place and not `damaged`.
 
     Raises `BloomdeskError` if `existing` is of another form, source or model, or has another of the small files.
     """
@@ -77,7 +94,8 @@ def resume(
     for name, record in existing.companions.items():
         if name not in companions or xxhash.xxh3_128_hexdigest(companions[name]) != record.xxh3_128:
             raise another_source(destination, f"another {name}")
-    return drop_missing(destination, existing)
+    kept = drop_missing(destination, existing)
+    return replace(kept, parts={file: part for file, part in kept.parts.items() if file not in damaged})
 
 
 def another_source(destination: Path, what: str) -> BloomdeskError:
@@ -118,21 +136,25 @@ def read_companions(source: Path) -> dict[str, bytes]:
     checkpoint could copy any file of the user's.
     """
     companions = {}
-    again = "download it from the model's page into the same directory"
     for name in COMPANIONS:
         path = source / name
-        try:
-            if path.is_symlink():
-                _refuse_foreign(path)
-            data = read_if_exists(path, LARGEST_COMPANION)
-            if data is not None:
-                json.loads(data)
-                companions[name] = data
-            elif name in REQUIRED_COMPANIONS:
-                raise BloomdeskError(f"{path} is missing", again)
-        except (ValueError, RecursionError):
-            raise BloomdeskError(f"{path} is not JSON", again) from None
+        if path.is_symlink():
+            _refuse_foreign(path)
+        data = read_if_exists(path, LARGEST_COMPANION)
+        if data is not None:
+            check_companion(path, data)
+            companions[name] = data
+        elif name in REQUIRED_COMPANIONS:
+            raise BloomdeskError(f"{path} is missing", COMPANION_AGAIN)
     return companions
+
+
+def check_companion(path: Path, data: bytes) -> None:
+    """Raise `BloomdeskError` if a small file's bytes are not JSON."""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        raise BloomdeskError(f"{path} is not JSON", COMPANION_AGAIN) from None
 
 
 def _refuse_foreign(link: Path) -> None:
@@ -147,20 +169,36 @@ def _refuse_foreign(link: Path) -> None:
 
 
 def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, bytes]) -> Manifest:
-    """Write the manifest and the small files; the manifest, which then records them."""
-    write_manifest(destination, manifest)
+    """Write the manifest and the small files; the manifest, which then records them.
+
+    Raises `BloomdeskError` before anything is written if a small file is there that no manifest records.
+    """
     records = {}
     for name, data in companions.items():
-        put_file(destination / name, data)
+        path = destination / name
+        if name not in manifest.companions and read_if_exists(path, LARGEST_COMPANION) not in (None, data):
+            raise foreign_file(path)
         records[name] = CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data))
+    write_manifest(destination, manifest)
+    for name, data in companions.items():
+        put_file(destination / name, data)
     manifest = replace(manifest, companions=records)
     write_manifest(destination, manifest)
     return manifest
 
 
+def foreign_file(path: Path) -> BloomdeskError:
+    """The error for a file in the place of one of ours that no manifest records."""
+    return BloomdeskError(
+        f"{path} is in the way: the manifest does not record it, and it is not what would be written there",
+        "move it out of the directory and run the same command again",
+    )
+
+
 def write_manifest(destination: Path, manifest: Manifest) -> None:
-    """Replace the manifest as a whole."""
-    put_file(destination / MANIFEST, manifest.to_json().encode())
+    """Replace the manifest, then its backup, each as a whole."""
+    for name in (MANIFEST, MANIFEST_BACKUP):
+        put_file(destination / name, manifest.to_json().encode())
 
 
 def put_file(path: Path, data: bytes) -> None:

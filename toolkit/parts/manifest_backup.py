@@ -1,38 +1,30 @@
-"""The second copy of a complete directory's manifest: 352 GB should not depend on the bytes of one small file."""
+"""The second copy of a directory's manifest: 352 GB should not depend on the bytes of one small file."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import LARGEST_MANIFEST, Manifest, load_manifest
-from runner.format.safetensors import read_small
-from toolkit.parts.destination import put_file
-
-
-def write_backup(directory: Path, manifest: Manifest) -> None:
-    """Write the backup atomically, unless the manifest still lacks files."""
-    if not manifest.missing:
-        put_file(directory / MANIFEST_BACKUP, manifest.to_json().encode())
+from runner.format.manifest import Manifest, PartRecord, UnsoundManifest, read_manifest
+from toolkit.parts.destination import write_manifest
 
 
 def find_manifest(directory: Path) -> tuple[Manifest, dict[str, str]]:
     """The manifest of a prepared directory, and what is wrong with manifest.json or its backup, by file name.
 
-    It is that of manifest.json, or else of the backup. Only a complete directory must have a backup. Raises
-    `BloomdeskError` if neither can be trusted.
+    It is that of manifest.json, or else of the backup. While parts are missing, the backup may lag behind. Raises
+    `BloomdeskError` if neither can be trusted, or one can't be read.
     """
     try:
-        manifest = load_manifest(directory)
-    except BloomdeskError as error:
+        manifest = read_manifest(directory / MANIFEST)
+    except UnsoundManifest as error:
         try:
-            backup = load_manifest(directory, MANIFEST_BACKUP)
-        except BloomdeskError:
+            backup = read_manifest(directory / MANIFEST_BACKUP)
+        except UnsoundManifest:
             raise error from None
         what = error.message if (directory / MANIFEST).exists() else "it is missing"
         return backup, {MANIFEST: f"{what} ({MANIFEST_BACKUP} is sound)"}
-    what = None if manifest.missing else _backup_damage(directory)
+    what = _backup_damage(directory, manifest)
     return manifest, {MANIFEST_BACKUP: what} if what else {}
 
 
@@ -43,18 +35,30 @@ def recover_manifest(directory: Path) -> Manifest:
     """
     manifest, wrong = find_manifest(directory)
     if wrong:
-        put_file(directory / MANIFEST, manifest.to_json().encode())
-        write_backup(directory, manifest)
+        write_manifest(directory, manifest)
     return manifest
 
 
-def _backup_damage(directory: Path) -> str | None:
+def known_parts(directory: Path, manifest: Manifest) -> dict[str, PartRecord]:
+    """The parts that `manifest` records, and those that the backup does.
+
+    Earlier versions removed damaged parts from the first alone.
+    """
     try:
-        backup, manifest = (
-            read_small(directory / name, LARGEST_MANIFEST) for name in (MANIFEST_BACKUP, MANIFEST)
-        )
-    except FileNotFoundError:
-        return "it is missing"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    return None if backup == manifest else f"it differs from {MANIFEST}"
+        backup = read_manifest(directory / MANIFEST_BACKUP)
+    except UnsoundManifest:
+        return dict(manifest.parts)
+    same = (backup.source, backup.model, backup.form) == (manifest.source, manifest.model, manifest.form)
+    return {**backup.parts, **manifest.parts} if same else dict(manifest.parts)
+
+
+def _backup_damage(directory: Path, manifest: Manifest) -> str | None:
+    backup, path = directory / MANIFEST_BACKUP, directory / MANIFEST
+    try:
+        read_manifest(backup)
+    except UnsoundManifest as error:
+        if backup.exists():
+            return error.message
+        return "it is missing" if not manifest.missing else None
+    differs = not manifest.missing and backup.read_bytes() != path.read_bytes()
+    return f"it differs from {MANIFEST}" if differs else None

@@ -11,6 +11,8 @@ from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
 from runner.format.safetensors import open_regular, tensor_nbytes
+from toolkit.io.disk import read_errors
+from toolkit.io.reader import NO_FILE, retried
 from toolkit.source.tensor import SourceTensor
 
 # Of a matrix's bytes, before it is coded; those of trained and of normal weights leave 0.67 to 0.70.
@@ -19,11 +21,15 @@ CODED_SHARE = 0.72
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A part to write: its source tensors in the order of `spec`, and the form in which it stores them."""
+    """A part to write: its source tensors in the order of `spec`, and the form in which it stores them.
+
+    `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first.
+    """
 
     spec: PartSpec
     tensors: tuple[SourceTensor, ...]
     form: str = PLAIN
+    lm_head: SourceTensor | None = None
 
     @property
     def dtype(self) -> str:
@@ -42,7 +48,8 @@ class PlannedPart:
     @property
     def sources(self) -> tuple[Path, ...]:
         """The shards that its bytes come from, in the order in which they are needed."""
-        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors))
+        heads = (self.lm_head,) if self.lm_head is not None else ()
+        return tuple(dict.fromkeys(tensor.file for tensor in (*self.tensors, *heads)))
 
 
 def plan_part(
@@ -97,9 +104,16 @@ def check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
 
 
 def is_in_place(path: Path, header: bytes, size: int) -> bool:
-    """True if the file at `path` begins with `header` and has `size` bytes."""
-    try:
+    """True if the file at `path` begins with `header` and has `size` bytes; `BloomdeskError` if it can't be read."""
+
+    def look() -> bool:
         with open_regular(path) as file:
             return file.read(len(header)) == header and file.seek(0, os.SEEK_END) == size
-    except OSError:
-        return False
+
+    with read_errors(path):
+        try:
+            return retried(look)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            return False

@@ -1,6 +1,6 @@
 """One part, gathered from source shards, written, hashed, and renamed into place.
 
-    shards ──> read ahead ──> hashed ──> written behind ──> fsync ──> source hashes right? ──> rename
+    shards ──> read ahead ──> hashed ──> written behind ──> fsync ──> source hashes right? ──> as recorded? ──> rename
 
 Memory is a few blocks at any size of tensor.
 """
@@ -23,18 +23,25 @@ from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.coded_part import write_coded
+from toolkit.parts.destination import foreign_file
 from toolkit.parts.part import PlannedPart
+from toolkit.parts.release import file_hash, read_back
 from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
 
 
 def write_part(
-    part: PlannedPart, destination: Path, sha256: Callable[[Path], SourceShard], progress: Progress
+    part: PlannedPart,
+    destination: Path,
+    sha256: Callable[[Path], SourceShard],
+    progress: Progress,
+    known: PartRecord | None = None,
 ) -> PartRecord:
     """The manifest's record of a part, written into `destination` whole or not at all.
 
     `sha256` gives a source shard's checked hash and raises if it is wrong; it is called once the bytes are
-    written, before the rename. Raises `BloomdeskError` if a shard or the disk fails, or coded tensors do not read
-    back from the disk as the bits of the source.
+    written, before the rename. `known` is the record of a part that is made again. Raises `BloomdeskError` if a shard
+    or the disk fails, coded tensors do not read back from the disk as the bits of the source, the source's tensors are
+    not the recorded ones, or a file that nobody recorded is in the way.
     """
     path = destination / part.spec.file
     write = write_coded if part.spec.decoded(part.form) else _write
@@ -43,8 +50,33 @@ def write_part(
         file.flush()
         # Shards may still be hashed meanwhile.
         os.fsync(file.fileno())
-        sources = tuple(sha256(shard) for shard in part.sources)
-    return replace(record, sources=sources)
+        record = replace(record, sources=tuple(sha256(shard) for shard in part.sources))
+        if known is not None:
+            # With equal hashes, the tensors are also those of the shards that were recorded first.
+            check_tensors(part, record, known)
+            record = replace(record, sources=known.sources)
+        if os.path.lexists(path):
+            _check_replacement(path, Path(file.name), record, recorded=known is not None)
+    return record
+
+
+def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> None:
+    """Raise `BloomdeskError` if `part` was made from other tensors than are recorded."""
+    for tensor, found, expected in zip(part.tensors, made.source_tensors, known.source_tensors, strict=True):
+        if found != expected:
+            raise BloomdeskError(
+                f"{tensor.file}: {tensor.key} is not what {part.spec.file} was made from: "
+                f"its xxh3-128 is {found.xxh3_128}, expected {expected.xxh3_128}",
+                "give the checkpoint that the directory was made from; if this is it, the shard is damaged",
+            )
+
+
+def _check_replacement(path: Path, temporary: Path, record: PartRecord, *, recorded: bool) -> None:
+    """Before `temporary` replaces the file at `path`: that is ours, and the new one has reached the disk."""
+    if recorded:
+        read_back(temporary, record, f"{path} is as it was: run the same command again")
+    elif file_hash(path) != record.xxh3_128:
+        raise foreign_file(path)
 
 
 def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:

@@ -8,7 +8,8 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest, PartRecord
-from toolkit.io.disk import disk_errors
+from runner.format.safetensors import open_regular
+from toolkit.io.disk import disk_errors, read_errors
 from toolkit.io.hasher import hash_file
 from toolkit.io.writer import drop_cached
 
@@ -20,38 +21,55 @@ class Release:
         self._destination = destination
         self._proven: set[str] = set()
         self.bytes = 0
+        self.spared: list[Path] = []
 
     def trust(self, record: PartRecord) -> None:
         """Count a part as proven that was read back from the disk when it was written."""
         self._proven.add(record.file)
 
-    def delete(self, shard: Path, manifest: Manifest) -> None:
-        """Delete `shard`, which no missing part needs.
+    def delete(self, shard: Path, sha256: str | None, manifest: Manifest) -> None:
+        """Delete `shard`, which no missing part needs; a user's shard stays if no part was made from its bytes.
 
-        Raises `BloomdeskError`, and deletes nothing, if a part made from it does not read back as written.
+        `sha256` is that of the user's shard as it is now, or None for one that this program has fetched. Raises
+        `BloomdeskError`, and deletes nothing, if a part made from it does not read back as written.
         """
-        for record in manifest.parts.values():
-            made_from_it = shard.name in {source.file for source in record.sources}
-            if made_from_it and record.file not in self._proven:
-                read_back(self._destination / record.file, record)
+        made = [
+            (record, source.sha256)
+            for record in manifest.parts.values()
+            for source in record.sources
+            if source.file == shard.name
+        ]
+        if sha256 is not None and {known for _, known in made} != {sha256}:
+            self.spared.append(shard)
+            return
+        for record, _ in made:
+            if record.file not in self._proven:
+                again = f"bloomdesk repair {self._destination} --source {shard.parent}"
+                read_back(self._destination / record.file, record, f"its source is still there: {again}")
                 self._proven.add(record.file)
         with disk_errors(shard):
             self.bytes += shard.stat().st_size
             shard.unlink()
 
 
-def read_back(path: Path, record: PartRecord) -> None:
-    """Read a part from the disk, not from the page cache; `BloomdeskError` if it differs from its record."""
-    whole = xxhash.xxh3_128()
-    try:
-        with path.open("rb", buffering=0) as file:
-            drop_cached(file.fileno())
-            hash_file(file.fileno(), whole)
-        found = whole.hexdigest()
-    except OSError as error:
-        found = f"unreadable ({error})"
+def read_back(path: Path, record: PartRecord, hint: str) -> None:
+    """Read a part from the disk, not from the page cache.
+
+    Raises `BloomdeskError` with `hint` if it differs from its record.
+    """
+    found = file_hash(path, cached=False)
     if found != record.xxh3_128:
         raise BloomdeskError(
             f"{path} does not read back as it was written: its xxh3-128 is {found}, expected {record.xxh3_128}",
-            f"check the disk; its source is still there: delete {path.name} and run the same command again",
+            f"check the disk; {hint}",
         )
+
+
+def file_hash(path: Path, *, cached: bool = True) -> str:
+    """The xxh3-128 of a file, read from the disk unless `cached`; `BloomdeskError` if it can't be read."""
+    whole = xxhash.xxh3_128()
+    with read_errors(path), open_regular(path) as file:
+        if not cached:
+            drop_cached(file.fileno())
+        hash_file(file.fileno(), whole)
+    return whole.hexdigest()

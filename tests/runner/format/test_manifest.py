@@ -207,7 +207,17 @@ def test_a_lossless_manifest_is_read_back_from_its_text() -> None:
 
 def test_a_plain_manifest_has_no_field_about_coding() -> None:
     body = json.loads(whole().to_json())
-    assert list(body) == ["format", "format_version", "source", "model", "parts", "companions", "sha256"]
+    assert list(body) == [
+        "format",
+        "format_version",
+        "source",
+        "model",
+        "fingerprint",
+        "source_shards",
+        "parts",
+        "companions",
+        "sha256",
+    ]
     assert body["format_version"] == 1
     assert {key for part in body["parts"] for key in part} == {
         "file",

@@ -26,7 +26,6 @@ from tests.support.lossless import flip
 from toolkit.commands.convert import convert
 from toolkit.commands.verify import Damage, plan_verify, verify
 from toolkit.io import reader as readahead
-from toolkit.parts.manifest_backup import write_backup
 from toolkit.parts.regions import Region, choose, regions_of
 
 BLOCK = "block_01.safetensors"
@@ -294,7 +293,6 @@ print(most)
 def test_memory_is_bounded(tmp_path: Path) -> None:
     synthetic(tmp_path / "source", hidden_size=1024, heads=8, blocks=3, vocab_size=20_000)
     convert(tmp_path / "source", tmp_path / "out")
-    write_backup(tmp_path / "out", load_manifest(tmp_path / "out"))
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert int(done.stdout) * 1024 < 300e6

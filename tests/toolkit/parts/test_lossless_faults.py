@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +17,21 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN, ROW_GROUPS_SUFFIX
+from runner.format.layout import MANIFEST
 from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
 from runner.kernel import encode as encoder
 from scripts.fakehub.server import Fault, LocalHub
-from tests.support.lossless import content, flip, make
-from toolkit.commands.build import carry_out
+from tests.support.lossless import content, flip, interrupt_at, make
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation, prepare
-from toolkit.commands.repair import forget, plan_repair
+from toolkit.commands.repair import repair
 from toolkit.commands.schedule import space_to_prepare
 from toolkit.commands.verify import verify
 from toolkit.hub import retry
-from toolkit.parts.manifest_backup import write_backup
+from toolkit.io.progress import Progress, silent
+from toolkit.parts.destination import write_manifest
 from toolkit.parts.part import part_size
 
 REPO = "me/bloom"
@@ -126,19 +128,36 @@ def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], coded_copy:
     damage_everything(coded_copy)
     report = verify(coded_copy)
     assert {item.file for item in report.damage} == set(load_manifest(out).parts)
-    known = forget(coded_copy, report.damage, source)
-    assert known.form == LOSSLESS
-    carry_out(plan_repair(coded_copy, known, source))
+    done = repair(coded_copy, source)
+    assert set(done.parts) == set(load_manifest(out).parts) and done.manifest.form == LOSSLESS
     assert content(coded_copy) == content(out)
 
 
 def test_an_interrupted_repair_is_resumed(coded: tuple[Path, Path], coded_copy: Path) -> None:
     source, out = coded
     damage_everything(coded_copy)
-    forget(coded_copy, verify(coded_copy).damage, source)
-    known = forget(coded_copy, verify(coded_copy).damage, source)
-    assert not load_manifest(coded_copy).parts and len(known.parts) == 5
-    carry_out(plan_repair(coded_copy, known, source))
+
+    @contextmanager
+    def work(verb: str, total: int) -> Iterator[Progress]:
+        yield interrupt_at("block_01.safetensors") if verb == "repairing" else silent
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(coded_copy, source, work=work)
+    assert (coded_copy / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes()
+    assert set(repair(coded_copy, source).parts) == set(list(load_manifest(out).parts)[2:])
+    assert content(coded_copy) == content(out)
+
+
+def test_a_repair_that_an_earlier_version_began_is_finished(
+    coded: tuple[Path, Path], coded_copy: Path
+) -> None:
+    """It deleted the damaged parts, and their records from all but the backup."""
+    source, out = coded
+    manifest = load_manifest(coded_copy)
+    left = {file: record for file, record in manifest.parts.items() if file != BLOCK}
+    (coded_copy / MANIFEST).write_text(replace(manifest, parts=left).to_json())
+    (coded_copy / BLOCK).unlink()
+    assert repair(coded_copy, source).parts == (BLOCK,)
     assert content(coded_copy) == content(out)
 
 
@@ -169,8 +188,7 @@ def with_bytes(directory: Path, changed: dict[str, bytes]) -> None:
     record = replace(record, size=len(whole), xxh3_128=xxhash.xxh3_128_hexdigest(whole))
     (directory / BLOCK).write_bytes(whole)
     forged = manifest.with_part(record)
-    (directory / "manifest.json").write_text(forged.to_json())
-    write_backup(directory, forged)
+    write_manifest(directory, forged)
 
 
 @pytest.mark.slow
@@ -266,8 +284,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path]
     with pytest.raises(BloomdeskError, match="started with --lossless"):
         plan_preparation(REPO, out)
     damage_everything(out)
-    known = forget(out, verify(out).damage, None)
-    assert set(carry_out(plan_repair(out, known, None)).written) == set(parts)
+    assert set(repair(out).parts) == set(parts)
     assert content(out) == before
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import load_manifest
+from runner.format.manifest import load_manifest, read_manifest
 from toolkit.commands.verify import verify
-from toolkit.parts.manifest_backup import find_manifest, recover_manifest, write_backup
+from toolkit.parts.destination import write_manifest
+from toolkit.parts.manifest_backup import find_manifest, recover_manifest
 
 BLOCK = "block_01.safetensors"
 
@@ -48,19 +49,12 @@ def make_incomplete(made_copy: Path) -> None:
 
 def test_the_backup_is_the_manifest_byte_for_byte(made_copy: Path) -> None:
     assert (made_copy / MANIFEST_BACKUP).read_bytes() == (made_copy / MANIFEST).read_bytes()
-    assert load_manifest(made_copy, MANIFEST_BACKUP) == load_manifest(made_copy)
-
-
-def test_only_a_complete_directory_gets_a_backup(made_copy: Path) -> None:
-    (made_copy / MANIFEST_BACKUP).unlink()
-    make_incomplete(made_copy)
-    write_backup(made_copy, load_manifest(made_copy))
-    assert not (made_copy / MANIFEST_BACKUP).exists()
+    assert read_manifest(made_copy / MANIFEST_BACKUP) == load_manifest(made_copy)
 
 
 def test_a_right_backup_is_not_written_again(made_copy: Path) -> None:
     before = (made_copy / MANIFEST_BACKUP).stat()
-    write_backup(made_copy, load_manifest(made_copy))
+    write_manifest(made_copy, load_manifest(made_copy))
     after = (made_copy / MANIFEST_BACKUP).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
