@@ -31,21 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scripts.bench import turns
-from scripts.bench.harness import (
-    Benchmark,
-    Column,
-    Point,
-    Row,
-    Run,
-    Turn,
-    add_limits,
-    limits_of,
-    main,
-    pass_facts,
-    peer,
-    prompt_of,
-)
+from scripts.bench import harness, turns
+from scripts.bench.harness import Benchmark, Column, Point, Row, Run, Turn
 from scripts.bench.peers import forms
 from scripts.bench.turns import CannotRun, say
 from scripts.fakehub.checkpoint import TRUE_SHAPES
@@ -104,7 +91,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    add_limits(parser)
+    harness.add_limits(parser)
     parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="in the Hub's layout")
     parser.add_argument("--like", choices=TRUE_SHAPES, help="make a checkpoint of these shapes instead")
     parser.add_argument("--tokens", type=int, default=5, metavar="N", help="the first is the prompt's pass")
@@ -123,16 +110,18 @@ def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
     if unknown := set(names) - set(PEERS):
         raise CannotRun(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
     more = [name for name, users in FORMS.items() if users & set(names)]
-    turns.check_room(work, forms.bytes_to_make(work, given.prepared, given.checkpoint, given.like, more))
-    prepared = (given.prepared or forms.prepared(work, given.checkpoint, given.like)).resolve()
-    prompt, limits = prompt_of(prepared, given.prompt_tokens), limits_of(given.ram, given.disk)
+    prepared = harness.prepared(given, work, more)
+    prompt, limits = (
+        harness.prompt_of(prepared, given.prompt_tokens),
+        harness.limits_of(given.ram, given.disk),
+    )
     made = []
     for name in names:
         if missing := PEERS[name].missing():
             say(f"{name} is left out: {' and '.join(missing)} not installed")
             continue
         form = PEERS[name].form(work, prepared)
-        command = peer(PEERS[name].module, form, prompt, given.tokens, given, limits)
+        command = harness.peer(PEERS[name].module, form, prompt, given.tokens, given, limits)
         command += [word for own, text in given.set if own == name for word in ("--set", text)]
         made.append(Point(name, command, limits, form))
     return prepared, made
@@ -170,7 +159,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     """Medians over the rounds of a peer."""
     if not all(turn.steps for turn in done):
         return {"failure": "too few tokens"}
-    passes, least = pass_facts(done), limit(run)[0]
+    passes, least = harness.pass_facts(done), limit(run)[0]
     own = [second for turn in run.done if turn.point == "bloomdesk" for second in turn.steps]
     failed = sum(turn.point == point.name for turn in run.turns) - len(done)
     return {
@@ -210,4 +199,4 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    sys.exit(harness.main(BENCHMARK))

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -88,6 +89,17 @@ def seconds(work: Callable[[], object]) -> float:
     """How long the work takes."""
     began = time.perf_counter()
     work()
+    return time.perf_counter() - began
+
+
+def at_once(works: Sequence[Callable[[], object]]) -> float:
+    """How long all of them take together, each in a thread of its own."""
+    threads = [threading.Thread(target=work) for work in works]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return time.perf_counter() - began
 
 
@@ -278,6 +290,13 @@ def given_limits(given: argparse.Namespace) -> list[Limits]:
 
 def limits_of(ram: float | None, disk: float | None) -> Limits:
     return Limits(None if ram is None else int(ram), disk)
+
+
+def prepared(given: argparse.Namespace, work: Path, more: Sequence[str] = ()) -> Path:
+    """The directory of --prepared or the one in `work`, made where there is room for it and `more` forms."""
+    source = getattr(given, "checkpoint", None)
+    turns.check_room(work, forms.bytes_to_make(work, given.prepared, source, given.like, more))
+    return (given.prepared or forms.prepared(work, source, given.like)).resolve()
 
 
 def prompt_of(prepared: Path, count: int) -> list[int]:
