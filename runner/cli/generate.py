@@ -41,6 +41,7 @@ class GenerateOptions:
     out: Path | None = None
     ram: str | None = None
     as_json: bool = False
+    session: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: Sampling = GREEDY
 
@@ -54,10 +55,17 @@ def generate(options: GenerateOptions) -> int:
         raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
     if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
         raise BloomdeskError("--logprobs has nowhere to go", "add --json")
+    if options.session is not None and (options.prompts is not None or options.sampling.n > 1):
+        raise BloomdeskError("a session is of one prompt and one continuation", "leave out --prompts and --n")
     if options.prompts is None:
         if options.out is not None or options.generation.batch is not None:
             raise BloomdeskError("--out and --batch are for a file of --prompts, and there is one PROMPT")
-        options = replace(options, sampling=options.sampling.seeded())
+        seed = None
+        if options.session is not None:
+            from runner.generation.session import seed_of
+
+            seed = seed_of(options.session)
+        options = replace(options, sampling=options.sampling.seeded(seed))
         if options.sampling.n > 1:
             show = _print_result if options.as_json else _print_choice
             return _generate_all(
@@ -88,7 +96,12 @@ def _generate_one(options: GenerateOptions) -> int:
     terminal = StatusLine(sys.stderr, sys.stdout)
     model = _opened(options)
     requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
-    generation = model.batch(requests, options.generation, terminal.show_part, Generation)
+    session = None
+    if options.session is not None:
+        session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))
+        if session.restored:
+            note(f"{session.restored} positions and {len(session.new_ids)} tokens are in {options.session}")
+    generation = model.batch(requests, options.generation, terminal.show_part, Generation, session)
     note(_setup(generation))
     text = model.stream(generation.sequence)
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from runner.generation.memory_plan import MemoryPlan, MemoryRequest, default_tot
 from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, GenerationOptions, Sampling
 from runner.generation.scorer import Scorer, Text, plan_scoring
 from runner.generation.sequence import Request
+from runner.generation.session import Session, seed_of
 from runner.generation.speculation.draft_model import DraftModel
 from runner.generation.speculation.proposer import Proposer
 from runner.generation.stops import ScannedText
@@ -77,6 +79,7 @@ class Model(ModelRunner):
         sampling: Sampling = GREEDY,
         speculate: str = LOOKUP,
         draft: Path | str | None = None,
+        session: Path | str | None = None,
         on_part: OnPart | None = None,
     ) -> Generation:
         """The continuation: an iterator of token ids that ends with `</s>`, a stop text or after `max_new_tokens`.
@@ -85,14 +88,27 @@ class Model(ModelRunner):
         if the pass before gave several tokens. Draft tokens, of the text's n-grams with `speculate="lookup"` and of the
         small model in `draft`, change no token; with `speculate="off"` and no draft a pass gives one token.
 
+        With a directory `session`, each pass is kept there, and a later call goes on from it: from the end if prompt
+        and sampling are the same, else from where the prompts differ.
+
         Raises `BloomdeskError` for an empty prompt, an id outside the vocabulary, a `max_new_tokens` below 1, several
-        continuations, an unsuitable draft, or too little RAM.
+        continuations, an unsuitable draft, another model's session, or too little RAM.
         """
         if sampling.n > 1:
             raise BloomdeskError("generate gives one continuation", "call generate_all for more of them")
         options = GenerationOptions(max_new_tokens, speculate, draft)
+        if session is not None:
+            sampling = sampling.seeded(seed_of(Path(session)))
         requests = self.requests(prompt_or_ids, max_new_tokens, sampling)
-        return self.batch(requests, options, on_part, Generation)
+        kept = self.session(Path(session), requests[0], warnings.warn) if session is not None else None
+        return self.batch(requests, options, on_part, Generation, kept)
+
+    def session(self, directory: Path, request: Request, warn: Callable[[str], None]) -> Session:
+        """The session in `directory`, which may be new, made one of `request`.
+
+        `warn` gets a sentence if the disk stops taking it. Raises `BloomdeskError` if it is another model's.
+        """
+        return Session(directory, self.weights.fingerprint, request, warn)
 
     def generate_all(
         self,
@@ -126,15 +142,19 @@ class Model(ModelRunner):
         options: GenerationOptions,
         on_part: OnPart | None = None,
         kind: type[Batch] = Batch,
+        session: Session | None = None,
     ) -> Batch:
-        """A batch of `requests`, of which each has its own `max_new_tokens`. Raises what `generate` raises."""
+        """A batch of `requests`, of which each has its own `max_new_tokens`; `session` is that of a single one.
+
+        Raises what `generate` raises.
+        """
         draft = None
         if options.draft:
             draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
         proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         planner = Planner(self.memory_request(capacities, 0), requests, proposer)
-        return kind(self, requests, planner.plan(options.batch), proposer, on_part)
+        return kind(self, requests, planner.plan(options.batch), proposer, on_part, session)
 
     def scorer(self, texts: Sequence[Text], on_part: OnPart | None = None) -> Scorer:
         """Scores texts of token ids, as many in a pass as the RAM has room for.

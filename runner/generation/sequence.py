@@ -130,6 +130,14 @@ class Sequence:
         self.rewind()
         return accepted
 
+    def restore(self, ids: Ids, scores: collections.abc.Sequence[TokenScore]) -> None:
+        """Append the tokens of an earlier run, as far as this request goes."""
+        for place, token in enumerate(ids):
+            if self.stop_reason:
+                return
+            self._append(token)
+            self.scores += scores[place : place + 1]
+
     def _append(self, token: int) -> None:
         self.ids.append(token)
         sampling, token_bytes = self.request.sampling, self.request.token_bytes

@@ -19,7 +19,7 @@ from runner.cli import plan as plan_command
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
 from runner.cli.guard import Guard
-from runner.cli.report import print_lines, print_rows
+from runner.cli.report import print_lines, print_rows, session_rows
 from runner.cli.score import ScoreOptions
 from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
@@ -211,9 +211,12 @@ def export(
 
 @app.command()
 def info(directory: Prepared, as_json: Json = False) -> None:
-    """Say what a prepared directory holds."""
+    """Say what a prepared directory, or a session, holds."""
     from toolkit.commands.info import inspect
 
+    if (rows := session_rows(directory)) is not None:
+        print_rows(rows, as_json=as_json)
+        return
     found = inspect(directory)
     if as_json:
         print(json.dumps(found.as_json()))
@@ -306,6 +309,12 @@ def generate(
             help="Report log-probabilities, also of the N likeliest tokens; with --json.",
         ),
     ] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
@@ -326,7 +335,9 @@ def generate(
         ignore_eos,
         logprobs,
     )
-    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation, sampling))
+    return run_generate(
+        GenerateOptions(directory, prompt, prompts, out, ram, as_json, session, generation, sampling)
+    )
 
 
 @app.command()
