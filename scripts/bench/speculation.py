@@ -17,7 +17,6 @@ what passes and proposals take on the machine, so the figures of two runs differ
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -34,6 +33,7 @@ from scripts.bench.harness import Column, Row, save, table
 from scripts.bench.peers.forms import convert, is_prepared
 from scripts.bench.turns import CannotRun, machine, say
 from scripts.fakehub import checkpoint as make_checkpoint
+from scripts.miniature.files import unseen_lines
 from scripts.miniature.texts import KINDS, Text, draw_texts
 
 MOST_TOKENS = 104  # of an answer: no text of the miniature is longer
@@ -99,8 +99,7 @@ def measure(
 
 def unseen(count: int) -> list[str]:
     """`count` of the unseen prompts, as many of each kind as can be."""
-    text = (make_checkpoint.MINIATURE / "unseen.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = unseen_lines(make_checkpoint.MINIATURE)
     by_kind = {kind: [line["prompt"] for line in lines if line["kind"] == kind] for kind in KINDS}
     turns_ = zip(*by_kind.values(), strict=True)
     return [prompt for group in turns_ for prompt in group][:count]
