@@ -139,15 +139,13 @@ def limit(run: Run) -> tuple[float, str]:
 
 
 def streamed_bytes(run: Run) -> tuple[float, str]:
-    """Bytes that a pass of bloomdesk takes from the disk, by its plan, else by the kernel's count."""
-    reports = [turn.report for turn in run.done if turn.point == "bloomdesk"]
-    planned = [report["streamed_bytes"] for report in reports if report["streamed_bytes"] is not None]
-    if planned:
-        return median(planned), "streamed by bloomdesk"
-    counted = [count for report in reports for count in report["read_bytes"][1:]]
-    if counted:
-        return median(counted), "read by bloomdesk"
-    return forms.weights_bytes(run.prepared), "of weights"
+    """Bytes that a pass of bloomdesk takes from the disk by its plan; without its turns all weights."""
+    planned = [turn.report["streamed_bytes"] for turn in run.done if turn.point == "bloomdesk"]
+    return (
+        (median(planned), "streamed by bloomdesk")
+        if planned
+        else (forms.weights_bytes(run.prepared), "of weights")
+    )
 
 
 def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
