@@ -40,11 +40,15 @@ from scripts.fakehub.checkpoint import TRUE_SHAPES
 
 @dataclass(frozen=True)
 class Peer:
-    """A program of scripts/bench/peers, the packages that it needs, and the form of the checkpoint that it reads."""
+    """A program of scripts/bench/peers, the packages that it needs, and the form of the checkpoint that it reads.
+
+    `made` is the name of that form in WORK, unless it is the prepared directory.
+    """
 
     module: str
     needs: tuple[str, ...]
     form: Callable[[Path, Path], Path]
+    made: str = ""
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
@@ -52,21 +56,12 @@ class Peer:
 
 PEERS = {
     "bloomdesk": Peer("with_bloomdesk", (), lambda work, prepared: prepared),
-    "bloomdesk-lossless": Peer("with_bloomdesk", (), forms.lossless),
-    "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files),
-    "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub),
-    "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf),
-    "airllm": Peer("with_airllm", ("airllm",), forms.hub),
+    "bloomdesk-lossless": Peer("with_bloomdesk", (), forms.lossless, "lossless"),
+    "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files, "torch"),
+    "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub, "hub"),
+    "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf, "bloom.gguf"),
+    "airllm": Peer("with_airllm", ("airllm",), forms.hub, "hub"),
 }
-# What is made in WORK beside the prepared directory, and for whom.
-FORMS = {
-    "lossless": {"bloomdesk-lossless"},
-    "torch": {"tutorial"},
-    "hub": {"transformers", "airllm"},
-    "bloom.gguf": {"llama.cpp"},
-}
-
-
 COLUMNS = (
     Column("peer", "point"),
     Column("s/token", "seconds", ".3f"),
@@ -109,7 +104,7 @@ def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
         raise CannotRun("--tokens must be at least 2: the first is the prompt's pass")
     if unknown := set(names) - set(PEERS):
         raise CannotRun(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
-    more = [name for name, users in FORMS.items() if users & set(names)]
+    more = {PEERS[name].made for name in names} - {""}
     prepared = harness.prepared(given, work, more)
     prompt, limits = (
         harness.prompt_of(prepared, given.prompt_tokens),
@@ -144,15 +139,13 @@ def limit(run: Run) -> tuple[float, str]:
 
 
 def streamed_bytes(run: Run) -> tuple[float, str]:
-    """Bytes that a pass of bloomdesk takes from the disk, by its plan, else by the kernel's count."""
-    reports = [turn.report for turn in run.done if turn.point == "bloomdesk"]
-    planned = [report["streamed_bytes"] for report in reports if report["streamed_bytes"] is not None]
-    if planned:
-        return median(planned), "streamed by bloomdesk"
-    counted = [count for report in reports for count in report["read_bytes"][1:]]
-    if counted:
-        return median(counted), "read by bloomdesk"
-    return forms.weights_bytes(run.prepared), "of weights"
+    """Bytes that a pass of bloomdesk takes from the disk by its plan; without its turns all weights."""
+    planned = [turn.report["streamed_bytes"] for turn in run.done if turn.point == "bloomdesk"]
+    return (
+        (median(planned), "streamed by bloomdesk")
+        if planned
+        else (forms.weights_bytes(run.prepared), "of weights")
+    )
 
 
 def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:

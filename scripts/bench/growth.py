@@ -139,15 +139,13 @@ def first_blocks(prepared: Path, out: Path, count: int) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     model = replace(manifest.model, n_layer=count)
+    # The number's digits are those of the whole.
+    own = {block_file(index, count): block_file(index, manifest.model.n_layer) for index in range(count)}
     parts = {}
     for spec in part_specs(model):
-        parts[spec.file] = manifest.parts[spec.file]
-    for index in range(count):  # the number's digits are those of the whole
-        whole = manifest.parts[block_file(index, manifest.model.n_layer)]
-        parts[block_file(index, count)] = replace(whole, file=block_file(index, count))
-        os.link(prepared / whole.file, out / block_file(index, count))
-    for file in parts.keys() - {path.name for path in out.iterdir()}:
-        os.link(prepared / file, out / file)
+        whole = manifest.parts[own.get(spec.file, spec.file)]
+        parts[spec.file] = replace(whole, file=spec.file)
+        os.link(prepared / whole.file, out / spec.file)
     companions = dict(manifest.companions)
     for file in companions:
         data = (prepared / file).read_bytes()
