@@ -89,7 +89,7 @@ def empty_argument(given: Mapping[str, object]) -> str | None:
 
     As a path it would be the current directory.
     """
-    empty = (name for name, value in given.items() if value == "")
+    empty = (name for name, value in given.items() if value == "" or value == [""])
     return next((f"{name} is empty, as an unset variable of the shell is" for name in empty), None)
 
 

@@ -32,6 +32,7 @@ from toolkit.parts.part import is_in_place
 
 # BLOOM's tokenizer.json has 14.5 MB.
 LARGEST_COMPANION = 2**26
+COMPANION_AGAIN = "download it from the model's page into the same directory"
 # Where `prepare` keeps the shards that are on their way.
 STAGING = ".source"
 # For the manifest and what the file system itself needs.
@@ -135,21 +136,25 @@ def read_companions(source: Path) -> dict[str, bytes]:
     checkpoint could copy any file of the user's.
     """
     companions = {}
-    again = "download it from the model's page into the same directory"
     for name in COMPANIONS:
         path = source / name
-        try:
-            if path.is_symlink():
-                _refuse_foreign(path)
-            data = read_if_exists(path, LARGEST_COMPANION)
-            if data is not None:
-                json.loads(data)
-                companions[name] = data
-            elif name in REQUIRED_COMPANIONS:
-                raise BloomdeskError(f"{path} is missing", again)
-        except (ValueError, RecursionError):
-            raise BloomdeskError(f"{path} is not JSON", again) from None
+        if path.is_symlink():
+            _refuse_foreign(path)
+        data = read_if_exists(path, LARGEST_COMPANION)
+        if data is not None:
+            check_companion(path, data)
+            companions[name] = data
+        elif name in REQUIRED_COMPANIONS:
+            raise BloomdeskError(f"{path} is missing", COMPANION_AGAIN)
     return companions
+
+
+def check_companion(path: Path, data: bytes) -> None:
+    """Raise `BloomdeskError` if a small file's bytes are not JSON."""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        raise BloomdeskError(f"{path} is not JSON", COMPANION_AGAIN) from None
 
 
 def _refuse_foreign(link: Path) -> None:

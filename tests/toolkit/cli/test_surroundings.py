@@ -80,7 +80,7 @@ def test_damage_that_cannot_be_told_is_no_damage_found(made: tuple[Path, Path], 
 # What the system refuses.
 
 
-@pytest.mark.parametrize("command", ["verify", "info", "generate", "bench", "convert", "repair", "export"])
+@pytest.mark.parametrize("command", ["verify", "info", "generate", "convert", "repair", "export"])
 @pytest.mark.parametrize(
     ("number", "step"),
     [
@@ -112,7 +112,7 @@ def test_what_the_system_refuses_is_one_sentence(
     monkeypatch.setattr("toolkit.commands.info.inspect", fail)
     monkeypatch.setattr("toolkit.commands.verify.plan_verify", fail)
     monkeypatch.setattr("toolkit.commands.convert.plan_conversion", fail)
-    monkeypatch.setattr("toolkit.commands.repair.plan_repair", fail)
+    monkeypatch.setattr("toolkit.commands.repair.repair", fail)
     monkeypatch.setattr("toolkit.commands.export.plan_export", fail)
     monkeypatch.setattr("runner.load", fail)
     rest = {"generate": ["x"], "convert": ["x"], "export": ["x"]}.get(command, [])
