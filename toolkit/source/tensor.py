@@ -13,9 +13,9 @@ from runner.format.safetensors import BYTES_PER_ELEMENT
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source shard: its bytes, little endian, are `[offset, offset + nbytes)`, row-major unless `strides`.
+    """A tensor of a source shard: `nbytes` bytes, little endian, that begin at `offset`, row-major unless `strides`.
 
-    `dtype` is the safetensors name, or torch's own if safetensors has none. `strides` count elements from `offset` on.
+    `dtype` is the safetensors name, or torch's own if safetensors has none. `strides` are in elements.
     """
 
     key: str

@@ -1,8 +1,8 @@
 """Tensors of source shards read ahead, row-major whatever their strides in the file.
 
-    row-major in the file ──> read ahead ─────────────────┐
-                                                          ├──> blocks of row-major bytes
-    any other strides ──> runs of elements, put in order ─┘
+row-major in the file ──> read ahead ─────────────────┐
+                                                      ├──> blocks of row-major bytes
+any other strides ──> runs of elements, put in order ─┘
 """
 
 from __future__ import annotations
