@@ -90,7 +90,7 @@ def test_results_go_to_a_regular_file_alone(tmp_path: Path, kind: str) -> None:
         os.mkfifo(path)
     if kind == "directory":
         path.mkdir()
-    with pytest.raises(BloomdeskError, match="is not a regular file|Is a directory"):
+    with pytest.raises(BloomdeskError, match=r"is not a regular file|Is a directory"):
         Results(path, ())
 
 
