@@ -109,14 +109,14 @@ def _full(number: int, path: Path, step: str) -> tuple[str, str]:
         place = path.absolute()
         while not place.is_dir() and place != place.parent:
             place = place.parent
-        total, _, free = shutil.disk_usage(place)
+        disk = shutil.disk_usage(place)
         inodes = os.statvfs(place) if hasattr(os, "statvfs") else None
     except OSError:
         return lack, step
     # A file system that cannot tell says 0 of 0.
     if number == errno.ENOSPC and inodes and inodes.f_files and not inodes.f_favail:
         lack, step = "no inodes are free, so the disk takes no more files", _INODES
-    return f"{lack}: {free:,} bytes are free" if total else lack, step
+    return f"{lack}: {disk.free:,} bytes are free" if disk.free or disk.total else lack, step
 
 
 def _current_directory_exists() -> bool:

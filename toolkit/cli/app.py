@@ -26,6 +26,7 @@ from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
+from runner.system.disk import UNKNOWN_SPACE, free_bytes
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
@@ -136,6 +137,7 @@ def download(
     if dry_run:
         print_lines(download_lines(plan))
         return 0 if plan.fits and not plan.names("foreign") else 1
+    _say_if_space_is_unknown(directory)
     with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
     print_lines(downloaded_lines(done, directory))
@@ -226,6 +228,7 @@ def export(
     from toolkit.commands.export import carry_out, plan_export
 
     plan = plan_export(directory, destination)
+    _say_if_space_is_unknown(destination)
     with WorkProgress("exporting", plan.bytes_to_write) as progress:
         done = carry_out(plan, progress)
     print(f"{destination} holds the checkpoint: {written('shards', done)}")
@@ -428,6 +431,7 @@ def plan(
 def _built(verb: str, plan: BuildPlan) -> Summary:
     from toolkit.commands.build import carry_out
 
+    _say_if_space_is_unknown(plan.destination)
     with WorkProgress(verb, plan.work) as progress:
         done = carry_out(plan, progress)
     for note in done.notes:
@@ -441,6 +445,11 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     plan = plan_verify(directory, quick, sample=sample)
     with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
+
+
+def _say_if_space_is_unknown(directory: Path) -> None:
+    if free_bytes(directory) == UNKNOWN_SPACE:
+        print(f"{directory}: its disk does not say how much is free, so the work begins", file=sys.stderr)
 
 
 def _share(text: str | None) -> float | None:
