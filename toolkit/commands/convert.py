@@ -225,7 +225,7 @@ def _recorded_source(
 def _deletable(shards: ShardList) -> tuple[Path, ...]:
     if shards.objects:
         raise BloomdeskError(
-            f"{next(iter(shards.objects))} is a pointer of Git LFS, and other branches of the clone may need its object",
+            f"{next(iter(shards.objects))} is a pointer of Git LFS, whose object other branches may need",
             "convert without --delete-source, and delete the clone afterwards",
         )
     links = [path for path in shards.files if path.is_symlink()]

@@ -47,10 +47,7 @@ def object_of(pointer: Path) -> Path:
 
 def test_a_clone_is_taken_as_it_is(clone: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
-    assert (
-        max(len(path.read_bytes()) for path in clone.iterdir() if path.suffix == ".bin" or path.is_file())
-        < 9000
-    )
+    assert shard_of(clone).stat().st_size < 200
     convert(clone, tmp_path / "bloom")
     convert(tmp_path / "whole", tmp_path / "expected")
     # The manifest names the same shards with the same hashes.
@@ -109,7 +106,7 @@ def test_an_object_that_is_not_what_the_pointer_says(
     damaged = object_of(shard_of(clone) if which == "shard" else clone / which)
     data = damaged.read_bytes()
     damaged.write_bytes(data[:-1] if how == "size" else data[:-3] + b" " + data[-2:])
-    with pytest.raises(BloomdeskError, match="bytes, the pointer|damaged|not a sound"):
+    with pytest.raises(BloomdeskError, match=r"bytes, the pointer|damaged|not a sound"):
         convert(clone, tmp_path / "bloom")
 
 
