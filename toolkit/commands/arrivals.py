@@ -34,10 +34,11 @@ from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
 from toolkit.parts.destination import STAGING
 from toolkit.parts.part import PlannedPart
+from toolkit.source.dtype import in_dtype, rounding_notes
 from toolkit.source.index import ShardList
 from toolkit.source.key_map import Assignment, assign
 from toolkit.source.shards import read_member
-from toolkit.source.tensor import SourceTensor, common_dtype
+from toolkit.source.tensor import SourceTensor
 
 
 def staged_bytes(destination: Path, names: Iterable[str]) -> int:
@@ -61,8 +62,9 @@ class ArrivingShards:
         revision: Revision,
         index: ShardList,
         connections: int,
+        why: str = "",
     ) -> None:
-        """`index` says which shard has each key, or names the single file."""
+        """`index` says which shard has each key, or names the single file; `why` tensors are rounded, if any are."""
         self.received = self.resumed = 0
         self._manifest, self._schedule, self._revision = manifest, schedule, revision
         self._index, self._connections = index, connections
@@ -74,6 +76,8 @@ class ArrivingShards:
         self._stopped = False
         self._tensors: dict[str, dict[str, SourceTensor]] = {}
         self._assignment: Assignment | None = None
+        self._why = why
+        self._rounded: dict[str, SourceTensor] = {}
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """The manifest that `make` returns in its own thread; this one fetches shard after shard meanwhile."""
@@ -100,8 +104,13 @@ class ArrivingShards:
             shutil.rmtree(self._directory)
         return manifest
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was rounded."""
+        return rounding_notes(self._rounded.values(), self._why)
+
     def part(self, file: str) -> PlannedPart:
-        """The part `file`, as soon as its shards are there; they must be of the dtype that was planned."""
+        """The part `file`, as soon as its shards are there."""
         shards, manifest = self._schedule.needs[file], self._manifest
         with self._changed:
             self._awaited = shards
@@ -117,11 +126,8 @@ class ArrivingShards:
         if self._assignment is None:
             # Without an index the one shard holds every tensor.
             self._assignment = assign(self._index.weight_map or tensors, manifest.model)
-        dtype = common_dtype(self._assignment.used(tensors))
-        if dtype != manifest.model.dtype:
-            raise BloomdeskError(
-                f"the source mixes dtypes: {shards[0]} is {dtype}, others are {manifest.model.dtype}"
-            )
+        tensors = in_dtype(tensors, self._assignment.keys, manifest.model.dtype)
+        self._rounded |= {tensor.key: tensor for tensor in tensors.values() if tensor.stored != tensor.dtype}
         return plan_source_part(file, manifest, self._assignment, tensors)
 
     def checked(self, shard: Path) -> SourceShard:

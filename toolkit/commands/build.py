@@ -38,6 +38,10 @@ class Shards(Protocol):
     received: int
     resumed: int
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the summary about what was found on the way."""
+
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""
 
@@ -165,6 +169,7 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         plan.shards.resumed,
         (
             *plan.notes,
+            *plan.shards.notes,
             *(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
         ),
     )

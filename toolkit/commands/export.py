@@ -5,7 +5,7 @@
       model-00001-of-00072.safetensors      one shard for each part: word_embeddings.weight, ...
       ...                                   h.0. ..., as bigscience/bloom names them
       model-00072-of-00072.safetensors      ln_f.weight, ln_f.bias
-      config.json, tokenizer.json, ...      as the source has them
+      config.json, tokenizer.json, ...      as the source has them, but for a dtype from which it was rounded
 
 A shard has the bytes that the reference library writes for its tensors: by name, with the header padded to 8 bytes.
 It is put in place atomically after all of it has been compared with the manifest's hashes, so one in place is whole.
@@ -41,10 +41,12 @@ from toolkit.parts.destination import (
 from toolkit.parts.part import is_in_place
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.row_groups import Coders
+from toolkit.source.dtype import config_in
 from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     shards = _plan_shards(manifest)
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
+    # It may say the dtype from which the weights were rounded.
+    small[CONFIG] = config_in(small[CONFIG], manifest.model.dtype)
     to_write = shards
     if _has_index(destination, small[INDEX]):
         # A shard is put in place only when it is whole; one cut or changed in size since then is written again.
