@@ -14,8 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import runner
 from runner.generation.model import Model
-from runner.kernel.matmul import Kernel
-from runner.kernel.product import LANES
+from runner.kernel.matmul import LANES, Kernel
 from runner.kernel.threads import workers
 
 STEPS = 64
