@@ -33,10 +33,14 @@ from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):
-    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub."""
+    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub.
+
+    `notes` are sentences for the summary.
+    """
 
     received: int
     resumed: int
+    notes: tuple[str, ...]
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""
@@ -162,7 +166,10 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         release.bytes,
         plan.shards.received,
         plan.shards.resumed,
-        tuple(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+        (
+            *(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+            *plan.shards.notes,
+        ),
     )
 
 

@@ -46,6 +46,7 @@ class ShardsOnDisk:
     done: set[Path] = field(default_factory=set)
     received: int = 0
     resumed: int = 0
+    notes: tuple[str, ...] = ()
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns."""
