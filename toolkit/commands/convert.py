@@ -127,12 +127,13 @@ def plan_conversion(
     shards = _find_shards(source, destination, existing)
     seen = {path: state_of(path) for path in shards.files}
     tensors = read_listed(shards)
-    dtype = common_dtype(tensors) if tensors or existing is None else existing.model.dtype
-    model = replace(model, dtype=dtype)
-    check_form_dtype(dtype, form)
     # There are no keys only if a single file is gone, and everything is made.
     keys = shards.weight_map or tensors
     assignment = assign(keys, model) if keys or existing is None else None
+    used = assignment.used(tensors) if assignment is not None else []
+    dtype = common_dtype(used) if used or existing is None else existing.model.dtype
+    model = replace(model, dtype=dtype)
+    check_form_dtype(dtype, form)
     origin, sha256 = _recorded_source(source, shards, companions)
     if mend is not None and existing is not None:
         # The hashes of the tensors tell whether it is the recorded source.
@@ -161,6 +162,7 @@ def plan_conversion(
         on_disk,
         peak,
         comparisons=comparisons,
+        notes=assignment.notes if assignment is not None else (),
     )
 
 

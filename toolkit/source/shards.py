@@ -14,7 +14,7 @@ from runner.errors import BloomdeskError
 from runner.format.safetensors import read_header
 from toolkit.io.disk import reason
 from toolkit.source.index import ShardList, find_shards
-from toolkit.source.tensor import SourceTensor, common_dtype
+from toolkit.source.tensor import SourceTensor
 from toolkit.source.torch_zip import read_head, read_torch_zip
 
 # What describes the tensors stands first in both kinds of file; that of all of BLOOM-176B in one file has 0.1 MB.
@@ -56,10 +56,10 @@ def read_shard(path: Path) -> dict[str, SourceTensor]:
     return read_torch_zip(path)
 
 
-def dtype_of_head(path: Path, head: bytes) -> str:
-    """The one dtype of a shard's tensors, from its first `HEAD_BYTES` bytes; `path` only names it.
+def read_head_of_shard(path: Path, head: bytes) -> dict[str, SourceTensor]:
+    """A shard's tensors by key, with their dtypes alone, from its first `HEAD_BYTES` bytes; `path` only names it.
 
-    Raises `BloomdeskError` if they describe no tensors, tensors of several dtypes, or other things than tensors.
+    Raises `BloomdeskError` if they describe no tensors, or other things than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -76,7 +76,7 @@ def dtype_of_head(path: Path, head: bytes) -> str:
             f"the first bytes of {path} do not show the dtype of its tensors: {reason(error)}",
             "fetch it with bloomdesk download, then run bloomdesk convert",
         ) from None
-    return common_dtype({key: SourceTensor(key, dtype, (), path, 0, 0) for key, dtype in dtypes.items()})
+    return {key: SourceTensor(key, dtype, (), path, 0, 0) for key, dtype in dtypes.items()}
 
 
 def _check_against_index(where: str, promised: set[str], found: set[str]) -> None:
