@@ -35,13 +35,14 @@ class ShardsOnDisk:
 
     `parts` are the planned parts by file name, in the order of a pass, `sha256` the hashes known beforehand,
     `deletable` the shards to delete once no part needs them, and `seen` each shard's size and time of change when its
-    tensors were listed.
+    tensors were listed. `place` is where a shard's bytes lie.
     """
 
     parts: Mapping[str, PlannedPart]
     sha256: Mapping[Path, str]
     deletable: tuple[Path, ...]
     seen: Mapping[Path, tuple[int, int]]
+    place: Callable[[Path], Path]
     hashes: ShardHashes = field(default_factory=ShardHashes)
     done: set[Path] = field(default_factory=set)
     received: int = 0
@@ -59,13 +60,13 @@ class ShardsOnDisk:
         position = files.index(file)
         for soon in files[position : position + 2]:
             for shard in self.parts[soon].sources:
-                self.hashes.begin(shard)
+                self.hashes.begin(self.place(shard))
         return self.parts[file]
 
     def checked(self, shard: Path) -> SourceShard:
         """The shard with its hash; `BloomdeskError` if that is not the one known beforehand, or it has changed."""
-        found = self.hashes.result(shard)
-        if state_of(shard) != self.seen[shard]:
+        found = self.hashes.result(self.place(shard))
+        if state_of(self.place(shard)) != self.seen[shard]:
             raise BloomdeskError(
                 f"{shard} changed while it was read",
                 "wait until nothing writes to the source, and run the same command again",
@@ -125,7 +126,7 @@ def plan_conversion(
     companions = target.read_companions(source)
     existing = target.load_existing(destination)
     shards = _find_shards(source, destination, existing)
-    seen = {path: state_of(path) for path in shards.files}
+    seen = {path: state_of(shards.place(path)) for path in shards.files}
     tensors = read_listed(shards)
     # There are no keys only if a single file is gone, and everything is made.
     keys = shards.weight_map or tensors
@@ -151,7 +152,7 @@ def plan_conversion(
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     target.require_free_space(destination, peak, schedule.needs, companions)
-    on_disk = ShardsOnDisk(parts, sha256, deletable, seen)
+    on_disk = ShardsOnDisk(parts, sha256, deletable, seen, shards.place)
     return BuildPlan(
         destination,
         existing,
@@ -203,10 +204,10 @@ def _plan_parts(
 def _recorded_source(
     source: Path, shards: ShardList, companions: Mapping[str, bytes]
 ) -> tuple[Source, dict[Path, str]]:
-    """Repo and commit, and each shard's sha256, if a download has recorded them."""
+    """Repo and commit, and each shard's sha256, if a download or pointers of Git LFS have recorded them."""
     record = load_record(source)
     if record is None:
-        return Source(), {}
+        return Source(), {path: known.sha256 for path, known in shards.objects.items()}
     hashes = {}
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
@@ -223,6 +224,11 @@ def _recorded_source(
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:
+    if shards.objects:
+        raise BloomdeskError(
+            f"{next(iter(shards.objects))} is a pointer of Git LFS, whose object other branches may need",
+            "convert without --delete-source, and delete the clone afterwards",
+        )
     links = [path for path in shards.files if path.is_symlink()]
     if links:
         raise BloomdeskError(

@@ -24,7 +24,7 @@ def gathered(tensor: SourceTensor, first: int, last: int) -> Iterator[memoryview
     strides = tensor.strides or ()
     itemsize, row = tensor.itemsize, math.prod(tensor.shape[1:])
     rows = max(1, BLOCK // (row * itemsize))
-    file = OpenedFile(tensor.file)
+    file = OpenedFile(tensor.place)
     try:
         while first < last:
             begin = first // row

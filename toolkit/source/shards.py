@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -39,21 +40,29 @@ def read_listed(shards: ShardList) -> dict[str, SourceTensor]:
 
 def read_member(shards: ShardList, file: Path) -> dict[str, SourceTensor]:
     """The tensors of one of the listed files, which are those that the index promises."""
-    found = read_shard(file)
+    found = read_shard(file, shards.place(file))
     if shards.weight_map is not None:
         promised = {key for key, name in shards.weight_map.items() if name == file.name}
         _check_against_index(f"{shards.index} disagrees with the shards: {file.name}", promised, set(found))
     return found
 
 
-def read_shard(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of one shard, by key; `BloomdeskError` if it is not a sound one of its kind."""
+def read_shard(path: Path, place: Path | None = None) -> dict[str, SourceTensor]:
+    """The tensors of one shard, whose bytes may lie at another `place`, by key.
+
+    Raises `BloomdeskError` if it is not a sound one of its kind.
+    """
+    place = place or path
     if path.suffix == ".safetensors":
-        return {
+        found = {
             entry.name: SourceTensor(entry.name, entry.dtype, entry.shape, path, entry.start, entry.nbytes)
-            for entry in read_header(path).tensors.values()
+            for entry in read_header(place).tensors.values()
         }
-    return read_torch_zip(path)
+    else:
+        found = read_torch_zip(place)
+    if place == path:
+        return found
+    return {key: replace(tensor, file=path, object=place) for key, tensor in found.items()}
 
 
 def read_head_of_shard(path: Path, head: bytes) -> dict[str, SourceTensor]:

@@ -16,6 +16,7 @@ class SourceTensor:
     """A tensor of a source shard: `nbytes` bytes, little endian, that begin at `offset`, row-major unless `strides`.
 
     `dtype` is the safetensors name, or torch's own if safetensors has none. `strides` are in elements.
+    `object` holds the bytes if `file` is a pointer of Git LFS.
     """
 
     key: str
@@ -25,6 +26,12 @@ class SourceTensor:
     offset: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+    object: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """The file that holds the bytes: the shard itself, or the object that it is a pointer to."""
+        return self.object or self.file
 
     @property
     def itemsize(self) -> int:

@@ -35,8 +35,8 @@ class Slice:
         """Its bytes in the file; none if they do not lie there in this order."""
         tensor = self.tensor
         if tensor.strides is not None:
-            return ByteRange(tensor.file, tensor.offset, 0)
-        return ByteRange(tensor.file, tensor.offset + self.first * tensor.itemsize, self.nbytes)
+            return ByteRange(tensor.place, tensor.offset, 0)
+        return ByteRange(tensor.place, tensor.offset + self.first * tensor.itemsize, self.nbytes)
 
 
 def slices_of(tensor: SourceTensor, nbytes: int | None = None) -> list[Slice]:
