@@ -18,6 +18,7 @@ Tensors are made and written buffer by buffer, so a true-size checkpoint needs l
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import zlib
@@ -147,12 +148,26 @@ def write_repo(
     if not layout.single:
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(out / layout.index_name, index)
+        write_json(out / layout.index_name, index)
     if layout.new_config:
         config = _in_new_form(config, tensors[0].dtype)
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
     for name, data in tokenizer.items():
         (out / name).write_bytes(data)
+
+
+def to_lfs_clone(directory: Path) -> None:
+    """Turn a repo into a clone without smudged files: a pointer for each large one, its bytes in .git/lfs/objects."""
+    for path in sorted(directory.iterdir()):
+        if path.name != "tokenizer.json" and path.suffix not in (".bin", ".safetensors"):
+            continue
+        data = path.read_bytes()
+        oid = hashlib.sha256(data).hexdigest()
+        place = directory / ".git" / "lfs" / "objects" / oid[:2] / oid[2:4] / oid
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n"
+        path.write_text(pointer, encoding="utf-8")
 
 
 def bloom_shapes(hidden_size: int, blocks: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -330,7 +345,7 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
             file.writelines(tensor.buffers())
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

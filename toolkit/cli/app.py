@@ -6,28 +6,32 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from runner.cli import bench as bench_command
 from runner.cli import plan as plan_command
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.guard import Guard
-from runner.cli.report import print_lines, print_rows
+from runner.cli.guard import Guard, empty_argument, end_process, require_current_directory
+from runner.cli.report import print_lines, print_rows, session_rows
+from runner.cli.score import ScoreOptions
+from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
-from runner.generation.options import GenerationOptions
+from runner.generation.options import GenerationOptions, Sampling, read_biases
+from runner.system.disk import UNKNOWN_SPACE, free_bytes
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
-    fetched,
+    downloaded_lines,
     info_rows,
     intention,
     repair_lines,
@@ -39,7 +43,28 @@ if TYPE_CHECKING:
     from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.verify import VerifyReport
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command that refuses an empty argument; PROMPT has a rule of its own."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        names = {
+            param.name: param.metavar if param.param_type_name == "argument" else param.opts[0]
+            for param in self.get_params(ctx)
+        }
+        empty = empty_argument({names[name]: value for name, value in given.items() if name != "prompt"})
+        if empty is not None:
+            ctx.fail(empty)
+        return super().parse_args(ctx, args)
+
+
+class _Commands(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        return super().command(name, cls=_Command, **options)
+
+
+app = _Commands(
     help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
     no_args_is_help=True,
     add_completion=False,
@@ -89,6 +114,7 @@ def common_options(
     context.obj.debug = debug
     # 1 says that verify found damage, 2 that it could not check.
     context.obj.failure = 2 if context.invoked_subcommand == "verify" else 1
+    require_current_directory()
 
 
 @app.command()
@@ -100,18 +126,22 @@ def download(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hash the files that are there, too; fetch those that are damaged."),
+    ] = False,
 ) -> int:
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    plan = plan_download(repo, directory, revision)
+    plan = plan_download(repo, directory, revision, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
-        return 0 if plan.fits else 1
+        return 0 if plan.fits and not plan.names("foreign") else 1
+    _say_if_space_is_unknown(directory)
     with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
-    files = f"{len(done.fetched)} files fetched, {len(done.kept)} kept, each checked against its hash"
-    print(f"{done.revision} is in {directory}: {files} ({fetched(done)})")
+    print_lines(downloaded_lines(done, directory))
     return 0
 
 
@@ -199,6 +229,7 @@ def export(
     from toolkit.commands.export import carry_out, plan_export
 
     plan = plan_export(directory, destination)
+    _say_if_space_is_unknown(destination)
     with WorkProgress("exporting", plan.bytes_to_write) as progress:
         done = carry_out(plan, progress)
     print(f"{destination} holds the checkpoint: {written('shards', done)}")
@@ -206,9 +237,12 @@ def export(
 
 @app.command()
 def info(directory: Prepared, as_json: Json = False) -> None:
-    """Say what a prepared directory holds."""
+    """Say what a prepared directory, or a session, holds."""
     from toolkit.commands.info import inspect
 
+    if (rows := session_rows(directory)) is not None:
+        print_rows(rows, as_json=as_json)
+        return
     found = inspect(directory)
     if as_json:
         print(json.dumps(found.as_json()))
@@ -246,11 +280,113 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T", help="Draw tokens; higher is more daring.", show_default="the likeliest token"
+        ),
+    ] = Sampling.temperature,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw among the K likeliest tokens.", show_default="all")
+    ] = Sampling.top_k,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among the likeliest tokens that have this probability together."
+        ),
+    ] = Sampling.top_p,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among tokens of this fraction of the likeliest one's probability."
+        ),
+    ] = Sampling.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1: less likely are tokens that prompt or text have.")
+    ] = Sampling.repetition_penalty,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from the logits of tokens that the text has.")
+    ] = Sampling.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from them as often as the text has them.")
+    ] = Sampling.frequency_penalty,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=X", help="Added to the logit of a token id. Repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Makes a drawn text repeatable.", show_default="drawn and reported"),
+    ] = None,
+    n: Annotated[int, typer.Option(metavar="N", help="Continuations of each prompt.")] = Sampling.n,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends the text, and is no part of it. Repeatable."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens before the text may end by itself.")
+    ] = Sampling.min_new_tokens,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
+    ] = Sampling.ignore_eos,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Report log-probabilities, also of the N likeliest tokens; with --json.",
+        ),
+    ] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
     generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
-    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation))
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        read_biases(logit_bias or ()),
+        seed,
+        n,
+        tuple(stop or ()),
+        min_new_tokens,
+        ignore_eos,
+        logprobs,
+    )
+    return run_generate(
+        GenerateOptions(directory, prompt, prompts, out, ram, as_json, session, generation, sampling)
+    )
+
+
+@app.command()
+def score(
+    directory: Prepared,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .txt, one long text, or a .jsonl of texts.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
+    ] = ScoreOptions.context,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+    ] = None,
+    ram: Ram = None,
+    as_json: Json = False,
+) -> int:
+    """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
 
 
 @app.command()
@@ -296,6 +432,7 @@ def plan(
 def _built(verb: str, plan: BuildPlan) -> Summary:
     from toolkit.commands.build import carry_out
 
+    _say_if_space_is_unknown(plan.destination)
     with WorkProgress(verb, plan.work) as progress:
         done = carry_out(plan, progress)
     for note in done.notes:
@@ -309,6 +446,11 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     plan = plan_verify(directory, quick, sample=sample)
     with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
+
+
+def _say_if_space_is_unknown(directory: Path) -> None:
+    if free_bytes(directory) == UNKNOWN_SPACE:
+        print(f"{directory}: its disk does not say how much is free, so the work begins", file=sys.stderr)
 
 
 def _share(text: str | None) -> float | None:
@@ -345,7 +487,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command of this process, and end with its exit status."""
-    sys.exit(run(sys.argv[1:]))
+    end_process(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,14 @@ from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):
-    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub."""
+    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub.
+
+    `notes` are sentences for the summary.
+    """
 
     received: int
     resumed: int
+    notes: tuple[str, ...]
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""
@@ -62,7 +66,7 @@ class BuildPlan:
     records of all parts that the destination has or had: made again, they must have the same tensors. `comparisons`
     are of the kept parts with the source. `companions` are the small files' bytes. `shards` serve one run.
     `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert` beyond what is taken now.
-    `bytes_to_fetch` are those of all needed shards of the Hub.
+    `bytes_to_fetch` are those of all needed shards of the Hub. `notes` are sentences for the summary.
     """
 
     destination: Path
@@ -75,6 +79,7 @@ class BuildPlan:
     peak_bytes: int
     bytes_to_fetch: int = 0
     comparisons: tuple[Comparison, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_to_write(self) -> int:
@@ -162,7 +167,11 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         release.bytes,
         plan.shards.received,
         plan.shards.resumed,
-        tuple(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+        (
+            *plan.notes,
+            *(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+            *plan.shards.notes,
+        ),
     )
 
 

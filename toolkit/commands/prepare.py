@@ -6,14 +6,14 @@ resumes: the manifest says which parts there are, the staging directory which sh
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS
 from runner.format.manifest import Manifest, Source
-from toolkit.commands.arrivals import ArrivingShards, staged_bytes
+from toolkit.commands.arrivals import ArrivingShards, load_staging, staged_bytes
 from toolkit.commands.build import BuildPlan, Summary, carry_out
 from toolkit.commands.download import read_small_file
 from toolkit.commands.schedule import schedule_of
@@ -24,10 +24,11 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import check_form_dtype
-from toolkit.source.config import read_config
-from toolkit.source.index import ShardList, find_shards
+from toolkit.source.config import decode_config
+from toolkit.source.index import FORMS, ShardList, parse_index
 from toolkit.source.key_map import assign
-from toolkit.source.shards import HEAD_BYTES, dtype_of_head
+from toolkit.source.shards import HEAD_BYTES, read_head_of_shard
+from toolkit.source.tensor import SourceTensor, common_dtype
 
 
 def prepare(
@@ -65,40 +66,79 @@ def plan_preparation(
         if revision is None and existing.source.repo == repo:
             revision = existing.source.commit
     found = hub.resolve(repo, revision)
-    with tempfile.TemporaryDirectory(prefix="bloomdesk-") as scratch:
-        small = Path(scratch)
-        chosen = hub.needed(found, lambda index: read_small_file(found, index, small, destination))
-        for file in chosen.files:
-            if file.path in COMPANIONS or file.path.endswith(".index.json"):
-                read_small_file(chosen, file, small, destination)
-        model = read_config(small / "config.json", "BF16")
-        companions = target.read_companions(small)
-        names = [file.path for file in chosen.files if not (small / file.path).exists()]
-        has_index = any(small.glob("*.index.json"))
-        index = find_shards(small, spared=names) if has_index else ShardList(tuple(map(Path, names)))
+    chosen = hub.needed(found, lambda index: read_small_file(found, index, destination))
+    companions, index, names = _read_small_files(chosen, destination)
+    model = decode_config(Path("config.json"), companions["config.json"], "BF16")
+    assignment = assign(index.weight_map, model) if index.weight_map is not None else None
     if existing is not None and existing.parts:
         dtype = existing.model.dtype
+    elif chosen.dtype is not None:
+        dtype = chosen.dtype
     else:
-        dtype = chosen.dtype or _dtype_on_the_hub(chosen, names[0])
+        head = _head_on_the_hub(chosen, names[0])
+        # Without an index the one shard holds every tensor.
+        assignment = assignment or assign(head, model)
+        dtype = common_dtype(assignment.used(head))
     check_form_dtype(dtype, form)
     origin = Source(chosen.repo, chosen.commit)
     fresh = Manifest(replace(model, dtype=dtype), origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
     known = known_parts(destination, existing) if existing is not None else {}
-    assignment = assign(index.weight_map, manifest.model) if index.weight_map is not None else None
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
+    if mend is None:
+        _refuse_other_shards(destination, manifest, chosen)
+    load_staging(destination, chosen, schedule.shards)
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
     target.require_free_space(destination, to_come, schedule.needs, companions)
     shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections)
     return BuildPlan(
-        destination, existing, manifest, known, companions, schedule, shards, peak, schedule.shard_bytes
+        destination,
+        existing,
+        manifest,
+        known,
+        companions,
+        schedule,
+        shards,
+        peak,
+        schedule.shard_bytes,
+        notes=assignment.notes if assignment is not None else (),
     )
 
 
-def _dtype_on_the_hub(revision: Revision, shard: str) -> str:
-    """The dtype of the weights, from the first bytes of one shard; `BloomdeskError` if they do not show it."""
+def _refuse_other_shards(destination: Path, manifest: Manifest, chosen: Revision) -> None:
+    """Raise `BloomdeskError` if parts were made from shards that are not those of the revision."""
+    for shard in (shard for record in manifest.parts.values() for shard in record.sources):
+        file = chosen.find(shard.file)
+        if file is None or file.sha256 not in (None, shard.sha256):
+            raise target.another_source(destination, f"parts of another {shard.file}")
+
+
+def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, bytes], ShardList, list[str]]:
+    """The small files that a prepared directory has, the index, and the names of the shards; all stays in memory."""
+    companions, names, index = {}, [], None
+    for file in chosen.files:
+        path = Path(file.path)
+        suffix = next((suffix for name, _, suffix in FORMS if name == file.path), None)
+        if suffix is None and file.path not in COMPANIONS:
+            names.append(file.path)
+            continue
+        if file.size > target.LARGEST_COMPANION:
+            raise BloomdeskError(
+                f"{file.path} of {chosen} has {file.size:,} bytes: no such file is that large"
+            )
+        data = read_small_file(chosen, file, destination)
+        if suffix is None:
+            target.check_companion(path, data)
+            companions[file.path] = data
+        else:
+            index = ShardList((), path, parse_index(data, suffix, f"{file.path} of {chosen}"))
+    return companions, index or ShardList(tuple(map(Path, names))), names
+
+
+def _head_on_the_hub(revision: Revision, shard: str) -> dict[str, SourceTensor]:
+    """The tensors of one shard with their dtypes, from its first bytes; `BloomdeskError` if they do not show them."""
     file = revision.find(shard)
     assert file is not None
-    return dtype_of_head(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))
+    return read_head_of_shard(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))

@@ -8,7 +8,7 @@ Its two states in a directory:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -112,7 +112,7 @@ def _receive(resource: Resource, file: HubFile, partial: PartialFile) -> None:
 def _locate(resource: Resource, file: HubFile) -> Location:
     location = locate(resource)
     _refuse_other(resource, file, location)
-    return location
+    return replace(location, size=file.size)
 
 
 def _refuse_other(resource: Resource, file: HubFile, location: Location) -> None:
@@ -131,6 +131,16 @@ def _refuse_other(resource: Resource, file: HubFile, location: Location) -> None
                 f"{resource} is another file: its {what} should be {wanted}, {endpoint()} says {said}",
                 "check HF_ENDPOINT: this Hub holds something else under that name",
             )
+
+
+def fetch_bytes(revision: Revision, file: HubFile) -> bytes:
+    """All bytes of a small file of `revision`, checked; raises `BloomdeskError` as `fetch` does."""
+    data, digest = read_range(revision, file, 0, file.size), file.digest()
+    digest.update(data)
+    difference = file.difference(digest)
+    if difference:
+        raise Damaged(f"{file.path} of {revision} came damaged: {difference}")
+    return data
 
 
 def read_range(revision: Revision, file: HubFile, start: int, nbytes: int) -> bytes:
