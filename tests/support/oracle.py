@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from transformers import BloomForCausalLM
 
 import runner
-from runner.kernel.matmul import Kernel
-from runner.kernel.product import LANES
+from runner.kernel.matmul import LANES, Kernel
 from runner.kernel.threads import workers
 from scripts.fakehub.checkpoint import Layout, synthetic
 

@@ -33,14 +33,14 @@ from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):
-    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub."""
+    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub.
+
+    `notes` are sentences for the summary.
+    """
 
     received: int
     resumed: int
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Sentences for the summary about what was found on the way."""
+    notes: tuple[str, ...]
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""

@@ -13,7 +13,7 @@ from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS
 from runner.format.manifest import Manifest, Source
-from toolkit.commands.arrivals import ArrivingShards, staged_bytes
+from toolkit.commands.arrivals import ArrivingShards, load_staging, staged_bytes
 from toolkit.commands.build import BuildPlan, Summary, carry_out
 from toolkit.commands.download import read_small_file
 from toolkit.commands.schedule import schedule_of
@@ -89,6 +89,9 @@ def plan_preparation(
     known = known_parts(destination, existing) if existing is not None else {}
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
+    if mend is None:
+        _refuse_other_shards(destination, manifest, chosen)
+    load_staging(destination, chosen, schedule.shards)
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
     target.require_free_space(destination, to_come, schedule.needs, companions)
@@ -105,6 +108,14 @@ def plan_preparation(
         schedule.shard_bytes,
         notes=assignment.notes if assignment is not None else (),
     )
+
+
+def _refuse_other_shards(destination: Path, manifest: Manifest, chosen: Revision) -> None:
+    """Raise `BloomdeskError` if parts were made from shards that are not those of the revision."""
+    for shard in (shard for record in manifest.parts.values() for shard in record.sources):
+        file = chosen.find(shard.file)
+        if file is None or file.sha256 not in (None, shard.sha256):
+            raise target.another_source(destination, f"parts of another {shard.file}")
 
 
 def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, bytes], ShardList, list[str]]:
