@@ -35,7 +35,9 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_the_product_imports_what_it_declares_and_nothing_else() -> None:
-    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"])
+    optional = declared(PROJECT["optional-dependencies"]["transformers"])
+    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"]) | optional
+    assert imported("runner/integrations") & optional == optional
 
 
 def test_the_tests_import_what_they_declare() -> None:

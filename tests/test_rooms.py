@@ -24,6 +24,7 @@ ROOMS = (
     "runner.estimate",
     "runner.cli",
     "runner.__main__",
+    "runner.integrations",
     "toolkit",
     "toolkit.io",
     "toolkit.source",

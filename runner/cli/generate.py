@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from runner.cli.guard import INTERRUPTED, note
 from runner.cli.prompts import Prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
-from runner.generation.options import GenerationOptions
+from runner.generation.options import GREEDY, GenerationOptions, Sampling
 from runner.units import duration, number, parse_size, rate, size
 
 if TYPE_CHECKING:
     from runner.generation import Batch
-    from runner.generation.decode import Generation
     from runner.generation.model import Model
     from runner.generation.sequence import Sequence as TextSequence
 
-_ENDS = {"eos": "the model ended its text", "length": "the limit of new tokens was reached"}
+_ENDS = {
+    "eos": "the model ended its text",
+    "stop": "a stop text came",
+    "length": "the limit of new tokens was reached",
+}
 Write = Callable[[int, Mapping[str, object]], None]
 
 
@@ -37,7 +41,9 @@ class GenerateOptions:
     out: Path | None = None
     ram: str | None = None
     as_json: bool = False
+    session: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    sampling: Sampling = GREEDY
 
 
 def generate(options: GenerateOptions) -> int:
@@ -47,21 +53,41 @@ def generate(options: GenerateOptions) -> int:
     """
     if (options.prompt is None) == (options.prompts is None):
         raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
+        raise BloomdeskError("--logprobs has nowhere to go", "add --json")
+    if options.session is not None and (options.prompts is not None or options.sampling.n > 1):
+        raise BloomdeskError("a session is of one prompt and one continuation", "leave out --prompts and --n")
     if options.prompts is None:
         if options.out is not None or options.generation.batch is not None:
             raise BloomdeskError("--out and --batch are for a file of --prompts, and there is one PROMPT")
+        seed = None
+        if options.session is not None:
+            from runner.generation.session import seed_of
+
+            seed = seed_of(options.session)
+        options = replace(options, sampling=options.sampling.seeded(seed))
+        if options.sampling.n > 1:
+            show = _print_result if options.as_json else _print_choice
+            return _generate_all(
+                options, [Prompt(0, 1, options.prompt or "", sampling=options.sampling)], show
+            )
         return _generate_one(options)
-    given = read_prompts(options.prompts)
+    given = read_prompts(options.prompts, options.sampling)
     if options.out is None:
         return _generate_all(options, given, _print_result)
     from runner.cli.results import Results  # one prompt starts without it
 
     with Results(options.out, given) as results:
-        left = tuple(prompt for prompt in given if prompt.index not in results.done)
+        left = tuple(
+            prompt for prompt in given if not prompt.choices <= results.done.get(prompt.index, set())
+        )
         if not left:
             note(f"all {len(given)} prompts are done")
             return 0
-        return _generate_all(options, left, results.append)
+        if options.sampling.seed is None and results.seed is not None:
+            # The seed that the interrupted run drew.
+            left = tuple(replace(prompt, sampling=prompt.sampling.seeded(results.seed)) for prompt in left)
+        return _generate_all(options, left, results.append, results.done)
 
 
 def _generate_one(options: GenerateOptions) -> int:
@@ -69,71 +95,92 @@ def _generate_one(options: GenerateOptions) -> int:
 
     terminal = StatusLine(sys.stderr, sys.stdout)
     model = _opened(options)
-    request = model.request(options.prompt, options.generation.max_new_tokens)
-    generation = model.batch([request], options.generation, terminal.show_part, Generation)
+    requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
+    session = None
+    if options.session is not None:
+        session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))
+        if session.restored:
+            note(f"{session.restored} positions and {len(session.new_ids)} tokens are in {options.session}")
+    generation = model.batch(requests, options.generation, terminal.show_part, Generation, session)
     note(_setup(generation))
-    stream = model.tokenizer.stream()
+    text = model.stream(generation.sequence)
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
     start = time.perf_counter()
     status = 0
     try:
         for token_id in generation:
-            show(stream.push(token_id))
+            show(text.push(token_id))
     except KeyboardInterrupt:
         status = INTERRUPTED
     seconds = time.perf_counter() - start
-    show(stream.finish())
+    show(text.finish())
     if options.as_json:
-        text = model.tokenizer.decode(generation.ids)
-        report = {"prompt": options.prompt, **_report(generation, text, seconds)}
+        report = {"prompt": options.prompt, **_report(generation.sequence, model, seconds)}
         print(json.dumps(report, ensure_ascii=False))
     else:
         print()
         tokens = len(generation.ids)
         pace = f"{duration(seconds / tokens)} a token, " if tokens else ""
         end = _ENDS.get(generation.stop_reason or "", "interrupted")
-        note(f"{tokens} tokens, {pace}{_work(generation)}; {end}")
+        note(f"{tokens} tokens, {pace}{_work(generation)}; {end}{_seed(options.sampling)}")
     return status
 
 
-def _generate_all(options: GenerateOptions, prompts: Sequence[Prompt], write: Write) -> int:
-    """Exit status, after each prompt's result was written as soon as it was done."""
+def _generate_all(
+    options: GenerateOptions,
+    prompts: Sequence[Prompt],
+    write: Write,
+    done: Mapping[int, Collection[int]] = MappingProxyType({}),
+) -> int:
+    """Exit status, after each continuation was written as soon as it was done; `done` are those that need none."""
     model = _opened(options)
-    requests = []
+    requests, owners = [], []
+    # One for all that have none of their own, so that it can be reported and given again.
+    seed = options.sampling.seeded().seed
     for prompt in prompts:
         count = prompt.max_new_tokens or options.generation.max_new_tokens
         try:
-            requests.append(model.request(prompt.text, count))
+            found = model.requests(prompt.text, count, prompt.sampling.seeded(seed), prompt.index)
         except BloomdeskError as error:
             where = f"{options.prompts}, line {prompt.line}"
             raise BloomdeskError(f"{where}: {error.message}", error.hint) from error
-    line, done = StatusLine(sys.stderr), 0
+        left = [request for request in found if request.choice not in done.get(prompt.index, ())]
+        requests += left
+        owners += [prompt] * len(left)
+    line, written = StatusLine(sys.stderr), 0
 
     def on_part(part: int, parts: int) -> None:
-        counts = f"{done} of {len(prompts)} prompts done"
+        counts = f"{written} of {len(requests)} {what} done"
         counts += f", {len(batch.active)} in the batch, {len(batch.waiting)} waiting"
         line.show_part(part, parts, counts)
 
+    what = "prompts" if len(requests) == len(prompts) else "continuations"
     batch = model.batch(requests, options.generation, on_part)
     note(_setup(batch))
     start = time.perf_counter()
     try:
         for found in batch.run():
-            prompt = prompts[found.index]
+            prompt, sampling = owners[found.index], found.request.sampling
             named = {} if prompt.id is None else {"id": prompt.id}
-            report = _report(found, model.tokenizer.decode(found.ids), found.seconds)
+            if sampling.n > 1:
+                named["choice"] = found.request.choice
+            report = _report(found, model, found.seconds)
             line.clear()
-            done += 1  # before it is written, since an interruption then finds it written
+            written += 1  # before it is written, since an interruption then finds it written
             write(prompt.index, {**named, "prompt": prompt.text, **report})
     except KeyboardInterrupt:
         line.clear()
-        print(f"interrupted: {done} of {len(prompts)} prompts are done", file=sys.stderr)
+        print(f"interrupted: {written} of {len(requests)} {what} are done", file=sys.stderr)
         return INTERRUPTED
     finally:
         line.clear()
     pace = f"{number(batch.tokens / (time.perf_counter() - start))} tokens a second"
-    note(f"{done} prompts, {batch.tokens} tokens, {pace}, {_work(batch)}")
+    note(f"{written} {what}, {batch.tokens} tokens, {pace}, {_work(batch)}")
     return 0
+
+
+def _seed(sampling: Sampling) -> str:
+    return f"; seed {sampling.seed}" if sampling.draws else ""
 
 
 def _opened(options: GenerateOptions) -> Model:
@@ -146,12 +193,20 @@ def _print_result(index: int, result: Mapping[str, object]) -> None:
     print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
 
 
-def _report(found: Generation | TextSequence, text: str, seconds: float) -> dict[str, object]:
-    tokens = len(found.ids)
+def _print_choice(index: int, result: Mapping[str, object]) -> None:
+    print(f"[{result['choice']}] {result['text']}", flush=True)
+
+
+def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, object]:
+    from runner.generation.scoring import as_json
+
+    tokens, sampling = len(found.ids), found.request.sampling
     return {
         "prompt_token_ids": list(found.prompt_ids),
         "token_ids": found.ids,
-        "text": text,
+        "text": model.text(found),
+        **({"seed": sampling.seed} if sampling.draws else {}),
+        **({"logprobs": as_json(found.scores)} if sampling.logprobs is not None else {}),
         "seconds_per_token": seconds / tokens if tokens else None,
         "passes": found.passes,
         "bytes_read": found.bytes_read,

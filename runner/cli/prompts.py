@@ -5,24 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from runner.errors import BloomdeskError, reading
+from runner.generation.options import GREEDY, SAMPLING_FIELDS, Sampling, with_fields
 
 # Bytes; a longer line is not a prompt.
 LONGEST_LINE = 2**24
+OTHER_FIELDS = {"prompt", "id", "max_new_tokens"}
+# From 0 to 1: how like a field's name an unknown one must be to count as misspelt.
+LIKENESS = 0.8
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt number `index`, from 0, in line `line` of its file, from 1; `max_new_tokens` is None without its own."""
+    """Prompt number `index`, from 0, in line `line` of its file, from 1.
+
+    `max_new_tokens` is None without its own.
+    """
 
     index: int
     line: int
     text: str
     id: str | int | None = None
     max_new_tokens: int | None = None
+    sampling: Sampling = GREEDY
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The field of a result that says which text it is of."""
+        return "prompt", self.text
+
+    @property
+    def choices(self) -> set[int]:
+        """The numbers of its continuations."""
+        return set(range(self.sampling.n))
 
     @property
     def key(self) -> tuple[str, str | int]:
@@ -30,11 +50,12 @@ class Prompt:
         return ("index", self.index) if self.id is None else ("id", self.id)
 
 
-def read_prompts(path: Path) -> tuple[Prompt, ...]:
+def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:
     """All prompts of a file, without its blank lines.
 
     A line of a `.txt` file is a prompt as it stands. A line of a `.jsonl` file is an object with "prompt", and
-    optionally "id" and "max_new_tokens"; other fields are ignored. Raises `BloomdeskError` with the number of the line
+    optionally "id", "max_new_tokens" and the fields of `Sampling`, in place of those of `sampling`; other fields are
+    ignored, unless they look like one of these misspelt. Raises `BloomdeskError` with the number of the line
     for anything else, and if the file cannot be read, holds no prompt, or has an id twice.
     """
     if path.suffix not in (".txt", ".jsonl"):
@@ -43,7 +64,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
             "put one prompt on each line of a .txt, or one object with a prompt on each line of a .jsonl",
         )
     with reading(path):
-        prompts = tuple(_prompts(path))
+        prompts = tuple(_prompts(path, sampling))
     if not prompts:
         raise BloomdeskError(f"{path} holds no prompt")
     lines: dict[tuple[str, str | int], int] = {}
@@ -54,13 +75,13 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     return prompts
 
 
-def _prompts(path: Path) -> Iterator[Prompt]:
-    parsed = Prompt if path.suffix == ".txt" else partial(_parsed, path)
-    filled = ((number, line) for number, line in _lines(path) if line.strip())
+def _prompts(path: Path, sampling: Sampling) -> Iterator[Prompt]:
+    parsed = partial(Prompt, sampling=sampling) if path.suffix == ".txt" else partial(_parsed, path, sampling)
+    filled = ((number, line) for number, line in lines_of(path) if line.strip())
     return (parsed(index, number, line) for index, (number, line) in enumerate(filled))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, without line ends."""
     with path.open("rb") as file:
         number = 0
@@ -75,20 +96,37 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, text.removesuffix("\n").removesuffix("\r")
 
 
-def _parsed(path: Path, index: int, number: int, line: str) -> Prompt:
+def _parsed(path: Path, sampling: Sampling, index: int, number: int, line: str) -> Prompt:
     where = f"{path}, line {number}"
+    expected = 'an object with a text as its "prompt"'
+    given, identity = parsed_line(where, line, expected)
+    if not isinstance(given.get("prompt"), str):
+        raise BloomdeskError(f"{where}: expected {expected}")
+    count = given.get("max_new_tokens")
+    if count is not None and not (_is_whole_number(count) and count >= 1):
+        raise BloomdeskError(f'{where}: "max_new_tokens" is a whole number of at least 1')
+    own = {name: given[name] for name in given if name in SAMPLING_FIELDS}
+    for name in given.keys() - own.keys() - OTHER_FIELDS:
+        if near := get_close_matches(name, [*SAMPLING_FIELDS, *OTHER_FIELDS], 1, LIKENESS):
+            raise BloomdeskError(f'{where}: unknown "{name}"', f'did you mean "{near[0]}"?')
+    try:
+        return Prompt(index, number, given["prompt"], identity, count, with_fields(sampling, own))
+    except BloomdeskError as error:
+        raise BloomdeskError(f"{where}: {error.message}", error.hint) from None
+
+
+def parsed_line(where: str, line: str, expected: str) -> tuple[dict[str, Any], str | int | None]:
+    """The object of a line, and its "id"; `BloomdeskError` if the line is not what is `expected`."""
     try:
         given = json.loads(line)
     except (ValueError, RecursionError):
         raise BloomdeskError(f"{where}: not valid JSON") from None
-    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
-        raise BloomdeskError(f'{where}: expected an object with a text as its "prompt"')
-    identity, count = given.get("id"), given.get("max_new_tokens")
+    if not isinstance(given, dict):
+        raise BloomdeskError(f"{where}: expected {expected}")
+    identity = given.get("id")
     if not _is_whole_number(identity) and not isinstance(identity, str | None):
         raise BloomdeskError(f'{where}: an "id" is a text or a whole number')
-    if count is not None and not (_is_whole_number(count) and count >= 1):
-        raise BloomdeskError(f'{where}: "max_new_tokens" is a whole number of at least 1')
-    return Prompt(index, number, given["prompt"], identity, count)
+    return given, identity
 
 
 def _is_whole_number(value: object) -> bool:

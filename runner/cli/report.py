@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.units import number, rate
+from runner.units import number, rate, size
 
 if TYPE_CHECKING:
     from runner.estimate.rates import Rates
+    from runner.generation.session_files import SessionFiles
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,26 @@ def rates_row(rates: Rates) -> Row:
         f"{number(rates.compute / 1e9)} billion multiply-adds/s"
     )
     return Row("rates", words, {"rates": asdict(rates)})
+
+
+def session_rows(directory: Path) -> Iterator[Row] | None:
+    """What the session in `directory` holds; None if that is no session."""
+    from runner.generation.session_files import SESSION, SessionFiles
+
+    if not (directory / SESSION).is_file():
+        return None
+    return _session_rows(directory, SessionFiles.load(directory))
+
+
+def _session_rows(directory: Path, found: SessionFiles) -> Iterator[Row]:
+    request = found.request
+    yield Row("session", str(directory), {"directory": str(directory), "fingerprint": request.fingerprint})
+    prompt, new = len(request.prompt_ids), found.new_ids
+    words = f"{prompt:,} tokens of prompt, {len(new):,} new ones"
+    yield Row("text", words, {"prompt_token_ids": list(request.prompt_ids), "token_ids": list(new)})
+    words = f"{found.positions:,} positions, {size(found.nbytes)}"
+    yield Row("cache", words, {"positions": found.positions, "bytes": found.nbytes})
+    options = {name: value for name, value in request.options.items() if value not in (None, {}, [])}
+    yield Row(
+        "options", ", ".join(f"{name} {value}" for name, value in options.items()), {"options": options}
+    )

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
-from runner.cli.prompts import Prompt
 from runner.errors import BloomdeskError
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
@@ -17,23 +17,38 @@ from runner.system.lock import lock
 _BEGINNING = b'{"index": '
 
 
-class Results(AbstractContextManager["Results"]):
-    """The results of these prompts so far, and those to come.
+class Item(Protocol):
+    """What has a result: number `index`, known by `key`. A result has the field `identity` of its text."""
 
-    A line that a kill cut off is removed, so that running the command again resumes. `done` holds the indices of the
-    prompts that have a result, found by id or index and compared by text.
+    index: int
+
+    @property
+    def key(self) -> tuple[str, str | int]: ...
+
+    @property
+    def identity(self) -> tuple[str, str]: ...
+
+
+class Results(AbstractContextManager["Results"]):
+    """The results of these prompts, or other items, so far, and those to come.
+
+    A line that a kill cut off is removed, so that running the command again resumes. `done` holds, by the index of the
+    prompt, the numbers of its continuations that have a result, found by id or index and compared by text; `seed` is
+    that of the last one that was drawn, or None, and `lines` are the last results read, by index.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, path: Path, items: Sequence[Item]) -> None:
         """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
         self._path = path
+        self.seed: int | None = None
+        self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
             is_new = not path.exists()
             # Without a buffer, closing writes nothing that could fail.
             self._file = path.open("ab", buffering=0)
             try:
                 lock(self._file.fileno(), path)
-                self.done = self._read({prompt.key: prompt for prompt in prompts})
+                self.done = self._read({item.key: item for item in items})
                 if is_new:
                     sync_directory(path.absolute().parent)
             except BaseException:
@@ -51,16 +66,18 @@ class Results(AbstractContextManager["Results"]):
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
-        self.done.add(index)
+        self.done.setdefault(index, set()).add(result.get("choice", 0))
 
-    def _read(self, expected: Mapping[tuple[str, str | int], Prompt]) -> set[int]:
-        done, end = set(), 0
+    def _read(self, expected: Mapping[tuple[str, str | int], Item]) -> dict[int, set[int]]:
+        done: dict[int, set[int]] = {}
+        end = 0
         with self._path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     self._cut(line, number, end)
                     break
-                done.add(self._known(line, number, expected))
+                index, choice = self._known(line, number, expected)
+                done.setdefault(index, set()).add(choice)
                 end += len(line)
         return done
 
@@ -72,22 +89,27 @@ class Results(AbstractContextManager["Results"]):
             raise self._foreign(number, "it does not end like a file of results")
         self._file.truncate(end)
 
-    def _known(self, line: bytes, number: int, expected: Mapping[tuple[str, str | int], Prompt]) -> int:
-        """Index of the prompt whose result this line is."""
+    def _known(
+        self, line: bytes, number: int, expected: Mapping[tuple[str, str | int], Item]
+    ) -> tuple[int, int]:
+        """Index of the prompt whose result this line is, and the number of the continuation."""
         try:
             found = json.loads(line)
             identity = found.get("id")
             key = ("index", found["index"]) if identity is None else ("id", identity)
-            text = found["prompt"]
-            prompt = expected.get(key)
+            choice, item = int(found.get("choice", 0)), expected.get(key)
+            name, text = item.identity if item is not None else ("", "")
+            told = found[name] if name else None
         except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
             raise self._foreign(number, "it is not a result") from None
-        if prompt is None:
+        if item is None:
             raise self._foreign(number, f"there is no prompt with the {key[0]} {key[1]!r}")
-        if prompt.text != text:
-            wanted = f"that with the {key[0]} {key[1]!r} {_short(prompt.text)}"
-            raise self._foreign(number, f"the prompt is {_short(text)}, {wanted}")
-        return prompt.index
+        if told != text:
+            wanted = f"that with the {key[0]} {key[1]!r} {_short(text)}"
+            raise self._foreign(number, f"the {name} is {_short(told)}, {wanted}")
+        self.seed = found.get("seed", self.seed)
+        self.lines[item.index] = found
+        return item.index, choice
 
     def _foreign(self, number: int, why: str) -> BloomdeskError:
         return BloomdeskError(

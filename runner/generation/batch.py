@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from runner.generation.memory_plan import MemoryPlan, memory_plan
 from runner.generation.sequence import Request, Sequence
+from runner.generation.session import Session
 from runner.generation.speculation.proposer import Proposer
 from runner.model.forward import ModelRunner, OnPart
 from runner.model.kv_cache import Segment
@@ -28,9 +29,13 @@ class Batch:
         plan: MemoryPlan,
         proposer: Proposer,
         on_part: OnPart | None = None,
+        session: Session | None = None,
     ) -> None:
+        """`session` is that of the only request."""
         self.model = model
-        self.sequences = tuple(Sequence(index, request) for index, request in enumerate(requests))
+        end = model.weights.model.eos_token_id
+        eos = frozenset(() if end is None else (end,))
+        self.sequences = tuple(Sequence(index, request, eos) for index, request in enumerate(requests))
         self.active: list[Sequence] = []
         self.waiting = deque(self.sequences)
         self.passes = 0
@@ -38,6 +43,9 @@ class Batch:
         self._on_part = on_part
         self._stream = model.weights.stream
         self._read_before = self._stream.traffic.bytes_read
+        self._session = session
+        if session:
+            self.sequences[0].restore(session.new_ids, session.scores)
         self._arrange(plan)
 
     @property
@@ -83,11 +91,12 @@ class Batch:
         with self.proposer.cost.measure(self._stream, rows):
             found = self.model.forward_all(list(segments.values()), self._on_part)
         self.passes += 1
-        eos = self.model.weights.model.eos_token_id
         accepted = {
-            each: each.verify(logits, drafts.get(each, ()), eos)
+            each: each.verify(logits, drafts.get(each, ()))
             for each, logits in zip(segments, found, strict=True)
         }
+        if self._session:
+            self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
         seconds, nbytes = time.perf_counter() - began, self.bytes_read - read
         for each in segments:
@@ -106,6 +115,8 @@ class Batch:
         """Let waiting sequences join in their order, if there is room."""
         while self.waiting and len(self.active) < self.plan.request.batch:
             self.waiting[0].cache = self.model.new_cache(self.waiting[0].request.capacity)
+            if self._session:
+                self._session.fill(self.waiting[0].cache)
             self.active.append(self.waiting.popleft())
         for each in self.active:
             # An interruption may have come right after a pass.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from runner.generation.batch import Batch
 from runner.generation.capacity import Planner
 from runner.generation.decode import Generation
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, default_total, memory_plan
-from runner.generation.options import DEFAULT_NEW_TOKENS, LOOKUP, GenerationOptions
+from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, GenerationOptions, Sampling
+from runner.generation.scorer import Scorer, Text, plan_scoring
 from runner.generation.sequence import Request
+from runner.generation.session import Session, seed_of
 from runner.generation.speculation.draft_model import DraftModel
 from runner.generation.speculation.proposer import Proposer
+from runner.generation.stops import ScannedText
 from runner.model.forward import ModelRunner, OnPart
 from runner.model.kv_cache import KVCache
-from runner.model.tokenizer import Tokenizer
+from runner.model.tokenizer import TextStream, Tokenizer
 from runner.system import memory
 from runner.weights.checkpoint import Weights
 
@@ -72,36 +76,63 @@ class Model(ModelRunner):
         prompt_or_ids: str | Sequence[int],
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
         speculate: str = LOOKUP,
         draft: Path | str | None = None,
+        session: Path | str | None = None,
         on_part: OnPart | None = None,
     ) -> Generation:
-        """Greedy continuation: an iterator of token ids that ends with `</s>` or after `max_new_tokens`.
+        """The continuation: an iterator of token ids that ends with `</s>`, a stop text or after `max_new_tokens`.
 
-        A step of the iterator is one pass, or none if the pass before gave several tokens. Draft tokens, of the
-        text's n-grams with `speculate="lookup"` and of the small model in `draft`, change no token; with
-        `speculate="off"` and no draft a pass gives one token. Raises `BloomdeskError` for an empty prompt, an id
-        outside the vocabulary, a `max_new_tokens` below 1, an unsuitable draft, or too little RAM.
+        The tokens are the likeliest ones, unless `sampling` says otherwise. A step of the iterator is one pass, or none
+        if the pass before gave several tokens. Draft tokens, of the text's n-grams with `speculate="lookup"` and of the
+        small model in `draft`, change no token; with `speculate="off"` and no draft a pass gives one token.
+
+        With a directory `session`, each pass is kept there, and a later call goes on from it: from the end if prompt
+        and sampling are the same, else from where the prompts differ.
+
+        Raises `BloomdeskError` for an empty prompt, an id outside the vocabulary, a `max_new_tokens` below 1, several
+        continuations, an unsuitable draft, another model's session, or too little RAM.
         """
+        if sampling.n > 1:
+            raise BloomdeskError("generate gives one continuation", "call generate_all for more of them")
         options = GenerationOptions(max_new_tokens, speculate, draft)
-        return self.batch([self.request(prompt_or_ids, max_new_tokens)], options, on_part, Generation)
+        if session is not None:
+            sampling = sampling.seeded(seed_of(Path(session)))
+        requests = self.requests(prompt_or_ids, max_new_tokens, sampling)
+        kept = self.session(Path(session), requests[0], warnings.warn) if session is not None else None
+        return self.batch(requests, options, on_part, Generation, kept)
+
+    def session(self, directory: Path, request: Request, warn: Callable[[str], None]) -> Session:
+        """The session in `directory`, which may be new, made one of `request`.
+
+        `warn` gets a sentence if the disk stops taking it. Raises `BloomdeskError` if it is another model's.
+        """
+        return Session(directory, self.weights.fingerprint, request, warn)
 
     def generate_all(
         self,
         prompts: Iterable[str | Sequence[int]],
         *,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        sampling: Sampling = GREEDY,
         batch: int | None = None,
         speculate: str = LOOKUP,
         draft: Path | str | None = None,
         on_part: OnPart | None = None,
     ) -> Iterator[sequence.Sequence]:
-        """Greedy continuations of prompts that share their passes, up to `batch` of them at a time.
+        """Continuations of prompts that share their passes, up to `batch` of them at a time.
 
-        Yields each sequence as soon as it is done, with its `index` among the prompts; its tokens are those of its
-        own run. By default `batch` is what the RAM suggests. Raises what `generate` raises, before the first pass.
+        Yields each sequence as soon as it is done, with its `request.number` among the prompts and, of several
+        continuations, its `request.choice`; its tokens are those of its own run. Without a seed all have the same
+        drawn one. By default `batch` is what the RAM suggests. Raises what `generate` raises, before the first pass.
         """
-        requests = [self.request(prompt, max_new_tokens) for prompt in prompts]
+        sampling = sampling.seeded()
+        requests = [
+            request
+            for number, prompt in enumerate(prompts)
+            for request in self.requests(prompt, max_new_tokens, sampling, number)
+        ]
         options = GenerationOptions(max_new_tokens, speculate, draft, batch)
         return self.batch(requests, options, on_part).run() if requests else iter(())
 
@@ -111,18 +142,38 @@ class Model(ModelRunner):
         options: GenerationOptions,
         on_part: OnPart | None = None,
         kind: type[Batch] = Batch,
+        session: Session | None = None,
     ) -> Batch:
-        """A batch of `requests`, of which each has its own `max_new_tokens`. Raises what `generate` raises."""
+        """A batch of `requests`, of which each has its own `max_new_tokens`; `session` is that of a single one.
+
+        Raises what `generate` raises.
+        """
         draft = None
         if options.draft:
             draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
         proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         planner = Planner(self.memory_request(capacities, 0), requests, proposer)
-        return kind(self, requests, planner.plan(options.batch), proposer, on_part)
+        return kind(self, requests, planner.plan(options.batch), proposer, on_part, session)
 
-    def request(self, prompt_or_ids: str | Sequence[int], max_new_tokens: int) -> Request:
-        """A checked request for up to `max_new_tokens`. Raises `BloomdeskError` as `generate` does."""
+    def scorer(self, texts: Sequence[Text], on_part: OnPart | None = None) -> Scorer:
+        """Scores texts of token ids, as many in a pass as the RAM has room for.
+
+        Raises `BloomdeskError` if the RAM is too little for the longest.
+        """
+        return Scorer(self, texts, plan_scoring(self.memory_request([1], 1), texts), on_part)
+
+    def requests(
+        self,
+        prompt_or_ids: str | Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        number: int = 0,
+    ) -> list[Request]:
+        """A checked request for each continuation of the prompt number `number`, of up to `max_new_tokens`.
+
+        Raises `BloomdeskError` as `generate` does.
+        """
         is_text = isinstance(prompt_or_ids, str)
         ids = self.tokenizer.encode(prompt_or_ids) if is_text else [int(i) for i in prompt_or_ids]
         if not ids:
@@ -132,4 +183,22 @@ class Model(ModelRunner):
             raise BloomdeskError(f"token id {outside[0]} is outside the vocabulary of {vocab_size:,}")
         if max_new_tokens < 1:
             raise BloomdeskError(f"the number of new tokens must be at least 1, found {max_new_tokens}")
-        return Request(ids, max_new_tokens)
+        if foreign := [i for i in sampling.logit_bias if not 0 <= i < vocab_size]:
+            raise BloomdeskError(
+                f"the logit bias names token id {foreign[0]}, and the vocabulary has {vocab_size:,}"
+            )
+        sampling, token_bytes = sampling.seeded(), self.tokenizer.token_bytes
+        return [
+            Request(ids, max_new_tokens, sampling, number, choice, token_bytes)
+            for choice in range(sampling.n)
+        ]
+
+    def stream(self, sequence: sequence.Sequence) -> TextStream | ScannedText:
+        """The new text of a sequence as its tokens come."""
+        return ScannedText(sequence.scanner) if sequence.request.sampling.stop else self.tokenizer.stream()
+
+    def text(self, sequence: sequence.Sequence) -> str:
+        """The new text of a sequence, without special tokens, up to a stop text."""
+        if sequence.scanner.end is None:
+            return self.tokenizer.decode(sequence.ids)
+        return bytes(sequence.scanner.text[: sequence.scanner.end]).decode(errors="replace")

@@ -1,14 +1,21 @@
-"""How prompts are continued: one object of options, from the command line to the batch."""
+"""How prompts are continued: one object of options for a run, one for a prompt, from the command line to the batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from runner.errors import BloomdeskError
 
 LOOKUP, OFF = "lookup", "off"
 DEFAULT_NEW_TOKENS = 64
+SEED_BITS = 64
+# Drawn seeds are short enough to be typed again.
+DRAWN_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -30,3 +37,142 @@ class GenerationOptions:
             raise BloomdeskError(f"unknown --speculate {self.speculate!r}", f"choose {LOOKUP} or {OFF}")
         if self.batch is not None and self.batch < 1:
             raise BloomdeskError(f"a batch must be of at least 1 prompt, found {self.batch}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a continuation is chosen; the default is the likeliest token. Raises `BloomdeskError` for impossible values.
+
+    temperature         above 0 draws tokens from the softmax of logits / temperature; 0 takes the likeliest one
+    top_k               draws among the k likeliest tokens; 0 for all
+    top_p               draws among the likeliest tokens that together have this probability
+    min_p               draws among tokens of at least this fraction of the likeliest one's probability
+    repetition_penalty  divides the logits of tokens that the prompt or the text has, or multiplies negative ones
+    presence_penalty    is taken from the logits of tokens that the text has
+    frequency_penalty   is taken from them as often as the text has them
+    logit_bias          is added to the logits of these token ids
+    seed                makes a drawn text repeatable; None draws one
+    n                   number of continuations of the prompt
+    stop                texts that end the continuation; they are not part of it
+    min_new_tokens      tokens before the text may end by itself
+    ignore_eos          the end-of-text token ends nothing
+    logprobs            number of likeliest tokens whose log-probabilities are reported beside each new token's own;
+                        None for no log-probabilities
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.temperature, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        finite = all(map(math.isfinite, (*numbers, *self.logit_bias.values())))
+        for is_possible, what in (
+            (finite, "penalties, biases and the temperature must be finite numbers"),
+            (self.temperature >= 0, f"the temperature must be at least 0, found {self.temperature}"),
+            (self.top_k >= 0, f"top_k must be at least 0, found {self.top_k}"),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, found {self.top_p}"),
+            (0 <= self.min_p <= 1, f"min_p must be from 0 to 1, found {self.min_p}"),
+            (
+                self.repetition_penalty > 0,
+                f"the repetition penalty must be above 0, found {self.repetition_penalty}",
+            ),
+            (
+                self.seed is None or 0 <= self.seed < 2**SEED_BITS,
+                f"a seed is a whole number from 0 to 2^{SEED_BITS} - 1, found {self.seed}",
+            ),
+            (self.n >= 1, f"n must be at least 1, found {self.n}"),
+            (all(self.stop), "a stop text must not be empty"),
+            (
+                self.logprobs is None or self.logprobs >= 0,
+                f"logprobs must be at least 0, found {self.logprobs}",
+            ),
+            (self.min_new_tokens >= 0, f"min_new_tokens must be at least 0, found {self.min_new_tokens}"),
+        ):
+            if not is_possible:
+                raise BloomdeskError(what)
+        if not self.draws:
+            idle = [name for name in ("top_k", "top_p", "min_p", "seed", "n") if self._is_set(name)]
+            if idle:
+                raise BloomdeskError(
+                    f"{idle[0]} has no effect without a temperature above 0",
+                    "give a temperature, such as 0.8",
+                )
+
+    def _is_set(self, name: str) -> bool:
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn; otherwise the likeliest one is taken."""
+        return self.temperature > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is the one with the largest logit."""
+        changes = (self.presence_penalty, self.frequency_penalty, self.logit_bias, self.min_new_tokens)
+        return not self.draws and self.repetition_penalty == 1 and not any(changes)
+
+    def seeded(self, seed: int | None = None) -> Sampling:
+        """These options with `seed`, or else a new one, if they draw tokens and have none of their own."""
+        if not self.draws or self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(DRAWN_BITS) if seed is None else seed)
+
+
+GREEDY = Sampling()
+
+SAMPLING_FIELDS = {each.name: each.type for each in fields(Sampling)}
+
+
+def with_fields(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
+    """`sampling` with fields from JSON in place of its own; `BloomdeskError` if one has the wrong type."""
+    values = dict(given)
+    for name, value in given.items():
+        kind = SAMPLING_FIELDS[name]
+        if name == "stop":
+            texts = (value,) if isinstance(value, str) else value
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise BloomdeskError('"stop" is a text, or a list of texts')
+            values[name] = tuple(texts)
+        elif name == "logit_bias":
+            values[name] = _biases(value)
+        elif kind == "bool" and not isinstance(value, bool):
+            raise BloomdeskError(f'"{name}" is true or false')
+        elif kind.startswith("int") and (isinstance(value, bool) or not isinstance(value, int)):
+            raise BloomdeskError(f'"{name}" is a whole number')
+        elif kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BloomdeskError(f'"{name}" is a number')
+    return replace(sampling, **values)
+
+
+def _biases(given: Any) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise BloomdeskError('"logit_bias" maps token ids to numbers, as in {"42": -5}') from None
+
+
+def read_biases(given: Iterable[str]) -> dict[int, float]:
+    """Biases by token id from texts like "42=-5"; `BloomdeskError` for any other."""
+    biases = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError:
+            raise BloomdeskError(
+                f"a logit bias is a token id and a number, found {text!r}", "give it as --logit-bias 42=-5"
+            ) from None
+    return biases

@@ -71,6 +71,21 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
 
+    def stored(self, first: int, last: int) -> torch.Tensor:
+        """Keys and values of positions `first` to `last`: [n_layer, 2, H, T, D], contiguous."""
+        return torch.stack(
+            [
+                torch.stack([block.keys[:, first:last], block.values[:, :, first:last].transpose(1, 2)])
+                for block in self.blocks
+            ]
+        )
+
+    def load(self, stored: torch.Tensor) -> None:
+        """Append positions as `stored` gave them, [n_layer, 2, H, T, D]."""
+        for block, (keys, values) in zip(self.blocks, stored, strict=True):
+            block.write(keys, values, self.length)
+        self.length += stored.shape[3]
+
     def rewind(self, length: int) -> None:
         """Forget all positions from `length` on. Raises ValueError if the cache has fewer."""
         if not 0 <= length <= self.length:

@@ -13,6 +13,12 @@ from runner.format.safetensors import read_small
 
 # Bytes. BLOOM's tokenizer.json has 14.5 MB.
 LARGEST_TOKENIZER = 2**26
+# In tokens, a printable byte stands as its own character, and the others as characters from 256 on.
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(_OTHERS)
+}
 
 
 class Tokenizer:
@@ -54,6 +60,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for a special token, or an id without a token."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._tokenizer.get_added_tokens_decoder():
+            return b""
+        return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
     def stream(self) -> TextStream:
         """A decoder for ids that come one at a time."""

@@ -37,6 +37,7 @@ class Part:
 class Weights:
     """All weights of a model; nothing of the matrices is read before its use.
 
+    fingerprint      what distinguishes these weights from all others, whatever their form
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `layout.block_tensors`
     final_layernorm  vectors weight, bias [E]
@@ -45,6 +46,7 @@ class Weights:
     """
 
     model: Hyperparameters
+    fingerprint: str
     embedding: Part
     blocks: tuple[Part, ...]
     final_layernorm: Part
@@ -93,7 +95,8 @@ class Weights:
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
             parts.append(Part(vectors, matrices))
-        return cls(manifest.model, parts[-1], tuple(parts[:-2]), parts[-2], stream, kernel)
+        fingerprint = manifest.fingerprint or ""
+        return cls(manifest.model, fingerprint, parts[-1], tuple(parts[:-2]), parts[-2], stream, kernel)
 
 
 Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]

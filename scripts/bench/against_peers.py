@@ -31,21 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scripts.bench import turns
-from scripts.bench.harness import (
-    Benchmark,
-    Column,
-    Point,
-    Row,
-    Run,
-    Turn,
-    add_limits,
-    limits_of,
-    main,
-    pass_facts,
-    peer,
-    prompt_of,
-)
+from scripts.bench import harness, turns
+from scripts.bench.harness import Benchmark, Column, Point, Row, Run, Turn
 from scripts.bench.peers import forms
 from scripts.bench.turns import CannotRun, say
 from scripts.fakehub.checkpoint import TRUE_SHAPES
@@ -53,11 +40,15 @@ from scripts.fakehub.checkpoint import TRUE_SHAPES
 
 @dataclass(frozen=True)
 class Peer:
-    """A program of scripts/bench/peers, the packages that it needs, and the form of the checkpoint that it reads."""
+    """A program of scripts/bench/peers, the packages that it needs, and the form of the checkpoint that it reads.
+
+    `made` is the name of that form in WORK, unless it is the prepared directory.
+    """
 
     module: str
     needs: tuple[str, ...]
     form: Callable[[Path, Path], Path]
+    made: str = ""
 
     def missing(self) -> list[str]:
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
@@ -65,21 +56,12 @@ class Peer:
 
 PEERS = {
     "bloomdesk": Peer("with_bloomdesk", (), lambda work, prepared: prepared),
-    "bloomdesk-lossless": Peer("with_bloomdesk", (), forms.lossless),
-    "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files),
-    "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub),
-    "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf),
-    "airllm": Peer("with_airllm", ("airllm",), forms.hub),
+    "bloomdesk-lossless": Peer("with_bloomdesk", (), forms.lossless, "lossless"),
+    "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files, "torch"),
+    "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub, "hub"),
+    "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf, "bloom.gguf"),
+    "airllm": Peer("with_airllm", ("airllm",), forms.hub, "hub"),
 }
-# What is made in WORK beside the prepared directory, and for whom.
-FORMS = {
-    "lossless": {"bloomdesk-lossless"},
-    "torch": {"tutorial"},
-    "hub": {"transformers", "airllm"},
-    "bloom.gguf": {"llama.cpp"},
-}
-
-
 COLUMNS = (
     Column("peer", "point"),
     Column("s/token", "seconds", ".3f"),
@@ -104,7 +86,7 @@ def setting(text: str) -> tuple[str, str]:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    add_limits(parser)
+    harness.add_limits(parser)
     parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="in the Hub's layout")
     parser.add_argument("--like", choices=TRUE_SHAPES, help="make a checkpoint of these shapes instead")
     parser.add_argument("--tokens", type=int, default=5, metavar="N", help="the first is the prompt's pass")
@@ -122,17 +104,19 @@ def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
         raise CannotRun("--tokens must be at least 2: the first is the prompt's pass")
     if unknown := set(names) - set(PEERS):
         raise CannotRun(f"unknown peers {', '.join(sorted(unknown))}; choose from {', '.join(PEERS)}")
-    more = [name for name, users in FORMS.items() if users & set(names)]
-    turns.check_room(work, forms.bytes_to_make(work, given.prepared, given.checkpoint, given.like, more))
-    prepared = (given.prepared or forms.prepared(work, given.checkpoint, given.like)).resolve()
-    prompt, limits = prompt_of(prepared, given.prompt_tokens), limits_of(given.ram, given.disk)
+    more = {PEERS[name].made for name in names} - {""}
+    prepared = harness.prepared(given, work, more)
+    prompt, limits = (
+        harness.prompt_of(prepared, given.prompt_tokens),
+        harness.limits_of(given.ram, given.disk),
+    )
     made = []
     for name in names:
         if missing := PEERS[name].missing():
             say(f"{name} is left out: {' and '.join(missing)} not installed")
             continue
         form = PEERS[name].form(work, prepared)
-        command = peer(PEERS[name].module, form, prompt, given.tokens, given, limits)
+        command = harness.peer(PEERS[name].module, form, prompt, given.tokens, given, limits)
         command += [word for own, text in given.set if own == name for word in ("--set", text)]
         made.append(Point(name, command, limits, form))
     return prepared, made
@@ -155,22 +139,20 @@ def limit(run: Run) -> tuple[float, str]:
 
 
 def streamed_bytes(run: Run) -> tuple[float, str]:
-    """Bytes that a pass of bloomdesk takes from the disk, by its plan, else by the kernel's count."""
-    reports = [turn.report for turn in run.done if turn.point == "bloomdesk"]
-    planned = [report["streamed_bytes"] for report in reports if report["streamed_bytes"] is not None]
-    if planned:
-        return median(planned), "streamed by bloomdesk"
-    counted = [count for report in reports for count in report["read_bytes"][1:]]
-    if counted:
-        return median(counted), "read by bloomdesk"
-    return forms.weights_bytes(run.prepared), "of weights"
+    """Bytes that a pass of bloomdesk takes from the disk by its plan; without its turns all weights."""
+    planned = [turn.report["streamed_bytes"] for turn in run.done if turn.point == "bloomdesk"]
+    return (
+        (median(planned), "streamed by bloomdesk")
+        if planned
+        else (forms.weights_bytes(run.prepared), "of weights")
+    )
 
 
 def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     """Medians over the rounds of a peer."""
     if not all(turn.steps for turn in done):
         return {"failure": "too few tokens"}
-    passes, least = pass_facts(done), limit(run)[0]
+    passes, least = harness.pass_facts(done), limit(run)[0]
     own = [second for turn in run.done if turn.point == "bloomdesk" for second in turn.steps]
     failed = sum(turn.point == point.name for turn in run.turns) - len(done)
     return {
@@ -210,4 +192,4 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    sys.exit(harness.main(BENCHMARK))

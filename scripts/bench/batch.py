@@ -30,21 +30,8 @@ from statistics import median
 from typing import Any
 
 from runner.format.manifest import load_manifest
-from scripts.bench import turns
-from scripts.bench.harness import (
-    Benchmark,
-    Column,
-    Point,
-    Row,
-    Run,
-    Turn,
-    add_like,
-    add_limits,
-    limits_of,
-    main,
-    peer,
-    prompt_of,
-)
+from scripts.bench import harness
+from scripts.bench.harness import Benchmark, Column, Point, Row, Run, Turn
 from scripts.bench.peers import forms
 from scripts.fakehub.checkpoint import TRUE_SHAPES
 
@@ -88,8 +75,8 @@ COLUMNS = (
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    add_like(parser)
-    add_limits(parser)
+    harness.add_like(parser)
+    harness.add_limits(parser)
     parser.add_argument("--lossless", type=Path, metavar="DIR", help="its lossless form; else WORK's")
     parser.add_argument("--draft-like", choices=TRUE_SHAPES, help="the draft's shapes; default: very small")
     parser.add_argument("--ways", default=",".join(map(str, range(len(WAYS)))), metavar="0,1,...")
@@ -102,17 +89,18 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
     """A point for each way."""
-    more = [] if given.lossless else ["lossless"]
-    turns.check_room(work, forms.bytes_to_make(work, given.prepared, None, given.like, more))
-    prepared = (given.prepared or forms.prepared(work, None, given.like)).resolve()
+    prepared = harness.prepared(given, work, [] if given.lossless else ["lossless"])
     lossless = (given.lossless or forms.lossless(work, prepared)).resolve()
     draft = useless_draft(work, given.draft_like, load_manifest(prepared).model.vocab_size)
-    prompt, limits = prompt_of(prepared, given.prompt_tokens), limits_of(given.ram, given.disk)
+    prompt, limits = (
+        harness.prompt_of(prepared, given.prompt_tokens),
+        harness.limits_of(given.ram, given.disk),
+    )
     made = []
     for name, way in (list(WAYS.items())[int(number)] for number in given.ways.split(",")):
         form = lossless if way.lossless else prepared
         tokens = given.draft_tokens if way.draft else given.tokens
-        command = peer("batch_passes", form, prompt, tokens, given, limits)
+        command = harness.peer("batch_passes", form, prompt, tokens, given, limits)
         settings = {"batch": given.batch if way.batched else 1, "speculate": way.speculate}
         settings |= {"draft": draft} if way.draft else {}
         command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
@@ -203,4 +191,4 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    sys.exit(harness.main(BENCHMARK))

@@ -73,12 +73,9 @@ class ControlGroup:
 
     def peak(self) -> int | None:
         """The most bytes the group had so far, page cache included; None if the system does not say."""
-        if self.peak_file is None:
-            return None
-        try:
-            return int(self.peak_file.read_text())
-        except (OSError, ValueError):
-            return None
+        with suppress(OSError, ValueError):
+            return int(self.peak_file.read_text()) if self.peak_file else None
+        return None
 
 
 @dataclass(frozen=True)
@@ -186,25 +183,23 @@ def own_group(controller: str, mount: Mount, file: Path = OWN_GROUPS) -> Path:
 
 def _make_v1(undo: ExitStack, wanted: Wanted) -> ControlGroup:
     group = ControlGroup("v1")
+
+    def made(controller: str) -> Path:
+        for mount in wanted.mounts:
+            if mount.kind == "cgroup" and controller in mount.options:
+                group.directories.append(_made(undo, own_group(controller, mount, wanted.own_groups)))
+                return group.directories[-1]
+        raise NoControlGroups(f"v1: the controller {controller} is not mounted")
+
     if wanted.ram is not None:
-        directory = _made_v1(undo, wanted, "memory")
-        group.directories.append(directory)
+        directory = made("memory")
         (directory / "memory.limit_in_bytes").write_text(str(wanted.ram))
         if (swap := directory / "memory.memsw.limit_in_bytes").exists():
             swap.write_text(str(wanted.ram))
         group.peak_file = directory / "memory.max_usage_in_bytes"
     if wanted.rate is not None:
-        directory = _made_v1(undo, wanted, "blkio")
-        group.directories.append(directory)
-        (directory / "blkio.throttle.read_bps_device").write_text(f"{wanted.disk} {wanted.rate}")
+        (made("blkio") / "blkio.throttle.read_bps_device").write_text(f"{wanted.disk} {wanted.rate}")
     return group
-
-
-def _made_v1(undo: ExitStack, wanted: Wanted, controller: str) -> Path:
-    for mount in wanted.mounts:
-        if mount.kind == "cgroup" and controller in mount.options:
-            return _made(undo, own_group(controller, mount, wanted.own_groups))
-    raise NoControlGroups(f"v1: the controller {controller} is not mounted")
 
 
 def _make_v2(undo: ExitStack, wanted: Wanted) -> ControlGroup:

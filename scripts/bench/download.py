@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from statistics import median
 
-from scripts.bench.harness import Column, table
+from scripts.bench.harness import Column, interleaved, table
 
 COLUMNS = (
     Column("connections", "connections"),
@@ -31,7 +32,7 @@ NAME, FILE = "bench/download", "model.safetensors"
 HUB = "scripts.fakehub.server"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="One connection against several, on a local hub.")
     parser.add_argument("--size", type=int, default=512, metavar="MB", help="of the file (default: 512)")
     parser.add_argument("--rate", type=float, default=20.0, metavar="MB", help="MB/s each (default: 20)")
@@ -46,7 +47,6 @@ def main() -> int:
         for rate in (options.rate, None):
             seconds = measure(source, Path(scratch) / "target", options.connections, options.rounds, rate)
             show(options.size * 10**6, seconds, rate)
-    return 0
 
 
 def write_noise(path: Path, size: int) -> None:
@@ -57,18 +57,15 @@ def write_noise(path: Path, size: int) -> None:
 
 def measure(
     source: Path, target: Path, connections: list[int], rounds: int, rate: float | None
-) -> dict[int, list[tuple[float, float]]]:
+) -> dict[str, list[tuple[float, float]]]:
     """Seconds, and seconds of the processor, of each run by its number of connections."""
     command = [sys.executable, "-m", HUB, f"{NAME}={source}", "--minutes", "120"]
     if rate is not None:
         command += ["--rate", str(rate)]
-    taken: dict[int, list[tuple[float, float]]] = {count: [] for count in connections}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hub:
         assert hub.stdin is not None and hub.stdout is not None
         os.environ["HF_ENDPOINT"] = hub.stdout.readline().strip()
-        for _ in range(rounds):
-            for count in connections:
-                taken[count].append(fetch(target, count))
+        taken = interleaved({str(count): partial(fetch, target, count) for count in connections}, rounds)
         hub.stdin.close()
     return taken
 
@@ -90,20 +87,19 @@ def fetch(target: Path, connections: int) -> tuple[float, float]:
     return taken
 
 
-def show(size: int, taken: dict[int, list[tuple[float, float]]], rate: float | None) -> None:
+def show(size: int, taken: dict[str, list[tuple[float, float]]], rate: float | None) -> None:
     title = "no limit" if rate is None else f"{rate:g} MB/s for each connection"
     print(f"\n{size / 1e6:,.0f} MB, {title}, medians of {len(next(iter(taken.values())))}\n")
-    speeds = {
-        count: size / 1e6 / statistics.median(each[0] for each in runs) for count, runs in taken.items()
-    }
+    medians = {count: tuple(map(median, zip(*runs, strict=True))) for count, runs in taken.items()}
+    speeds = {count: size / 1e6 / seconds for count, (seconds, _) in medians.items()}
     first = next(iter(speeds.values()))
     rows = [
         {
-            "connections": str(count),
+            "connections": count,
             "speed": speed,
-            "share": speed / (count * rate) if rate else None,
+            "share": speed / (int(count) * rate) if rate else None,
             "times": speed / first,
-            "work": statistics.median(each[1] for each in taken[count]) / size * 1e9,
+            "work": medians[count][1] / size * 1e9,
         }
         for count, speed in speeds.items()
     ]
@@ -111,4 +107,4 @@ def show(size: int, taken: dict[int, list[tuple[float, float]]], rate: float | N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

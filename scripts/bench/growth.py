@@ -32,22 +32,8 @@ import xxhash
 
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP, block_file, part_specs
 from runner.format.manifest import CompanionRecord, load_manifest
-from scripts.bench import turns
-from scripts.bench.harness import (
-    Benchmark,
-    Column,
-    Point,
-    Row,
-    Run,
-    Turn,
-    add_like,
-    limits_of,
-    main,
-    pass_facts,
-    peer,
-    prompt_of,
-)
-from scripts.bench.peers import forms
+from scripts.bench import harness, turns
+from scripts.bench.harness import Benchmark, Column, Point, Row, Run, Turn
 from scripts.bench.turns import CannotRun, numbers, size, sizes
 
 PROMPT_TOKENS = 16
@@ -66,7 +52,7 @@ COLUMNS = (
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    add_like(parser)
+    harness.add_like(parser)
     parser.add_argument("--only", action="append", choices=LINES, help="this line; may be repeated")
     parser.add_argument("--blocks", type=numbers, default="6,12,18,24,30", metavar="N,...")
     parser.add_argument("--blocks-ram", type=size, default="1GB", metavar="SIZE")
@@ -80,24 +66,23 @@ def options(parser: argparse.ArgumentParser) -> None:
 def limits(given: argparse.Namespace) -> list[turns.Limits]:
     """The limits of the lines that were asked for; the context in RAM has none."""
     rams = {"blocks": [given.blocks_ram], "context": [given.context_ram], "ram": given.ram}
-    return [limits_of(ram, given.disk) for line in given.only or LINES for ram in rams.get(line, ())]
+    return [harness.limits_of(ram, given.disk) for line in given.only or LINES for ram in rams.get(line, ())]
 
 
 def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
     """Every point of the lines that were asked for."""
     if None in (*given.ram, given.blocks_ram, given.context_ram) or given.tokens < 1:
         raise CannotRun("RAM must be sizes, and --tokens at least 1")
-    turns.check_room(work, forms.bytes_to_make(work, given.prepared, None, given.like))
-    prepared = (given.prepared or forms.prepared(work, None, given.like)).resolve()
+    prepared = harness.prepared(given, work)
     lines = given.only or LINES
     if "blocks" in lines and max(given.blocks) > load_manifest(prepared).model.n_layer:
         raise CannotRun(f"{prepared} has fewer than {max(given.blocks)} blocks: give --blocks")
     made = []
 
     def add(line: str, x: float, form: Path, prompt_tokens: int, ram: float | None) -> None:
-        limits = limits_of(ram, given.disk if ram else None)
-        prompt = prompt_of(form, prompt_tokens)
-        command = peer("one_row_passes", form, prompt, given.tokens + 1, given, limits)
+        limits = harness.limits_of(ram, given.disk if ram else None)
+        prompt = harness.prompt_of(form, prompt_tokens)
+        command = harness.peer("one_row_passes", form, prompt, given.tokens + 1, given, limits)
         made.append(Point(f"{line} {x:g}", command, limits, form))
 
     for line in lines:
@@ -125,7 +110,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
         rates = [each for turn in run.turns for each in turn.disk_rates]
         rate = turns.rate_of_the_limit([median(rates), *own], point.limits)
         by_disk = streamed / rate
-    limit, passes = max(by_disk, by_memory), pass_facts(done)
+    limit, passes = max(by_disk, by_memory), harness.pass_facts(done)
     return {
         "line": line,
         "x": float(x),
@@ -154,15 +139,13 @@ def first_blocks(prepared: Path, out: Path, count: int) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     model = replace(manifest.model, n_layer=count)
+    # The number's digits are those of the whole.
+    own = {block_file(index, count): block_file(index, manifest.model.n_layer) for index in range(count)}
     parts = {}
     for spec in part_specs(model):
-        parts[spec.file] = manifest.parts[spec.file]
-    for index in range(count):  # the number's digits are those of the whole
-        whole = manifest.parts[block_file(index, manifest.model.n_layer)]
-        parts[block_file(index, count)] = replace(whole, file=block_file(index, count))
-        os.link(prepared / whole.file, out / block_file(index, count))
-    for file in parts.keys() - {path.name for path in out.iterdir()}:
-        os.link(prepared / file, out / file)
+        whole = manifest.parts[own.get(spec.file, spec.file)]
+        parts[spec.file] = replace(whole, file=spec.file)
+        os.link(prepared / whole.file, out / spec.file)
     companions = dict(manifest.companions)
     for file in companions:
         data = (prepared / file).read_bytes()
@@ -182,4 +165,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    sys.exit(harness.main(BENCHMARK))

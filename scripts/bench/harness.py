@@ -19,8 +19,9 @@ import argparse
 import json
 import os
 import random
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -91,6 +92,17 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def at_once(works: Sequence[Callable[[], object]]) -> float:
+    """How long all of them take together, each in a thread of its own."""
+    threads = [threading.Thread(target=work) for work in works]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - began
+
+
 @dataclass(frozen=True)
 class Point:
     """What is measured in one turn of each round: a command that reads `form` under limits.
@@ -132,7 +144,7 @@ class Run:
 
     def of(self, point: Point) -> list[Turn]:
         """The turns of a point that succeeded."""
-        return [turn for turn in self.turns if turn.point == point.name and not turn.failure]
+        return [turn for turn in self.done if turn.point == point.name]
 
     @property
     def done(self) -> list[Turn]:
@@ -228,7 +240,8 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
     except CannotRun as error:
         say(str(error))
         return 2
-    print(f"{machine(prepared)}\n{len(run.memory_rates)} rounds, control groups: {_kinds(run)}\n")
+    groups = ", ".join(sorted({turn.group for turn in run.turns})) or "none"
+    print(f"{machine(prepared)}\n{len(run.memory_rates)} rounds, control groups: {groups}\n")
     print(table(benchmark.columns, run.measured(benchmark)))
     if run.done and (below := benchmark.below(run)):
         print(f"\n{below}")
@@ -238,10 +251,6 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> int:
 def _rounds(benchmark: Benchmark, run: Run) -> None:
     for number in range(1, run.given.rounds + 1):
         run.round(number, lambda: save(run.given.json, benchmark.name, benchmark.result(run), run.prepared))
-
-
-def _kinds(run: Run) -> str:
-    return ", ".join(sorted({turn.group for turn in run.turns})) or "none"
 
 
 def parser_of(benchmark: Benchmark) -> argparse.ArgumentParser:
@@ -278,6 +287,13 @@ def given_limits(given: argparse.Namespace) -> list[Limits]:
 
 def limits_of(ram: float | None, disk: float | None) -> Limits:
     return Limits(None if ram is None else int(ram), disk)
+
+
+def prepared(given: argparse.Namespace, work: Path, more: Collection[str] = ()) -> Path:
+    """The directory of --prepared or the one in `work`, made where there is room for it and `more` forms."""
+    source = getattr(given, "checkpoint", None)
+    turns.check_room(work, forms.bytes_to_make(work, given.prepared, source, given.like, more))
+    return (given.prepared or forms.prepared(work, source, given.like)).resolve()
 
 
 def prompt_of(prepared: Path, count: int) -> list[int]:

@@ -14,13 +14,11 @@ which is taken to grow with the cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -58,7 +56,7 @@ def ours(weights: torch.Tensor) -> tuple[int, Callable[[], Decode]]:
     """Bytes when coded, and what makes a decoder with memory of its own."""
     data = as_bytes(weights)
     coded, lengths = encode_row_groups(data, COLUMNS)
-    offsets = [0, *accumulate(lengths)]
+    offsets = [0, *itertools.accumulate(lengths)]
 
     def make() -> Decode:
         source, out = bytearray(coded), bytearray(len(data))
@@ -77,8 +75,7 @@ def zstd(weights: torch.Tensor) -> tuple[int, Callable[[], Decode]]:
     """zstandard on the bytes of the exponents alone; bringing them and the others together is not timed."""
     import zstandard
 
-    exponents = ((weights.view(torch.int16) >> 7) & 0xFF).to(torch.uint8)
-    data = as_bytes(exponents)
+    data = as_bytes(exponents(weights).to(torch.uint8))
     packed = zstandard.ZstdCompressor(level=1).compress(data)
     assert zstandard.ZstdDecompressor().decompress(packed) == data
 
@@ -111,29 +108,22 @@ def as_bytes(tensor: torch.Tensor) -> bytearray:
     return bytearray(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
+def exponents(weights: torch.Tensor) -> torch.Tensor:
+    return ((weights.view(torch.int16) >> 7) & 0xFF).flatten()
+
+
 def fixed_code(weights: torch.Tensor) -> float:
     """The share of a code of 4 bits for the 15 commonest exponents, with a byte for the others."""
-    counts = ((weights.view(torch.int16) >> 7) & 0xFF).flatten().bincount(minlength=256).sort(descending=True)
+    counts = exponents(weights).bincount(minlength=256).sort(descending=True)
     rare = 1 - counts.values[:15].sum().item() / weights.numel()
     return (8 + 4 + 8 * rare) / 16
 
 
 def entropy(weights: torch.Tensor) -> float:
     """The share of an ideal code of the exponents, one at a time."""
-    counts = ((weights.view(torch.int16) >> 7) & 0xFF).flatten().bincount().double()
+    counts = exponents(weights).bincount().double()
     shares = counts[counts > 0] / weights.numel()
     return (8 - (shares * shares.log2()).sum().item()) / 16
-
-
-def seconds(decoders: list[Decode]) -> float:
-    """All of them at once, each in a thread of its own."""
-    threads = [threading.Thread(target=decode) for decode in decoders]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - began
 
 
 def decoding(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, dict[str, float]]:
@@ -149,17 +139,12 @@ def decoding(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, dict[s
 
     def decoded(make: Callable[[], Decode], count: int) -> float:
         decoders = [make() for _ in range(count)]
-        seconds(decoders)  # their memory is touched once before
-        return seconds(decoders)
+        harness.at_once(decoders)  # their memory is touched once before
+        return harness.at_once(decoders)
 
-    taken = interleaved(
-        {
-            f"{name} {count}": partial(decoded, make, count)
-            for name, make in makers.items()
-            for count in {1, cores}
-        },
-        rounds,
-    )
+    ways = itertools.product(makers.items(), {1, cores})
+    timed = {f"{name} {count}": partial(decoded, make, count) for (name, make), count in ways}
+    taken = interleaved(timed, rounds)
     return {
         name: {
             "share": shares[name],
@@ -174,7 +159,7 @@ def products(weights: torch.Tensor, rounds: int, cores: int) -> dict[str, float]
     """Rates of weights in a product of one row: as they are, and coded, on one core and on all."""
     data, lengths = encode_row_groups(as_bytes(weights), COLUMNS)
     coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    offsets = torch.tensor([0, *accumulate(lengths)])
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
     x, out = torch.ones(1, COLUMNS), torch.zeros(1, len(weights))
     ways: dict[str, Callable[[], object]] = {}
     for count in {1, cores}:
@@ -201,13 +186,9 @@ def main() -> None:
     rows = [{"way": name, **found} for name, found in ways.items()]
     rows += [{"way": name, "share": share} for name, share in arithmetic.items()]
     rates = [Column("GB/s, 1 core", "one", ".2f", 1e9), Column(f"{cores} cores", "all", ".2f", 1e9)]
-    print(
-        table([Column("way to decode", "way"), Column("of bfloat16's bytes", "share", ".3f"), *rates], rows)
-    )
-    rows = [
-        {"way": name, "one": product[f"{name} 1"], "all": product[f"{name} {cores}"]}
-        for name in ("plain", "coded")
-    ]
+    share = Column("of bfloat16's bytes", "share", ".3f")
+    print(table([Column("way to decode", "way"), share, *rates], rows))
+    rows = [{"way": n, "one": product[f"{n} 1"], "all": product[f"{n} {cores}"]} for n in ("plain", "coded")]
     print(f"\n{table([Column('product of one row', 'way'), *rates], rows)}\n")
     rows = [{"cores": str(count), "rate": product["coded 1"] * count} for count in CORES]
     print(table([Column("cores", "cores"), Column("faster on drives below, GB/s", "rate", ".1f", 1e9)], rows))

@@ -50,6 +50,7 @@ STYLE = {
 }
 PEER_COLOURS = {"bloomdesk": BLUE, "bloomdesk-lossless": VIOLET}
 LIMIT = {"color": RED, "linestyle": "--", "linewidth": 1.5}
+BESIDE = {"textcoords": "offset points"}  # of an annotation: so many from the place
 
 
 @contextmanager
@@ -64,26 +65,36 @@ def picture(path: Path, width: float, height: float) -> Iterator[Axes]:
 def peers(data: dict[str, Any], out: Path) -> list[Path]:
     """Seconds a token of each peer as bars, the limit as a line."""
     seconds = {row["point"]: row["seconds"] for row in data["measured"] if "seconds" in row}
-    ranked = sorted(((value, name) for name, value in seconds.items()), reverse=True)
-    limit = data["limit"]["seconds"]
-    name = "in-ram" if data["ram"] is None and data["disk"] is None else "from-disk"
-    path = out / f"performance-peers-{name}.svg"
-    with picture(path, 7.2, 0.5 * len(ranked) + 1.3) as axes:
-        for place, (value, peer) in enumerate(ranked):
-            axes.barh(place, value, height=0.62, color=PEER_COLOURS.get(peer, INK))
-            beside = (
-                limit if value < limit < 1.1 * value + 0.1 * ranked[0][0] else value
-            )  # not across the line
-            axes.text(beside, place, f"  {value:.3g} s", va="center", color=INK)
-        axes.set_yticks(range(len(ranked)), [peer for _, peer in ranked])
-        axes.tick_params(axis="y", length=0)
+    names, values = zip(*sorted(seconds.items(), key=lambda each: each[1], reverse=True), strict=True)
+    limit, longest = data["limit"]["seconds"], values[0]
+    where = "in-ram" if data["ram"] is None and data["disk"] is None else "from-disk"
+    path = out / f"performance-peers-{where}.svg"
+    with picture(path, 7.2, 0.5 * len(names) + 1.3) as axes:
+        colours = [PEER_COLOURS.get(name, INK) for name in names]
+        # Not across the line.
+        ends = [limit if value < limit < 1.1 * value + 0.1 * longest else value for value in values]
+        bars(axes, names, values, [f"{value:.3g} s" for value in values], ends, colours)
         axes.axvline(limit, **LIMIT)
         what = "limit of weights that are not coded," if "bloomdesk-lossless" in seconds else "limit"
-        axes.text(limit, len(ranked) - 0.45, f" {what} {limit:.3g} s", color=RED, va="bottom")
-        axes.set_ylim(-0.6, len(ranked) - 0.05)
-        axes.set_xlim(0, max(value for value, _ in ranked) * 1.13)
+        axes.text(limit, len(names) - 0.45, f" {what} {limit:.3g} s", color=RED, va="bottom")
+        axes.set(ylim=(-0.6, len(names) - 0.05), xlim=(0, longest * 1.13))
         axes.set_xlabel(f"seconds a token ({conditions(data)})")
     return [path]
+
+
+def bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    texts: Sequence[str],
+    ends: Sequence[float],
+    colours: str | list[str] = BLUE,
+) -> None:
+    """A bar for each name, the first at the bottom, its text beside `ends`."""
+    axes.barh(names, values, height=0.62, color=colours)
+    for place, (end, text) in enumerate(zip(ends, texts, strict=True)):
+        axes.text(end, place, f"  {text}", va="center", color=INK)
+    axes.tick_params(axis="y", length=0)
 
 
 def conditions(data: dict[str, Any]) -> str:
@@ -99,16 +110,12 @@ def true_size(data: dict[str, Any], out: Path) -> list[Path]:
     path = out / "performance-true-size.svg"
     with picture(path, 7.2, 3.9) as axes:
         rows = [row for row in data["measured"] if "seconds" in row]
-        for disk, colour in zip(
-            dict.fromkeys(row["disk"] for row in rows), (BLUE, GREEN, ORANGE), strict=False
-        ):
+        disks = dict.fromkeys(row["disk"] for row in rows)
+        for disk, colour in zip(disks, (BLUE, GREEN, ORANGE), strict=False):
             line = [row for row in rows if row["disk"] == disk]
             name = f"disk braked to {disk / 1e9:g} GB/s" if disk else "disk without a brake"
             measured_and_limit(axes, [row["ram"] / 1e9 for row in line], line, colour, name)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({row["ram"] / 1e9 for row in rows})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+        logarithmic(axes, "x", sorted({row["ram"] / 1e9 for row in rows}))
         blocks, size = data["model"]["n_layer"], data["weights_bytes"] / 1e9
         axes.set_title(f"{blocks} true blocks and the head of BLOOM-176B, {size:.1f} GB")
         finish(axes, "RAM, GB", "seconds a pass")
@@ -129,25 +136,13 @@ def extrapolated(rows: Sequence[dict[str, Any]], path: Path) -> Path:
             seconds = [row["seconds"] for row in line]
             axes.plot(drives, seconds, "o-", color=colour, label=f"{ram / 1e9:g} GB of RAM")
         for row in (row for row in rows if row["ram"] == rows[0]["ram"]):
-            place = (row["drive"] / 1e9, row["seconds"])
-            axes.annotate(
-                f"{row['seconds']:.0f} s",
-                place,
-                color=INK,
-                ha="center",
-                xytext=(0, 8),
-                textcoords="offset points",
-            )
+            place = row["drive"] / 1e9, row["seconds"]
+            axes.annotate(f"{row['seconds']:.0f} s", place, (0, 8), color=INK, ha="center", **BESIDE)
         axes.plot([7], [180], "s", color=RED, clip_on=False)
-        axes.annotate("the tutorial, 180 s ", (7, 180), color=RED, ha="right", va="center", xytext=(-6, 0),
-                      textcoords="offset points")  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        drives = sorted({row["drive"] / 1e9 for row in rows})
-        axes.set_xticks(drives, [f"{drive:g}" for drive in drives])
-        ticks = [20, 50, 100, 200, 400]
-        axes.set_yticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        tutorial = "the tutorial, 180 s "
+        axes.annotate(tutorial, (7, 180), (-6, 0), color=RED, ha="right", va="center", **BESIDE)
+        logarithmic(axes, "x", sorted({row["drive"] / 1e9 for row in rows}))
+        logarithmic(axes, "y", [20, 50, 100, 200, 400])
         axes.set_title("BLOOM-176B, extrapolated from true blocks")
         finish(axes, "drive, GB/s", "seconds a token", from_zero=False)
     return path
@@ -186,17 +181,21 @@ def under(rows: Sequence[dict[str, Any]]) -> str:
 def batch(data: dict[str, Any], out: Path) -> list[Path]:
     """Tokens a second of each way to use the passes."""
     path = out / "performance-batch.svg"
-    rows = [row for row in data["measured"] if "tokens_per_second" in row]
+    rows = [row for row in reversed(data["measured"]) if "tokens_per_second" in row]
+    rates = [row["tokens_per_second"] for row in rows]
     with picture(path, 7.2, 0.5 * len(rows) + 1.0) as axes:
-        for place, row in enumerate(reversed(rows)):
-            value = row["tokens_per_second"]
-            axes.barh(place, value, height=0.62, color=BLUE)
-            axes.text(value, place, f"  {value:.2f} ({row['times_plain']:.1f} x)", va="center", color=INK)
-        axes.set_yticks(range(len(rows)), [row["point"] for row in reversed(rows)])
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, max(row["tokens_per_second"] for row in rows) * 1.3)
-        axes.set_xlabel(f"tokens a second ({conditions(data)})")
+        texts = [f"{row['tokens_per_second']:.2f} ({row['times_plain']:.1f} x)" for row in rows]
+        bars(axes, [row["point"] for row in rows], rates, texts, rates)
+        axes.set(xlim=(0, max(rates) * 1.3), xlabel=f"tokens a second ({conditions(data)})")
     return [path]
+
+
+def logarithmic(axes: Axes, which: str, ticks: Sequence[float]) -> None:
+    """An axis, x or y, with these ticks alone."""
+    names = [f"{tick:g}" for tick in ticks]
+    axes.set(**{f"{which}scale": "log"})
+    axes.set(**{f"{which}ticks": ticks, f"{which}ticklabels": names})
+    axes.minorticks_off()
 
 
 def measured_and_limit(
@@ -213,8 +212,7 @@ def measured_and_limit(
 
 
 def finish(axes: Axes, x_label: str, y_label: str, *, from_zero: bool = True) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(True)

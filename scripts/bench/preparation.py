@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 from scripts.bench.harness import Column, interleaved, save, table
 from scripts.bench.peers import forms
@@ -46,13 +49,13 @@ class Run:
 def measure(command: Sequence[str | Path]) -> Run:
     """Run a command to its end, which must be a good one."""
     before, start = os.times(), time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
 
     def sample() -> None:
         nonlocal peak
         while process.returncode is None:
-            peak = max(peak, anonymous_bytes(process.pid))
+            peak = max(peak, anonymous_bytes(process))
             time.sleep(SECONDS_BETWEEN_SAMPLES)
 
     sampler = threading.Thread(target=sample)
@@ -66,33 +69,28 @@ def measure(command: Sequence[str | Path]) -> Run:
     return Run(seconds, processor, peak)
 
 
-def anonymous_bytes(pid: int) -> int:
-    """A process's anonymous memory now; 0 where it has ended or the system does not say."""
+def anonymous_bytes(process: psutil.Process) -> int:
+    """A process's anonymous memory now; 0 where it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
+        found = process.memory_info()
+    except psutil.Error:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return found.rss - found.shared
 
 
 def import_seconds(command: str, *paths: Path) -> float:
     """Seconds that Python takes for the imports of a bloomdesk command, as `-X importtime` counts them."""
     arguments = [BLOOMDESK[0], "-X", "importtime", *BLOOMDESK[1:], command, *map(str, paths)]
     errors = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True).stderr
-    lines = [
-        line.removeprefix("import time:") for line in errors.splitlines() if line.startswith("import time:")
-    ]
-    return sum(int(own) for own in (line.split("|")[0] for line in lines) if own.strip().isdigit()) / 1e6
+    own = re.findall(r"^import time: +(\d+)", errors, re.MULTILINE)
+    return sum(map(int, own)) / 1e6
 
 
-def cool(*directories: Path) -> None:
-    """Bring everything onto the disk, and these directories' files out of the page cache."""
+def cool(directory: Path) -> None:
+    """Bring everything onto the disk, and this directory's files out of the page cache."""
     os.sync()
     time.sleep(SECONDS_TO_SETTLE)  # what was deleted before is given back to the disk in the background
-    for path in (path for directory in directories for path in directory.iterdir()):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    forms.cool(directory)
 
 
 class Bench:
@@ -102,26 +100,20 @@ class Bench:
         self.source, self.copy = source, work / "copy"
         self.prepared, self.fresh = work / "prepared", work / "fresh"
         forms.convert(source, self.prepared)
-        self.commands: dict[str, Callable[[], Run]] = {
-            "cp": self.cp,
-            "convert": self.convert,
-            "cat": self.cat,
-            "verify": self.verify,
-        }
+        self.commands = {"cp": self.cp, "convert": self.convert, "cat": self.cat, "verify": self.verify}
 
     def cp(self) -> Run:
-        shutil.rmtree(self.copy, ignore_errors=True)
-        cool(self.source)
-        copy = 'cp -r "$0" "$1" && sync "$1"/*'
-        run = measure(["sh", "-c", copy, self.source, self.copy])
-        shutil.rmtree(self.copy)
-        return run
+        return self.written(self.copy, ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', self.source, self.copy])
 
     def convert(self) -> Run:
-        shutil.rmtree(self.fresh, ignore_errors=True)
+        return self.written(self.fresh, [*BLOOMDESK, "convert", self.source, self.fresh])
+
+    def written(self, out: Path, command: Sequence[str | Path]) -> Run:
+        """A command that reads the source and writes `out`, which is deleted before and after."""
+        shutil.rmtree(out, ignore_errors=True)
         cool(self.source)
-        run = measure([*BLOOMDESK, "convert", self.source, self.fresh])
-        shutil.rmtree(self.fresh)
+        run = measure(command)
+        shutil.rmtree(out)
         return run
 
     def cat(self) -> Run:
@@ -171,10 +163,6 @@ def compared(runs: dict[str, list[Run]], imports: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def directory_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure convert against cp and verify against cat.")
     parser.add_argument("work", type=Path, metavar="WORK", help="a directory on the disk to measure")
@@ -194,7 +182,9 @@ def main() -> None:
         imports["verify"] = import_seconds("verify", Path(small, "out"))
     bench = Bench(work, source)
     runs = interleaved(bench.commands, given.rounds, warm_up=1)
-    read, written = directory_bytes(bench.prepared), directory_bytes(source)
+    read, written = (
+        sum(path.stat().st_size for path in forms.files(each)) for each in (bench.prepared, source)
+    )
     sizes = {"cp": written, "convert": written, "cat": read, "verify": read}
     rows = [row(name, found, sizes[name], imports.get(name)) for name, found in runs.items()]
     save(given.json, "preparation", {"bytes": written, "measured": rows}, work)

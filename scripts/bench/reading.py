@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import mmap
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +21,7 @@ import torch
 
 from runner.system import files, memory
 from runner.weights.chunks import LARGEST_CHUNK
-from scripts.bench.harness import Column, interleaved, save, table
+from scripts.bench.harness import Column, at_once, interleaved, save, table
 
 COLUMNS = (
     Column("way", "way"),
@@ -89,13 +89,9 @@ def seconds(path: Path, ways: Iterator[Read], threads: int) -> tuple[float, floa
         for start in starts:  # one step of a range's iterator cannot be taken by two threads
             read(start, LARGEST_CHUNK)
 
-    readers = [threading.Thread(target=work, args=(next(ways),)) for _ in range(threads)]
-    wall, processor = time.perf_counter(), time.process_time()
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    return time.perf_counter() - wall, time.process_time() - processor
+    readers = [partial(work, next(ways)) for _ in range(threads)]
+    processor = time.process_time()
+    return at_once(readers), time.process_time() - processor
 
 
 def main() -> None:

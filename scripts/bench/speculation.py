@@ -17,24 +17,23 @@ what passes and proposals take on the machine, so the figures of two runs differ
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import runner
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from scripts.bench import turns
-from scripts.bench.harness import Column, save, table
+from scripts.bench.harness import Column, Row, save, table
 from scripts.bench.peers.forms import convert, is_prepared
 from scripts.bench.turns import CannotRun, machine, say
 from scripts.fakehub import checkpoint as make_checkpoint
+from scripts.miniature.files import unseen_lines
 from scripts.miniature.texts import KINDS, Text, draw_texts
 
 MOST_TOKENS = 104  # of an answer: no text of the miniature is longer
@@ -62,68 +61,45 @@ WAYS = (
 )
 
 
-@dataclass
-class Result:
-    """One way over one set. A pass counts for each of the prompts that it carries."""
-
-    prompts: str
-    way: str
-    count: int
-    identical: int
-    tokens: int
-    passes: int
-    proposed: int
-    accepted: int
-    drafting_seconds: float
-    seconds: float
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return self.tokens / self.passes
-
-    @property
-    def after_the_prompt(self) -> float:
-        """Tokens a pass without the passes of the prompts and the token that each of these gives."""
-        return (self.tokens - self.count) / (self.passes - self.count)
-
-    def as_json(self) -> dict[str, Any]:
-        rates = {"tokens_per_pass": self.tokens_per_pass, "after_the_prompt": self.after_the_prompt}
-        return asdict(self) | rates
-
-
 def measure(
     model: Model, draft: Path, name: str, prompts: Sequence[str], way: Way, expected: Sequence[list[int]]
-) -> tuple[Result, list[list[int]]]:
-    """Run all prompts one way; what came of it, and the answers. Nothing is compared where nothing is expected."""
+) -> tuple[Row, list[list[int]]]:
+    """Run all prompts one way; what came of it, and the answers. Nothing is compared where nothing is expected.
+
+    A pass counts for each of the prompts that it carries.
+    """
     options = {"speculate": way.speculate, "draft": draft if way.draft else None}
-    result = Result(name, way.name, len(prompts), 0, 0, 0, 0, 0, 0.0, 0.0)
-    answers: list[list[int]] = [[] for _ in prompts]
-    began = time.perf_counter()
+    runs, answers, began = [], [], time.perf_counter()
     if way.batch:
-        requests = [model.request(prompt, MOST_TOKENS) for prompt in prompts]
+        requests = [model.requests(prompt, MOST_TOKENS)[0] for prompt in prompts]
         runs = [model.batch(requests, GenerationOptions(MOST_TOKENS, batch=way.batch, **options))]
-        for found in runs[0].run():
-            answers[found.index] = list(found.ids)
-            result.passes += found.passes
+        done = sorted(runs[0].run(), key=lambda each: each.index)
+        answers, passes = [list(each.ids) for each in done], sum(each.passes for each in done)
     else:
-        runs = []
-        for index, prompt in enumerate(prompts):
-            generation = model.generate(prompt, max_new_tokens=MOST_TOKENS, **options)
-            answers[index] = list(generation)
-            result.passes += generation.passes
-            runs.append(generation)
-    result.seconds = time.perf_counter() - began
-    result.tokens = sum(map(len, answers))
-    result.proposed, result.accepted = (sum(run.proposed for run in runs), sum(run.accepted for run in runs))
-    result.drafting_seconds = sum(run.drafting_seconds for run in runs)
-    result.identical = sum(map(list.__eq__, answers, expected or answers))
-    return result, answers
+        for prompt in prompts:
+            runs.append(model.generate(prompt, max_new_tokens=MOST_TOKENS, **options))
+            answers.append(list(runs[-1]))
+        passes = sum(each.passes for each in runs)
+    count, tokens = len(prompts), sum(map(len, answers))
+    summed = ("proposed", "accepted", "drafting_seconds")
+    return {
+        "prompts": name,
+        "way": way.name,
+        "count": count,
+        "identical": sum(map(list.__eq__, answers, expected or answers)),
+        "tokens": tokens,
+        "passes": passes,
+        **{fact: sum(getattr(each, fact) for each in runs) for fact in summed},
+        "seconds": time.perf_counter() - began,
+        "tokens_per_pass": tokens / passes,
+        # Without the passes of the prompts and the token that each of these gives.
+        "after_the_prompt": (tokens - count) / (passes - count),
+    }, answers
 
 
 def unseen(count: int) -> list[str]:
     """`count` of the unseen prompts, as many of each kind as can be."""
-    text = (make_checkpoint.MINIATURE / "unseen.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = unseen_lines(make_checkpoint.MINIATURE)
     by_kind = {kind: [line["prompt"] for line in lines if line["kind"] == kind] for kind in KINDS}
     turns_ = zip(*by_kind.values(), strict=True)
     return [prompt for group in turns_ for prompt in group][:count]
@@ -158,34 +134,28 @@ def prompt_sets(count: int, repeating: int) -> dict[str, list[str]]:
     return {"unseen": unseen(count), "edit": edits(texts, repeating), "table": tables(texts, repeating)}
 
 
-def checkpoints(work: Path) -> tuple[Path, Path]:
-    """Prepared directories of the miniature and its draft in `work`."""
-    made = []
-    for name, make in (("miniature", make_checkpoint.miniature), ("draft", make_checkpoint.draft)):
-        directory = work / name
-        if not is_prepared(directory):
-            make(work / f"{name}-source")
-            convert(work / f"{name}-source", directory)
-        made.append(directory)
-    return made[0], made[1]
+def prepared(work: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """The prepared directory of the miniature or its draft in `work`."""
+    if not is_prepared(work / name):
+        make(work / f"{name}-source")
+    return convert(work / f"{name}-source", work / name)
 
 
-def run(given: argparse.Namespace, work: Path) -> list[Result]:
+def run(given: argparse.Namespace, work: Path) -> list[Row]:
     """All ways over all sets, a set at a time."""
-    directory, draft = checkpoints(work)
+    directory = prepared(work, "miniature", make_checkpoint.miniature)
+    draft = prepared(work, "draft", make_checkpoint.draft)
     model = runner.load(directory)
-    results: list[Result] = []
+    rows: list[Row] = []
     for name, prompts in prompt_sets(given.prompts, given.repeating).items():
         plain, expected = measure(model, draft, name, prompts, PLAIN, ())
-        results.append(plain)
-        for way in WAYS:
-            results.append(measure(model, draft, name, prompts, way, expected)[0])
-        for result in results[-1 - len(WAYS) :]:
-            say(
-                f"{name}, {result.way}: {result.tokens_per_pass:.2f} tokens a pass, {result.identical} identical"
-            )
-        save(given.json, "speculation", {"measured": [each.as_json() for each in results]}, work)
-    return results
+        of_set = [plain, *(measure(model, draft, name, prompts, way, expected)[0] for way in WAYS)]
+        for row in of_set:
+            gain = f"{row['tokens_per_pass']:.2f} tokens a pass, {row['identical']} identical"
+            say(f"{name}, {row['way']}: {gain}")
+        rows += of_set
+        save(given.json, "speculation", {"measured": rows}, work)
+    return rows
 
 
 COLUMNS = (
@@ -205,16 +175,16 @@ COLUMNS = (
 )
 
 
-def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The table's rows: each result, its share of draft tokens that were right, and its time beside the plain one's."""
-    plain = {result.prompts: result.seconds for result in results if result.way == PLAIN.name}
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """Each row with its share of draft tokens that were right, and its time beside the plain one's."""
+    plain = {row["prompts"]: row["seconds"] for row in rows if row["way"] == PLAIN.name}
     return [
         {
-            **result.as_json(),
-            "right": result.accepted / result.proposed if result.proposed else None,
-            "times_plain": result.seconds / plain[result.prompts],
+            **row,
+            "right": row["accepted"] / row["proposed"] if row["proposed"] else None,
+            "times_plain": row["seconds"] / plain[row["prompts"]],
         }
-        for result in results
+        for row in rows
     ]
 
 
@@ -231,12 +201,12 @@ def main() -> int:
     try:
         with turns.sole_worker(work):
             turns.check_room(work, 2**26)
-            results = run(given, work)
+            rows = run(given, work)
     except CannotRun as error:
         say(str(error))
         return 2
-    print(f"{machine(work)}\n\n{table(COLUMNS, rows_of(results))}")
-    return 0 if all(result.identical == result.count for result in results) else 1
+    print(f"{machine(work)}\n\n{table(COLUMNS, compared(rows))}")
+    return 0 if all(row["identical"] == row["count"] for row in rows) else 1
 
 
 if __name__ == "__main__":

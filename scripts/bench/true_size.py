@@ -46,21 +46,8 @@ from runner.estimate.rates import Rates
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import part_specs
 from runner.format.manifest import load_manifest
-from scripts.bench import turns
-from scripts.bench.harness import (
-    Benchmark,
-    Column,
-    Point,
-    Row,
-    Run,
-    Turn,
-    given_limits,
-    main,
-    pass_facts,
-    peer,
-    prompt_of,
-    table,
-)
+from scripts.bench import harness, turns
+from scripts.bench.harness import Benchmark, Column, Point, Row, Run, Turn
 from scripts.bench.peers import forms
 from scripts.bench.turns import CannotRun, Limits, numbers, say, sizes
 
@@ -109,9 +96,9 @@ def points(given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
     if None in given.ram or given.tokens < 1:
         raise CannotRun("--ram must be sizes, and --tokens at least 1")
     prepared = (given.prepared or checkpoint(work, given.blocks, given.shape)).resolve()
-    prompt, made = prompt_of(prepared, PROMPT_TOKENS), []
-    for limits in given_limits(given):
-        command = peer("one_row_passes", prepared, prompt, given.tokens + 1, given, limits)
+    prompt, made = harness.prompt_of(prepared, PROMPT_TOKENS), []
+    for limits in harness.given_limits(given):
+        command = harness.peer("one_row_passes", prepared, prompt, given.tokens + 1, given, limits)
         plan = turns.module("toolkit.cli.app", "plan", prepared, "--json", "--ram", limits.ram)
         plan += ["--tokens", given.tokens + 1, "--prompt-tokens", PROMPT_TOKENS]
         made.append(Point(str(limits), command, limits, prepared, plan))
@@ -150,7 +137,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     forecasts = [turn.forecast and turn.forecast["forecast"]["seconds_per_token"] for turn in done]
     ratios = [promised / each for promised, each in zip(forecasts, own, strict=True) if promised]
     return {
-        **pass_facts(done),
+        **harness.pass_facts(done),
         "limit": median(limits),
         "share": median(limit / each for limit, each in zip(limits, own, strict=True)),
         "busy": median(sum(turn.report["reading_seconds"]) / sum(turn.steps) for turn in done),
@@ -234,7 +221,7 @@ def facts(run: Run) -> dict[str, Any]:
 def below(run: Run) -> str:
     """The second table, if a plan succeeded."""
     rows = extrapolated(run)
-    return f"Extrapolated to 70 blocks, not measured:\n\n{table(EXTRAPOLATED, rows)}" if rows else ""
+    return f"Extrapolated to 70 blocks, not measured:\n\n{harness.table(EXTRAPOLATED, rows)}" if rows else ""
 
 
 BENCHMARK = Benchmark(
@@ -243,4 +230,4 @@ BENCHMARK = Benchmark(
 )  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main(BENCHMARK))
+    sys.exit(harness.main(BENCHMARK))

@@ -22,8 +22,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from runner.system.disk import existing_directory, free_bytes
 from scripts.bench.control_group import NoControlGroups, control_group
@@ -31,11 +34,13 @@ from scripts.bench.peers import forms
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+RATES = "scripts.bench.peers.rates"
 SECONDS_FOR_A_RATE = 4.0
 DISK_THREADS = 4
 BRAKE_KEEPS_TO = 0.98  # a disk at this share of its brake is braked; one below is slower by itself
 PAGES_OF_OTHERS = 500_000_000
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C
+PACKAGES = ("torch", "transformers", "accelerate", "llama_cpp_python", "airllm")
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 
@@ -102,7 +107,7 @@ def cool(forms_: Iterable[Path]) -> None:
 
 def disk_rate(directory: Path, limits: Limits) -> float:
     """Bytes a second that the disk of a prepared directory gives under these limits, its parts cold."""
-    command = module("scripts.bench.peers.rates", "disk", "--seconds", SECONDS_FOR_A_RATE)
+    command = module(RATES, "disk", "--seconds", SECONDS_FOR_A_RATE)
     command += ["--threads", DISK_THREADS, "--directory", directory]
     forms.cool(directory)
     with control_group(ram=limits.ram, read_rate=limits.disk, disk_of=directory) as group:
@@ -111,9 +116,7 @@ def disk_rate(directory: Path, limits: Limits) -> float:
 
 def memory_rate(threads: int) -> float:
     """Bytes a second that the memory gives to so many threads."""
-    command = module(
-        "scripts.bench.peers.rates", "memory", "--seconds", SECONDS_FOR_A_RATE, "--threads", threads
-    )
+    command = module(RATES, "memory", "--seconds", SECONDS_FOR_A_RATE, "--threads", threads)
     return last_object(list(map(str, command)), None)["bytes_per_second"]
 
 
@@ -173,9 +176,8 @@ def sole_worker(work: Path) -> Iterator[None]:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise CannotRun(
-            f"another run works in {work}: two at once would warm each other's page cache"
-        ) from None
+        why = "two at once would warm each other's page cache"
+        raise CannotRun(f"another run works in {work}: {why}") from None
     finally:
         os.close(held)
 
@@ -189,27 +191,22 @@ def check_room(work: Path, needed: int) -> None:
 
 def machine(directory: Path) -> str:
     """What the figures were taken on."""
-    cpu = memory = ""
+    cpu = ""
     if Path("/proc/cpuinfo").exists():
         cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or ""
-        memory = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of memory, "
     device = directory.stat().st_dev
     readahead = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue/read_ahead_kb")
     disk = f"read-ahead {readahead.read_text().strip()} KiB, " if readahead.exists() else ""
-    versions = [
-        f"{name} {version(name)}"
-        for name in ("torch", "transformers", "accelerate", "llama_cpp_python", "airllm")
-    ]
+    versions = [f"{name} {version(name)}" for name in PACKAGES]
     return (
-        f"{cpu or platform.processor()}, {os.cpu_count()} cores, {memory}{disk}"
+        f"{cpu or platform.processor()}, {os.cpu_count()} cores, "
+        f"{psutil.virtual_memory().total / 1e9:.0f} GB of memory, {disk}"
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {', '.join(versions)}, "
         f"load {os.getloadavg()[0]:.1f}"
     )
 
 
 def version(package: str) -> str:
-    from importlib import metadata
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

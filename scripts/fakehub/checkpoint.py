@@ -147,10 +147,10 @@ def write_repo(
     if not layout.single:
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(out / layout.index_name, index)
+        write_json(out / layout.index_name, index)
     if layout.new_config:
         config = _in_new_form(config, tensors[0].dtype)
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
     for name, data in tokenizer.items():
         (out / name).write_bytes(data)
 
@@ -330,7 +330,7 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
             file.writelines(tensor.buffers())
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

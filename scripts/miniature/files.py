@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from runner.format.layout import block_tensors
-from scripts.fakehub.checkpoint import MINIATURE, old_config
+from scripts.fakehub.checkpoint import MINIATURE, old_config, write_json
 from scripts.miniature.model import EMBEDDING_ROWS, Shape
 from scripts.miniature.rows import PAD, SPECIAL
 from scripts.miniature.texts import KINDS, draw_texts
@@ -46,10 +46,6 @@ def config_of(shape: Shape) -> dict[str, object]:
     """config.json with the names, and without the dtype, of bigscience/bloom's."""
     config = old_config(shape.hidden, shape.heads, shape.blocks, EMBEDDING_ROWS) | {"pretraining_tp": 1}
     return {name: value for name, value in sorted(config.items()) if name != "transformers_version"}
-
-
-def write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_unseen(path: Path) -> None:

@@ -125,12 +125,12 @@ def test_the_speculation_compares_answers(
     model = runner.load(miniature[1])
     prompts = bench_speculation.prompt_sets(1, 1)["edit"]
     plain, expected = bench_speculation.measure(model, draft[1], "edit", prompts, bench_speculation.PLAIN, ())
-    assert plain.passes == plain.tokens == len(expected[0])
+    assert plain["passes"] == plain["tokens"] == len(expected[0])
     result, answers = bench_speculation.measure(model, draft[1], "edit", prompts, way, expected)
-    assert (result.identical, answers, result.tokens) == (1, expected, plain.tokens)
-    assert result.passes <= plain.passes
+    assert (result["identical"], answers, result["tokens"]) == (1, expected, plain["tokens"])
+    assert result["passes"] <= plain["passes"]
     other = [[*expected[0][:-1], expected[0][-1] + 1]]
-    assert bench_speculation.measure(model, draft[1], "edit", prompts, way, other)[0].identical == 0
+    assert bench_speculation.measure(model, draft[1], "edit", prompts, way, other)[0]["identical"] == 0
 
 
 def batch_turn(way: str, ids: list[list[int]], passes: list[tuple[float, int, bool]]) -> Turn:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,13 +25,14 @@ SMALL_CHUNK = 9000  # no multiple of a page, nor of a row
 LONGEST = 60  # seconds; what takes longer hangs
 
 
-def promptly(action: Callable[[], None]) -> None:
-    """Do it; fails if it hangs."""
+def promptly(action: Callable[[], Any]) -> Any:
+    """What the action returns; fails if it hangs."""
+    returned: list[Any] = []
     raised: list[BaseException] = []
 
     def run() -> None:
         try:
-            action()
+            returned.append(action())
         except BaseException as error:
             raised.append(error)
 
@@ -40,6 +42,7 @@ def promptly(action: Callable[[], None]) -> None:
     assert not thread.is_alive(), "it hangs"
     if raised:
         raise raised[0]
+    return returned[0]
 
 
 def soon(condition: Callable[[], bool]) -> None:

@@ -19,15 +19,17 @@ from runner.cli import plan as plan_command
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
 from runner.cli.guard import Guard
-from runner.cli.report import print_lines, print_rows
+from runner.cli.report import print_lines, print_rows, session_rows
+from runner.cli.score import ScoreOptions
+from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
-from runner.generation.options import GenerationOptions
+from runner.generation.options import GenerationOptions, Sampling, read_biases
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
-    fetched,
+    downloaded_lines,
     info_rows,
     intention,
     repair_lines,
@@ -100,18 +102,21 @@ def download(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Hash the files that are there, too; fetch those that are damaged."),
+    ] = False,
 ) -> int:
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    plan = plan_download(repo, directory, revision)
+    plan = plan_download(repo, directory, revision, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
-        return 0 if plan.fits else 1
+        return 0 if plan.fits and not plan.names("foreign") else 1
     with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
-    files = f"{len(done.fetched)} files fetched, {len(done.kept)} kept, each checked against its hash"
-    print(f"{done.revision} is in {directory}: {files} ({fetched(done)})")
+    print_lines(downloaded_lines(done, directory))
     return 0
 
 
@@ -206,9 +211,12 @@ def export(
 
 @app.command()
 def info(directory: Prepared, as_json: Json = False) -> None:
-    """Say what a prepared directory holds."""
+    """Say what a prepared directory, or a session, holds."""
     from toolkit.commands.info import inspect
 
+    if (rows := session_rows(directory)) is not None:
+        print_rows(rows, as_json=as_json)
+        return
     found = inspect(directory)
     if as_json:
         print(json.dumps(found.as_json()))
@@ -246,11 +254,113 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T", help="Draw tokens; higher is more daring.", show_default="the likeliest token"
+        ),
+    ] = Sampling.temperature,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw among the K likeliest tokens.", show_default="all")
+    ] = Sampling.top_k,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among the likeliest tokens that have this probability together."
+        ),
+    ] = Sampling.top_p,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among tokens of this fraction of the likeliest one's probability."
+        ),
+    ] = Sampling.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1: less likely are tokens that prompt or text have.")
+    ] = Sampling.repetition_penalty,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from the logits of tokens that the text has.")
+    ] = Sampling.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from them as often as the text has them.")
+    ] = Sampling.frequency_penalty,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=X", help="Added to the logit of a token id. Repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Makes a drawn text repeatable.", show_default="drawn and reported"),
+    ] = None,
+    n: Annotated[int, typer.Option(metavar="N", help="Continuations of each prompt.")] = Sampling.n,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends the text, and is no part of it. Repeatable."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens before the text may end by itself.")
+    ] = Sampling.min_new_tokens,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
+    ] = Sampling.ignore_eos,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Report log-probabilities, also of the N likeliest tokens; with --json.",
+        ),
+    ] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
-    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one."""
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
     generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
-    return run_generate(GenerateOptions(directory, prompt, prompts, out, ram, as_json, generation))
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        read_biases(logit_bias or ()),
+        seed,
+        n,
+        tuple(stop or ()),
+        min_new_tokens,
+        ignore_eos,
+        logprobs,
+    )
+    return run_generate(
+        GenerateOptions(directory, prompt, prompts, out, ram, as_json, session, generation, sampling)
+    )
+
+
+@app.command()
+def score(
+    directory: Prepared,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .txt, one long text, or a .jsonl of texts.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
+    ] = ScoreOptions.context,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+    ] = None,
+    ram: Ram = None,
+    as_json: Json = False,
+) -> int:
+    """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
 
 
 @app.command()

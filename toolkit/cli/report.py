@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.report import Row
@@ -20,6 +21,8 @@ _STATES = {
     "sound": "  (there)",
     "unchecked": "  (there, to be checked)",
     "partial": "  (partly there)",
+    "changed": "  (changed since it was downloaded: to be renamed, and fetched)",
+    "foreign": "  (another file, not from this program: in the way)",
     "absent": "",
 }
 
@@ -54,6 +57,23 @@ def download_lines(plan: DownloadPlan) -> Iterator[str]:
     yield f"{plan.revision.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}"
     verdict = "it fits" if plan.fits else f"it does not fit: {size(plan.to_fetch - plan.free)} too little"
     yield f"still to fetch: {size(plan.to_fetch)}, free in {plan.directory}: {size(plan.free)}: {verdict}"
+
+
+def downloaded_lines(done: DownloadSummary, directory: Path) -> Iterator[str]:
+    """What a download has fetched and kept, how each file is known to be right, and what became of wrong ones."""
+    files = f"{len(done.fetched)} files fetched and checked against their hashes, {len(done.kept)} kept"
+    if done.kept:
+        trusted = len(done.kept) - len(done.hashed)
+        how = [
+            f"{len(done.hashed)} hashed now" if done.hashed else "",
+            f"{trusted} of the size and date that they had when they were checked" if trusted else "",
+        ]
+        files += f", {' and '.join(filter(None, how))}"
+    yield f"{done.revision} is in {directory}: {files} ({fetched(done)})"
+    for name in done.dropped:
+        yield f"{name} was damaged on the disk and has been fetched again"
+    for path in done.set_aside:
+        yield f"{path} had changed since it was downloaded: it is kept under this name"
 
 
 def intention(plan: BuildPlan) -> str:

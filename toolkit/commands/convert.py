@@ -73,7 +73,7 @@ class ShardsOnDisk:
         if found != expected:
             raise BloomdeskError(
                 f"{shard} is damaged or has changed: its sha256 is {found}, expected {expected}",
-                "fetch it again with bloomdesk download, then convert again: finished parts are kept",
+                "fetch it again with bloomdesk download --check, then convert again: finished parts are kept",
             )
         return SourceShard(shard.name, found, self.seen[shard][0])
 

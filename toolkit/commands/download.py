@@ -1,29 +1,33 @@
 """A checkpoint's needed files in a directory: planned, fetched one after another, each checked and recorded.
 
-record.py draws the directory; transfer.py fetches a single file.
+    lock ──> look ──> hash what no record vouches for ──> refuse what is foreign ──> set aside, drop ──> fetch, record
+
+record.py draws the directory; place.py says whose a file is; transfer.py fetches a single one.
 """
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from runner.errors import BloomdeskError
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP
+from runner.format.manifest import FORMAT, LARGEST_MANIFEST
 from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
 from toolkit.hub.failures import offline, offline_error
+from toolkit.hub.place import MOVE, Finding, check, look, set_aside, state_of_file, whose
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
-from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch
-from toolkit.io.disk import disk_errors, sole_writer_of
+from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch, fetch_bytes
+from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 
-# sound: as it was when it was checked. unchecked: in place with the right size, to be hashed first.
-# partial: its first bytes have arrived. absent: no file, or one of another size in its place.
-State = Literal["sound", "unchecked", "partial", "absent"]
+# A file's place, by place.py, and "partial": no file yet, or one that makes way, and the first bytes have arrived.
+State = Finding | Literal["partial"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """What a download would do now. `free` is what the disk has; all figures are bytes."""
+    """What a download would do now. `free` is what the disk has; all figures are bytes.
+
+    With `everything`, files are hashed that size and date vouch for.
+    """
 
     revision: Revision
     directory: Path
     files: tuple[PlannedFile, ...]
     free: int
+    everything: bool = False
 
     @property
     def to_fetch(self) -> int:
@@ -64,28 +72,43 @@ class DownloadPlan:
     @property
     def unfinished(self) -> tuple[HubFile, ...]:
         """Files that are not in place, in the order in which they are fetched."""
-        return tuple(planned.file for planned in self.files if planned.state in ("partial", "absent"))
+        return tuple(planned.file for planned in self.files if planned.state not in ("sound", "unchecked"))
+
+    def names(self, state: State) -> tuple[str, ...]:
+        """The files that are in this state."""
+        return tuple(planned.file.path for planned in self.files if planned.state == state)
 
 
 @dataclass(frozen=True)
 class DownloadSummary:
-    """What a download did; `received` are bytes over the network, `resumed` those that earlier runs left."""
+    """What a download did; `received` are bytes over the network, `resumed` those that earlier runs left.
+
+    Of the `kept` files, the `hashed` ones were read in this run, the others have the size and date that they had when
+    an earlier run checked them. `dropped` ones were damaged. `set_aside` has the new paths of files that had changed.
+    """
 
     revision: Revision
     fetched: tuple[str, ...]
     kept: tuple[str, ...]
     received: int
     resumed: int
+    hashed: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    set_aside: tuple[Path, ...] = ()
 
 
-def plan_download(repo: str, directory: Path, revision: str | None = None) -> DownloadPlan:
+def plan_download(
+    repo: str, directory: Path, revision: str | None = None, *, everything: bool = False
+) -> DownloadPlan:
     """What `download` would fetch into `directory`, which need not exist; nothing is written or hashed.
 
-    Raises `BloomdeskError` if the Hub does not give the list, or the directory is another download's.
+    Raises `BloomdeskError` if the Hub does not give the list, the directory is another download's or no download's, or
+    something that is no file is in the place of one.
     """
+    _refuse_prepared(directory)
     record = load_record(directory)
     with disk_errors(directory):
-        return _plan(_choose(repo, directory, revision, record), directory, record)
+        return _plan(_choose(repo, directory, revision, record), directory, record, everything)
 
 
 def download(
@@ -94,9 +117,11 @@ def download(
     revision: str | None = None,
     progress: Progress = silent,
     connections: int = CONNECTIONS,
+    *,
+    everything: bool = False,
 ) -> DownloadSummary:
     """Fetch the needed files of `repo`, or resume that: `plan_download` and `carry_out` in one."""
-    return carry_out(plan_download(repo, directory, revision), progress, connections)
+    return carry_out(plan_download(repo, directory, revision, everything=everything), progress, connections)
 
 
 def carry_out(
@@ -105,20 +130,25 @@ def carry_out(
     """Fetch what is missing into the plan's directory, until every needed file is in place with the right hash.
 
     The directory is inspected again; the Hub is asked only for files. `progress` is called for the files that are
-    hashed because no record has them, and for those fetched, each over up to `connections` connections.
+    hashed because no record vouches for them, and for those fetched, each over up to `connections` connections.
 
     Raises `BloomdeskError` if the Hub or the disk fails, if a file is not what was expected, or if the directory is
-    another download's or another process writes there.
+    another download's, another process writes there, or a file is in the way that is not from this download.
     """
     chosen, directory = plan.revision, plan.directory
     _refuse_impossible(plan)
     with disk_errors(directory), sole_writer_of(directory):
+        _refuse_prepared(directory)
         earlier = load_record(directory)
         if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
             raise _another(directory, earlier, str(chosen))
-        now = _plan(chosen, directory, earlier)
+        now = _plan(chosen, directory, earlier, plan.everything)
         left, record = _check_present(now, DownloadRecord.of(chosen, earlier), progress)
+        _refuse_foreign(directory, str(chosen), left.names("foreign"))
         _refuse_impossible(left)
+        aside = tuple(set_aside(directory / name) for name in left.names("changed"))
+        for name in left.names("decayed"):
+            (directory / name).unlink()
         if record != earlier:
             save_record(directory, record)
         transfers: dict[str, Transfer] = {}
@@ -132,10 +162,16 @@ def carry_out(
                 f"{directory}: {missing[0]} changed or vanished while the download ran",
                 "leave the directory alone and run the same command again",
             )
-    kept = tuple(file.path for file in chosen.files if file.path not in transfers)
-    received = sum(transfer.received for transfer in transfers.values())
-    resumed = sum(transfer.resumed for transfer in transfers.values())
-    return DownloadSummary(chosen, tuple(transfers), kept, received, resumed)
+    return DownloadSummary(
+        chosen,
+        tuple(transfers),
+        kept=tuple(file.path for file in chosen.files if file.path not in transfers),
+        received=sum(transfer.received for transfer in transfers.values()),
+        resumed=sum(transfer.resumed for transfer in transfers.values()),
+        hashed=tuple(name for name in now.names("unchecked") if name not in transfers),
+        dropped=left.names("decayed"),
+        set_aside=aside,
+    )
 
 
 def fetch_recorded(
@@ -154,18 +190,18 @@ def fetch_recorded(
     return transfer, record
 
 
-def read_small_file(revision: Revision, file: HubFile, scratch: Path, directory: Path) -> bytes:
-    """A small file's checked bytes, from `directory` if it is sound there, else from the Hub; a copy is in `scratch`.
+def read_small_file(revision: Revision, file: HubFile, directory: Path) -> bytes:
+    """A small file's checked bytes, from `directory` if it is sound there, else from the Hub.
 
-    It is never fetched into `directory`: a plan writes nothing, and the directory may turn out to be another's.
+    Nothing is written: a plan writes nothing, and the directory may turn out to be another's.
     """
-    copy, path = scratch / file.path, directory / file.path
-    if not copy.exists():
-        if _size(path) == file.size and file.check(path, silent):
-            copy.write_bytes(path.read_bytes())
-        else:
-            fetch(revision, file, scratch, silent)
-    return copy.read_bytes()
+    found = state_of_file(directory / file.path)
+    if found is not None and found.st_size == file.size:
+        data, digest = read_if_exists(directory / file.path, file.size) or b"", file.digest()
+        digest.update(data)
+        if not file.difference(digest):
+            return data
+    return fetch_bytes(revision, file)
 
 
 def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRecord | None) -> Revision:
@@ -179,8 +215,7 @@ def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRe
     found = hub.resolve(repo, revision)
     if record is not None and record.commit != found.commit:
         raise _another(directory, record, str(found))
-    with tempfile.TemporaryDirectory(prefix="bloomdesk-") as scratch:
-        return hub.needed(found, lambda index: read_small_file(found, index, Path(scratch), directory))
+    return hub.needed(found, lambda index: read_small_file(found, index, directory))
 
 
 def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskError:
@@ -190,44 +225,70 @@ def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskE
     )
 
 
-def _plan(revision: Revision, directory: Path, record: DownloadRecord | None) -> DownloadPlan:
+def _plan(
+    revision: Revision, directory: Path, record: DownloadRecord | None, everything: bool
+) -> DownloadPlan:
     """What is in the directory now."""
     known = DownloadRecord.of(revision, record)
     files = []
     for file in revision.files:
-        path, state, present = directory / file.path, "absent", 0
-        partial = _size(path.with_name(path.name + TEMPORARY_SUFFIX))
-        if known.files[file.path].sound_in(directory):
-            state, present = "sound", file.size
-        elif _size(path) == file.size:
-            state, present = "unchecked", file.size
-        elif 0 < partial <= file.size:
-            state, present = "partial", partial
+        state: State = look(directory, known.files[file.path], everything=everything)
+        present = file.size
+        if state not in ("sound", "unchecked"):
+            present = bytes_begun(directory, file)
+            state = "partial" if state == "absent" and present else state
         files.append(PlannedFile(file, state, present))
-    return DownloadPlan(revision, directory, tuple(files), free_bytes(directory))
+    return DownloadPlan(revision, directory, tuple(files), free_bytes(directory), everything)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+def bytes_begun(directory: Path, file: HubFile) -> int:
+    """Bytes of a file's beginning that an earlier run has left."""
+    path = directory / (file.path + TEMPORARY_SUFFIX)
+    # A link is replaced.
+    found = None if path.is_symlink() else state_of_file(path)
+    return found.st_size if found is not None and found.st_size <= file.size else 0
 
 
 def _check_present(
     plan: DownloadPlan, record: DownloadRecord, progress: Progress
 ) -> tuple[DownloadPlan, DownloadRecord]:
-    """The plan without unchecked files whose hash is wrong, and the record with those whose hash is right."""
+    """The plan after every unchecked file has been hashed, and the record with those whose content is right."""
     files = []
     for planned in plan.files:
-        file, path = planned.file, plan.directory / planned.file.path
         if planned.state == "unchecked":
-            # Taken first, so that a change while the file is read shows.
-            modified = path.stat().st_mtime_ns
-            sha256 = file.check(path, progress)
-            if sha256 is None:
-                planned = PlannedFile(file, "absent", 0)
+            known = record.files[planned.file.path]
+            found = check(plan.directory, known, progress)
+            if found is None:
+                begun = bytes_begun(plan.directory, planned.file)
+                planned = PlannedFile(planned.file, whose(plan.directory, known), begun)
             else:
-                record = record.with_file(file.path, sha256, modified)
+                record = record.with_file(known.path, *found)
         files.append(planned)
-    return replace(plan, files=tuple(files)), record
+    # What has decayed makes way.
+    freed = sum(planned.file.size for planned in files if planned.state == "decayed")
+    return replace(plan, files=tuple(files), free=plan.free + freed), record
+
+
+def _refuse_prepared(directory: Path) -> None:
+    """Raise `BloomdeskError` if a prepared directory was given."""
+    for name in (MANIFEST, MANIFEST_BACKUP):
+        data = read_if_exists(directory / name, LARGEST_MANIFEST)
+        if data is not None and FORMAT.encode() in data:
+            raise BloomdeskError(
+                f"{directory} is a prepared directory ({name}), and a download has no place in it",
+                "choose another directory",
+            )
+
+
+def _refuse_foreign(directory: Path, wanted: str, names: Sequence[str]) -> None:
+    """Raise `BloomdeskError` if there are files of other content that this program did not put there."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        them, files = ("them", "files that are") if len(names) > 1 else ("it", "a file that is")
+        raise BloomdeskError(
+            f"{directory} has {files} not of {wanted}, nor from this program: {', '.join(names[:3])}{more}",
+            MOVE.replace("it", them, 1),
+        )
 
 
 def _refuse_impossible(plan: DownloadPlan) -> None:

@@ -159,7 +159,7 @@ def _has_index(destination: Path, index: bytes) -> bool:
         return True
     what = "the index of another checkpoint"
     if present is None:
-        others = other_files(destination, {INDEX + TEMPORARY_SUFFIX, ".bloomdesk.lock"})
+        others = other_files(destination, {INDEX + TEMPORARY_SUFFIX})
         if not others:
             return False
         what = ", ".join(others[:3])

@@ -6,10 +6,10 @@ resumes: the manifest says which parts there are, the staging directory which sh
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS
 from runner.format.manifest import Manifest, Source
@@ -24,8 +24,8 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import check_form_dtype
-from toolkit.source.config import read_config
-from toolkit.source.index import ShardList, find_shards
+from toolkit.source.config import decode_config
+from toolkit.source.index import FORMS, ShardList, parse_index
 from toolkit.source.key_map import assign
 from toolkit.source.shards import HEAD_BYTES, dtype_of_head
 
@@ -65,17 +65,9 @@ def plan_preparation(
         if revision is None and existing.source.repo == repo:
             revision = existing.source.commit
     found = hub.resolve(repo, revision)
-    with tempfile.TemporaryDirectory(prefix="bloomdesk-") as scratch:
-        small = Path(scratch)
-        chosen = hub.needed(found, lambda index: read_small_file(found, index, small, destination))
-        for file in chosen.files:
-            if file.path in COMPANIONS or file.path.endswith(".index.json"):
-                read_small_file(chosen, file, small, destination)
-        model = read_config(small / "config.json", "BF16")
-        companions = target.read_companions(small)
-        names = [file.path for file in chosen.files if not (small / file.path).exists()]
-        has_index = any(small.glob("*.index.json"))
-        index = find_shards(small, spared=names) if has_index else ShardList(tuple(map(Path, names)))
+    chosen = hub.needed(found, lambda index: read_small_file(found, index, destination))
+    companions, index, names = _read_small_files(chosen, destination)
+    model = decode_config(Path("config.json"), companions["config.json"], "BF16")
     if existing is not None and existing.parts:
         dtype = existing.model.dtype
     else:
@@ -95,6 +87,28 @@ def plan_preparation(
     return BuildPlan(
         destination, existing, manifest, known, companions, schedule, shards, peak, schedule.shard_bytes
     )
+
+
+def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, bytes], ShardList, list[str]]:
+    """The small files that a prepared directory has, the index, and the names of the shards; all stays in memory."""
+    companions, names, index = {}, [], None
+    for file in chosen.files:
+        path = Path(file.path)
+        suffix = next((suffix for name, _, suffix in FORMS if name == file.path), None)
+        if suffix is None and file.path not in COMPANIONS:
+            names.append(file.path)
+            continue
+        if file.size > target.LARGEST_COMPANION:
+            raise BloomdeskError(
+                f"{file.path} of {chosen} has {file.size:,} bytes: no such file is that large"
+            )
+        data = read_small_file(chosen, file, destination)
+        if suffix is None:
+            target.check_companion(path, data)
+            companions[file.path] = data
+        else:
+            index = ShardList((), path, parse_index(data, suffix, f"{file.path} of {chosen}"))
+    return companions, index or ShardList(tuple(map(Path, names))), names
 
 
 def _dtype_on_the_hub(revision: Revision, shard: str) -> str:

@@ -34,6 +34,9 @@ class PartialFile:
         self.digest = file.digest()
 
     def __enter__(self) -> PartialFile:
+        if self.path.is_symlink():
+            # It would write somewhere else.
+            self.path.unlink()
         # Unbuffered: what has been hashed has been handed to the system, and a kill loses none of it.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NO_LINK | BINARY, 0o644)
         try:

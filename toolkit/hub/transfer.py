@@ -133,6 +133,16 @@ def _refuse_other(resource: Resource, file: HubFile, location: Location) -> None
             )
 
 
+def fetch_bytes(revision: Revision, file: HubFile) -> bytes:
+    """All bytes of a small file of `revision`, checked; raises `BloomdeskError` as `fetch` does."""
+    data, digest = read_range(revision, file, 0, file.size), file.digest()
+    digest.update(data)
+    difference = file.difference(digest)
+    if difference:
+        raise Damaged(f"{file.path} of {revision} came damaged: {difference}")
+    return data
+
+
 def read_range(revision: Revision, file: HubFile, start: int, nbytes: int) -> bytes:
     """The bytes `[start, start + nbytes)` of a file of `revision`, not checked against its hash.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from toolkit.io.disk import read_errors
+from toolkit.io.reader import retried
 
 # Below this size, glibc returns the memory of every coded chunk to the system, and each new one is faulted in again.
 BUFFER = 8 * 2**20
@@ -45,11 +46,12 @@ class Digest:
 def hash_file(file: Path | int, digest: Hash, seen: Callable[[int], object] = lambda position: None) -> None:
     """Update `digest` with the bytes of a path, or of a descriptor from where it stands.
 
-    `seen` gets the number of bytes so far; it may raise to stop. Raises `OSError` if the file can't be read.
+    `seen` gets the number of bytes so far; it may raise to stop. Raises `OSError` if the file can't be read, with EIO
+    after several tries.
     """
     buffer, position = memoryview(bytearray(BUFFER)), 0
-    with open(file, "rb", buffering=0, closefd=isinstance(file, Path)) as source:
-        while count := source.readinto(buffer):
+    with retried(lambda: open(file, "rb", buffering=0, closefd=isinstance(file, Path))) as source:
+        while count := retried(lambda: source.readinto(buffer)):
             digest.update(buffer[:count])
             position += count
             seen(position)

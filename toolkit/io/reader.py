@@ -8,15 +8,17 @@ file as well as from one file to the next.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from runner.format.safetensors import open_regular
 
@@ -25,6 +27,24 @@ BLOCK = 8 * 2**20
 READ_THREADS = min(4, os.cpu_count() or 1)
 # One that is read into, one that waits for the consumer.
 BUFFERS_PER_THREAD = 2
+# Seconds before each further try of a read that fails with EIO: a cable, a bus or a drive may recover.
+PAUSES = (0.1, 0.3, 1.0)
+# Error numbers of what is there in place of a file: nothing, a directory, a pipe or a device, a loop of links.
+NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP})
+
+Result = TypeVar("Result")
+
+
+def retried(read: Callable[[], Result]) -> Result:
+    """What `read` returns. If it fails with EIO, it is tried again after each of `PAUSES` before the error goes up."""
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            time.sleep(pause)
+    return read()
 
 
 @dataclass(frozen=True)
@@ -171,7 +191,11 @@ class OpenedFile:
 def read_block(file: OpenedFile, start: int, buffer: memoryview, keep_cached: bool = False) -> int:
     """Number of bytes read into `buffer` from the file's byte `start` on, fewer only at the end of the file."""
     done = 0
-    while done < len(buffer) and (count := file.read(start + done, buffer[done:])):
+
+    def read() -> int:
+        return file.read(start + done, buffer[done:])
+
+    while done < len(buffer) and (count := retried(read)):
         done += count
     if not keep_cached:
         file.advise(start, done, "DONTNEED")

@@ -26,11 +26,13 @@ from runner.format.layout import (
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.disk import free_bytes
+from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
 
 # BLOOM's tokenizer.json has 14.5 MB.
 LARGEST_COMPANION = 2**26
+COMPANION_AGAIN = "download it from the model's page into the same directory"
 # Where `prepare` keeps the shards that are on their way.
 STAGING = ".source"
 # For the manifest and what the file system itself needs.
@@ -54,11 +56,15 @@ def load_existing(destination: Path) -> Manifest | None:
 
 
 def other_files(destination: Path, ours: set[str]) -> list[str]:
-    """Names in `destination` but `ours`, sorted; none if it is new, `BloomdeskError` if it is no directory."""
+    """Names in `destination` but `ours` and those that systems put there, sorted; none if it is new.
+
+    Raises `BloomdeskError` if it is no directory.
+    """
     # A broken link or a loop exists too.
     if os.path.lexists(destination) and not destination.is_dir():
         raise BloomdeskError(f"{destination} is not a directory", "give a new directory to write to")
-    return sorted({path.name for path in destination.iterdir()} - ours) if destination.exists() else []
+    names = {path.name for path in destination.iterdir()} if destination.exists() else set()
+    return sorted(name for name in names - ours if not is_clutter(name))
 
 
 def resume(
@@ -130,21 +136,25 @@ def read_companions(source: Path) -> dict[str, bytes]:
     checkpoint could copy any file of the user's.
     """
     companions = {}
-    again = "download it from the model's page into the same directory"
     for name in COMPANIONS:
         path = source / name
-        try:
-            if path.is_symlink():
-                _refuse_foreign(path)
-            data = read_if_exists(path, LARGEST_COMPANION)
-            if data is not None:
-                json.loads(data)
-                companions[name] = data
-            elif name in REQUIRED_COMPANIONS:
-                raise BloomdeskError(f"{path} is missing", again)
-        except (ValueError, RecursionError):
-            raise BloomdeskError(f"{path} is not JSON", again) from None
+        if path.is_symlink():
+            _refuse_foreign(path)
+        data = read_if_exists(path, LARGEST_COMPANION)
+        if data is not None:
+            check_companion(path, data)
+            companions[name] = data
+        elif name in REQUIRED_COMPANIONS:
+            raise BloomdeskError(f"{path} is missing", COMPANION_AGAIN)
     return companions
+
+
+def check_companion(path: Path, data: bytes) -> None:
+    """Raise `BloomdeskError` if a small file's bytes are not JSON."""
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        raise BloomdeskError(f"{path} is not JSON", COMPANION_AGAIN) from None
 
 
 def _refuse_foreign(link: Path) -> None:

@@ -11,6 +11,8 @@ from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
 from runner.format.safetensors import open_regular, tensor_nbytes
+from toolkit.io.disk import read_errors
+from toolkit.io.reader import NO_FILE, retried
 from toolkit.source.tensor import SourceTensor
 
 # Of a matrix's bytes, before it is coded; those of trained and of normal weights leave 0.67 to 0.70.
@@ -102,9 +104,16 @@ def check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
 
 
 def is_in_place(path: Path, header: bytes, size: int) -> bool:
-    """True if the file at `path` begins with `header` and has `size` bytes."""
-    try:
+    """True if the file at `path` begins with `header` and has `size` bytes; `BloomdeskError` if it can't be read."""
+
+    def look() -> bool:
         with open_regular(path) as file:
             return file.read(len(header)) == header and file.seek(0, os.SEEK_END) == size
-    except OSError:
-        return False
+
+    with read_errors(path):
+        try:
+            return retried(look)
+        except OSError as error:
+            if error.errno not in NO_FILE:
+                raise
+            return False

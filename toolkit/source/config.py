@@ -41,7 +41,18 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
     Raises `BloomdeskError` if the file can't be read, is of another architecture, needs arithmetic that
     the runner does not have, or has values that no BLOOM has.
     """
-    config = _load(path)
+    data = read_if_exists(path, LARGEST_CONFIG)
+    if data is None:
+        raise BloomdeskError(
+            f"{path} is missing",
+            "SOURCE must be a directory with config.json, tokenizer.json and the weights",
+        )
+    return decode_config(path, data, dtype)
+
+
+def decode_config(path: Path, data: bytes, dtype: str) -> Hyperparameters:
+    """The model that the bytes of a config.json describe; `path` only names it. Raises as `read_config` does."""
+    config = _load(path, data)
     try:
         _check_architecture(path, config)
         values = {name: _value(path, config, name) for name in NAMES}
@@ -53,13 +64,7 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
         raise BloomdeskError(f"{path}: {error.message}") from None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    data = read_if_exists(path, LARGEST_CONFIG)
-    if data is None:
-        raise BloomdeskError(
-            f"{path} is missing",
-            "SOURCE must be a directory with config.json, tokenizer.json and the weights",
-        )
+def _load(path: Path, data: bytes) -> dict[str, Any]:
     try:
         config = json.loads(data)
     except (ValueError, RecursionError) as error:

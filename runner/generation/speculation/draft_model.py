@@ -67,9 +67,10 @@ class DraftModel:
         return self._process_nbytes + self.weight_bytes + caches + activations
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
-        """Up to `count` greedy tokens for each (sequence, count), which share the draft's passes.
+        """Up to `count` tokens for each (sequence, count), which share the draft's passes.
 
-        They end early at `</s>`, and before a token that the large model does not have.
+        They are chosen as the sequence's own are, with the same noise, so a draft that agrees is right. They end early
+        at `</s>`, and before a token that the large model does not have.
         """
         texts = [sequence.text for sequence, _ in wanted]
         lengths = [len(text) for text in texts]
@@ -78,7 +79,7 @@ class DraftModel:
         ]
         unfinished = [place for place, (_, count) in enumerate(wanted) if count]
         while unfinished:
-            for place, token in self._pass(unfinished, texts, readings):
+            for place, token in self._pass(unfinished, [each for each, _ in wanted], texts, readings):
                 is_last = len(texts[place]) + 1 - lengths[place] == wanted[place][1]
                 if token < self._vocab_size:
                     texts[place].append(token)
@@ -111,9 +112,13 @@ class DraftModel:
         return reading
 
     def _pass(
-        self, places: list[int], texts: list[list[int]], readings: list[_Reading]
+        self,
+        places: list[int],
+        sequences: list[Sequence],
+        texts: list[list[int]],
+        readings: list[_Reading],
     ) -> list[tuple[int, int]]:
-        """(place, likeliest next token) of each text that one pass over unread tokens finishes."""
+        """(place, next token) of each text that one pass over unread tokens finishes."""
         room, carried, segments = MOST_ROWS, [], []
         for place in places:
             reading = readings[place]
@@ -128,7 +133,9 @@ class DraftModel:
         for place, segment, rows in zip(carried, segments, logits, strict=True):
             readings[place].fed.extend(segment.ids)
             if len(rows):
-                found.append((place, int(rows[-1].float().argmax())))
+                sequence = sequences[place]
+                new_ids = texts[place][len(sequence.prompt_ids) :]
+                found.append((place, sequence.sampler.choose(rows[-1], new_ids)))
         return found
 
 

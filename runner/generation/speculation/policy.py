@@ -22,6 +22,7 @@ MEMORY = 0.95
 SHORTEST_COOLDOWN, LONGEST_COOLDOWN = 8, 256
 # Loss limit in passes: at the start, its refill by each pass, and its cap.
 FIRST_LIMIT, LIMIT_REFILL, LARGEST_LIMIT = 0.5, 0.02, 32.0
+LEAST_SECONDS = 1e-9
 # Trials of a draft model before it may be given up.
 DRAFT_TRIALS = 16
 
@@ -92,7 +93,8 @@ class SpeculationPolicy:
 
         The pass has a row for each sequence, and `other_rows` besides.
         """
-        plain = self._cost.seconds(len(offers))
+        # Noise in few measurements of tiny passes can make it 0.
+        plain = max(self._cost.seconds(len(offers)), LEAST_SECONDS)
         # The first pass measures one row for each sequence, unless the disk makes further rows free.
         limit = max(0.0, self._limit) * (plain if self._has_begun else self._cost.disk_seconds)
         choice = _Choice(offers, other_rows, self._cost, self._draft_cost)

@@ -20,11 +20,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from runner.estimate.family import hyperparameters
 from runner.estimate.forecast import disk_bytes
+from runner.system.files import forget
 from scripts.fakehub.checkpoint import TRUE_SHAPES, TRUE_VOCABULARY, synthetic
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,7 +61,7 @@ def prepared(work: Path, source: Path | None, like: str | None) -> Path:
 
 
 def bytes_to_make(
-    work: Path, prepared: Path | None, source: Path | None, like: str | None, more: Sequence[str] = ()
+    work: Path, prepared: Path | None, source: Path | None, like: str | None, more: Collection[str] = ()
 ) -> int:
     """What the disk of `work` must have free for the prepared directory and forms of these names, as far as missing.
 
@@ -151,9 +152,8 @@ def weights_bytes(directory: Path) -> int:
 def cool(form: Path) -> float:
     """Take a form's files out of the page cache; the share of them that stayed all the same."""
     for path in files(form):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        with path.open("rb", buffering=0) as file:
+            forget(file, 0, 0)
     left = cached_share(form)
     drop = Path("/proc/sys/vm/drop_caches")
     if left and os.access(drop, os.W_OK):

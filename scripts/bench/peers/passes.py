@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from runner.system.memory import bytes_read_from_disk, peak_memory
 
 STARTED = time.perf_counter()
 
@@ -45,55 +47,33 @@ def task() -> Task:
 
 
 def measure(steps: Iterator[int], count: int) -> dict[str, Any]:
-    """Take up to `count` tokens; seconds and bytes from disk of each pass, and what came before the first."""
+    """Take up to `count` tokens; seconds and bytes from disk of each pass, by the kernel's counter."""
     seconds, read, ids = [], [], []
-    opened = time.perf_counter() - STARTED
     for _ in range(count):
-        before, start = disk_bytes(), time.perf_counter()
+        before, start = bytes_read_from_disk() or 0, time.perf_counter()
         token_id = next(steps, None)
         if token_id is None:  # it came to </s>
             break
         seconds.append(time.perf_counter() - start)
-        read.append(disk_bytes() - before)
+        read.append((bytes_read_from_disk() or 0) - before)
         ids.append(token_id)
-    return {
-        "load_seconds": opened,
-        "seconds": seconds,
-        "read_bytes": read,
-        "ids": ids,
-        "peak_rss": peak_rss(),
-    }
+    return {"seconds": seconds, "read_bytes": read, "ids": ids}
 
 
-def main(peer: Callable[[Task], tuple[Iterator[int], Callable[[], dict[str, Any]]]]) -> None:
-    """Run a peer: it opens the checkpoint, and returns its token ids and what else it reports at the end."""
+def main(
+    peer: Callable[[Task], tuple[Any, Callable[[], dict[str, Any]]]],
+    measure: Callable[[Any, int], dict[str, Any]] = measure,
+) -> None:
+    """Run a peer: it opens the checkpoint, and returns its token ids and what else it reports at the end.
+
+    The one JSON object is on a line of its own, whatever was printed before.
+    """
     import torch
 
     given = task()
     torch.set_num_threads(given.threads)
     steps, facts = peer(given)
+    opened = time.perf_counter() - STARTED
     measured = measure(steps, given.tokens)
-    report(measured, **facts())
-
-
-def report(measured: Mapping[str, Any], **more: Any) -> None:
-    """Print the peer's one JSON object, on a line of its own whatever was printed before."""
-    print("\n" + json.dumps({**measured, **more}), flush=True)
-
-
-def disk_bytes() -> int:
-    """What this process has had the disk read so far, by the kernel's counter; 0 where there is none."""
-    return _number(Path("/proc/self/io"), "read_bytes")
-
-
-def peak_rss() -> int:
-    """The most memory this process had in place at once, pages of mapped files included."""
-    return _number(Path("/proc/self/status"), "VmHWM") * 1024
-
-
-def _number(file: Path, name: str) -> int:
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
+    report = {"load_seconds": opened, **measured, "peak_rss": peak_memory() or 0, **facts()}
+    print("\n" + json.dumps(report), flush=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,35 +26,26 @@ def disk_rate(directory: Path, seconds: float, threads: int) -> float:
 
     They read into huge pages, where a disk may be several times as fast: a request has room for so many pages only.
     """
-    places = iter(
-        [
-            (path, offset)
-            for path in sorted(directory.glob("*.safetensors"))
-            for offset in range(0, path.stat().st_size, CHUNK)
-        ]
-    )
-    lock, total = threading.Lock(), [0] * threads
-    buffers = [memory.anonymous(CHUNK) for _ in total]
+    files = [(path, path.stat().st_size) for path in sorted(directory.glob("*.safetensors"))]
+    places = iter([(path, offset) for path, size in files for offset in range(0, size, CHUNK)])
+    buffers = [memory.anonymous(CHUNK) for _ in range(threads)]
     for buffer in buffers:
         buffer.write(bytes(CHUNK))  # the pages are there before time counts
     start = time.perf_counter()
 
-    def read(number: int) -> None:
-        while time.perf_counter() - start < seconds:
-            with lock:
-                place = next(places, None)
-            if place is None:
-                return
-            descriptor = _opened(place[0])
-            total[number] += os.preadv(descriptor, [buffers[number]], place[1])
+    def read(buffer: mmap.mmap) -> int:
+        total = 0
+        for path, offset in places:  # one step of a list's iterator cannot be taken by two threads
+            descriptor = _opened(path)
+            total += os.preadv(descriptor, [buffer], offset)
             os.close(descriptor)
+            if time.perf_counter() - start > seconds:
+                break
+        return total
 
-    workers = [threading.Thread(target=read, args=(number,)) for number in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(total) / (time.perf_counter() - start)
+    with ThreadPoolExecutor(threads) as pool:
+        total = sum(pool.map(read, buffers))
+    return total / (time.perf_counter() - start)
 
 
 def _opened(path: Path) -> int:

@@ -315,7 +315,4 @@ print(memory.memory_in_use() - before)
 @pytest.mark.slow
 @on_linux
 def test_large_blocks_go_back_when_they_are_freed() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", HELD, "back"], capture_output=True, text=True, cwd=ROOT, timeout=60
-    )
-    assert int(run.stdout) < 2**24, run.stderr
+    assert int(run_python(HELD, "back")) < 2**24

@@ -83,9 +83,7 @@ def test_a_file_that_changes_is_named_and_works_again_as_it_was(
         shares = arrangement(model.weights, budget)
 
         def use(model: Model = model, shares: tuple[frozenset[int], int] = shares) -> torch.Tensor:
-            found: list[torch.Tensor] = []
-            promptly(lambda: found.append(logits_of(model, *shares)))
-            return found[0]
+            return promptly(lambda: logits_of(model, *shares))
 
         if used:
             use()
@@ -213,9 +211,7 @@ def test_a_faulty_disk_is_named_and_works_again_when_it_does(
         quiet = len(failed)
         time.sleep(0.05)
         assert len(failed) <= quiet + readers  # a broken disk is not read over and over
-    found: list[torch.Tensor] = []
-    promptly(lambda: found.append(logits_of(model, *shares)))
-    assert torch.equal(found[0], wanted)
+    assert torch.equal(promptly(lambda: logits_of(model, *shares)), wanted)
 
 
 def test_a_fault_that_is_over_when_the_chunk_is_needed_is_forgotten(

@@ -53,10 +53,9 @@ def test_logits_have_the_same_bits_for_every_budget(
     if largest == SMALL_CHUNK:
         assert any(chunk.start % platform.PAGE for chunk in model.weights.stream.chunks)
     for name in ("nothing", "half", "resident", "first"):  # one after another, so they are also re-arranged
-        found: list[torch.Tensor] = []
         shares = arrangement(model.weights, name)
-        promptly(lambda found=found, shares=shares: found.append(logits_of(model, *shares)))
-        assert torch.equal(found[0], wanted), name
+        found = promptly(lambda shares=shares: logits_of(model, *shares))
+        assert torch.equal(found, wanted), name
 
 
 def streaming_ram(model: Model, capacity: int, share: float) -> int:
@@ -151,9 +150,8 @@ def test_without_reads_past_the_page_cache_the_bits_are_the_same(
     model = opened(directory)
     for name in ("nothing", "half"):
         shares = arrangement(model.weights, name)
-        found: list[torch.Tensor] = []
-        promptly(lambda found=found, shares=shares: found.append(logits_of(model, *shares)))
-        assert torch.equal(found[0], wanted)
+        found = promptly(lambda shares=shares: logits_of(model, *shares))
+        assert torch.equal(found, wanted)
     assert plain
 
 
@@ -167,6 +165,5 @@ def test_without_the_linux_calls_the_bits_are_the_same(
     model = opened(directory)
     for name in ("nothing", "half", "resident"):
         shares = arrangement(model.weights, name)
-        found: list[torch.Tensor] = []
-        promptly(lambda found=found, shares=shares: found.append(logits_of(model, *shares)))
-        assert torch.equal(found[0], wanted)
+        found = promptly(lambda shares=shares: logits_of(model, *shares))
+        assert torch.equal(found, wanted)

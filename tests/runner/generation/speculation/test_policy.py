@@ -253,3 +253,10 @@ def test_no_more_draft_tokens_than_there_is_room_for() -> None:
         counts = policy.choose(offers, 2, most)
         assert sum(counts) == min(most, 19)
         assert counts[0] <= 3 and counts[1] == counts[3] == 0
+
+
+def test_passes_that_took_no_time_divide_by_nothing() -> None:
+    cost = CostModel()
+    cost.learn(4, 0.0, 0.0)
+    policy = SpeculationPolicy(cost, CostModel())
+    assert policy.choose([Offer(policy.draft, 4, drafted=True)], 0, 4) is not None

@@ -1,0 +1,121 @@
+"""A session: a text whose tokens and KV cache outlive the process, so that a later one goes on from there."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from runner.errors import BloomdeskError
+from runner.generation.options import Sampling
+from runner.generation.scoring import TokenScore
+from runner.generation.sequence import Request, Sequence
+from runner.generation.session_files import CACHE, SessionFiles, SessionRequest
+from runner.model.kv_cache import KVCache
+
+# Positions of a prompt in one record: a later prompt that differs behind them keeps the records before it.
+POSITIONS_A_RECORD = 64
+# Options that decide no token.
+IDLE_OPTIONS = ("n", "stop", "ignore_eos")
+
+
+class Session:
+    """A session's files, and the sequence that they are of. `warn` gets a sentence if the disk stops taking more."""
+
+    def __init__(
+        self, directory: Path, fingerprint: str, request: Request, warn: Callable[[str], None]
+    ) -> None:
+        """Raises `BloomdeskError` if the directory is another model's session, or holds something else."""
+        self._files = SessionFiles.load(directory)
+        self._warn = warn
+        self._is_written = True
+        wanted = SessionRequest(fingerprint, tuple(request.prompt_ids), _options(request.sampling))
+        known = self._files.request
+        if known is not None and known.fingerprint != fingerprint:
+            raise BloomdeskError(
+                f"{directory} is a session of another model", "give another --session, or that model"
+            )
+        if known == wanted:
+            self.restored = self._files.positions
+        else:
+            # The last token of a prompt gives the first new one, so it is fed again.
+            common = _common(
+                wanted.prompt_ids[:-1], [i for record in self._files.records for i in record.ids]
+            )
+            self._guarded(lambda: self._files.begin(wanted, common))
+            self.restored = self._files.positions
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        return self._files.new_ids
+
+    @property
+    def scores(self) -> list[TokenScore]:
+        return [
+            TokenScore(token, logprob, tuple(map(tuple, top))) for token, logprob, top in self._files.scores
+        ]
+
+    def fill(self, cache: KVCache) -> None:
+        """Load the keys and values of all positions into an empty cache."""
+        with (self._files.directory / CACHE).open("rb") as file:
+            for record in self._files.records:
+                file.seek(record.data[0])
+                data = torch.frombuffer(
+                    bytearray(file.read(record.data[1])), dtype=cache.blocks[0].keys.dtype
+                )
+                first = cache.blocks[0]
+                cache.load(data.view(len(cache.blocks), 2, first.n_head, len(record.ids), first.head_dim))
+
+    def save(self, sequence: Sequence) -> None:
+        """Append what the last pass has committed."""
+        done, cache = self._files.positions, sequence.cache
+        if not self._is_written or cache is None:
+            return
+        text, known = sequence.text, len(self._files.new_ids)
+        while done < cache.length:
+            stop = min(cache.length, done + POSITIONS_A_RECORD)
+            last = stop == cache.length
+            new = sequence.ids[known:] if last else []
+            scores = (
+                [(each.token, each.logprob, each.top) for each in sequence.scores[known:]] if last else []
+            )
+            stored = cache.stored(done, stop)
+            data = (ctypes.c_char * stored.nbytes).from_address(stored.data_ptr())
+            self._guarded(
+                partial(self._files.append, text[done:stop], new, scores, memoryview(data).cast("B"))
+            )
+            if not self._is_written:
+                return
+            done = stop
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._is_written = False
+            self._warn(f"{self._files.directory}: the session is not written any more: {error.strerror}")
+
+
+def _options(sampling: Sampling) -> dict[str, object]:
+    options = {name: value for name, value in asdict(sampling).items() if name not in IDLE_OPTIONS}
+    return {**options, "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()}}
+
+
+def _common(one: tuple[int, ...], other: list[int]) -> int:
+    """Number of equal ids at the beginning of both."""
+    count = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def seed_of(directory: Path) -> int | None:
+    """The seed of the session in `directory`, if it has one. Raises `BloomdeskError` as `Session` does."""
+    request = SessionFiles.load(directory).request
+    return request.options.get("seed") if request else None
