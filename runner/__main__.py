@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from runner.cli.generate import GenerateOptions, generate
-from runner.cli.guard import Guard
+from runner.cli.guard import Guard, empty_argument, end_process
 from runner.errors import BloomdeskError
 from runner.generation.options import GenerationOptions
 
@@ -22,8 +22,29 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status of the command."""
+    guard = Guard()
+
+    def command() -> int:
+        parser = _parser()
+        given = parser.parse_args(arguments)
+        guard.debug = given.debug
+        empty = empty_argument({"directory": given.directory, "--ram": given.ram})
+        if empty is not None:
+            parser.error(empty)
+        generation = GenerationOptions(given.max_new_tokens)
+        return generate(
+            GenerateOptions(
+                Path(given.directory), given.prompt, ram=given.ram, as_json=given.json, generation=generation
+            )
+        )
+
+    return guard.run(command)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m runner", description="Generate from a prepared BLOOM checkpoint.")
-    parser.add_argument("directory", type=Path, help="a prepared directory")
+    # A Path of "" would be the current directory.
+    parser.add_argument("directory", help="a prepared directory")
     parser.add_argument("prompt", help="the text to continue")
     tokens = GenerationOptions.max_new_tokens
     parser.add_argument(
@@ -32,13 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ram", metavar="SIZE", help="RAM to use, like 12GB; default: what is free")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    given = parser.parse_args(arguments)
-    generation = GenerationOptions(given.max_new_tokens)
-    options = GenerateOptions(
-        given.directory, given.prompt, ram=given.ram, as_json=given.json, generation=generation
-    )
-    return Guard(given.debug).run(lambda: generate(options))
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from runner.cli.guard import INTERRUPTED, note
+from runner.cli.guard import note, status_after
 from runner.cli.prompts import Prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
@@ -110,8 +110,8 @@ def _generate_one(options: GenerateOptions) -> int:
     try:
         for token_id in generation:
             show(text.push(token_id))
-    except KeyboardInterrupt:
-        status = INTERRUPTED
+    except KeyboardInterrupt as stop:
+        status = status_after(stop)
     seconds = time.perf_counter() - start
     show(text.finish())
     if options.as_json:
@@ -168,10 +168,10 @@ def _generate_all(
             line.clear()
             written += 1  # before it is written, since an interruption then finds it written
             write(prompt.index, {**named, "prompt": prompt.text, **report})
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         line.clear()
         print(f"interrupted: {written} of {len(requests)} {what} are done", file=sys.stderr)
-        return INTERRUPTED
+        return status_after(stop)
     finally:
         line.clear()
     pace = f"{number(batch.tokens / (time.perf_counter() - start))} tokens a second"

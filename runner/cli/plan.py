@@ -11,6 +11,7 @@ from runner.cli.bench import DEFAULT_PROMPT_TOKENS
 from runner.cli.report import Row, print_rows, rates_row
 from runner.format.hyperparameters import Hyperparameters
 from runner.generation.options import DEFAULT_NEW_TOKENS
+from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, parse_size, size
 
 if TYPE_CHECKING:
@@ -60,8 +61,10 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
     if found.name:
         verdict = "it fits" if fits else f"{size(needed - found.free_bytes)} too little"
         disk = f"{size(form.disk_bytes)}, and {size(needed)} while it is prepared; "
-        disk += f"{size(found.free_bytes)} are free: {verdict}"
-    yield Row("disk", disk, {"free_bytes": found.free_bytes, "bytes_to_prepare": needed, "fits": fits})
+        known = found.free_bytes < UNKNOWN_SPACE
+        disk += f"{size(found.free_bytes)} are free: {verdict}" if known else "what is free is not known"
+    free = found.free_bytes if found.free_bytes < UNKNOWN_SPACE else None
+    yield Row("disk", disk, {"free_bytes": free, "bytes_to_prepare": needed, "fits": fits})
     yield rates_row(found.rates)
     yield Row("RAM", _memory_words(memory), _form_fields(form))
     read = "all weights stay"

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.errors import BloomdeskError
+from runner.errors import AGAIN, BloomdeskError, explained
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
@@ -44,6 +44,9 @@ class Results(AbstractContextManager["Results"]):
         self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
             is_new = not path.exists()
+            # A pipe would be waited for, and a device read without an end.
+            if not is_new and not (path.is_file() or path.is_dir()):
+                raise BloomdeskError(f"{path} is not a regular file", "give --out the name of a new file")
             # Without a buffer, closing writes nothing that could fail.
             self._file = path.open("ab", buffering=0)
             try:
@@ -122,10 +125,12 @@ class Results(AbstractContextManager["Results"]):
         try:
             yield
         except OSError as error:
-            raise BloomdeskError(
-                f"{self._path} cannot be {what}: {error.strerror}",
-                "see to it, then run the same command again: it resumes, and keeps what is done",
-            ) from error
+            why, step = explained(error, self._path)
+            again = "run the same command again: it resumes, and keeps what is done"
+            step = (
+                f"{step.removesuffix(AGAIN).rstrip(' ,;')}; {again}" if step else f"see to it, then {again}"
+            )
+            raise BloomdeskError(f"{self._path} cannot be {what}: {why}", step) from error
 
 
 def _short(text: object) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.cli.guard import INTERRUPTED, note
+from runner.cli.guard import note, status_after
 from runner.cli.prompts import lines_of, parsed_line
 from runner.cli.report import Row, print_rows
 from runner.cli.terminal import StatusLine
@@ -244,10 +244,10 @@ def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
             line.clear()
             done += 1
             write(found)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         line.clear()
         print(f"interrupted: {done} of {count} are done", file=sys.stderr)
-        return INTERRUPTED
+        return status_after(stop)
     finally:
         line.clear()
     return 0

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from runner.system import platform
+
 TEMPORARY_SUFFIX = ".incomplete"
+# Of file systems that cannot sync a directory: FUSE, shared folders, some network disks.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+# On Windows a scanner holds a new file for some tenths of a second, and nobody may rename it then.
+_SECONDS_TO_RENAME, _SECONDS_BETWEEN_TRIES = 5.0, 0.1
 
 
 @contextmanager
@@ -40,8 +48,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def replace_file(temporary: Path, path: Path) -> None:
     """Rename an fsynced file to `path`, so that the new name survives a power loss."""
-    temporary.replace(path)
+    _renamed(temporary, path)
     sync_directory(path.parent)
+
+
+def _renamed(temporary: Path, path: Path) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_RENAME
+    while True:
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            if not platform.WINDOWS or time.monotonic() > deadline:
+                raise
+        time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 def sync_directory(directory: Path) -> None:
@@ -50,5 +70,8 @@ def sync_directory(directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
         finally:
             os.close(descriptor)

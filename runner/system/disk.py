@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+# Of a file system that cannot tell: more than any disk has, so that work begins.
+UNKNOWN_SPACE = 2**62
+
 
 def existing_directory(path: Path) -> Path:
     """The directory `path`, or the nearest one above it that exists."""
@@ -15,5 +18,7 @@ def existing_directory(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the disk that `path` is on; `path` need not exist yet."""
-    return shutil.disk_usage(existing_directory(path)).free
+    """Free bytes of the disk that `path` is on, or `UNKNOWN_SPACE`; `path` need not exist yet."""
+    disk = shutil.disk_usage(existing_directory(path))
+    # FUSE and shared folders may say 0 of 0.
+    return disk.free if disk.free or disk.total else UNKNOWN_SPACE

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, explained
 
 # Error numbers of systems for a lock that another process holds.
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+# Of file systems without locks.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 def lock(descriptor: int, path: Path) -> None:
-    """Lock the open file `path` until it is closed. Raises `BloomdeskError` if another process holds the lock.
+    """Lock the open file `path` until it is closed.
 
+    Raises `BloomdeskError` if another process holds the lock, or the system fails to lock.
     On a file system without locks this does nothing.
     """
     try:
@@ -27,6 +30,9 @@ def lock(descriptor: int, path: Path) -> None:
                 f"{path}: another bloomdesk is writing there",
                 "wait until it has ended, or end it, and run this again",
             ) from None
+        if error.errno not in _NO_LOCKS:
+            why, step = explained(error, path)
+            raise BloomdeskError(f"{path}: cannot be locked: {why}", step) from error
 
 
 @contextmanager

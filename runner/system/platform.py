@@ -7,3 +7,4 @@ import sys
 # Alignment of reads past the page cache; no disk has larger sectors.
 PAGE = 4096
 LINUX_CALLS = sys.platform == "linux"
+WINDOWS = sys.platform == "win32"

@@ -6,25 +6,27 @@ import importlib.metadata
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from runner.cli import bench as bench_command
 from runner.cli import plan as plan_command
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.guard import Guard
+from runner.cli.guard import Guard, empty_argument, end_process
 from runner.cli.report import print_lines, print_rows, session_rows
 from runner.cli.score import ScoreOptions
 from runner.cli.score import score as run_score
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
+from runner.system.disk import UNKNOWN_SPACE, free_bytes
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
@@ -41,7 +43,28 @@ if TYPE_CHECKING:
     from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.verify import VerifyReport
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """A command that refuses an empty argument; PROMPT has a rule of its own."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        names = {
+            param.name: param.metavar if param.param_type_name == "argument" else param.opts[0]
+            for param in self.get_params(ctx)
+        }
+        empty = empty_argument({names[name]: value for name, value in given.items() if name != "prompt"})
+        if empty is not None:
+            ctx.fail(empty)
+        return super().parse_args(ctx, args)
+
+
+class _Commands(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        return super().command(name, cls=_Command, **options)
+
+
+app = _Commands(
     help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
     no_args_is_help=True,
     add_completion=False,
@@ -114,6 +137,7 @@ def download(
     if dry_run:
         print_lines(download_lines(plan))
         return 0 if plan.fits and not plan.names("foreign") else 1
+    _say_if_space_is_unknown(directory)
     with WorkProgress("downloading", plan.work) as progress:
         done = carry_out(plan, progress, connections)
     print_lines(downloaded_lines(done, directory))
@@ -204,6 +228,7 @@ def export(
     from toolkit.commands.export import carry_out, plan_export
 
     plan = plan_export(directory, destination)
+    _say_if_space_is_unknown(destination)
     with WorkProgress("exporting", plan.bytes_to_write) as progress:
         done = carry_out(plan, progress)
     print(f"{destination} holds the checkpoint: {written('shards', done)}")
@@ -406,6 +431,7 @@ def plan(
 def _built(verb: str, plan: BuildPlan) -> Summary:
     from toolkit.commands.build import carry_out
 
+    _say_if_space_is_unknown(plan.destination)
     with WorkProgress(verb, plan.work) as progress:
         done = carry_out(plan, progress)
     for note in done.notes:
@@ -419,6 +445,11 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     plan = plan_verify(directory, quick, sample=sample)
     with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
+
+
+def _say_if_space_is_unknown(directory: Path) -> None:
+    if free_bytes(directory) == UNKNOWN_SPACE:
+        print(f"{directory}: its disk does not say how much is free, so the work begins", file=sys.stderr)
 
 
 def _share(text: str | None) -> float | None:
@@ -455,7 +486,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command of this process, and end with its exit status."""
-    sys.exit(run(sys.argv[1:]))
+    end_process(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from runner.cli.report import Row
 from runner.format.coded import PLAIN
+from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, percent, rate, size
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def download_lines(plan: DownloadPlan) -> Iterator[str]:
     for planned in plan.files:
         yield f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}"
     yield f"{plan.revision.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}"
+    if plan.free >= UNKNOWN_SPACE:
+        yield f"still to fetch: {size(plan.to_fetch)}, what is free in {plan.directory} is not known"
+        return
     verdict = "it fits" if plan.fits else f"it does not fit: {size(plan.to_fetch - plan.free)} too little"
     yield f"still to fetch: {size(plan.to_fetch)}, free in {plan.directory}: {size(plan.free)}: {verdict}"
 

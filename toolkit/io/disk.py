@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, explained
 from runner.format.safetensors import read_small
-from runner.system.disk import free_bytes
 from runner.system.lock import sole_writer
 
 
@@ -21,12 +21,11 @@ def reason(error: Exception) -> str:
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
     """Turn an OSError or EOFError of reading `path` into an error that says what went wrong."""
-    try:
-        yield
-    except OSError as error:
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
-    except EOFError as error:
-        raise BloomdeskError(f"{path}: {error}") from None
+    with _errors(path, "cannot be read"):
+        try:
+            yield
+        except EOFError as error:
+            raise BloomdeskError(f"{path}: {error}") from None
 
 
 def read_if_exists(path: Path, largest: int) -> bytes | None:
@@ -39,17 +38,10 @@ def read_if_exists(path: Path, largest: int) -> bytes | None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into an error that says what went wrong."""
-    try:
+def disk_errors(path: Path, action: str = "written") -> Iterator[None]:
+    """Turn an OSError of writing `path` into an error that says what went wrong; `action` is like "deleted"."""
+    with _errors(path, f"cannot be {action}"):
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BloomdeskError(
-                f"{path}: the disk is full: {free_bytes(path):,} bytes are free",
-                "make room and run the same command again: it resumes where it stopped",
-            ) from error
-        raise BloomdeskError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @contextmanager
@@ -59,3 +51,17 @@ def sole_writer_of(destination: Path) -> Iterator[None]:
         destination.mkdir(parents=True, exist_ok=True)
     with sole_writer(destination):
         yield
+
+
+@contextmanager
+def _errors(path: Path, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why, step = explained(error, path)
+        # Around work on a whole directory: the file in it.
+        if isinstance(error.filename, str | os.PathLike) and path in Path(error.filename).parents:
+            path = Path(error.filename)
+        # A full disk is the same for whatever was to be written.
+        problem = "" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{problem}: "
+        raise BloomdeskError(f"{path}: {problem}{why}", step) from error

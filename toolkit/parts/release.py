@@ -47,7 +47,7 @@ class Release:
                 again = f"bloomdesk repair {self._destination} --source {shard.parent}"
                 read_back(self._destination / record.file, record, f"its source is still there: {again}")
                 self._proven.add(record.file)
-        with disk_errors(shard):
+        with disk_errors(shard, "deleted"):
             self.bytes += shard.stat().st_size
             shard.unlink()
 

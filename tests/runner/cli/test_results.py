@@ -99,7 +99,7 @@ def test_a_full_disk_is_one_sentence(whole: Path, monkeypatch: pytest.MonkeyPatc
 
     with Results(whole, PROMPTS) as results:
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(BloomdeskError, match="cannot be written: No space left") as raised:
+        with pytest.raises(BloomdeskError, match="cannot be written: the disk is full") as raised:
             results.append(0, result(PROMPTS[0]))
     assert "it resumes" in raised.value.hint
 
