@@ -5,8 +5,8 @@
 After each command all bytes are compared with those of before:
 
 - no byte is gone that somebody could miss: a file is as it was, or it is one that this program made, was damaged or
-  unfinished, and is now what its record says; or a shard that `--delete-source` may delete, since the parts that name its
-  sha256 are there and sound;
+  unfinished, and is now what its record says; or a shard that `--delete-source` may delete, since the parts that name
+  its sha256 are there and sound;
 - what verifies as sound holds the weights of one source, and names that source's shards;
 - exit status 0 means that what was asked for is there; everything else is one sentence.
 
@@ -33,7 +33,7 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
-from runner.format.layout import COMPANIONS, MANIFEST, MANIFEST_BACKUP
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest, read_manifest
 from runner.system.lock import sole_writer
 from scripts.fakehub.checkpoint import Layout, synthetic
@@ -44,6 +44,7 @@ from toolkit.commands.download import download
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation
 from toolkit.commands.verify import verify
+from toolkit.hub import retry
 from toolkit.hub.record import RECORD, load_record
 from toolkit.parts import destination as target
 
@@ -59,7 +60,7 @@ def content(directory: Path) -> Content:
     found = {}
     for path in directory.rglob("*"):
         if path.is_symlink():
-            found[str(path.relative_to(directory))] = b"-> " + os.readlink(path).encode()
+            found[str(path.relative_to(directory))] = b"-> " + str(path.readlink()).encode()
         elif path.is_file():
             found[str(path.relative_to(directory))] = path.read_bytes()
     return found
@@ -105,8 +106,8 @@ class World:
 
 
 def weights_of(source: str) -> str:
-    """ "a", "b" or "b1": which weights a kind of source holds."""
-    return source.split("-")[0]
+    """Which weights a kind of source holds; those of a decayed one that nothing vouches for are its own."""
+    return source if source in ("a-decayed", "a-exportflipped") else source.split("-")[0]
 
 
 def make_world(base: Path, hub_of: Callable[[dict[str, Path]], LocalHub]) -> World:
@@ -128,21 +129,24 @@ def make_world(base: Path, hub_of: Callable[[dict[str, Path]], LocalHub]) -> Wor
         middle = (made / name / shards[2]).stat().st_size // 2
         flip(made / name / shards[2], middle, keep_date=name == "a-decayed")
     (made / "a-lacking" / shards[2]).unlink()
+    retry.BACKOFF = (0.0,)
     world = World(base, hub_of({repo: made / name for repo, name in REPOS.items()}))
     os.environ["HF_ENDPOINT"] = world.hub.endpoint
-    for name in ("a", "b", "b1"):
-        convert(made / name, base / "prepared" / name)
-        world.fingerprints[name] = load_manifest(base / "prepared" / name).fingerprint or ""
+    convert(made / "a", base / "prepared" / "a")
     export(base / "prepared" / "a", made / "a-export")
     shutil.copytree(made / "a-export", made / "a-exportflipped")
     flip(sorted((made / "a-exportflipped").glob("*.safetensors"))[2], -400, keep_date=True)
     for path in sorted(made.iterdir()):
         world.sources[path.name] = path
-        weights = {"a-decayed": "b1", "a-exportflipped": "other"}.get(path.name, weights_of(path.name))
+        weights = weights_of(path.name)
+        if weights not in world.fingerprints:
+            convert(path, base / "prepared" / weights)
+            world.fingerprints[weights] = load_manifest(base / "prepared" / weights).fingerprint or ""
         hashes = {hashlib.sha256(shard.read_bytes()).hexdigest() for shard in path.iterdir()}
         world.shards.setdefault(weights, set()).update(hashes)
-    # What is right in a decayed checkpoint is right.
-    world.shards["b1"] |= world.shards["a"]
+    # Where two hold the same tensors, either's shards may be named.
+    for name, others in (("b1", "a"), ("a-decayed", "a"), ("a-exportflipped", "a")):
+        world.shards[name] |= world.shards[others]
     for name, make in STATES.items():
         path = base / "states" / name
         path.parent.mkdir(exist_ok=True)
