@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from runner.cli.generate import GenerateOptions, generate
-from runner.cli.guard import Guard, empty_argument, end_process
+from runner.cli.guard import Guard, empty_argument, end_process, require_current_directory
 from runner.errors import BloomdeskError
 from runner.generation.options import GenerationOptions
 
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if empty is not None:
             parser.error(empty)
         generation = GenerationOptions(given.max_new_tokens)
+        require_current_directory()
         return generate(
             GenerateOptions(
                 Path(given.directory), given.prompt, ram=given.ram, as_json=given.json, generation=generation

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -82,6 +83,16 @@ def end_process(command: Callable[[], int]) -> NoReturn:
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _terminate)
     sys.exit(command())
+
+
+def require_current_directory() -> None:
+    """Raise `BloomdeskError` in a directory that was deleted: no relative path means anything, and torch aborts."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise BloomdeskError(
+            "the current directory has been deleted", "change to a directory that exists"
+        ) from None
 
 
 def empty_argument(given: Mapping[str, object]) -> str | None:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, explained
 from runner.format.coded import (
     CODED_ALIGNMENT,
     CODED_DTYPE,
@@ -264,7 +264,8 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         if error.errno in _NO_MANIFEST:
             raise _unsound(path, str(error.strerror)) from None
-        raise BloomdeskError(f"{path}: cannot be read: {error.strerror}") from error
+        why, step = explained(error, path)
+        raise BloomdeskError(f"{path}: cannot be read: {why}", step) from error
     return Manifest.from_json(text, path)
 
 

@@ -18,6 +18,7 @@ Tensors are made and written buffer by buffer, so a true-size checkpoint needs l
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import zlib
@@ -153,6 +154,20 @@ def write_repo(
     write_json(out / "config.json", config)
     for name, data in tokenizer.items():
         (out / name).write_bytes(data)
+
+
+def to_lfs_clone(directory: Path) -> None:
+    """Turn a repo into a clone without smudged files: a pointer for each large one, its bytes in .git/lfs/objects."""
+    for path in sorted(directory.iterdir()):
+        if path.name != "tokenizer.json" and path.suffix not in (".bin", ".safetensors"):
+            continue
+        data = path.read_bytes()
+        oid = hashlib.sha256(data).hexdigest()
+        place = directory / ".git" / "lfs" / "objects" / oid[:2] / oid[2:4] / oid
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize {len(data)}\n"
+        path.write_text(pointer, encoding="utf-8")
 
 
 def bloom_shapes(hidden_size: int, blocks: int, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from runner.cli import bench as bench_command
 from runner.cli import plan as plan_command
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.guard import Guard, empty_argument, end_process
+from runner.cli.guard import Guard, empty_argument, end_process, require_current_directory
 from runner.cli.report import print_lines, print_rows, session_rows
 from runner.cli.score import ScoreOptions
 from runner.cli.score import score as run_score
@@ -114,6 +114,7 @@ def common_options(
     context.obj.debug = debug
     # 1 says that verify found damage, 2 that it could not check.
     context.obj.failure = 2 if context.invoked_subcommand == "verify" else 1
+    require_current_directory()
 
 
 @app.command()

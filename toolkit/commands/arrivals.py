@@ -114,14 +114,14 @@ class ArrivingShards:
             if name not in self._tensors:
                 self._tensors[name] = read_member(self._index, self._directory / name)
             tensors |= self._tensors[name]
-        dtype = common_dtype(tensors)
+        if self._assignment is None:
+            # Without an index the one shard holds every tensor.
+            self._assignment = assign(self._index.weight_map or tensors, manifest.model)
+        dtype = common_dtype(self._assignment.used(tensors))
         if dtype != manifest.model.dtype:
             raise BloomdeskError(
                 f"the source mixes dtypes: {shards[0]} is {dtype}, others are {manifest.model.dtype}"
             )
-        if self._assignment is None:
-            # Without an index the one shard holds every tensor.
-            self._assignment = assign(self._index.weight_map or tensors, manifest.model)
         return plan_source_part(file, manifest, self._assignment, tensors)
 
     def checked(self, shard: Path) -> SourceShard:

@@ -62,7 +62,7 @@ class BuildPlan:
     records of all parts that the destination has or had: made again, they must have the same tensors. `comparisons`
     are of the kept parts with the source. `companions` are the small files' bytes. `shards` serve one run.
     `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert` beyond what is taken now.
-    `bytes_to_fetch` are those of all needed shards of the Hub.
+    `bytes_to_fetch` are those of all needed shards of the Hub. `notes` are sentences for the summary.
     """
 
     destination: Path
@@ -75,6 +75,7 @@ class BuildPlan:
     peak_bytes: int
     bytes_to_fetch: int = 0
     comparisons: tuple[Comparison, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_to_write(self) -> int:
@@ -162,7 +163,10 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         release.bytes,
         plan.shards.received,
         plan.shards.resumed,
-        tuple(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+        (
+            *plan.notes,
+            *(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+        ),
     )
 
 

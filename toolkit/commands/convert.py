@@ -35,13 +35,14 @@ class ShardsOnDisk:
 
     `parts` are the planned parts by file name, in the order of a pass, `sha256` the hashes known beforehand,
     `deletable` the shards to delete once no part needs them, and `seen` each shard's size and time of change when its
-    tensors were listed.
+    tensors were listed. `place` is where a shard's bytes lie.
     """
 
     parts: Mapping[str, PlannedPart]
     sha256: Mapping[Path, str]
     deletable: tuple[Path, ...]
     seen: Mapping[Path, tuple[int, int]]
+    place: Callable[[Path], Path]
     hashes: ShardHashes = field(default_factory=ShardHashes)
     done: set[Path] = field(default_factory=set)
     received: int = 0
@@ -58,13 +59,13 @@ class ShardsOnDisk:
         position = files.index(file)
         for soon in files[position : position + 2]:
             for shard in self.parts[soon].sources:
-                self.hashes.begin(shard)
+                self.hashes.begin(self.place(shard))
         return self.parts[file]
 
     def checked(self, shard: Path) -> SourceShard:
         """The shard with its hash; `BloomdeskError` if that is not the one known beforehand, or it has changed."""
-        found = self.hashes.result(shard)
-        if state_of(shard) != self.seen[shard]:
+        found = self.hashes.result(self.place(shard))
+        if state_of(self.place(shard)) != self.seen[shard]:
             raise BloomdeskError(
                 f"{shard} changed while it was read",
                 "wait until nothing writes to the source, and run the same command again",
@@ -124,14 +125,15 @@ def plan_conversion(
     companions = target.read_companions(source)
     existing = target.load_existing(destination)
     shards = _find_shards(source, destination, existing)
-    seen = {path: state_of(path) for path in shards.files}
+    seen = {path: state_of(shards.place(path)) for path in shards.files}
     tensors = read_listed(shards)
-    dtype = common_dtype(tensors) if tensors or existing is None else existing.model.dtype
-    model = replace(model, dtype=dtype)
-    check_form_dtype(dtype, form)
     # There are no keys only if a single file is gone, and everything is made.
     keys = shards.weight_map or tensors
     assignment = assign(keys, model) if keys or existing is None else None
+    used = assignment.used(tensors) if assignment is not None else []
+    dtype = common_dtype(used) if used or existing is None else existing.model.dtype
+    model = replace(model, dtype=dtype)
+    check_form_dtype(dtype, form)
     origin, sha256 = _recorded_source(source, shards, companions)
     if mend is not None and existing is not None:
         # The hashes of the tensors tell whether it is the recorded source.
@@ -149,7 +151,7 @@ def plan_conversion(
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     target.require_free_space(destination, peak, schedule.needs, companions)
-    on_disk = ShardsOnDisk(parts, sha256, deletable, seen)
+    on_disk = ShardsOnDisk(parts, sha256, deletable, seen, shards.place)
     return BuildPlan(
         destination,
         existing,
@@ -160,6 +162,7 @@ def plan_conversion(
         on_disk,
         peak,
         comparisons=comparisons,
+        notes=assignment.notes if assignment is not None else (),
     )
 
 
@@ -200,10 +203,10 @@ def _plan_parts(
 def _recorded_source(
     source: Path, shards: ShardList, companions: Mapping[str, bytes]
 ) -> tuple[Source, dict[Path, str]]:
-    """Repo and commit, and each shard's sha256, if a download has recorded them."""
+    """Repo and commit, and each shard's sha256, if a download or pointers of Git LFS have recorded them."""
     record = load_record(source)
     if record is None:
-        return Source(), {}
+        return Source(), {path: known.sha256 for path, known in shards.objects.items()}
     hashes = {}
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
@@ -220,6 +223,11 @@ def _recorded_source(
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:
+    if shards.objects:
+        raise BloomdeskError(
+            f"{next(iter(shards.objects))} is a pointer of Git LFS, whose object other branches may need",
+            "convert without --delete-source, and delete the clone afterwards",
+        )
     links = [path for path in shards.files if path.is_symlink()]
     if links:
         raise BloomdeskError(

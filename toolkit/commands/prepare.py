@@ -27,7 +27,8 @@ from toolkit.parts.part import check_form_dtype
 from toolkit.source.config import decode_config
 from toolkit.source.index import FORMS, ShardList, parse_index
 from toolkit.source.key_map import assign
-from toolkit.source.shards import HEAD_BYTES, dtype_of_head
+from toolkit.source.shards import HEAD_BYTES, read_head_of_shard
+from toolkit.source.tensor import SourceTensor, common_dtype
 
 
 def prepare(
@@ -68,16 +69,21 @@ def plan_preparation(
     chosen = hub.needed(found, lambda index: read_small_file(found, index, destination))
     companions, index, names = _read_small_files(chosen, destination)
     model = decode_config(Path("config.json"), companions["config.json"], "BF16")
+    assignment = assign(index.weight_map, model) if index.weight_map is not None else None
     if existing is not None and existing.parts:
         dtype = existing.model.dtype
+    elif chosen.dtype is not None:
+        dtype = chosen.dtype
     else:
-        dtype = chosen.dtype or _dtype_on_the_hub(chosen, names[0])
+        head = _head_on_the_hub(chosen, names[0])
+        # Without an index the one shard holds every tensor.
+        assignment = assignment or assign(head, model)
+        dtype = common_dtype(assignment.used(head))
     check_form_dtype(dtype, form)
     origin = Source(chosen.repo, chosen.commit)
     fresh = Manifest(replace(model, dtype=dtype), origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
     known = known_parts(destination, existing) if existing is not None else {}
-    assignment = assign(index.weight_map, manifest.model) if index.weight_map is not None else None
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
     peak = schedule.peak_bytes
@@ -85,7 +91,16 @@ def plan_preparation(
     target.require_free_space(destination, to_come, schedule.needs, companions)
     shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections)
     return BuildPlan(
-        destination, existing, manifest, known, companions, schedule, shards, peak, schedule.shard_bytes
+        destination,
+        existing,
+        manifest,
+        known,
+        companions,
+        schedule,
+        shards,
+        peak,
+        schedule.shard_bytes,
+        notes=assignment.notes if assignment is not None else (),
     )
 
 
@@ -111,8 +126,8 @@ def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, by
     return companions, index or ShardList(tuple(map(Path, names))), names
 
 
-def _dtype_on_the_hub(revision: Revision, shard: str) -> str:
-    """The dtype of the weights, from the first bytes of one shard; `BloomdeskError` if they do not show it."""
+def _head_on_the_hub(revision: Revision, shard: str) -> dict[str, SourceTensor]:
+    """The tensors of one shard with their dtypes, from its first bytes; `BloomdeskError` if they do not show them."""
     file = revision.find(shard)
     assert file is not None
-    return dtype_of_head(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))
+    return read_head_of_shard(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from runner.errors import BloomdeskError
+from toolkit.hub.environment import check_environment
 from toolkit.hub.failures import IncompleteAnswer, Resource, endpoint, network_errors, not_a_hub
 from toolkit.hub.retry import RetryPolicy
 
@@ -54,6 +55,7 @@ def fetch_json(path: str, resource: Resource) -> Iterator[Any]:
 
     Raises `BloomdeskError` if the Hub refuses, cannot be reached, or answers with something else.
     """
+    check_environment()
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
     url: str | None = endpoint() + path
@@ -105,6 +107,7 @@ def locate(resource: Resource) -> Location:
 
     Raises one of `network_errors`, and `BloomdeskError` if the location is no valid address.
     """
+    check_environment()
     import httpx2
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 

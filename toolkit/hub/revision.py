@@ -17,6 +17,7 @@ from urllib.parse import quote
 from runner.errors import BloomdeskError
 from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS
 from toolkit.hub.client import fetch_json
+from toolkit.hub.environment import check_timeouts
 from toolkit.hub.failures import Resource, endpoint, offline, offline_error
 from toolkit.io.hasher import Digest, hash_file
 from toolkit.io.progress import FileProgress, Progress
@@ -111,6 +112,7 @@ def resolve(repo: str, revision: str | None = None) -> Revision:
 
 def check_repo_name(repo: str) -> None:
     """Raise `BloomdeskError` if `repo` cannot be the name of a repository."""
+    check_timeouts()
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

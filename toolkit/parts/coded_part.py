@@ -34,7 +34,8 @@ from toolkit.parts.row_groups import (
     batches_of_row_groups,
     chunk_nbytes,
 )
-from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
+from toolkit.source.tensor import SourceTensor
+from toolkit.source.tensor_reader import TensorReader, slices_of
 
 
 def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
@@ -90,9 +91,9 @@ class _Writer:
         room = len(part_header(part.spec.stored(part.dtype, any_sizes), part.spec.decoded(part.form)))
         named = list(zip(part.spec.tensors, part.tensors, strict=True))
         steps = [chunk_nbytes(of.shape[1]) if name in part.spec.matrices else CHUNK for name, of in named]
-        chunked = [ranges_of(tensor, step) for (_, tensor), step in zip(named, steps, strict=True)]
-        ranges = [each for chunks in chunked for each in chunks]
-        with TensorReader(ranges, held=IN_PROGRESS) as reader, WriteBehind(self._file.fileno()) as behind:
+        chunked = [slices_of(tensor, step) for (_, tensor), step in zip(named, steps, strict=True)]
+        slices = [each for chunks in chunked for each in chunks]
+        with TensorReader(slices, held=IN_PROGRESS) as reader, WriteBehind(self._file.fileno()) as behind:
             behind.write(bytes(room))
             read = self._read(reader)
             for (name, tensor), chunks in zip(named, chunked, strict=True):
@@ -107,7 +108,7 @@ class _Writer:
         return record, self._tables
 
     def _read(self, reader: TensorReader) -> Iterator[Block]:
-        for index in range(len(reader.ranges)):
+        for index in range(len(reader.slices)):
             chunk = reader.whole(index)
             self._seen(len(chunk))
             yield chunk

@@ -11,11 +11,11 @@ import xxhash
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING
 from runner.format.manifest import Manifest, TensorRecord
-from toolkit.io.disk import read_errors
 from toolkit.io.progress import Progress
-from toolkit.io.reader import READ_THREADS, ReadAhead
+from toolkit.io.reader import READ_THREADS
 from toolkit.source.key_map import Assignment
-from toolkit.source.tensor import SourceTensor, ranges_of
+from toolkit.source.tensor import SourceTensor
+from toolkit.source.tensor_reader import TensorReader, slices_of
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,15 @@ def comparisons_of(
 
 def compare(destination: Path, comparisons: Sequence[Comparison], progress: Progress) -> None:
     """Read all the tensors; `BloomdeskError` at the first that is not the one that a part was made from."""
-    ranges = [each for comparison in comparisons for each in ranges_of(comparison.tensor)]
-    with ReadAhead(ranges, READ_THREADS, keep_cached=True) as reader:
+    slices = [each for comparison in comparisons for each in slices_of(comparison.tensor)]
+    with TensorReader(slices, READ_THREADS) as reader:
         for index, comparison in enumerate(comparisons):
             tensor, own, done = comparison.tensor, xxhash.xxh3_128(), 0
             same = (tensor.dtype, tensor.shape) == (comparison.record.dtype, comparison.record.shape)
-            with read_errors(tensor.file):
-                for block in reader.blocks(index) if same else ():
-                    own.update(block)
-                    done += len(block)
-                    progress(f"{tensor.file.name}: {tensor.key}", done, tensor.nbytes)
+            for block in reader.blocks(index) if same else ():
+                own.update(block)
+                done += len(block)
+                progress(f"{tensor.file.name}: {tensor.key}", done, tensor.nbytes)
             if own.hexdigest() != comparison.record.xxh3_128:
                 raise BloomdeskError(
                     f"{destination} was made from another state of the source: {tensor.key} in {tensor.file} is not "

@@ -29,6 +29,7 @@ from runner.system.disk import free_bytes
 from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
+from toolkit.source.lfs import read_small_file
 
 # BLOOM's tokenizer.json has 14.5 MB.
 LARGEST_COMPANION = 2**26
@@ -140,7 +141,7 @@ def read_companions(source: Path) -> dict[str, bytes]:
         path = source / name
         if path.is_symlink():
             _refuse_foreign(path)
-        data = read_if_exists(path, LARGEST_COMPANION)
+        data = read_small_file(path, LARGEST_COMPANION)
         if data is not None:
             check_companion(path, data)
             companions[name] = data

@@ -26,7 +26,8 @@ from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.release import file_hash, read_back
-from toolkit.source.tensor import SourceTensor, TensorReader, ranges_of
+from toolkit.source.tensor import SourceTensor
+from toolkit.source.tensor_reader import TensorReader, slices_of
 
 
 def write_part(
@@ -84,8 +85,8 @@ def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
     header = part_header(part.spec.stored(part.dtype, {}))
     whole = xxhash.xxh3_128(header)
     records = []
-    ranges = [each for tensor in part.tensors for each in ranges_of(tensor)]
-    with TensorReader(ranges) as reader, WriteBehind(file.fileno()) as behind:
+    slices = [each for tensor in part.tensors for each in slices_of(tensor)]
+    with TensorReader(slices) as reader, WriteBehind(file.fileno()) as behind:
         behind.write(header)
         done = len(header)
         for index, (name, shape) in enumerate(part.spec.tensors.items()):
@@ -102,7 +103,7 @@ def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
 
 def check_lm_head(lm_head: SourceTensor, embedding: SourceTensor) -> None:
     """Raise `BloomdeskError` if the two differ: the runner's head is the embedding, and another would be lost."""
-    with TensorReader(ranges_of(lm_head)) as ours, TensorReader(ranges_of(embedding)) as theirs:
+    with TensorReader(slices_of(lm_head)) as ours, TensorReader(slices_of(embedding)) as theirs:
         for left, right in zip(ours.blocks(0), theirs.blocks(0), strict=True):
             if left != right:
                 raise BloomdeskError(

@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
-from toolkit.io.disk import read_if_exists
+from toolkit.source.lfs import read_small_file
 
 LARGEST_CONFIG = 2**20
 ARCHITECTURES = ("BloomModel", "BloomForCausalLM")
@@ -41,7 +41,7 @@ def read_config(path: Path, dtype: str) -> Hyperparameters:
     Raises `BloomdeskError` if the file can't be read, is of another architecture, needs arithmetic that
     the runner does not have, or has values that no BLOOM has.
     """
-    data = read_if_exists(path, LARGEST_CONFIG)
+    data = read_small_file(path, LARGEST_CONFIG)
     if data is None:
         raise BloomdeskError(
             f"{path} is missing",

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
-from runner.format.safetensors import read_small
-from toolkit.io.disk import read_errors, reason
+from toolkit.io.disk import reason
+from toolkit.source.lfs import LfsObject, find_objects, read_small_file
 
 # Best first. Safetensors need no pickle, so they win if a source holds both whole.
 FORMS = (
@@ -32,11 +32,19 @@ LARGEST_INDEX = 16 * 2**20
 
 @dataclass(frozen=True)
 class ShardList:
-    """The files that hold the weights and, if there is an index, the name of the file of each key."""
+    """The files that hold the weights and, if there is an index, the name of the file of each key.
+
+    `objects` are those of the files that are pointers of Git LFS.
+    """
 
     files: tuple[Path, ...]
     index: Path | None = None
     weight_map: Mapping[str, str] | None = None
+    objects: Mapping[Path, LfsObject] = field(default_factory=dict)
+
+    def place(self, file: Path) -> Path:
+        """Where the bytes of one of the files lie."""
+        return self.objects[file].path if file in self.objects else file
 
 
 def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
@@ -51,15 +59,15 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
     for index_name, single, suffix in FORMS:
         index = directory / index_name
         if index.is_file():
-            with read_errors(index):
-                weight_map = parse_index(read_small(index, LARGEST_INDEX), suffix, str(index))
+            weight_map = parse_index(read_small_file(index, LARGEST_INDEX) or b"", suffix, str(index))
             files = [directory / name for name in sorted(set(weight_map.values()))]
             missing = [file.name for file in files if not file.is_file() and file.name not in spared]
             if not missing:
-                return ShardList(tuple(file for file in files if file.is_file()), index, weight_map)
+                there = tuple(file for file in files if file.is_file())
+                return ShardList(there, index, weight_map, find_objects(there))
             gaps.append(f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first")
         if (directory / single).is_file():
-            return ShardList((directory / single,))
+            return ShardList((directory / single,), objects=find_objects([directory / single]))
     if gaps:
         raise BloomdeskError(
             f"{directory}: {gaps[0]}", "run the download again: it fetches what is missing and nothing else"

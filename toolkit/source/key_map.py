@@ -4,29 +4,64 @@
     h.7.self_attention.query_key_value.weight     block_07.safetensors         self_attention.query_key_value.weight
     ln_f.bias                                     final_layernorm.safetensors  bias
 
-Keys may start with `transformer.`; `lm_head.weight` may repeat the embedding. Everything else is an error.
+Every key may start with `module.`, as of a model that was trained in parallel, and then with `transformer.`.
+`lm_head.weight` may repeat the embedding, or stand for it. Buffers that old training code saved are left out.
+Everything else is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import EMBEDDING, FINAL_LAYERNORM, part_specs
+from toolkit.source.tensor import SourceTensor
 
-PREFIX = "transformer."
-LM_HEAD = "lm_head.weight"
+WRAPPER, PREFIX = "module.", "transformer."
+MATRIX = "word_embeddings.weight"
+# The second is how code that casts the head's output names it.
+LM_HEADS = ("lm_head.weight", "lm_head.0.weight")
+# Causal masks and the number that stands for a masked score: constants, which the runner computes.
+BUFFER = re.compile(
+    r"h\.(0|[1-9]\d*)\.self_attention\.(bias|masked_bias|causal_mask|scale_mask_softmax\.causal_mask)"
+)
 EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Source keys by part file and stripped name, both in the order of a pass; `lm_head` if there is one."""
+    """Source keys by part file and stripped name, both in the order of a pass.
+
+    `lm_head` is the key of a head beside the embedding, if there is one; `left_out` are those of buffers.
+    """
 
     parts: dict[str, dict[str, str]]
     lm_head: str | None
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys whose tensors are used."""
+        used = [key for keys in self.parts.values() for key in keys.values()]
+        return (*used, *([self.lm_head] if self.lm_head else []))
+
+    def used(self, tensors: Mapping[str, SourceTensor]) -> list[SourceTensor]:
+        """Those of `tensors`, by key, that have a place."""
+        return [tensors[key] for key in self.keys if key in tensors]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what was left out."""
+        if not self.left_out:
+            return ()
+        what = "buffer" if len(self.left_out) == 1 else "buffers"
+        return (
+            f"left out: {len(self.left_out):,} {what} of old training code, which hold no weights: "
+            f"{_examples(self.left_out)}",
+        )
 
 
 def name_table(model: Hyperparameters) -> dict[str, tuple[str, str]]:
@@ -51,38 +86,49 @@ def assign(keys: Iterable[str], model: Hyperparameters) -> Assignment:
     Raises `BloomdeskError` for keys that no BLOOM of this shape has, for tensors that are missing, and for
     a tensor that is there twice, with and without the prefix.
     """
+    keys = list(keys)
+    wrapper = WRAPPER if keys and all(key.startswith(WRAPPER) for key in keys) else ""
     table = name_table(model)
     found: dict[str, str] = {}
-    unknown, twice = [], []
-    lm_head = None
+    heads: list[str] = []
+    unknown, twice, left_out = [], [], []
     for key in keys:
-        name = key.removeprefix(PREFIX)
-        if key == LM_HEAD:
-            lm_head = key
+        outer = key.removeprefix(wrapper)
+        name = outer.removeprefix(PREFIX)
+        buffer = BUFFER.fullmatch(name)
+        if outer in LM_HEADS:
+            heads.append(key)
+        elif buffer and int(buffer[1]) < model.n_layer:
+            left_out.append(key)
         elif name not in table:
             unknown.append(key)
         elif name in found:
             twice.append(name)
         else:
             found[name] = key
+    if len(heads) == 1 and MATRIX not in found and heads[0].endswith(LM_HEADS[0]):
+        # A file that stores tied tensors once may keep either name.
+        found[MATRIX] = heads.pop()
     missing = [name for name in table if name not in found]
     for names, what in (
         (unknown, "that no BLOOM of this shape has"),
         (missing, "missing"),
         (twice, f"there twice, with and without {PREFIX!r}"),
+        (heads[1:], f"there twice, as {LM_HEADS[0]} too"),
     ):
         if names:
             raise BloomdeskError(f"the source has {_count(names)} {what}: {_examples(names)}")
     parts: dict[str, dict[str, str]] = {}
     for name, (file, stripped) in table.items():
         parts.setdefault(file, {})[stripped] = found[name]
-    return Assignment(parts, lm_head)
+    return Assignment(parts, heads[0] if heads else None, tuple(left_out))
 
 
 def _count(names: list[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"
 
 
-def _examples(names: list[str]) -> str:
+def _examples(names: Iterable[str]) -> str:
+    names = list(names)
     shown = ", ".join(name[:120] for name in names[:EXAMPLES])
     return shown if len(names) <= EXAMPLES else f"{shown}, and {len(names) - EXAMPLES:,} more"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.safetensors import read_header
 from toolkit.io.disk import reason
 from toolkit.source.index import ShardList, find_shards
-from toolkit.source.tensor import SourceTensor, common_dtype
+from toolkit.source.tensor import SourceTensor
 from toolkit.source.torch_zip import read_head, read_torch_zip
 
 # What describes the tensors stands first in both kinds of file; that of all of BLOOM-176B in one file has 0.1 MB.
@@ -39,27 +40,35 @@ def read_listed(shards: ShardList) -> dict[str, SourceTensor]:
 
 def read_member(shards: ShardList, file: Path) -> dict[str, SourceTensor]:
     """The tensors of one of the listed files, which are those that the index promises."""
-    found = read_shard(file)
+    found = read_shard(file, shards.place(file))
     if shards.weight_map is not None:
         promised = {key for key, name in shards.weight_map.items() if name == file.name}
         _check_against_index(f"{shards.index} disagrees with the shards: {file.name}", promised, set(found))
     return found
 
 
-def read_shard(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of one shard, by key; `BloomdeskError` if it is not a sound one of its kind."""
+def read_shard(path: Path, place: Path | None = None) -> dict[str, SourceTensor]:
+    """The tensors of one shard, whose bytes may lie at another `place`, by key.
+
+    Raises `BloomdeskError` if it is not a sound one of its kind.
+    """
+    place = place or path
     if path.suffix == ".safetensors":
-        return {
+        found = {
             entry.name: SourceTensor(entry.name, entry.dtype, entry.shape, path, entry.start, entry.nbytes)
-            for entry in read_header(path).tensors.values()
+            for entry in read_header(place).tensors.values()
         }
-    return read_torch_zip(path)
+    else:
+        found = read_torch_zip(place)
+    if place == path:
+        return found
+    return {key: replace(tensor, file=path, object=place) for key, tensor in found.items()}
 
 
-def dtype_of_head(path: Path, head: bytes) -> str:
-    """The one dtype of a shard's tensors, from its first `HEAD_BYTES` bytes; `path` only names it.
+def read_head_of_shard(path: Path, head: bytes) -> dict[str, SourceTensor]:
+    """A shard's tensors by key, with their dtypes alone, from its first `HEAD_BYTES` bytes; `path` only names it.
 
-    Raises `BloomdeskError` if they describe no tensors, tensors of several dtypes, or other things than tensors.
+    Raises `BloomdeskError` if they describe no tensors, or other things than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -76,7 +85,7 @@ def dtype_of_head(path: Path, head: bytes) -> str:
             f"the first bytes of {path} do not show the dtype of its tensors: {reason(error)}",
             "fetch it with bloomdesk download, then run bloomdesk convert",
         ) from None
-    return common_dtype({key: SourceTensor(key, dtype, (), path, 0, 0) for key, dtype in dtypes.items()})
+    return {key: SourceTensor(key, dtype, (), path, 0, 0) for key, dtype in dtypes.items()}
 
 
 def _check_against_index(where: str, promised: set[str], found: set[str]) -> None:

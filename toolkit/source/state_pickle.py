@@ -3,8 +3,8 @@
     {"h.0.input_layernorm.weight": _rebuild_tensor_v2(("storage", BFloat16Storage, "0", "cpu", 8), 0, (8,), (1,), ...)}
 
 An unpickler, also torch's careful one, can be made to take all memory or to crash by what it is allowed to do.
-Here a value is text, a number, a tuple, a list, a table with text for keys, or a tensor's description; anything
-else is refused where it stands. The opcodes' meaning: https://docs.python.org/3/library/pickletools.html
+Here a value is text, a number, a tuple, a list, a table with text or numbers for keys, or a tensor's description;
+anything else is refused where it stands. Protocols 2 to 5 of pickle are read. The opcodes' meaning: https://docs.python.org/3/library/pickletools.html
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ STORAGES = {
     "torch ComplexFloatStorage": ("torch.complex64", 8),
     "torch ComplexDoubleStorage": ("torch.complex128", 16),
 }
+# Training code saves the state beside others under one of these names.
+WRAPPERS = ("model", "state_dict", "module")
 TABLE, TENSOR, PARAMETER = (
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -56,11 +58,15 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A row-major tensor in a storage; `begin` and `nbytes` are bytes of the storage's record."""
+    """A tensor in a storage; `begin` and `nbytes` are bytes, of the storage's record and of the elements.
+
+    `strides` count elements; None if the tensor is one row-major run of bytes.
+    """
 
     storage: Storage
     shape: tuple[int, ...]
     begin: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,10 +81,10 @@ class _Name:
 
 
 def read_state(data: bytes) -> dict[str, StoredTensor]:
-    """The tensors that the pickle of a state dict describes, by key.
+    """The tensors that the pickle of a state dict describes, by key, also if that stands under one of `WRAPPERS`.
 
     Raises `NotWeights` if it names anything but what a state dict needs, and `ValueError` if it is no
-    sound pickle, or describes something else than tensors in rows under printable keys.
+    sound pickle, or describes something else than tensors under printable keys.
     """
     if len(data) > LARGEST_PICKLE:
         raise ValueError(
@@ -87,12 +93,23 @@ def read_state(data: bytes) -> dict[str, StoredTensor]:
     state = _Reader().read(data)
     if not isinstance(state, dict):
         raise ValueError("it does not hold a table of tensors")
+    state = _unwrapped(state)
     for key, value in state.items():
-        if not isinstance(value, StoredTensor):
-            raise ValueError(f"under {key[:120]!r} it holds no tensor")
+        if not isinstance(value, StoredTensor) or not isinstance(key, str):
+            raise ValueError(f"under {str(key)[:120]!r} it holds no tensor")
         if not key.isprintable():
             raise ValueError(f"{key[:120]!r} is not the name of a tensor")
     return state
+
+
+def _unwrapped(state: dict[Any, Any]) -> dict[Any, Any]:
+    """The table of tensors that `state` holds under one of `WRAPPERS`, else `state` itself."""
+    wrapped = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
+    if not wrapped or any(isinstance(value, StoredTensor) for value in state.values()):
+        return state
+    if len(wrapped) > 1:
+        raise ValueError(f"it holds a table under {wrapped[0]!r} and one under {wrapped[1]!r}")
+    return state[wrapped[0]]
 
 
 class _Reader:
@@ -126,6 +143,9 @@ class _Reader:
     def put(self, number: int) -> None:
         self._memo[number] = self._stack[-1]
 
+    def memoize(self) -> None:
+        self.put(len(self._memo))
+
     def get(self, number: int) -> None:
         self._stack.append(self._memo[number])
 
@@ -152,8 +172,8 @@ class _Reader:
         if not isinstance(table, dict) or len(items) % 2:
             raise AttributeError("table")
         for key in items[::2]:
-            # Only text: the hash of a tuple of tuples can take for ever, and a deep one ends the process.
-            if not isinstance(key, str):
+            # The hash of a tuple of tuples can take for ever, and a deep one ends the process.
+            if type(key) not in (str, int):
                 raise ValueError(f"under a key of type {type(key).__name__} it holds no tensor")
         table.update(zip(items[::2], items[1::2], strict=True))
 
@@ -161,6 +181,12 @@ class _Reader:
         if text not in STORAGES and text not in (TABLE, TENSOR, PARAMETER):
             raise NotWeights(text)
         self._stack.append(_Name(text))
+
+    def stacked_name(self) -> None:
+        module, name = self.last(2)
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise NotWeights("STACK_GLOBAL")
+        self.name(f"{module} {name}")
 
     def call(self) -> None:
         name, arguments = self.last(2)
@@ -184,8 +210,9 @@ class _Reader:
 
 
 _STEPS: dict[str, Callable[[_Reader, Any], None]] = {
-    "PROTO": lambda reader, _: None,
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"), _Reader.push),
+    **dict.fromkeys(("PROTO", "FRAME"), lambda reader, _: None),
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _Reader.push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), _Reader.push),
     "NONE": lambda reader, _: reader.push(None),
     "NEWTRUE": lambda reader, _: reader.push(True),
     "NEWFALSE": lambda reader, _: reader.push(False),
@@ -203,7 +230,9 @@ _STEPS: dict[str, Callable[[_Reader, Any], None]] = {
     "SETITEMS": lambda reader, _: reader.fill(reader.since_mark()),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Reader.put),
     **dict.fromkeys(("BINGET", "LONG_BINGET"), _Reader.get),
+    "MEMOIZE": lambda reader, _: reader.memoize(),
     "GLOBAL": _Reader.name,
+    "STACK_GLOBAL": lambda reader, _: reader.stacked_name(),
     "BINPERSID": lambda reader, _: reader.push(_storage(reader.last(1)[0])),
     "REDUCE": lambda reader, _: reader.call(),
     "BUILD": lambda reader, _: reader.build(),
@@ -228,11 +257,14 @@ def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
             isinstance(storage, Storage)
             and all(isinstance(value, tuple) and len(value) <= MOST_AXES for value in (shape, strides))
             and all(_is_size(number) for number in (offset, *shape, *strides))
-            and _is_row_major(shape, strides)
-            and offset + math.prod(shape) <= storage.numel
+            and len(shape) == len(strides)
         ):
-            return StoredTensor(storage, shape, offset * storage.itemsize)
-    raise ValueError("a tensor of it is not stored as one row-major run of bytes within its record")
+            is_row_major = _is_row_major(shape, strides)
+            last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            if offset + (math.prod(shape) if is_row_major else last + 1) <= storage.numel:
+                begin = offset * storage.itemsize
+                return StoredTensor(storage, shape, begin, None if is_row_major else strides)
+    raise ValueError("a tensor of it does not lie within its record")
 
 
 def _is_size(number: Any) -> bool:
@@ -240,8 +272,6 @@ def _is_size(number: Any) -> bool:
 
 
 def _is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    if len(shape) != len(strides):
-        return False
     if 0 in shape:
         return True
     expected = 1

@@ -1,22 +1,22 @@
-"""A tensor of a source checkpoint: where its bytes lie, and reading them ahead."""
+"""A tensor of a source checkpoint: where its bytes lie, and what they are read as."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import DTYPES
-from toolkit.io.disk import read_errors
-from toolkit.io.reader import ByteRange, ReadAhead
+from runner.format.safetensors import BYTES_PER_ELEMENT
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source shard: its bytes, row-major and little endian, are `[offset, offset + nbytes)`.
+    """A tensor of a source shard: `nbytes` bytes, little endian, that begin at `offset`, row-major unless `strides`.
 
-    `dtype` is the safetensors name, or torch's own if safetensors has none.
+    `dtype` is the safetensors name, or torch's own if safetensors has none. `strides` are in elements.
+    `object` holds the bytes if `file` is a pointer of Git LFS.
     """
 
     key: str
@@ -25,12 +25,24 @@ class SourceTensor:
     file: Path
     offset: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
+    object: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """The file that holds the bytes: the shard itself, or the object that it is a pointer to."""
+        return self.object or self.file
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element; its dtype is one of `DTYPES`."""
+        return BYTES_PER_ELEMENT[self.dtype]
 
 
-def common_dtype(tensors: Mapping[str, SourceTensor]) -> str:
+def common_dtype(tensors: Iterable[SourceTensor]) -> str:
     """The one dtype of all tensors; `BloomdeskError` if they differ or it is none of `DTYPES`."""
     first: SourceTensor | None = None
-    for tensor in tensors.values():
+    for tensor in tensors:
         first = first or tensor
         if tensor.dtype not in DTYPES:
             allowed = ", ".join(DTYPES)
@@ -42,27 +54,3 @@ def common_dtype(tensors: Mapping[str, SourceTensor]) -> str:
     if first is None:
         raise BloomdeskError("the source's weights hold no tensors")
     return first.dtype
-
-
-class TensorReader(ReadAhead):
-    """Reads `ranges` of source shards; a block stays valid until `held` further ones are requested.
-
-    The page cache keeps what was read: the shard's hash reads the same bytes.
-    """
-
-    def __init__(self, ranges: Sequence[ByteRange], held: int = 2) -> None:
-        super().__init__(ranges, threads=1, held=held, keep_cached=True)
-
-    def blocks(self, index: int) -> Iterator[memoryview]:
-        """As `ReadAhead.blocks`, but raises `BloomdeskError` if the shard can't be read."""
-        with read_errors(self.ranges[index].path):
-            yield from super().blocks(index)
-
-
-def ranges_of(tensor: SourceTensor, nbytes: int | None = None) -> list[ByteRange]:
-    """The tensor's bytes as one range, or as consecutive ones of `nbytes` and a shorter last one."""
-    step = max(1, nbytes or tensor.nbytes)
-    return [
-        ByteRange(tensor.file, tensor.offset + start, min(step, tensor.nbytes - start))
-        for start in range(0, tensor.nbytes, step)
-    ] or [ByteRange(tensor.file, tensor.offset, 0)]

@@ -138,7 +138,8 @@ def _locate(
     start, size = records.get(f"data/{storage.record}", (0, -1))
     if size != storage.numel * storage.itemsize:
         raise _unsound(path, f"the record of {key[:120]} is not where or as large as its description says")
-    return SourceTensor(key, storage.dtype, tensor.shape, path, start + tensor.begin, tensor.nbytes)
+    begin = start + tensor.begin
+    return SourceTensor(key, storage.dtype, tensor.shape, path, begin, tensor.nbytes, tensor.strides)
 
 
 def _unsound(path: Path, why: str) -> BloomdeskError:

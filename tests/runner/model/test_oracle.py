@@ -14,9 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import runner
 from runner.generation.model import Model
-from runner.kernel.matmul import Kernel
-from runner.kernel.product import LANES
-from runner.kernel.threads import workers
+from tests.support.oracle import use_own_products
 
 STEPS = 64
 ORDERS = 2  # further orders of summation in which the reference is computed
@@ -82,39 +80,9 @@ def spread(model: BloomForCausalLM, ids: list[int], expected: list[torch.Tensor]
     return max(float((one - other).abs().max()) for one, other in combinations(runs, 2))
 
 
-def in_whole_lanes(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] with zeros up to a K that is a multiple of the kernel's lanes, in float32."""
-    return F.pad(x.float(), (0, -x.shape[-1] % LANES)).contiguous()
-
-
 @pytest.fixture
 def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have transformers compute its products with the runner's kernel, and everything else as ever."""
-
-    def summed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[B, T, K], [B, N, K] -> [B, T, N] float32."""
-        kernel = Kernel(weight.dtype, workers(2))
-        out = torch.zeros(*x.shape[:2], weight.shape[1])
-        kernel.accumulate(in_whole_lanes(x), in_whole_lanes(weight).to(weight.dtype), out)
-        return out
-
-    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.zeros(x.numel() // x.shape[-1], len(weight))
-        if bias is not None:
-            out += bias.float()
-        Kernel(weight.dtype, workers(2)).accumulate(x.float().view(-1, x.shape[-1]), weight, out)
-        return out.view(*x.shape[:-1], len(weight)).to(x.dtype)
-
-    def baddbmm(alibi, batch1, batch2, *, beta, alpha):
-        assert beta == 1.0
-        return (summed(batch1, batch2.transpose(1, 2)) * alpha + alibi.float()).to(batch1.dtype)
-
-    def bmm(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return summed(x, y.transpose(1, 2)).to(x.dtype)
-
-    monkeypatch.setattr(F, "linear", linear)
-    monkeypatch.setattr(torch.Tensor, "baddbmm", baddbmm)
-    monkeypatch.setattr(torch, "bmm", bmm)
+    use_own_products(monkeypatch)
 
 
 def compare_exactly(source: Path, directory: Path, dtype: torch.dtype, ids: list[int]) -> list[int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.commands import COMMAND, refused
+from tests.support.commands import COMMAND, refused, started
 from tests.support.lossless import content, make
+from tests.support.streaming import soon
 from toolkit.commands.convert import convert
 
 
@@ -134,6 +136,55 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.setattr("toolkit.commands.info.inspect", fail)
         said = refused("info", tmp_path)
         assert "unexpected" not in said and "end other programs" in said
+
+
+@pytest.mark.slow
+def test_a_deleted_current_directory_and_a_name_too_long(made: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    for command, status in (
+        ("convert a b", 1),
+        ("verify a", 2),
+        ("info a", 1),
+        ("plan", 1),
+        ("generate a b", 1),
+    ):
+        (tmp_path / "gone").mkdir(exist_ok=True)
+        done = shell(f"cd $1/gone; rmdir $1/gone; bloomdesk {command}", tmp_path)
+        assert done.returncode == status and "the current directory has been deleted" in done.stderr, done
+    name = "n" * 256
+    for arguments in (("convert", made[0], name), ("convert", name, "x"), ("export", made[1], name)):
+        said = refused(*arguments)
+        assert "File name too long" in said and "give a shorter name" in said
+    assert "give a shorter name" in refused("verify", name, status=2)
+
+
+# Signals.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("TERM", 143), ("HUP", 129), ("INT", 130)])
+def test_a_signal_ends_a_command_and_what_is_finished_stays(
+    miniature: tuple[Path, Path], tmp_path: Path, name: str, status: int
+) -> None:
+    out = tmp_path / "out"
+    with started("convert", miniature[0], out) as process:
+        soon(lambda: process.poll() is not None or len([*out.glob("block_*.safetensors")]) > 3)
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        _, said = process.communicate(timeout=60)
+    # Else it was faster.
+    if process.returncode != 0:
+        assert (process.returncode, said) == (status, "interrupted\n")
+        assert not [*out.glob("*.incomplete")]
+    done = shell("bloomdesk convert $1 $2", miniature[0], out)
+    assert done.returncode == 0 and " kept" in done.stdout
+    assert content(out) == content(miniature[1])
+
+
+@pytest.mark.slow
+def test_a_hangup_that_is_ignored_stays_ignored(made: tuple[Path, Path]) -> None:
+    line = "trap '' HUP; bloomdesk generate $1 hello --max-new-tokens 200 --json & sleep 1; kill -HUP $!; wait $!"
+    done = shell(line, made[1])
+    assert done.returncode == 0, done
 
 
 # Empty arguments.

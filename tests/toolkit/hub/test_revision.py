@@ -297,7 +297,7 @@ def test_a_hub_that_is_silent(serve, repo, monkeypatch):
 @pytest.mark.parametrize("address", ["not-an-address", "ftp://127.0.0.1", "http://127.0.0.1:99999999"])
 def test_an_address_that_is_none(monkeypatch, address):
     monkeypatch.setenv("HF_ENDPOINT", address)
-    with pytest.raises(BloomdeskError, match="cannot be reached"):
+    with pytest.raises(BloomdeskError, match="environment variable HF_ENDPOINT"):
         hub.resolve(NAME)
 
 

@@ -1,0 +1,84 @@
+"""Tensors of source shards read ahead, row-major whatever their strides in the file.
+
+row-major in the file ──> read ahead ─────────────────┐
+                                                      ├──> blocks of row-major bytes
+any other strides ──> runs of elements, put in order ─┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from toolkit.io.disk import read_errors
+from toolkit.io.reader import ByteRange, ReadAhead
+from toolkit.source.tensor import SourceTensor
+
+Block = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The elements `[first, first + count)` of a tensor in row-major order."""
+
+    tensor: SourceTensor
+    first: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.tensor.itemsize
+
+    @property
+    def range(self) -> ByteRange:
+        """Its bytes in the file; none if they do not lie there in this order."""
+        tensor = self.tensor
+        if tensor.strides is not None:
+            return ByteRange(tensor.place, tensor.offset, 0)
+        return ByteRange(tensor.place, tensor.offset + self.first * tensor.itemsize, self.nbytes)
+
+
+def slices_of(tensor: SourceTensor, nbytes: int | None = None) -> list[Slice]:
+    """The tensor as one slice, or as consecutive ones of `nbytes` bytes and a shorter last one."""
+    numel = math.prod(tensor.shape)
+    step = max(1, nbytes // tensor.itemsize if nbytes else numel)
+    return [Slice(tensor, first, min(step, numel - first)) for first in range(0, numel, step)] or [
+        Slice(tensor, 0, 0)
+    ]
+
+
+class TensorReader(ReadAhead):
+    """Reads `slices` of source tensors; a block stays valid until `held` further ones are requested.
+
+    The page cache keeps what was read: the shard's hash reads the same bytes.
+    """
+
+    def __init__(self, slices: Sequence[Slice], threads: int = 1, held: int = 2) -> None:
+        super().__init__([each.range for each in slices], threads, held=held, keep_cached=True)
+        self.slices = slices
+
+    def blocks(self, index: int) -> Iterator[Block]:
+        """The row-major bytes of the slice at `index`, which must be after that of the last call.
+
+        Raises `BloomdeskError` if the shard can't be read.
+        """
+        part = self.slices[index]
+        with read_errors(part.tensor.file):
+            if part.tensor.strides is None:
+                yield from super().blocks(index)
+            else:
+                from toolkit.source.gather import gathered  # loads torch, which few sources need
+
+                yield from gathered(part.tensor, part.first, part.first + part.count)
+
+    def whole(self, index: int) -> Block:
+        """All bytes of the slice at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
+        blocks = self.blocks(index)
+        first = next(blocks, memoryview(b""))
+        if len(first) == self.slices[index].nbytes:
+            return first
+        data = bytearray(first)
+        for block in blocks:
+            data += block
+        return data
