@@ -147,7 +147,7 @@ def test_help_imports_no_torch() -> None:
 def test_preparing_compiles_nothing_before_something_is_coded() -> None:
     commands = ("prepare", "repair", "export", "info", "verify")
     code = "import toolkit.cli.app" + "".join(f", toolkit.commands.{command}" for command in commands)
-    assert not loaded_by(code) & {"torch", "transformers", "numpy", "llvmlite"}
+    assert not loaded_by(code) & {"torch", "transformers", "numpy"}
 
 
 @pytest.mark.parametrize("package", ["runner", "toolkit"])

@@ -19,8 +19,8 @@ import torch
 
 from runner.errors import BloomdeskError
 from runner.format.coded import ROW_GROUP_ROWS
+from runner.kernel.decode import CODES, GROUP, HEADER
 from runner.kernel.matmul import Kernel
-from runner.kernel.panel import CODES, GROUP, HEADER
 from runner.kernel.threads import workers
 from runner.system import files, memory
 from runner.system.disk import free_bytes

@@ -7,7 +7,7 @@ from array import array
 from itertools import pairwise
 
 PLAIN, LOSSLESS = "plain", "lossless"
-# Constants of the coding that a file depends on; the bytes of a panel are described in runner/kernel/panel.py.
+# Constants of the coding that a file depends on; the bytes of a panel are described in docs/format.md.
 CODED_DTYPE = "BF16"
 ROW_GROUP_ROWS = 12
 PANEL_COLUMNS = 4096

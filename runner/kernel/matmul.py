@@ -1,4 +1,4 @@
-"""The matrix product of a pass, compiled for this processor: float32 rows times weights in the form they are stored in.
+"""The matrix product of a pass: float32 rows times weights in the form they are stored in.
 
     out[b, t, n] += sum over k of x[b, t, k] * weight[b, n, k]
 
@@ -6,20 +6,30 @@ Every sum is taken in one order, whatever the number of rows, the cut of the mat
 threads: 8 lanes over each 4,096 columns, the lanes folded in halves, these partial sums one after another, each
 multiplication fused with its addition. So a row's result has the same bits alone and in company, and on every
 processor. Columns beyond the last multiple of 8 come after the lanes, one by one; zeros up to it change nothing.
+
+kernel.c computes it. A few rows and a few columns are multiplied at a time with all their sums in registers, and a
+group of outputs stays in the cache until all rows have used it. Coded weights are decoded a panel at a time into memory
+that stays in the cache, right before their use. One row runs at the memory's speed, many rows at that of the
+multipliers; docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import ctypes
 from itertools import pairwise
 
-import llvmlite.binding as llvm
 import torch
 
-from runner.format.coded import row_group_count
-from runner.kernel.emit import compiled
-from runner.kernel.product import OUTPUTS_IN_CACHE, product_module
+from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
+from runner.kernel.library import load_kernel
 from runner.kernel.threads import Workers
+
+# Those of kernel.c: partial sums of an output; columns, rows of x and outputs that are multiplied before the next ones.
+LANES = 8
+COLUMN_CHUNK, ROWS_IN_CACHE, OUTPUTS_IN_CACHE = PANEL_COLUMNS, 64, ROW_GROUP_ROWS
+# The names of weights in kernel.c.
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_CODED = 3
 
 SHARES_A_THREAD = 8
 # Multiplications; fewer are done before another thread has begun.
@@ -29,12 +39,11 @@ WORTH_SHARING = 2**18
 class Kernel:
     """The product for weights of one dtype, on the threads of `workers`."""
 
-    def __init__(self, dtype: torch.dtype, workers: Workers, *, coded: bool = False) -> None:
-        """With `coded` the product with coded weights is compiled too, otherwise at its first use."""
+    def __init__(self, dtype: torch.dtype, workers: Workers) -> None:
         self._workers = workers
-        self._plain, _ = _compiled(dtype)
-        if coded:
-            _compiled(None)
+        self._kind = _KINDS[dtype]
+        # Address of the task function that computes products.
+        self._multiply = ctypes.cast(load_kernel().multiply, ctypes.c_void_p).value
 
     def accumulate(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         """Add `x @ weight.T` to `out`: x [T, K] float32, weight [N, K], out [T, N] float32; all dense along rows.
@@ -45,9 +54,9 @@ class Kernel:
         N = weight.shape[-2]
         if weight.shape != (*B, N, K) or out.shape != (*B, T, N):
             raise ValueError(f"a product of {[*x.shape]} and {[*weight.shape]} does not give {[*out.shape]}")
-        if not (x.stride(-1) == weight.stride(-1) == out.stride(-1) == 1):
+        if out.numel() and not (x.stride(-1) == weight.stride(-1) == out.stride(-1) == 1):
             raise ValueError("the rows of a product must be dense")
-        self._run(self._plain, _laid_out(weight), x, out)
+        self._run(self._kind, _laid_out(weight), x, out)
 
     def accumulate_coded(
         self, x: torch.Tensor, coded: torch.Tensor, offsets: torch.Tensor, out: torch.Tensor
@@ -60,12 +69,11 @@ class Kernel:
         N = out.shape[1]
         if len(offsets) != row_group_count(N) + 1 or not _ascends(offsets, coded.numel()):
             raise ValueError(f"no offsets of {N} rows in {coded.numel():,} coded bytes")
-        product, _ = _compiled(None)
         weight = (coded.data_ptr(), 0, offsets.data_ptr())
-        if self._run(product, weight, x, out):
+        if self._run(_CODED, weight, x, out):
             raise ValueError("the coded weights are damaged")
 
-    def _run(self, product: int, weight: tuple[int, int, int], x: torch.Tensor, out: torch.Tensor) -> bool:
+    def _run(self, kind: int, weight: tuple[int, int, int], x: torch.Tensor, out: torch.Tensor) -> bool:
         """Run one product on all free threads; whether coded weights were damaged."""
         if not out.numel():
             return False
@@ -76,8 +84,8 @@ class Kernel:
         # cores are slower.
         share = N // (SHARES_A_THREAD * self._workers.count) if shared else N
         share = max(1, share // OUTPUTS_IN_CACHE) * OUTPUTS_IN_CACHE if share < N else N
-        arguments = (*weight, *_laid_out(x), *_laid_out(out), B, T, N, K, share)
-        return self._workers.run(product, arguments, shared=shared)
+        arguments = (kind, *weight, *_laid_out(x), *_laid_out(out), B, T, N, K, share)
+        return self._workers.run(self._multiply, arguments, shared=shared)
 
 
 def _laid_out(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -90,10 +98,3 @@ def _ascends(offsets: torch.Tensor, end: int) -> bool:
     """Whether row groups at these offsets lie one after another within `end` bytes."""
     places = offsets.tolist()
     return all(0 <= first <= last <= end for first, last in pairwise(places))
-
-
-@cache
-def _compiled(dtype: torch.dtype | None) -> tuple[int, llvm.ExecutionEngine]:
-    """Address of the `TASK` for weights of a dtype, or None for coded ones; the code lives as long as its engine."""
-    engine = compiled(product_module(dtype))
-    return engine.get_function_address("compute_shares"), engine

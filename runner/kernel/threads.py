@@ -3,8 +3,9 @@
 A pass is some hundred short tasks one after another. Waking a thread takes longer than a good part of one, so after a
 task a worker spins for the next, in machine code and without the interpreter's lock, before it sleeps.
 
-A task is a function's address and arguments in the words of a shared table; the function takes the table, and counts
-there which share is next. The word `epoch` grows with each task and is odd while one is open; `active` counts workers.
+A task is a function's address and arguments in the words of a shared table, `struct task` of kernel.c; the function
+takes the table and the thread's scratch memory, and counts in the table which share is next. The word `epoch` grows
+with each task and is odd while one is open; `active` counts workers.
 
     owner    open    bump `epoch` to odd, then wake the workers that sleep
              close   compute too, bump `epoch` to even, then spin until `active` is 0
@@ -27,19 +28,14 @@ from functools import cache
 from queue import SimpleQueue
 
 import torch
-from llvmlite import ir
 
-from runner.kernel.emit import BYTES, INDEX, LANE, VOID, compiled, index, intrinsic, native, new_module
+from runner.kernel.library import load_kernel
 
 # Bytes of memory that a task has on each thread.
 SCRATCH_NBYTES = 2**19
 WORDS = 32
 # The words of a table: those of the barrier, then for the function the next share, whether it failed, its arguments.
 EPOCH, ACTIVE, FUNCTION, SHARE, FAILED, ARGUMENTS = range(6)
-
-TABLE = INDEX.as_pointer()
-# The function of a task takes the table, and the calling thread's scratch memory.
-TASK = ir.FunctionType(VOID, [TABLE, BYTES])
 
 # How long a worker spins before it sleeps: longer than the time between two tasks of a pass that waits for no disk.
 SPIN_SECONDS = 0.001
@@ -48,7 +44,7 @@ _SPINS_TO_TIME = 5_000
 
 @dataclass(frozen=True)
 class Barrier:
-    """The machine code of the epoch barrier.
+    """The functions of the epoch barrier, in kernel.c.
 
     `open(table)` opens the task; `close(table, scratch)` computes too, closes it, and waits until no worker is in it.
     `spin(table, seen, spins, scratch)` enters each task that is open, except that of the epoch `seen`; after `spins`
@@ -62,16 +58,10 @@ class Barrier:
 
 
 @cache
-def compile_barrier(spin_seconds: float = SPIN_SECONDS) -> Barrier:
+def make_barrier(spin_seconds: float = SPIN_SECONDS) -> Barrier:
     """A barrier whose workers spin for `spin_seconds` before they sleep."""
-    module = new_module()
-    _emit_open(module)
-    _emit_close(module)
-    _emit_spin(module)
-    engine = compiled(module)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    open_, close = native(engine, "open", None, pointer), native(engine, "close", None, pointer, pointer)
-    spin = native(engine, "spin", number, pointer, number, number, pointer)
+    kernel = load_kernel()
+    spin = kernel.spin_for_tasks
     empty = (ctypes.c_int64 * WORDS)()
 
     def seconds() -> float:
@@ -80,7 +70,7 @@ def compile_barrier(spin_seconds: float = SPIN_SECONDS) -> Barrier:
         return time.perf_counter() - began
 
     spins = round(_SPINS_TO_TIME * spin_seconds / min(seconds() for _ in range(3)))
-    return Barrier(open_, close, spin, max(1, spins))
+    return Barrier(kernel.open_task, kernel.close_task, spin, max(1, spins))
 
 
 @cache
@@ -95,12 +85,12 @@ class Workers:
     def __init__(self, count: int, barrier: Barrier | None = None) -> None:
         self.count = count
         self.table = (ctypes.c_int64 * WORDS)()
-        self._barrier = barrier or compile_barrier()
+        self._barrier = barrier or make_barrier()
         self._taken = threading.Lock()
         self.others = [Worker(self.table, self._barrier) for _ in range(1, count)]
 
     def run(self, function: int, arguments: Sequence[int], *, shared: bool) -> bool:
-        """Call the `TASK` at the address `function` with these arguments; whether it says that it failed.
+        """Call the task function at the address `function` with these arguments; whether it says that it failed.
 
         With `shared` the workers enter it, unless another caller's task has them. On return no thread touches its
         memory any more.
@@ -163,73 +153,3 @@ def _scratch() -> int:
     if not hasattr(_of_thread, "memory"):
         _of_thread.memory = torch.empty(SCRATCH_NBYTES, dtype=torch.uint8)
     return _of_thread.memory.data_ptr()
-
-
-def _word(b: ir.IRBuilder, table: ir.Value, place: int) -> ir.Value:
-    return b.gep(table, [index(place)])
-
-
-def _call_task(b: ir.IRBuilder, table: ir.Value, scratch: ir.Value) -> None:
-    task = b.inttoptr(b.load(_word(b, table, FUNCTION)), TASK.as_pointer())
-    b.call(task, [table, scratch])
-
-
-def _emit_open(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(VOID, [TABLE]), "open")
-    b = ir.IRBuilder(function.append_basic_block())
-    b.atomic_rmw("or", _word(b, function.args[0], EPOCH), index(1), "seq_cst")
-    b.ret_void()
-
-
-def _emit_close(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(VOID, [TABLE, BYTES]), "close")
-    table, scratch = function.args
-    b = ir.IRBuilder(function.append_basic_block())
-    _call_task(b, table, scratch)
-    epoch = b.load_atomic(_word(b, table, EPOCH), "seq_cst", 8)
-    b.store_atomic(b.add(b.or_(epoch, index(1)), index(1)), _word(b, table, EPOCH), "seq_cst", 8)
-    wait, done = b.append_basic_block("wait"), b.append_basic_block("done")
-    b.branch(wait)
-    b.position_at_end(wait)
-    active = b.load_atomic(_word(b, table, ACTIVE), "seq_cst", 8)
-    b.cbranch(b.icmp_signed("==", active, index(0)), done, wait)
-    b.position_at_end(done)
-    b.ret_void()
-
-
-def _emit_spin(module: ir.Module) -> None:
-    function = ir.Function(module, ir.FunctionType(INDEX, [TABLE, INDEX, INDEX, BYTES]), "spin")
-    table, seen, spins, scratch = function.args
-    b = ir.IRBuilder(function.append_basic_block())
-    last, left = b.alloca(INDEX), b.alloca(INDEX)
-    b.store(seen, last)
-    b.store(spins, left)
-    head, done = b.append_basic_block("head"), b.append_basic_block("done")
-    b.branch(head)
-    b.position_at_end(head)
-    epoch = b.load_atomic(_word(b, table, EPOCH), "seq_cst", 8)
-    is_open = b.icmp_signed("==", b.and_(epoch, index(1)), index(1))
-    with b.if_else(b.and_(is_open, b.icmp_signed("!=", epoch, b.load(last)))) as (found, nothing):
-        with found:
-            b.atomic_rmw("add", _word(b, table, ACTIVE), index(1), "seq_cst")
-            still = b.load_atomic(_word(b, table, EPOCH), "seq_cst", 8)
-            with b.if_then(b.icmp_signed("==", epoch, still)):
-                _call_task(b, table, scratch)
-            b.atomic_rmw("sub", _word(b, table, ACTIVE), index(1), "seq_cst")
-            b.store(epoch, last)
-            b.store(spins, left)
-        with nothing:
-            _pause(b)
-            b.store(b.sub(b.load(left), index(1)), left)
-    b.cbranch(b.icmp_signed(">", b.load(left), index(0)), head, done)
-    b.position_at_end(done)
-    b.ret(b.load(last))
-
-
-def _pause(b: ir.IRBuilder) -> None:
-    """Tell the processor that this thread spins, if it has an instruction for that."""
-    machine = b.module.triple.split("-")[0]
-    if machine in ("x86_64", "amd64"):
-        intrinsic(b, "llvm.x86.sse2.pause", VOID, [])
-    elif machine in ("aarch64", "arm64"):
-        intrinsic(b, "llvm.aarch64.hint", VOID, [ir.Constant(LANE, 1)])

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.format.hyperparameters import Hyperparameters
-from runner.kernel.matmul import Kernel
-from runner.kernel.product import LANES
+from runner.kernel.matmul import LANES, Kernel
 
 LEAST_POSITIONS = 16
 

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from runner.errors import BloomdeskError, reading
-from runner.format.coded import LOSSLESS, ROW_GROUPS_SUFFIX, read_row_groups
+from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs
 from runner.format.manifest import PartRecord, load_manifest
 from runner.format.safetensors import TensorEntry, read_header
-from runner.kernel.decode import compile_decoder
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.weights.chunks import Chunk, cut, cut_coded
@@ -76,11 +75,8 @@ class Weights:
                 f"the next is {manifest.missing[0]}",
                 f"{manifest.command(directory)} resumes where it stopped",
             )
-        dtype, is_coded = TORCH_DTYPES[manifest.model.dtype], manifest.form == LOSSLESS
-        kernel = Kernel(dtype, workers(torch.get_num_threads()), coded=is_coded)
-        if is_coded:
-            # Before memory is planned, so that the decoder counts as the process's own.
-            compile_decoder()
+        dtype = TORCH_DTYPES[manifest.model.dtype]
+        kernel = Kernel(dtype, workers(torch.get_num_threads()))
         # A pass looks up rows of the embedding first, and multiplies with all of it at its end.
         embedding, *blocks = part_specs(manifest.model)
         specs = [*blocks, embedding]

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from transformers import BloomForCausalLM
 
 import runner
-from runner.kernel.matmul import Kernel
-from runner.kernel.product import LANES
+from runner.kernel.matmul import LANES, Kernel
 from runner.kernel.threads import workers
 from scripts.fakehub.checkpoint import Layout, synthetic
 
 SHAPE = {"hidden_size": 48, "heads": 6, "blocks": 2, "vocab_size": 300}
-IDS = [5, 6, 7, 8, 9, 250]
+IDS = [5, 6, 7, 8, 9, 250, *range(40, 51)]
 NEW_TOKENS = 12
 
 State = dict[str, torch.Tensor]

@@ -90,6 +90,14 @@ Lossless = Annotated[
     bool,
     typer.Option("--lossless", help="Store bfloat16 weights in two thirds of the bytes, every bit the same."),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bf16|f16|f32",
+        help="Round the weights to this.",
+        show_default="what transformers would choose",
+    ),
+]
 Ram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="RAM to use, like 12GB.", show_default="what is free")
 ]
@@ -152,11 +160,12 @@ def prepare(
     revision: Revision = None,
     connections: Connections = DEFAULT_CONNECTIONS,
     lossless: Lossless = False,
+    dtype: Dtype = None,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
-    plan = plan_preparation(repo, destination, revision, LOSSLESS if lossless else PLAIN, connections)
+    plan = plan_preparation(repo, destination, revision, _form(lossless), connections, _dtype(dtype))
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
     print(f"{destination} is complete: {written('parts', _built('preparing', plan))}")
@@ -170,12 +179,13 @@ def convert(
         bool, typer.Option("--delete-source", help="Delete each shard once its parts are checked.")
     ] = False,
     lossless: Lossless = False,
+    dtype: Dtype = None,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
     from toolkit.commands.convert import plan_conversion
 
     plan = plan_conversion(
-        source, destination, delete_source=delete_source, form=LOSSLESS if lossless else PLAIN
+        source, destination, delete_source=delete_source, form=_form(lossless), dtype=_dtype(dtype)
     )
     print(f"{destination} is complete: {written('parts', _built('converting', plan))}")
 
@@ -453,6 +463,19 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
 def _say_if_space_is_unknown(directory: Path) -> None:
     if free_bytes(directory) == UNKNOWN_SPACE:
         print(f"{directory}: its disk does not say how much is free, so the work begins", file=sys.stderr)
+
+
+def _form(lossless: bool) -> str:
+    return LOSSLESS if lossless else PLAIN
+
+
+def _dtype(name: str | None) -> str | None:
+    """ "bf16" is BF16. Raises `BloomdeskError` for a name that is no dtype's."""
+    from toolkit.source.dtype import OPTIONS
+
+    if name is not None and name not in OPTIONS:
+        raise BloomdeskError(f"unknown --dtype {name!r}", f"give one of {', '.join(OPTIONS)}")
+    return OPTIONS[name] if name is not None else None
 
 
 def _share(text: str | None) -> float | None:

@@ -1,7 +1,7 @@
 """Shards that arrive from the Hub in one thread while parts are made from them in another, at most two at a time.
 
-    Hub ──> shard on its way ──> shard, sound ──> parts made from it ──> read back ──> shard deleted
-            └─ calling thread ─┘                  └───────────── thread "parts" ──────────────┘
+    Hub ──> shard on its way ──> shard, sound ──> parts made from it, hashed again ──> read back ──> shard deleted
+            └─ calling thread ─┘                  └────── threads "parts" and "sha256" ──────┘
 
     DST/.source/
       bloomdesk-download.json     which shards have been checked
@@ -9,14 +9,14 @@
       SHARD.incomplete            on its way
 
 The network stays in the calling thread, so that Ctrl-C ends a read that waits. `.source` is on the same disk as the
-prepared directory, and is deleted when that is complete.
+prepared directory. Only these files are ever removed from it; it goes when the directory is complete and it is empty.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,25 +25,66 @@ from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest, SourceShard
 from runner.system.atomic import TEMPORARY_SUFFIX
 from toolkit.commands.build import plan_source_part
-from toolkit.commands.download import fetch_recorded
+from toolkit.commands.download import bytes_begun, fetch_recorded
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
-from toolkit.hub.record import DownloadRecord, load_record
+from toolkit.hub.place import check, look, whose
+from toolkit.hub.record import RECORD, DownloadRecord, load_record, save_record
 from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import Transfer
 from toolkit.io.disk import disk_errors
-from toolkit.io.progress import Progress
+from toolkit.io.hasher import ShardHashes
+from toolkit.io.progress import Progress, silent
 from toolkit.parts.destination import STAGING
 from toolkit.parts.part import PlannedPart
-from toolkit.source.index import ShardList
+from toolkit.source.dtype import in_dtype, rounding_notes
+from toolkit.source.index import FORMS, ShardList
 from toolkit.source.key_map import Assignment, assign
 from toolkit.source.shards import read_member
-from toolkit.source.tensor import SourceTensor, common_dtype
+from toolkit.source.tensor import SourceTensor
+
+MOVE_STAGING = "move what is there out of the directory, and run the same command again"
+SUFFIXES = tuple(suffix for *_, suffix in FORMS)
 
 
 def staged_bytes(destination: Path, names: Iterable[str]) -> int:
     """Bytes of these shards that earlier runs have left on the disk, whole or not."""
     paths = [destination / STAGING / (name + suffix) for name in names for suffix in ("", TEMPORARY_SUFFIX)]
     return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def load_staging(destination: Path, revision: Revision, needed: Iterable[str]) -> DownloadRecord:
+    """What is known of the shards that earlier runs have left.
+
+    Raises `BloomdeskError` if the staging directory is something else, or has other files in the places of `needed`
+    shards.
+    """
+    directory, record = destination / STAGING, None
+    if not is_staging(directory):
+        raise BloomdeskError(f"{directory} is in the way: it is no directory", MOVE_STAGING)
+    # A damaged record is no error: what is there is known by its content.
+    with suppress(BloomdeskError):
+        record = load_record(directory)
+    known = DownloadRecord.of(revision, record)
+    foreign = [name for name in needed if look(directory, known.files[name]) == "foreign"]
+    for name in needed:
+        bytes_begun(directory, known.files[name])
+    if foreign:
+        raise _in_the_way(directory, revision, foreign)
+    return known
+
+
+def is_staging(directory: Path) -> bool:
+    """False if something else has the staging directory's name; a link may lead to somebody's files."""
+    return not os.path.lexists(directory) or (directory.is_dir() and not directory.is_symlink())
+
+
+def _in_the_way(directory: Path, revision: Revision, names: Sequence[str]) -> BloomdeskError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return BloomdeskError(
+        f"{directory} has other files in the place of shards of {revision}, not from this program: "
+        f"{', '.join(names[:3])}{more}",
+        MOVE_STAGING,
+    )
 
 
 class _Stopped(Exception):
@@ -61,9 +102,12 @@ class ArrivingShards:
         revision: Revision,
         index: ShardList,
         connections: int,
+        why: str = "",
     ) -> None:
-        """`index` says which shard has each key, or names the single file."""
+        """`index` says which shard has each key, or names the single file; `why` tensors are rounded, if any are."""
         self.received = self.resumed = 0
+        self.notes: tuple[str, ...] = ()
+        self._destination = destination
         self._manifest, self._schedule, self._revision = manifest, schedule, revision
         self._index, self._connections = index, connections
         self._directory = destination / STAGING
@@ -72,15 +116,21 @@ class ArrivingShards:
         self._sha256: dict[str, str] = {}  # of the shards that are there
         self._awaited: tuple[str, ...] = ()
         self._stopped = False
+        self._hashes = ShardHashes()
+        # Names of shards that stay in the directory: not from this program, or it can't delete them.
+        self._spared: set[str] = set()
+        self._undeletable: set[str] = set()
         self._tensors: dict[str, dict[str, SourceTensor]] = {}
         self._assignment: Assignment | None = None
+        self._why = why
+        self._rounded: dict[str, SourceTensor] = {}
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """The manifest that `make` returns in its own thread; this one fetches shard after shard meanwhile."""
-        # A damaged record is no error: the shards are then fetched again.
-        with suppress(BloomdeskError):
-            self._record = DownloadRecord.of(self._revision, load_record(self._directory))
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts") as thread:
+        if self._schedule.shards or is_staging(self._directory):
+            self._record = load_staging(self._destination, self._revision, self._schedule.shards)
+        # The hashes end first, so that no part waits for one.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts") as thread, self._hashes:
             making = thread.submit(make, _checking(self._raise_if_stopped, progress))
             making.add_done_callback(self._wake)
             try:
@@ -96,12 +146,12 @@ class ArrivingShards:
             finally:
                 self._stopped = True
                 self._wake()
-        if self._directory.is_dir():
-            shutil.rmtree(self._directory)
+        self._remove_staging()
+        self.notes = (*rounding_notes(self._rounded.values(), self._why), *self.notes)
         return manifest
 
     def part(self, file: str) -> PlannedPart:
-        """The part `file`, as soon as its shards are there; they must be of the dtype that was planned."""
+        """The part `file`, as soon as its shards are there."""
         shards, manifest = self._schedule.needs[file], self._manifest
         with self._changed:
             self._awaited = shards
@@ -109,6 +159,8 @@ class ArrivingShards:
             self._changed.wait_for(lambda: self._stopped or self._sha256.keys() >= set(shards))
             self._awaited = ()
         self._raise_if_stopped()
+        for name in shards:
+            self._hashes.begin(self._directory / name)
         tensors: dict[str, SourceTensor] = {}
         for name in shards:
             if name not in self._tensors:
@@ -117,26 +169,92 @@ class ArrivingShards:
         if self._assignment is None:
             # Without an index the one shard holds every tensor.
             self._assignment = assign(self._index.weight_map or tensors, manifest.model)
-        dtype = common_dtype(self._assignment.used(tensors))
-        if dtype != manifest.model.dtype:
-            raise BloomdeskError(
-                f"the source mixes dtypes: {shards[0]} is {dtype}, others are {manifest.model.dtype}"
-            )
+        tensors = in_dtype(tensors, self._assignment.keys, manifest.model.dtype)
+        self._rounded |= {tensor.key: tensor for tensor in tensors.values() if tensor.stored != tensor.dtype}
         return plan_source_part(file, manifest, self._assignment, tensors)
 
     def checked(self, shard: Path) -> SourceShard:
-        """The shard with the sha256 that was taken as it arrived."""
-        return SourceShard(shard.name, self._sha256[shard.name], self._record.files[shard.name].size)
+        """The shard with the sha256 that was taken while parts were made from it.
+
+        Raises `BloomdeskError`, after deleting the shard, if that is not the one with which it arrived.
+        """
+        found, known = self._hashes.result(shard), self._record.files[shard.name]
+        if found != known.sha256:
+            with disk_errors(shard):
+                shard.unlink()
+            raise BloomdeskError(
+                f"{shard} has changed on the disk since it arrived: its sha256 is {found}, expected {known.sha256}",
+                "check the disk, and run the same command again: it fetches this shard anew",
+            )
+        if not known.sound_in(self._directory):
+            raise BloomdeskError(
+                f"{shard} was written to while parts were made from it",
+                "leave the directory alone, and run the same command again",
+            )
+        return SourceShard(shard.name, found, known.size)
 
     def release(self, needed: frozenset[str], delete: Callable[[Path, str | None], None]) -> None:
-        """Delete what is not among `needed`, also shards that an earlier run has left."""
+        """Delete what is not among `needed`, also shards that an earlier run has left, but nothing else."""
         for name in self._record.files.keys() - needed:
-            if (self._directory / name).is_file():
-                delete(self._directory / name, None)
+            if self._is_ours(name):
+                self._delete(name, delete, last=not needed)
             with self._changed:
                 self._sha256.pop(name, None)
                 self._tensors.pop(name, None)
                 self._changed.notify_all()
+
+    def _is_ours(self, name: str) -> bool:
+        """True if a shard is there that this program has fetched."""
+        path, known = self._directory / name, self._record.files[name]
+        if name in self._spared or not name.endswith(SUFFIXES):
+            return False
+        # What cannot be looked at or read stays.
+        with suppress(OSError, BloomdeskError):
+            if path.is_symlink() or not path.is_file():
+                return False
+            if known.mtime_ns is not None:
+                return True
+            # The run that fetched it may have been ended before it could be recorded.
+            if path.stat().st_size == known.size and check(self._directory, known, silent):
+                return True
+        self._spared.add(name)
+        return False
+
+    def _delete(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
+        """Delete a shard; after the last part it is no failure if that is impossible."""
+        shard = self._directory / name
+        try:
+            delete(shard, None)
+        except BloomdeskError as error:
+            cause = error.__cause__
+            of_shard = isinstance(cause, OSError) and cause.filename in (shard, str(shard))
+            if not last or not of_shard:
+                raise
+            self._undeletable.add(name)
+
+    def _remove_staging(self) -> None:
+        """Remove what else is ours, then the directory if it is empty; that it can't be is no failure."""
+        if not os.path.lexists(self._directory):
+            return
+        if not is_staging(self._directory):
+            self.notes = (f"{self._directory} stays: this program did not make it",)
+            return
+        ours = [name + TEMPORARY_SUFFIX for name in self._record.files if name.endswith(SUFFIXES)]
+        if not self._undeletable:
+            ours += [RECORD, RECORD + TEMPORARY_SUFFIX]
+        try:
+            for path in (self._directory / name for name in ours):
+                if path.is_symlink() or path.is_file():
+                    path.unlink()
+            left = sorted(path.name for path in self._directory.iterdir())
+            if not left:
+                self._directory.rmdir()
+                return
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            why = f"it holds {', '.join(left[:3])}{more}"
+        except OSError as error:
+            why = f"it cannot be removed: {error.strerror or error}"
+        self.notes = (f"{self._directory} stays: {why}; nothing in it is needed any more",)
 
     def _wait_for_turn(self, name: str, making: Future[Manifest]) -> None:
         """Wait until one more shard may come: the bound holds, or the current part needs this one."""
@@ -148,14 +266,23 @@ class ArrivingShards:
 
     def _fetch(self, name: str, progress: Progress) -> Transfer:
         """Fetch one shard, or keep the one that an earlier run has fetched and checked."""
-        known = self._record.files[name]
-        if known.sound_in(self._directory):
-            progress(name, known.size, known.size)
-            return Transfer(known.sha256 or "", known.size, 0)
-        with disk_errors(self._directory / name):
+        known, path = self._record.files[name], self._directory / name
+        finding = look(self._directory, known, everything=True)
+        if finding == "unchecked":
+            # It may have decayed since it came, and an earlier run may have ended before it could be recorded.
+            found = check(self._directory, known, progress)
+            if found is not None:
+                self._record = self._record.with_file(name, *found)
+                if self._record.files[name] != known:
+                    save_record(self._directory, self._record)
+                return Transfer(found[0], known.size, 0)
+            finding = whose(self._directory, known)
+        if finding == "foreign":
+            raise _in_the_way(self._directory, self._revision, [name])
+        with disk_errors(path):
             self._directory.mkdir(parents=True, exist_ok=True)
-            # It is not known to be sound.
-            (self._directory / name).unlink(missing_ok=True)
+            # It is this program's, and of no use.
+            path.unlink(missing_ok=True)
             transfer, self._record = fetch_recorded(
                 self._revision, known, self._directory, self._record, progress, self._connections
             )

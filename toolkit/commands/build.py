@@ -33,10 +33,14 @@ from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):
-    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub."""
+    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub.
+
+    `notes` are sentences for the summary.
+    """
 
     received: int
     resumed: int
+    notes: tuple[str, ...]
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""
@@ -165,6 +169,7 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         plan.shards.resumed,
         (
             *plan.notes,
+            *plan.shards.notes,
             *(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
         ),
     )

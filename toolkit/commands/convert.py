@@ -21,10 +21,11 @@ from toolkit.parts.comparison import comparisons_of
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.source.config import read_config
+from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
 from toolkit.source.index import ShardList, find_shards
 from toolkit.source.key_map import Assignment, assign
 from toolkit.source.shards import read_listed
-from toolkit.source.tensor import SourceTensor, common_dtype
+from toolkit.source.tensor import SourceTensor
 
 FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
 
@@ -47,6 +48,7 @@ class ShardsOnDisk:
     done: set[Path] = field(default_factory=set)
     received: int = 0
     resumed: int = 0
+    notes: tuple[str, ...] = ()
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
         """What `make` returns."""
@@ -93,14 +95,21 @@ def state_of(shard: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def convert(source: Path, destination: Path, progress: Progress = silent, *, form: str = PLAIN) -> Summary:
+def convert(
+    source: Path,
+    destination: Path,
+    progress: Progress = silent,
+    *,
+    form: str = PLAIN,
+    dtype: str | None = None,
+) -> Summary:
     """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
     Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM or the
     destination can't take it, and later if a shard is not what the download recorded or the disk fails.
     What is finished then stays, and the same call resumes from it.
     """
-    return carry_out(plan_conversion(source, destination, form=form), progress)
+    return carry_out(plan_conversion(source, destination, form=form, dtype=dtype), progress)
 
 
 def plan_conversion(
@@ -109,12 +118,14 @@ def plan_conversion(
     *,
     delete_source: bool = False,
     form: str = PLAIN,
+    dtype: str | None = None,
     mend: frozenset[str] | None = None,
 ) -> BuildPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
-    With `delete_source` each shard is deleted as soon as the parts made from it are on disk and checked. `mend` are the
-    recorded parts that are damaged or missing, if only these are to be made again.
+    By default the `dtype` is the one that transformers would choose. With `delete_source` each shard is deleted as
+    soon as the parts made from it are on disk and checked. `mend` are the recorded parts that are damaged or missing,
+    if only these are to be made again.
     """
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
@@ -130,10 +141,13 @@ def plan_conversion(
     # There are no keys only if a single file is gone, and everything is made.
     keys = shards.weight_map or tensors
     assignment = assign(keys, model) if keys or existing is None else None
-    used = assignment.used(tensors) if assignment is not None else []
-    dtype = common_dtype(used) if used or existing is None else existing.model.dtype
-    model = replace(model, dtype=dtype)
-    check_form_dtype(dtype, form)
+    chosen = target.dtype_to_resume(destination, existing, dtype)
+    if chosen is None:
+        first = {key: tensor for key, tensor in tensors.items() if tensor.file == shards.files[0]}
+        chosen = choose_dtype(dtype, companions["config.json"], first)
+    model = replace(model, dtype=chosen.dtype)
+    check_form_dtype(chosen.dtype, form)
+    tensors = in_dtype(tensors, assignment.keys if assignment is not None else (), chosen.dtype)
     origin, sha256 = _recorded_source(source, shards, companions)
     if mend is not None and existing is not None:
         # The hashes of the tensors tell whether it is the recorded source.
@@ -162,7 +176,10 @@ def plan_conversion(
         on_disk,
         peak,
         comparisons=comparisons,
-        notes=assignment.notes if assignment is not None else (),
+        notes=(
+            *(assignment.notes if assignment is not None else ()),
+            *rounding_notes(tensors.values(), chosen.why),
+        ),
     )
 
 

@@ -6,7 +6,7 @@
       model-00001-of-00072.safetensors      one shard for each part: word_embeddings.weight, ...
       ...                                   h.0. ..., as bigscience/bloom names them
       model-00072-of-00072.safetensors      ln_f.weight, ln_f.bias
-      config.json, tokenizer.json, ...      as the source has them
+      config.json, tokenizer.json, ...      as the source has them, but for a dtype from which it was rounded
 
 A shard has the bytes that the reference library writes for its tensors: by name, with the header padded to 8 bytes.
 It is put in place atomically after all of it has been compared with the manifest's hashes, and read back from the disk.
@@ -19,7 +19,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,13 +48,15 @@ from toolkit.parts.export_record import (
     load_export_record,
 )
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
-from toolkit.parts.regions import regions_of
+from toolkit.parts.regions import Region, regions_of
 from toolkit.parts.release import read_back
 from toolkit.parts.row_groups import Coders
+from toolkit.source.dtype import config_in
 from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PlannedShard:
 class ExportPlan:
     """All that an export will do: `small_files` are its record, the index and the companions.
 
-    `to_write` are the missing shards; those that are in place are compared first, and written again if they are damaged.
+    `to_write` are the missing shards; those in place are compared first, and written again if they are damaged.
     """
 
     directory: Path
@@ -121,6 +122,8 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     shards = _plan_shards(manifest)
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
+    # It may say the dtype from which the weights were rounded.
+    small[CONFIG] = config_in(small[CONFIG], manifest.model.dtype)
     records = tuple(
         CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in small.items()
     )
@@ -140,9 +143,9 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
     with sole_writer_of(plan.destination):
         # Another process may have been faster.
         _is_ours(plan.destination, plan.record, plan.small_files[INDEX])
+        rotten = _rotten(plan, progress)
         for name, data in plan.small_files.items():
             put_file(plan.destination / name, data)
-        rotten = _rotten(plan, progress)
         to_write = tuple(shard for shard in plan.shards if shard in plan.to_write or shard.file in rotten)
         with Coders() as coders:
             for shard in to_write:
@@ -180,16 +183,14 @@ def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
 
 def _is_ours(destination: Path, record: ExportRecord, index: bytes) -> bool:
     """Whether the destination holds an export of these weights; False if it is new or empty, else an error."""
-    present = None
-    with suppress(UnsoundExportRecord):
-        present = load_export_record(destination)
+    present = _record_in(destination)
     if present is not None and present.fingerprint == record.fingerprint:
         return True
     what = "an export of other weights"
     if present is None:
         found = read_if_exists(destination / INDEX, LARGEST_INDEX)
-        if found is not None and _weight_map(found) == _weight_map(index) and b"bloomdesk_" in found:
-            # An export of an earlier version has no record of hashes, or it was damaged: its shards are compared.
+        if found is not None and _weight_map(found) == _weight_map(index):
+            # Of an earlier version, or its record is damaged: what is in place must be right, or it is another's.
             return True
         ours = {INDEX + TEMPORARY_SUFFIX, EXPORT_RECORD + TEMPORARY_SUFFIX}
         others = other_files(destination, ours)
@@ -200,6 +201,14 @@ def _is_ours(destination: Path, record: ExportRecord, index: bytes) -> bool:
         f"{destination} is not empty and holds no export of this checkpoint: {what}",
         "give a new or an empty directory to write to",
     )
+
+
+def _record_in(destination: Path) -> ExportRecord | None:
+    """The sound record of an export, if there is one."""
+    try:
+        return load_export_record(destination)
+    except UnsoundExportRecord:
+        return None
 
 
 def _weight_map(index: bytes) -> object:
@@ -218,13 +227,24 @@ def _is_in_place(destination: Path, shard: PlannedShard) -> bool:
 
 
 def _rotten(plan: ExportPlan, progress: Progress) -> frozenset[str]:
-    """Shards in place whose bytes are others than they should be; `BloomdeskError` if one can't be read."""
-    records = [shard.record for shard in plan.in_place]
-    regions = [region for record in records for region in regions_of(record)]
-    found = check(plan.destination, records, regions, progress)
+    """Shards in place whose bytes are others than they should be.
+
+    Raises `BloomdeskError` if one can't be read, or no record says that such a file is this export's.
+    """
+    found = check(plan.destination, plan.record.shards, _regions_of(plan.in_place), progress)
     for item in found.unchecked:
         raise BloomdeskError(f"{plan.destination / item.file}: {item.what}; so it was not replaced")
-    return frozenset(item.file for item in found.damage)
+    wrong = {item.file for item in found.damage if os.path.lexists(plan.destination / item.file)}
+    if wrong and _record_in(plan.destination) is None:
+        raise BloomdeskError(
+            f"{plan.destination / min(wrong)} is another file than this export's, and no record says whose it is",
+            "give a new or an empty directory to write to",
+        )
+    return frozenset(wrong & {shard.file for shard in plan.in_place})
+
+
+def _regions_of(shards: tuple[PlannedShard, ...]) -> list[Region]:
+    return [region for shard in shards for region in regions_of(shard.record)]
 
 
 def _read_companion(directory: Path, record: CompanionRecord) -> bytes:

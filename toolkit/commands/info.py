@@ -23,7 +23,8 @@ class Info:
 
     `bytes` are those of the recorded files, `pass_bytes` the weights that one pass reads once all parts are made,
     `ratio` these against those of a plain directory, `kv_cache_bytes_per_token` what each token of prompt and output
-    adds to memory. `damaged` are recorded files that are missing, or whose size is another. Sizes of parts that a lossless directory lacks are estimates from above.
+    adds to memory. `damaged` are recorded files that are missing, or whose size is another. Sizes of parts that a
+    lossless directory lacks are estimates from above.
     """
 
     directory: Path

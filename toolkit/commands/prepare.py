@@ -13,7 +13,7 @@ from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS
 from runner.format.manifest import Manifest, Source
-from toolkit.commands.arrivals import ArrivingShards, staged_bytes
+from toolkit.commands.arrivals import ArrivingShards, load_staging, staged_bytes
 from toolkit.commands.build import BuildPlan, Summary, carry_out
 from toolkit.commands.download import read_small_file
 from toolkit.commands.schedule import schedule_of
@@ -25,10 +25,11 @@ from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import check_form_dtype
 from toolkit.source.config import decode_config
+from toolkit.source.dtype import choose_dtype, in_dtype
 from toolkit.source.index import FORMS, ShardList, parse_index
 from toolkit.source.key_map import assign
 from toolkit.source.shards import HEAD_BYTES, read_head_of_shard
-from toolkit.source.tensor import SourceTensor, common_dtype
+from toolkit.source.tensor import SourceTensor
 
 
 def prepare(
@@ -39,9 +40,10 @@ def prepare(
     connections: int = CONNECTIONS,
     *,
     form: str = PLAIN,
+    dtype: str | None = None,
 ) -> Summary:
     """Make a prepared directory of `repo`, or resume one: `plan_preparation` and `carry_out` in one."""
-    return carry_out(plan_preparation(repo, destination, revision, form, connections), progress)
+    return carry_out(plan_preparation(repo, destination, revision, form, connections, dtype), progress)
 
 
 def plan_preparation(
@@ -50,14 +52,15 @@ def plan_preparation(
     revision: str | None = None,
     form: str = PLAIN,
     connections: int = CONNECTIONS,
+    dtype: str | None = None,
     mend: frozenset[str] | None = None,
 ) -> BuildPlan:
     """What is to be fetched and made; nothing is written to `destination`.
 
-    `mend` are the recorded parts that are damaged or missing, if only these are to be made again.
-    If that has parts of `repo` already and no revision is named, their commit is resumed. Raises `BloomdeskError` if
-    the Hub refuses, the repo holds no BLOOM or none that has the form `form`, the directory has another source or
-    form, or the disk is too small.
+    By default the `dtype` is the one that transformers would choose. `mend` are the recorded parts that are damaged or
+    missing, if only these are to be made again. If `destination` has parts of `repo` already and no revision is named,
+    their commit is resumed. Raises `BloomdeskError` if the Hub refuses, the repo holds no BLOOM or none that has the
+    form `form`, the directory has another source or form, or the disk is too small.
     """
     existing = target.load_existing(destination)
     if existing is not None:
@@ -70,26 +73,29 @@ def plan_preparation(
     companions, index, names = _read_small_files(chosen, destination)
     model = decode_config(Path("config.json"), companions["config.json"], "BF16")
     assignment = assign(index.weight_map, model) if index.weight_map is not None else None
-    if existing is not None and existing.parts:
-        dtype = existing.model.dtype
-    elif chosen.dtype is not None:
-        dtype = chosen.dtype
-    else:
-        head = _head_on_the_hub(chosen, names[0])
-        # Without an index the one shard holds every tensor.
-        assignment = assignment or assign(head, model)
-        dtype = common_dtype(assignment.used(head))
-    check_form_dtype(dtype, form)
+    choice = target.dtype_to_resume(destination, existing, dtype)
+    if choice is None:
+        head = {}
+        if chosen.dtype is None:
+            head = _head_on_the_hub(chosen, names[0])
+            # Without an index the one shard holds every tensor.
+            assignment = assignment or assign(head, model)
+            in_dtype(head, assignment.keys, model.dtype)
+        choice = choose_dtype(dtype or chosen.dtype, companions["config.json"], head)
+    check_form_dtype(choice.dtype, form)
     origin = Source(chosen.repo, chosen.commit)
-    fresh = Manifest(replace(model, dtype=dtype), origin, form=form)
+    fresh = Manifest(replace(model, dtype=choice.dtype), origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
     known = known_parts(destination, existing) if existing is not None else {}
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
+    if mend is None:
+        _refuse_other_shards(destination, manifest, chosen)
+    load_staging(destination, chosen, schedule.shards)
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
     target.require_free_space(destination, to_come, schedule.needs, companions)
-    shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections)
+    shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, choice.why)
     return BuildPlan(
         destination,
         existing,
@@ -102,6 +108,14 @@ def plan_preparation(
         schedule.shard_bytes,
         notes=assignment.notes if assignment is not None else (),
     )
+
+
+def _refuse_other_shards(destination: Path, manifest: Manifest, chosen: Revision) -> None:
+    """Raise `BloomdeskError` if parts were made from shards that are not those of the revision."""
+    for shard in (shard for record in manifest.parts.values() for shard in record.sources):
+        file = chosen.find(shard.file)
+        if file is None or file.sha256 not in (None, shard.sha256):
+            raise target.another_source(destination, f"parts of another {shard.file}")
 
 
 def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, bytes], ShardList, list[str]]:

@@ -85,8 +85,8 @@ def repair(
         if report.unchecked:
             first = report.unchecked[0]
             raise BloomdeskError(
-                f"{directory / first.file}: {first.what}; so it was not replaced, as {len(report.unchecked)} files in all",
-                "see what to do: bloomdesk verify " + str(directory),
+                f"{directory / first.file}: {first.what}; so it was not replaced ({len(report.unchecked)} such files)",
+                f"bloomdesk verify {directory} says what to do",
             )
         small_files = files & {MANIFEST, MANIFEST_BACKUP, *manifest.companions}
         return Repaired(report, manifest, parts, tuple(small_files))

@@ -152,7 +152,8 @@ def stream(location: Location, start: int, stop: int | None = None) -> Iterator[
 def first_byte(response: Any, location: Location, start: int) -> int:
     """The position at which an answer (an httpx2 response) begins: `start`, or 0 if the range was ignored.
 
-    Raises one of `network_errors` if the answer is a refusal, begins at another byte
+    Raises one of `network_errors` if the answer is a refusal, begins at another byte, or is not the file's: a proxy's
+    page has another length.
     """
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import hf_raise_for_status
@@ -165,6 +166,12 @@ def first_byte(response: Any, location: Location, start: int) -> int:
             raise IncompleteAnswer(f"the file's store answered {response.status_code}") from error
         raise
     if response.status_code != 206:
+        length = response.headers.get("content-length", "")
+        if length.isdecimal() and location.size not in (None, int(length)):
+            kind = response.headers.get("content-type", "unknown type")[:60]
+            raise IncompleteAnswer(
+                f"{response.url.host} sent {int(length):,} bytes of {kind} in place of the file's {location.size:,}"
+            )
         return 0
     found = response.headers.get("content-range")
     match = re.match(r"bytes (\d+)-", found or "")

@@ -8,7 +8,7 @@ Its two states in a directory:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -112,7 +112,7 @@ def _receive(resource: Resource, file: HubFile, partial: PartialFile) -> None:
 def _locate(resource: Resource, file: HubFile) -> Location:
     location = locate(resource)
     _refuse_other(resource, file, location)
-    return location
+    return replace(location, size=file.size)
 
 
 def _refuse_other(resource: Resource, file: HubFile, location: Location) -> None:

@@ -29,6 +29,7 @@ from runner.system.disk import free_bytes
 from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
+from toolkit.source.dtype import Choice
 from toolkit.source.lfs import read_small_file
 
 # BLOOM's tokenizer.json has 14.5 MB.
@@ -115,6 +116,22 @@ def check_form(destination: Path, existing: Manifest, form: str) -> None:
             f"{destination} was started {started} --lossless, and a directory has one form",
             f"{do} --lossless to resume it, or give a new directory",
         )
+
+
+def dtype_to_resume(destination: Path, existing: Manifest | None, asked: str | None) -> Choice | None:
+    """The dtype of the parts that the directory has, or None if it has none.
+
+    Raises `BloomdeskError` if another one was `asked` for.
+    """
+    if existing is None or not existing.parts:
+        return None
+    dtype = existing.model.dtype
+    if asked not in (None, dtype):
+        raise BloomdeskError(
+            f"{destination} was started in {dtype}, and a directory has one dtype",
+            "leave out --dtype to resume it, or give a new directory",
+        )
+    return Choice(dtype, "as the directory was started")
 
 
 def drop_missing(destination: Path, manifest: Manifest) -> Manifest:

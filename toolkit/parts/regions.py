@@ -1,4 +1,4 @@
-"""The regions of a file, each with its own hash: the header and tensors of a part or a shard, a small file as a whole."""
+"""The regions of a file, each with its own hash: header and tensors of a part or a shard, a small file as a whole."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Coders:
 
     def encoded(self, chunks: Iterable[Block], columns: int) -> Iterator[tuple[bytes, list[int]]]:
         """For each chunk of whole row groups its coded bytes and the length of each row group, in order."""
-        from runner.kernel.encode import encode_row_groups  # compiles what a plain directory has no use for
+        from runner.kernel.encode import encode_row_groups
 
         return self._in_order(lambda chunk: encode_row_groups(chunk, columns), chunks)
 
@@ -84,10 +84,9 @@ class Coders:
 
     def _in_order(self, work: Callable[[Given], Made], given: Iterable[Given]) -> Iterator[Made]:
         on_their_way: deque[Future[Made]] = deque()
-        for index, item in enumerate(given):
+        for item in given:
             on_their_way.append(self._threads.submit(work, item))
-            # The first one alone: the first of all compiles, and several at once would do so each for itself.
-            if index == 0 or len(on_their_way) == IN_PROGRESS:
+            if len(on_their_way) == IN_PROGRESS:
                 yield on_their_way.popleft().result()
         while on_their_way:
             yield on_their_way.popleft().result()

@@ -1,4 +1,7 @@
-"""The elements of a tensor that does not lie row-major in its file, put in order; memory is two blocks."""
+"""Elements of a tensor that are not as they should be: put in row-major order, and rounded to another dtype.
+
+Memory is a few blocks.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,26 @@ from collections.abc import Iterator
 
 import torch
 
+from runner.format.safetensors import BYTES_PER_ELEMENT
 from toolkit.io.reader import BLOCK, OpenedFile, read_block
 from toolkit.source.tensor import SourceTensor
 
 # Integers of as many bytes as an element: bits are moved, never computed with.
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # Bytes between elements that one read may bring along for nothing.
 LARGEST_GAP = 64 * 2**10
+
+
+def rounded(block: bytes | bytearray | memoryview, stored: str, dtype: str) -> memoryview:
+    """The bytes of a block's elements in another dtype, rounded as torch does it."""
+    if stored == dtype or not len(block):
+        return memoryview(block)
+    count = len(block) // BYTES_PER_ELEMENT[stored]
+    out = bytearray(count * BYTES_PER_ELEMENT[dtype])
+    source = torch.frombuffer(block, dtype=DTYPES[stored])
+    torch.frombuffer(out, dtype=DTYPES[dtype]).copy_(source)
+    return memoryview(out)
 
 
 def gathered(tensor: SourceTensor, first: int, last: int) -> Iterator[memoryview]:
@@ -22,7 +38,7 @@ def gathered(tensor: SourceTensor, first: int, last: int) -> Iterator[memoryview
     Raises `OSError` if the file can't be read, and `EOFError` if it ends too early.
     """
     strides = tensor.strides or ()
-    itemsize, row = tensor.itemsize, math.prod(tensor.shape[1:])
+    itemsize, row = BYTES_PER_ELEMENT[tensor.stored], math.prod(tensor.shape[1:])
     rows = max(1, BLOCK // (row * itemsize))
     file = OpenedFile(tensor.place)
     try:

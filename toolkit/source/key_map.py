@@ -12,13 +12,12 @@ Everything else is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import EMBEDDING, FINAL_LAYERNORM, part_specs
-from toolkit.source.tensor import SourceTensor
 
 WRAPPER, PREFIX = "module.", "transformer."
 MATRIX = "word_embeddings.weight"
@@ -47,10 +46,6 @@ class Assignment:
         """All keys whose tensors are used."""
         used = [key for keys in self.parts.values() for key in keys.values()]
         return (*used, *([self.lm_head] if self.lm_head else []))
-
-    def used(self, tensors: Mapping[str, SourceTensor]) -> list[SourceTensor]:
-        """Those of `tensors`, by key, that have a place."""
-        return [tensors[key] for key in self.keys if key in tensors]
 
     @property
     def notes(self) -> tuple[str, ...]:

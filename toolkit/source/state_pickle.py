@@ -23,7 +23,7 @@ STORAGES = {
     "torch BFloat16Storage": ("BF16", 2),
     "torch HalfStorage": ("F16", 2),
     "torch FloatStorage": ("F32", 4),
-    "torch DoubleStorage": ("torch.float64", 8),
+    "torch DoubleStorage": ("F64", 8),
     "torch LongStorage": ("torch.int64", 8),
     "torch IntStorage": ("torch.int32", 4),
     "torch ShortStorage": ("torch.int16", 2),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.errors import BloomdeskError
-from runner.format.hyperparameters import DTYPES
-from runner.format.safetensors import BYTES_PER_ELEMENT
+from runner.format.safetensors import tensor_nbytes
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source shard: `nbytes` bytes, little endian, that begin at `offset`, row-major unless `strides`.
+    """A tensor of a source shard: elements, little endian, that begin at `offset`, row-major unless `strides`.
 
-    `dtype` is the safetensors name, or torch's own if safetensors has none. `strides` are in elements.
-    `object` holds the bytes if `file` is a pointer of Git LFS.
+    It is read as `nbytes` bytes of `dtype`, which is the safetensors name, or torch's own if safetensors has none.
+    `strides` are in elements. `object` holds the bytes if `file` is a pointer of Git LFS.
     """
 
     key: str
@@ -27,6 +24,7 @@ class SourceTensor:
     nbytes: int
     strides: tuple[int, ...] | None = None
     object: Path | None = None
+    rounded_from: str | None = None
 
     @property
     def place(self) -> Path:
@@ -34,23 +32,10 @@ class SourceTensor:
         return self.object or self.file
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of an element; its dtype is one of `DTYPES`."""
-        return BYTES_PER_ELEMENT[self.dtype]
+    def stored(self) -> str:
+        """The dtype in the file."""
+        return self.rounded_from or self.dtype
 
-
-def common_dtype(tensors: Iterable[SourceTensor]) -> str:
-    """The one dtype of all tensors; `BloomdeskError` if they differ or it is none of `DTYPES`."""
-    first: SourceTensor | None = None
-    for tensor in tensors:
-        first = first or tensor
-        if tensor.dtype not in DTYPES:
-            allowed = ", ".join(DTYPES)
-            raise BloomdeskError(f"{tensor.file}: {tensor.key} is {tensor.dtype}, expected one of {allowed}")
-        if tensor.dtype != first.dtype:
-            raise BloomdeskError(
-                f"the source mixes dtypes: {first.key} is {first.dtype}, {tensor.key} is {tensor.dtype}"
-            )
-    if first is None:
-        raise BloomdeskError("the source's weights hold no tensors")
-    return first.dtype
+    def read_as(self, dtype: str) -> SourceTensor:
+        """The same tensor, rounded to `dtype` when it is read."""
+        return replace(self, dtype=dtype, nbytes=tensor_nbytes(dtype, self.shape), rounded_from=self.stored)

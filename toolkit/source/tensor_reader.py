@@ -1,7 +1,7 @@
-"""Tensors of source shards read ahead, row-major whatever their strides in the file.
+"""Tensors of source shards read ahead, row-major in one dtype, whatever their strides and dtype in the file.
 
 row-major in the file ──> read ahead ─────────────────┐
-                                                      ├──> blocks of row-major bytes
+                                                      ├──> rounded if need be ──> blocks of row-major bytes
 any other strides ──> runs of elements, put in order ─┘
 """
 
@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from runner.format.safetensors import BYTES_PER_ELEMENT
 from toolkit.io.disk import read_errors
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.source.tensor import SourceTensor
@@ -20,7 +21,7 @@ Block = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Slice:
-    """The elements `[first, first + count)` of a tensor in row-major order."""
+    """The elements `[first, first + count)` of a tensor in row-major order; `nbytes` are those that are read as."""
 
     tensor: SourceTensor
     first: int
@@ -28,7 +29,7 @@ class Slice:
 
     @property
     def nbytes(self) -> int:
-        return self.count * self.tensor.itemsize
+        return self.count * BYTES_PER_ELEMENT[self.tensor.dtype]
 
     @property
     def range(self) -> ByteRange:
@@ -36,13 +37,14 @@ class Slice:
         tensor = self.tensor
         if tensor.strides is not None:
             return ByteRange(tensor.place, tensor.offset, 0)
-        return ByteRange(tensor.place, tensor.offset + self.first * tensor.itemsize, self.nbytes)
+        itemsize = BYTES_PER_ELEMENT[tensor.stored]
+        return ByteRange(tensor.place, tensor.offset + self.first * itemsize, self.count * itemsize)
 
 
 def slices_of(tensor: SourceTensor, nbytes: int | None = None) -> list[Slice]:
     """The tensor as one slice, or as consecutive ones of `nbytes` bytes and a shorter last one."""
     numel = math.prod(tensor.shape)
-    step = max(1, nbytes // tensor.itemsize if nbytes else numel)
+    step = max(1, nbytes // BYTES_PER_ELEMENT[tensor.dtype] if nbytes else numel)
     return [Slice(tensor, first, min(step, numel - first)) for first in range(0, numel, step)] or [
         Slice(tensor, 0, 0)
     ]
@@ -64,13 +66,17 @@ class TensorReader(ReadAhead):
         Raises `BloomdeskError` if the shard can't be read.
         """
         part = self.slices[index]
-        with read_errors(part.tensor.file):
-            if part.tensor.strides is None:
+        tensor = part.tensor
+        with read_errors(tensor.file):
+            if tensor.strides is None and tensor.stored == tensor.dtype:
                 yield from super().blocks(index)
-            else:
-                from toolkit.source.gather import gathered  # loads torch, which few sources need
+                return
+            from toolkit.source.gather import gathered, rounded  # load torch, which few sources need
 
-                yield from gathered(part.tensor, part.first, part.first + part.count)
+            blocks: Iterator[Block] = super().blocks(index)
+            if tensor.strides is not None:
+                blocks = gathered(tensor, part.first, part.first + part.count)
+            yield from (rounded(block, tensor.stored, tensor.dtype) for block in blocks)
 
     def whole(self, index: int) -> Block:
         """All bytes of the slice at `index`, in place if they are one block, else a copy; raises as `blocks` does."""

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runner.kernel.matmul
-from runner.kernel.matmul import Kernel
-from runner.kernel.product import COLUMN_CHUNK, LANES, OUTPUTS_IN_CACHE, ROWS_IN_CACHE
+from runner.kernel.matmul import COLUMN_CHUNK, LANES, OUTPUTS_IN_CACHE, ROWS_IN_CACHE, Kernel
 from runner.kernel.threads import workers
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 from itertools import accumulate
 
@@ -11,14 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runner.kernel.panel
+import runner.kernel.matmul
 from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
-from runner.kernel import decode as lossless
-from runner.kernel.decode import decode_row_groups
+from runner.kernel.decode import HEADER, STORED, decode_row_groups
 from runner.kernel.encode import encode_row_groups
 from runner.kernel.matmul import Kernel
-from runner.kernel.panel import HEADER, STORED
 from runner.kernel.threads import workers
+from tests.support.guarded import Guarded
 
 SHAPES = [(1, 1), (5, 7), (12, 64), (13, 48), (25, 4097), (12, 8200), (31, 200)]
 
@@ -102,23 +100,6 @@ def test_rows_can_be_coded_and_decoded_some_at_a_time() -> None:
     assert some == bits(weight[2 * ROW_GROUP_ROWS :])
 
 
-def test_without_shuffling_instructions_it_decodes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = normal(30, 700)
-    monkeypatch.setattr(runner.kernel.panel.llvm, "get_host_cpu_features", lambda: _No())
-    lossless.compile_decoder.cache_clear()
-    try:
-        assert decoded(*coded(weight), weight.shape) == bits(weight)
-    finally:
-        lossless.compile_decoder.cache_clear()
-
-
-class _No(dict):
-    """A processor of which nothing is known."""
-
-    def flatten(self) -> str:
-        return ""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 66])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -155,7 +136,7 @@ def test_damage_never_reaches_other_memory() -> None:
     data, offsets = coded(weight)
     generator = random.Random(0)
     found = {"damaged": 0, "decoded": 0}
-    with _Guarded(len(data)) as guarded:
+    with Guarded(len(data)) as guarded:
         for attempt in range(400):
             guarded[:] = data
             for _ in range(1 + attempt % 5):
@@ -183,25 +164,3 @@ def _product(data: bytearray, offsets: list[int], rows: int, columns: int) -> No
     out = torch.zeros(1, rows)
     kernel = Kernel(torch.bfloat16, workers(1))
     kernel.accumulate_coded(torch.ones(1, columns), coded_bytes, torch.tensor(offsets), out)
-
-
-class _Guarded:
-    """Memory that ends where a page begins that cannot be read."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-        self._libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        self._libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._nbytes, page = nbytes, 2**16
-        self._whole = -(-nbytes // page) * page + page
-        self._start = self._libc.mmap(None, self._whole, 3, 0x22, -1, 0)
-        assert self._libc.mprotect(self._start + self._whole - page, page, 0) == 0
-        self._place = self._start + self._whole - page - nbytes
-
-    def __enter__(self) -> memoryview:
-        return memoryview((ctypes.c_ubyte * self._nbytes).from_address(self._place)).cast("B")
-
-    def __exit__(self, *_: object) -> None:
-        self._libc.munmap(self._start, self._whole)

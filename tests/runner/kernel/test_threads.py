@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS
-from runner.kernel.panel import scratch_bytes
-from runner.kernel.threads import ARGUMENTS, EPOCH, FAILED, SCRATCH_NBYTES, Worker, Workers, compile_barrier
+from runner.kernel.library import load_kernel
+from runner.kernel.threads import ARGUMENTS, EPOCH, FAILED, SCRATCH_NBYTES, Worker, Workers, make_barrier
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -96,7 +95,7 @@ def test_one_caller_at_a_time_has_the_workers() -> None:
 def test_no_worker_is_in_a_task_after_it_has_returned() -> None:
     """Whatever another thread does of a task, it does before `run` returns, even if it has just woken."""
     for spin_seconds in (0.0, 1e-6, 0.001):
-        crew, running, late = Workers(4, compile_barrier(spin_seconds)), [False], []
+        crew, running, late = Workers(4, make_barrier(spin_seconds)), [False], []
 
         @Task
         def task(*_, running=running, late=late) -> None:
@@ -114,7 +113,7 @@ def test_no_worker_is_in_a_task_after_it_has_returned() -> None:
 
 def test_no_worker_sleeps_through_a_task() -> None:
     """Every thread enters each task, even one that was about to sleep when the task was opened."""
-    barrier = compile_barrier()
+    barrier = make_barrier()
 
     def spin_and_dawdle(table: int, seen: int, spins: int, scratch: int) -> int:
         seen = barrier.spin(table, seen, 1, scratch)
@@ -179,8 +178,8 @@ def test_workers_without_a_task_sleep() -> None:
     assert seconds() - began < 0.02
 
 
-def test_scratch_memory_holds_a_panel() -> None:
-    assert scratch_bytes(ROW_GROUP_ROWS * PANEL_COLUMNS) <= SCRATCH_NBYTES
+def test_scratch_memory_is_large_enough() -> None:
+    assert load_kernel().scratch_bytes_of_decoder() <= SCRATCH_NBYTES
 
 
 @pytest.mark.slow

@@ -172,8 +172,8 @@ def single(source: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> No
     save_file(state, source / "model.safetensors")
 
 
-def half(state: dict[str, torch.Tensor], key: str) -> None:
-    state[key] = state[key].half()
+def whole(state: dict[str, torch.Tensor], key: str) -> None:
+    state[key] = state[key].int()
 
 
 def widen(state: dict[str, torch.Tensor], key: str) -> None:
@@ -187,7 +187,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "block too many": (lambda s: change_config(s, n_layer=2), "12 tensors that no BLOOM"),
     "wrong shape": (lambda s: single(s, lambda t: widen(t, "h.1.self_attention.dense.bias")), r"\[128\]"),
     "other size": (lambda s: change_config(s, n_embed=128), "has shape"),
-    "two dtypes": (lambda s: single(s, lambda t: half(t, "ln_f.bias")), "mixes dtypes"),
+    "integers": (lambda s: single(s, lambda t: whole(t, "ln_f.bias")), "ln_f.bias is I32, expected one of"),
     "another architecture": (lambda s: change_config(s, model_type="gpt2"), "not a BLOOM"),
     "key twice": (lambda s: single(s, lambda t: t.update({"transformer.ln_f.bias": t["ln_f.bias"].clone()})), "twice"),
     "no config": (lambda s: (s / "config.json").unlink(), "config.json is missing"),

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from runner import BloomdeskError
 from runner.format.manifest import load_manifest
@@ -23,6 +24,7 @@ from scripts.fakehub.server import Fault, LocalHub
 from tests.support.bloom_repos import fetched, ranges, sha256
 from tests.support.commands import started
 from tests.support.lossless import content
+from tests.support.oracle import plain_source, write_source
 from tests.support.streaming import soon
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
@@ -72,6 +74,35 @@ def test_the_result_is_that_of_download_and_convert(serve, tmp_path: Path, layou
     again = prepare(REPO, tmp_path / "out")
     assert not again.written and len(again.kept) == 8 and again.received == 0
     assert content(tmp_path / "out") == expected
+
+
+AS_FOUND = {
+    "vectors in float32": lambda state: {key: t if t.dim() == 2 else t.float() for key, t in state.items()},
+    "module. and a mask": lambda state: {
+        **{f"module.{key}": tensor for key, tensor in state.items()},
+        "module.h.0.self_attention.causal_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+    },
+    "under model": lambda state: {"model": state, "epoch": 3},
+    "only the head": lambda state: {
+        "lm_head.weight" if key == "word_embeddings.weight" else key: tensor for key, tensor in state.items()
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "F16"])
+@pytest.mark.parametrize("form", AS_FOUND)
+def test_sources_as_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, dtype: str | None
+) -> None:
+    state = plain_source(tmp_path / "plain")
+    write_source(tmp_path / "repo", tmp_path / "plain", AS_FOUND[form](state), pickle_protocol=2)
+    with LocalHub({REPO: tmp_path / "repo"}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        download(REPO, tmp_path / "source")
+        expected = convert(tmp_path / "source", tmp_path / "expected", dtype=dtype)
+        done = prepare(REPO, tmp_path / "out", dtype=dtype)
+    assert content(tmp_path / "out") == content(tmp_path / "expected")
+    assert done.notes == expected.notes
 
 
 @pytest.mark.parametrize(

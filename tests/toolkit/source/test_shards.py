@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from runner.errors import BloomdeskError
 from scripts.fakehub.checkpoint import Layout, synthetic
+from toolkit.source.dtype import choose_dtype, in_dtype
 from toolkit.source.index import find_shards
 from toolkit.source.shards import read_shard, read_source
-from toolkit.source.tensor import common_dtype
 
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 300}
 LAYOUTS = {
@@ -64,7 +63,7 @@ def test_every_tensor_is_found(tmp_path: Path, layout: Layout) -> None:
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
 def test_dtype_comes_from_the_tensors(tmp_path: Path, form: str, dtype: str, name: str) -> None:
     synthetic(tmp_path, **SHAPE, dtype=dtype, layout=Layout(form=form))
-    assert common_dtype(read_source(tmp_path).values()) == name
+    assert choose_dtype(None, b"{}", read_source(tmp_path)).dtype == name
 
 
 def test_views_parameters_and_shared_storages(tmp_path: Path) -> None:
@@ -173,14 +172,14 @@ def test_nothing_there(tmp_path: Path) -> None:
         read_source(tmp_path / "absent")
 
 
-def test_dtypes_that_differ_or_are_not_known(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2), "b": torch.ones(2).half()}, tmp_path / "model.safetensors")
-    with pytest.raises(BloomdeskError, match=r"mixes dtypes: . is F"):
-        common_dtype(read_source(tmp_path).values())
-    (tmp_path / "model.safetensors").unlink()
-    torch.save({"a": torch.ones(2, dtype=torch.int64)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(BloomdeskError, match=r"a is torch\.int64"):
-        common_dtype(read_source(tmp_path).values())
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.int8])
+def test_what_is_no_dtype_of_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({"a": torch.ones(2), "b": torch.ones(2, dtype=dtype)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BloomdeskError, match=r"b is torch\.[a-z0-9]+, expected one of BF16"):
+        in_dtype(read_source(tmp_path), ["a", "b"], "BF16")
+    torch.save({"a": torch.ones(2, dtype=dtype)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BloomdeskError, match="a: the dtype torch"):
+        choose_dtype(None, b"{}", read_source(tmp_path))
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(BloomdeskError, match="no tensors"):
-        common_dtype(read_source(tmp_path).values())
+        choose_dtype(None, b"{}", read_source(tmp_path))

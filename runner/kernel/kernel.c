@@ -1,0 +1,750 @@
+// The machine code of bloomdesk: products with plain and losslessly coded weights, the decoder and the encoder of the
+// lossless form, and the epoch barrier of the threads. One file in plain C with clang's vector types, compiled once for
+// each kind of processor; runner/kernel/compiler.py lists them, tests/runner/kernel/reference.py says in Python what
+// each function computes, and docs/format.md describes the bytes of a coded panel.
+//
+//     out[b, t, n] += sum over k of x[b, t, k] * weight[b, n, k]
+//
+// Every sum is taken in one order on every processor: 8 lanes over each 4,096 columns, the lanes folded in halves, then
+// the columns beyond the last multiple of 8 one by one, these partial sums one after another, and each multiplication
+// fused with its addition. How the loops are cut around that order is a matter of speed alone.
+
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(_WIN32)
+#define EXPORT __attribute__((dllexport))
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#define VECTOR(type, count) type __attribute__((vector_size(sizeof(type) * (count)), aligned(sizeof(type))))
+
+// What a file of the lossless form depends on, too: see runner/format/coded.py.
+enum { ROW_GROUP_ROWS = 12, PANEL_COLUMNS = 4096 };
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE const uint8_t *least_pointer(const uint8_t *a, const uint8_t *b) { return a < b ? a : b; }
+INLINE int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+
+// ---------------------------------------------------------------------------------------------------- the processor
+
+// 2: this processor runs the AVX-512 code, 1: that for AVX2, 0: the one that every processor of its architecture runs.
+EXPORT int64_t processor_level(void) {
+#if defined(__x86_64__)
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const unsigned first = 1u << 9 | 1u << 12 | 1u << 20 | 1u << 22 | 1u << 23 | 1u << 27 | 1u << 28 | 1u << 29;
+    if ((c & first) != first) return 0;  // SSSE3, FMA, SSE4.2, MOVBE, POPCNT, OSXSAVE, AVX, F16C
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 6) != 6) return 0;  // the system does not keep the 256-bit registers
+    if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !(c & 1u << 5)) return 0;  // LZCNT
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    const unsigned second = 1u << 3 | 1u << 5 | 1u << 8;
+    if ((b & second) != second) return 0;  // BMI, AVX2, BMI2
+    const unsigned wide = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31, bytes = 1u << 1 | 1u << 6;
+    // AVX-512 F, DQ, CD, BW, VL; VBMI, VBMI2; and the system keeps the 512-bit registers
+    return (b & wide) == wide && (c & bytes) == bytes && (low & 0xe6) == 0xe6 ? 2 : 1;
+#else
+    return 0;
+#endif
+}
+
+
+// ------------------------------------------------------------------------------------- the epoch barrier (threads.py)
+
+struct task;
+typedef void task_function(struct task *, uint8_t *scratch);
+
+// The table that the threads share: the words of the barrier, then those of the task's function.
+struct task {
+    _Atomic int64_t epoch, active;
+    task_function *function;
+    _Atomic int64_t share, failed;
+    int64_t arguments[27];
+};
+
+EXPORT void open_task(struct task *task) { atomic_fetch_or(&task->epoch, 1); }
+
+// Compute too, close the task, and wait until no worker is in it.
+EXPORT void close_task(struct task *task, uint8_t *scratch) {
+    task->function(task, scratch);
+    atomic_store(&task->epoch, (atomic_load(&task->epoch) | 1) + 1);
+    while (atomic_load(&task->active)) {}
+}
+
+INLINE void pause_a_moment(void) {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+// Enter each task that is open, except that of the epoch `seen`; after `spins` turns without one, the last epoch.
+EXPORT int64_t spin_for_tasks(struct task *task, int64_t seen, int64_t spins, uint8_t *scratch) {
+    int64_t left = spins;
+    do {
+        int64_t epoch = atomic_load(&task->epoch);
+        if ((epoch & 1) && epoch != seen) {
+            atomic_fetch_add(&task->active, 1);
+            if (atomic_load(&task->epoch) == epoch) task->function(task, scratch);
+            atomic_fetch_sub(&task->active, 1);
+            seen = epoch;
+            left = spins;
+        } else {
+            pause_a_moment();
+            left--;
+        }
+    } while (left > 0);
+    return seen;
+}
+
+
+// ------------------------------------------------------------------------ the decoder of the lossless form (decode.py)
+
+// Bytes of a panel's header, the byte that is 1 if the weights follow uncoded, and the exponents of the three levels.
+enum { HEADER = 32, STORED = 12, LEVEL_1 = 16, LEVEL_2 = 20, LEVEL_3 = 24 };
+// Symbols of a group, bytes of their codes, and the code that refers to the next level.
+enum { GROUP = 64, CODES = 16, ESCAPE = 3 };
+// Bytes that may be read or written beyond what is asked for.
+enum { SLACK = 128 };
+// The most weights of a panel, and the scratch memory to decode it: its weights, then the symbols of levels 2, 3 and 4.
+enum { PANEL_WEIGHTS = ROW_GROUP_ROWS * PANEL_COLUMNS, DECODER_SCRATCH = 5 * (PANEL_WEIGHTS + SLACK) };
+
+// Symbols that are decoded at a time: all of a group if the processor can spread bytes over 64 places.
+#if defined(__AVX512VBMI2__)
+enum { UNIT = 64 };
+#else
+enum { UNIT = 16 };
+#endif
+typedef VECTOR(uint8_t, UNIT) unit;
+typedef VECTOR(uint8_t, CODES) code_bytes;
+typedef VECTOR(uint16_t, CODES) code_weights;
+typedef VECTOR(uint16_t, UNIT) unit_weights;
+typedef VECTOR(uint16_t, 32) quarter_shifts;
+
+// One level: the exponents of its codes, for the escape zero, and the next escape, a symbol of the level after it.
+struct level {
+    unit symbols;
+    const uint8_t *next;
+};
+
+INLINE struct level level_at(const uint8_t *panel, int place, const uint8_t *next) {
+    unit symbols = {0};
+    for (int byte = 0; byte < UNIT; byte++)
+        if (byte % CODES < ESCAPE) symbols[byte] = panel[place + byte % CODES];
+    return (struct level){symbols, next};
+}
+
+// The symbols of codes by their level's table; zero for an escape.
+INLINE unit known_symbols(unit symbols, unit codes) {
+#if defined(__AVX512VBMI2__)
+    return (unit)_mm512_shuffle_epi8((__m512i)symbols, (__m512i)codes);
+#elif defined(__SSSE3__)
+    return (unit)_mm_shuffle_epi8((__m128i)symbols, (__m128i)codes);
+#elif defined(__aarch64__)
+    return (unit)vqtbl1q_u8((uint8x16_t)symbols, (uint8x16_t)codes);
+#else
+    return ((unit)(codes == 0) & symbols[0]) | ((unit)(codes == 1) & symbols[1]) | ((unit)(codes == 2) & symbols[2]);
+#endif
+}
+
+#if defined(__SSSE3__) || defined(__aarch64__)
+// For a mask of 8 codes: the rank of each escape among the escapes, and 128, which gives zero, for the others.
+static uint8_t places[256][8];
+
+__attribute__((constructor)) static void fill_places(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int bit = 0; bit < 8; bit++)
+            places[mask][bit] = mask >> bit & 1 ? __builtin_popcount(mask & ((1 << bit) - 1)) : 128;
+}
+#endif
+
+// The escaped symbols in their places, and zero in the others.
+INLINE unit escaped_symbols(struct level *level, unit codes) {
+#if defined(__AVX512VBMI2__)
+    __mmask64 mask = _mm512_cmpeq_epi8_mask((__m512i)codes, _mm512_set1_epi8(ESCAPE));
+    unit found = (unit)_mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(level->next));
+    level->next += __builtin_popcountll(mask);
+    return found;
+#elif defined(__SSSE3__) || defined(__aarch64__)
+#if defined(__SSSE3__)
+    unsigned mask = (unsigned)_mm_movemask_epi8((__m128i)(codes == ESCAPE));
+#else
+    uint8x16_t bits = vandq_u8((uint8x16_t)(codes == ESCAPE), (uint8x16_t){1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128});
+    unsigned mask = vaddv_u8(vget_low_u8(bits)) | (unsigned)vaddv_u8(vget_high_u8(bits)) << 8;
+#endif
+    int before = __builtin_popcount(mask & 255);
+    uint64_t low, high;
+    memcpy(&low, places[mask & 255], 8);
+    memcpy(&high, places[mask >> 8], 8);
+    // Adding to 128 leaves it above 127.
+    high += before * 0x0101010101010101u;
+    VECTOR(uint64_t, 2) both = {low, high};
+    unit symbols = *(const unit *)level->next;
+    level->next += __builtin_popcount(mask);
+#if defined(__SSSE3__)
+    return (unit)_mm_shuffle_epi8((__m128i)symbols, (__m128i)both);
+#else
+    return (unit)vqtbl1q_u8((uint8x16_t)symbols, (uint8x16_t)both);
+#endif
+#else
+    unit found = {0};
+    for (int lane = 0; lane < UNIT; lane++)
+        if (codes[lane] == ESCAPE) found[lane] = *level->next++;
+    return found;
+#endif
+}
+
+// The symbols of unit number `part` of a group with these codes.
+INLINE unit next_symbols(struct level *level, const uint8_t *group, int part) {
+    code_bytes packed = *(const code_bytes *)group;
+#if defined(__AVX512VBMI2__)
+    // Byte j holds the codes of symbols j, 16 + j, 32 + j and 48 + j: each quarter of the register takes its own.
+    __m512i quarters = _mm512_broadcast_i32x4((__m128i)packed);
+    unit codes = (unit)_mm512_srlv_epi16(quarters, (__m512i)(quarter_shifts){
+        0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 4, 4, 4, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6}) & ESCAPE;
+    (void)part;
+#else
+    unit codes = (packed >> (uint8_t)(2 * part)) & ESCAPE;
+#endif
+    return known_symbols(level->symbols, codes) | escaped_symbols(level, codes);
+}
+
+// Write the `count` symbols of one level, padded, as bytes.
+static void decode_symbols(struct level level, const uint8_t *codes, int64_t count, uint8_t *out) {
+    for (int64_t done = 0; done < count; done += GROUP, codes += CODES)
+        for (int part = 0; part < GROUP / UNIT; part++)
+            *(unit *)(out + done + part * UNIT) = next_symbols(&level, codes, part);
+}
+
+static void decode_weights(struct level level, const uint8_t *group, int64_t groups, uint8_t *out) {
+    for (int64_t done = 0; done < groups; done++, group += CODES + GROUP)
+        for (int part = 0; part < GROUP / UNIT; part++) {
+            // A weight, rotated left by one bit, is its exponent above its mantissa and sign.
+            unit_weights exponents = __builtin_convertvector(next_symbols(&level, group, part), unit_weights);
+            unit_weights others = __builtin_convertvector(*(const unit *)(group + CODES + part * UNIT), unit_weights);
+            unit_weights turned = exponents << 8 | others;
+            *(unit_weights *)(out + 2 * (done * GROUP + part * UNIT)) = turned >> 1 | turned << 15;
+        }
+}
+
+INLINE int64_t count_at(const uint8_t *panel, int place) {
+    uint32_t count;
+    memcpy(&count, panel + place, sizeof count);
+    return count;
+}
+
+INLINE int64_t code_bytes_of(int64_t symbols) { return rounded_up(symbols, GROUP) / (GROUP / CODES); }
+
+// Bytes of the panel, or -1 if it is damaged. Reads nothing at or beyond `end` and writes nothing outside of `scratch`,
+// whatever the panel holds; its weights then begin there.
+static int64_t decode_panel(const uint8_t *panel, const uint8_t *end, int64_t weights, uint8_t *scratch) {
+    int64_t room = end - panel, step = weights + SLACK;
+    if (room < HEADER) return -1;
+    if (panel[STORED]) {
+        int64_t whole = HEADER + rounded_up(2 * weights, CODES);
+        if (room < whole) return -1;
+        memcpy(scratch, panel + HEADER, 2 * weights);
+        return whole;
+    }
+    int64_t second = count_at(panel, 0), third = count_at(panel, 4), kept = count_at(panel, 8);
+    if (second > weights || third > weights || kept > weights) return -1;
+    int64_t groups = rounded_up(weights, GROUP) / GROUP;
+    const uint8_t *second_codes = panel + HEADER + groups * (CODES + GROUP);
+    const uint8_t *third_codes = second_codes + code_bytes_of(second);
+    const uint8_t *bytes = third_codes + code_bytes_of(third);
+    int64_t whole = bytes + rounded_up(kept, CODES) - panel;
+    if (room < whole) return -1;
+
+    uint8_t *symbols_2 = scratch + 2 * step, *symbols_3 = symbols_2 + step, *symbols_4 = symbols_3 + step;
+    memcpy(symbols_4, bytes, kept);
+    // From the last level to the first: each has the escapes of the one before.
+    decode_symbols(level_at(panel, LEVEL_3, symbols_4), third_codes, third, symbols_3);
+    decode_symbols(level_at(panel, LEVEL_2, symbols_3), second_codes, second, symbols_2);
+    decode_weights(level_at(panel, LEVEL_1, symbols_2), panel + HEADER, groups, scratch);
+    return whole;
+}
+
+// Decode the row groups at `offsets` into `rows` rows of bfloat16 bits: 0, or 1 if they are damaged.
+EXPORT int64_t decode_rows(const uint8_t *coded, const int64_t *offsets, int64_t rows, int64_t columns, uint8_t *out,
+                           uint8_t *scratch) {
+    for (int64_t first = 0; first < rows; first += ROW_GROUP_ROWS, offsets++) {
+        const uint8_t *panel = coded + offsets[0], *end = coded + offsets[1];
+        int64_t count = least(ROW_GROUP_ROWS, rows - first);
+        for (int64_t k = 0; k < columns; k += PANEL_COLUMNS) {
+            int64_t width = least(PANEL_COLUMNS, columns - k);
+            int64_t taken = decode_panel(panel, end, count * width, scratch);
+            if (taken < 0) return 1;
+            panel += taken;
+            for (int64_t row = 0; row < count; row++)
+                memcpy(out + 2 * ((first + row) * columns + k), scratch + 2 * row * width, 2 * width);
+        }
+        // A row group consists of its panels and nothing else.
+        if (panel != end) return 1;
+    }
+    return 0;
+}
+
+
+// ------------------------------------------------------------------------ the encoder of the lossless form (encode.py)
+
+enum { KINDS = 256, LEVELS = 3, COUNTERS = 4 };
+
+struct encoder {
+    uint8_t exponents[PANEL_WEIGHTS + GROUP], others[PANEL_WEIGHTS + GROUP], codes[PANEL_WEIGHTS + GROUP];
+    uint8_t escapes[2][PANEL_WEIGHTS + GROUP];
+    uint8_t coded[4 * PANEL_WEIGHTS];
+    // The code of every exponent on each level.
+    uint8_t table[LEVELS][KINDS];
+    int32_t counts[COUNTERS][KINDS];
+};
+
+EXPORT int64_t scratch_bytes_of_encoder(void) { return sizeof(struct encoder); }
+
+// Write the nine most common exponents into the header, and each level's code of every exponent into the tables.
+// Of equally common exponents the lower one comes first.
+static void choose_codes(struct encoder *e, int64_t count) {
+    memset(e->counts, 0, sizeof e->counts);
+    memset(e->table, ESCAPE, sizeof e->table);
+    // With one counter an exponent that comes twice in a row would wait for itself.
+    int64_t place = 0;
+    for (; place + COUNTERS <= count; place += COUNTERS)
+        for (int own = 0; own < COUNTERS; own++) e->counts[own][e->exponents[place + own]]++;
+    for (; place < count; place++) e->counts[0][e->exponents[place]]++;
+    int32_t *total = e->counts[0];
+    for (int kind = 0; kind < KINDS; kind++)
+        for (int own = 1; own < COUNTERS; own++) total[kind] += e->counts[own][kind];
+    for (int level = 0; level < LEVELS; level++)
+        for (int code = 0; code < ESCAPE; code++) {
+            int best = 0;
+            for (int kind = 1; kind < KINDS; kind++)
+                if (total[kind] > total[best]) best = kind;
+            total[best] = -1;
+            e->table[level][best] = code;
+            e->coded[LEVEL_1 + 4 * level + code] = best;
+        }
+}
+
+// Write the code of each symbol, and the symbols that escape; the number of those.
+static int64_t code_symbols(const uint8_t *symbols, int64_t count, const uint8_t *table, uint8_t *codes, uint8_t *escapes) {
+    int64_t escaped = 0;
+    for (int64_t place = 0; place < count; place++) {
+        uint8_t symbol = symbols[place], code = table[symbol];
+        codes[place] = code;
+        escapes[escaped] = symbol;
+        escaped += code == ESCAPE;
+    }
+    return escaped;
+}
+
+// Pack the codes of 64 symbols into 16 bytes.
+INLINE void pack_codes(const uint8_t *codes, uint8_t *out) {
+    const code_bytes *quarters = (const code_bytes *)codes;
+    *(code_bytes *)out = quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6;
+}
+
+static int64_t store_panel(const uint8_t *weights, int64_t stride, int64_t rows, int64_t columns, uint8_t *out) {
+    int64_t whole = HEADER + rounded_up(2 * rows * columns, CODES);
+    memset(out, 0, HEADER);
+    memset(out + whole - CODES, 0, CODES);
+    out[STORED] = 1;
+    for (int64_t row = 0; row < rows; row++)
+        memcpy(out + HEADER + 2 * row * columns, weights + 2 * row * stride, 2 * columns);
+    return whole;
+}
+
+// Split each weight, rotated left by one bit, into its exponent and its mantissa with the sign.
+static void split(const uint8_t *weights, int64_t count, uint8_t *exponents, uint8_t *others) {
+    int64_t place = 0;
+    for (; place + CODES <= count; place += CODES) {
+        code_weights weight = *(const code_weights *)(weights + 2 * place), turned = weight << 1 | weight >> 15;
+        *(code_bytes *)(exponents + place) = __builtin_convertvector(turned >> 8, code_bytes);
+        *(code_bytes *)(others + place) = __builtin_convertvector(turned, code_bytes);
+    }
+    for (; place < count; place++) {
+        uint8_t low = weights[2 * place], high = weights[2 * place + 1];
+        exponents[place] = (uint8_t)(high << 1 | low >> 7);
+        others[place] = (uint8_t)(low << 1 | high >> 7);
+    }
+}
+
+// Bytes of the coded panel.
+static int64_t encode_panel(const uint8_t *weights, int64_t stride, int64_t rows, int64_t columns, uint8_t *out,
+                            struct encoder *e) {
+    int64_t count = rows * columns, left = count, place = HEADER;
+    memset(e->coded, 0, HEADER);
+    for (int64_t row = 0; row < rows; row++)
+        split(weights + 2 * row * stride, columns, e->exponents + row * columns, e->others + row * columns);
+    choose_codes(e, count);
+    memset(e->others + count, 0, GROUP);
+    uint8_t *source = e->exponents;
+    for (int level = 0; level < LEVELS; level++) {
+        // The header has the counts of the levels after the first, whose own is known.
+        uint32_t symbols = (uint32_t)left;
+        if (level) memcpy(e->coded + 4 * (level - 1), &symbols, sizeof symbols);
+        // The padding of the last group has the code 0.
+        memset(source + left, e->coded[LEVEL_1 + 4 * level], GROUP);
+        int64_t full = rounded_up(left, GROUP);
+        uint8_t *escapes = e->escapes[level % 2];
+        left = code_symbols(source, full, e->table[level], e->codes, escapes);
+        for (int64_t done = 0; done < full; done += GROUP, place += CODES) {
+            pack_codes(e->codes + done, e->coded + place);
+            if (level) continue;
+            // The codes of the first level lie beside mantissas and signs.
+            memcpy(e->coded + place + CODES, e->others + done, GROUP);
+            place += GROUP;
+        }
+        source = escapes;
+    }
+    uint32_t kept = (uint32_t)left;
+    memcpy(e->coded + 8, &kept, sizeof kept);
+    memset(e->coded + place + left, 0, CODES);
+    memcpy(e->coded + place, source, left);
+    int64_t end = place + rounded_up(left, CODES);
+    if (end >= HEADER + rounded_up(2 * count, CODES)) return store_panel(weights, stride, rows, columns, out);
+    memcpy(out, e->coded, end);
+    return end;
+}
+
+// Encode rows of bfloat16 bits; the bytes of each row group go to `lengths`.
+EXPORT void encode_rows(const uint8_t *rows, int64_t count, int64_t columns, uint8_t *out, int64_t *lengths,
+                        struct encoder *scratch) {
+    for (int64_t first = 0; first < count; first += ROW_GROUP_ROWS) {
+        uint8_t *begin = out;
+        int64_t height = least(ROW_GROUP_ROWS, count - first);
+        for (int64_t k = 0; k < columns; k += PANEL_COLUMNS) {
+            int64_t width = least(PANEL_COLUMNS, columns - k);
+            out += encode_panel(rows + 2 * (first * columns + k), columns, height, width, out, scratch);
+        }
+        *lengths++ = out - begin;
+    }
+}
+
+
+// ---------------------------------------------------------------------------------------------- products (matmul.py)
+
+enum kind { BFLOAT16, FLOAT16, FLOAT32, CODED };
+// Partial sums of an output, and columns that they sum at a time.
+enum { LANES = 8, COLUMN_CHUNK = PANEL_COLUMNS };
+// Rows of x that are multiplied with a group of outputs before the next group.
+enum { ROWS_IN_CACHE = 64, OUTPUTS_IN_CACHE = ROW_GROUP_ROWS };
+// Columns of x times its rows that stay in the first cache while a group of outputs uses them.
+enum { VALUES_IN_CACHE = 4096 };
+
+// Outputs that share a register, the most rows of a tile, and registers of weights for a tile of each number of rows:
+// sums, weights and x fit into the 16 registers of AVX2, the 32 of AVX-512, the 32 of half the size of NEON.
+#if defined(__AVX512F__)
+enum { WIDE = 2, MOST_ROWS = 8 };
+INLINE int registers_of(int rows) { return rows <= 2 || rows > 4 ? 3 : 6; }
+#else
+enum { WIDE = 1, MOST_ROWS = 4 };
+INLINE int registers_of(int rows) { return rows == 1 ? 6 : rows == 2 ? 4 : 3; }
+#endif
+enum { MOST_REGISTERS = 6 };
+// Registers of a group of outputs.
+enum { GROUP_REGISTERS = OUTPUTS_IN_CACHE / WIDE };
+
+typedef VECTOR(float, LANES) lanes;
+typedef VECTOR(float, 4) four;
+typedef VECTOR(float, LANES *WIDE) sums;
+typedef VECTOR(uint32_t, LANES *WIDE) sum_bits;
+typedef VECTOR(uint16_t, LANES) halves;
+typedef VECTOR(_Float16, LANES) float16_lanes;
+typedef VECTOR(double, LANES *WIDE) doubles;
+typedef VECTOR(int64_t, LANES *WIDE) double_bits;
+
+// a * b + c, rounded once.
+INLINE sums fused(sums a, sums b, sums c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_elementwise_fma(a, b, c);
+#else
+    // The product is exact in double. Their sum is rounded to odd (Boldo and Melquiond, 2008), which keeps what decides
+    // the second rounding: its error, exact too (Knuth's TwoSum), moves an even last bit towards the true sum.
+    doubles product = __builtin_convertvector(a, doubles) * __builtin_convertvector(b, doubles);
+    doubles addend = __builtin_convertvector(c, doubles);
+    doubles sum = product + addend, part = sum - product;
+    doubles error = (product - (sum - part)) + (addend - part);
+    double_bits bits = (double_bits)sum;
+    // -1 where the sum is not exact; never so for NaN and infinity.
+    double_bits inexact = (error > 0) | (error < 0);
+    double_bits away = (error > 0) == (sum > 0);
+    double_bits step = (away & 1) | (~away & -1);
+    bits += inexact & ((bits & 1) - 1) & step;
+    return __builtin_convertvector((doubles)bits, sums);
+#endif
+}
+
+INLINE float fused_one(float a, float b, float c) {
+    sums found = fused((sums){a}, (sums){b}, (sums){c});
+    return found[0];
+}
+
+// 8 columns of a row of x, for each of the outputs that share a register.
+INLINE sums load_x(const float *x) {
+    lanes values = *(const lanes *)x;
+#if defined(__AVX512F__)
+    return __builtin_shufflevector(values, values, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+    return values;
+#endif
+}
+
+// 8 columns of the WIDE outputs at `weight`, as exact float32; bfloat16 is the upper half of a float32's bits.
+INLINE sums load_weights(enum kind kind, const uint8_t *weight, int64_t stride) {
+#if defined(__AVX512F__)
+#define PAIR(type) __builtin_shufflevector(*(const type *)weight, *(const type *)(weight + stride), \
+                                           0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#else
+#define PAIR(type) (*(const type *)weight)
+    (void)stride;
+#endif
+    if (kind == FLOAT32) return PAIR(lanes);
+    if (kind == FLOAT16) return __builtin_convertvector(PAIR(float16_lanes), sums);
+    return (sums)(__builtin_convertvector(PAIR(halves), sum_bits) << 16);
+}
+
+INLINE float load_weight(enum kind kind, const uint8_t *weight) {
+    if (kind == FLOAT32) {
+        float value;
+        memcpy(&value, weight, sizeof value);
+        return value;
+    }
+    uint16_t half;
+    memcpy(&half, weight, sizeof half);
+    if (kind == FLOAT16) {
+        _Float16 value;
+        memcpy(&value, &half, sizeof value);
+        return value;
+    }
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// A matrix in memory: a stride is the bytes from one row to the next.
+struct matrix {
+    uint8_t *data;
+    int64_t stride;
+};
+
+// Add whole vectors of `columns` columns to the sums of `rows` rows of x times `registers` registers of outputs. The
+// sums are in registers meanwhile: all loops but that over the columns are unrolled. One that fetches ahead prefetches
+// the weights of the next outputs, and one that begins starts from zero.
+INLINE void tile(enum kind kind, int rows, int registers, int fetches_ahead, struct matrix weight, struct matrix x,
+                 int64_t columns, int begins, sums *state) {
+    const int size = kind == FLOAT32 ? 4 : 2;
+    sums sum[MOST_ROWS][MOST_REGISTERS];
+    UNROLLED for (int t = 0; t < rows; t++)
+        UNROLLED for (int r = 0; r < registers; r++) sum[t][r] = begins ? (sums){0} : state[t * GROUP_REGISTERS + r];
+    for (int64_t k = 0; k < columns; k += LANES) {
+        sums weights[MOST_REGISTERS];
+        UNROLLED for (int r = 0; r < registers; r++) {
+            const uint8_t *place = weight.data + WIDE * r * weight.stride + k * size;
+            weights[r] = load_weights(kind, place, weight.stride);
+            UNROLLED for (int w = 0; w < WIDE * fetches_ahead; w++)
+                __builtin_prefetch(place + (WIDE * registers + w) * weight.stride);
+        }
+        UNROLLED for (int t = 0; t < rows; t++) {
+            sums values = load_x((const float *)(x.data + t * x.stride) + k);
+            UNROLLED for (int r = 0; r < registers; r++) sum[t][r] = fused(weights[r], values, sum[t][r]);
+            // Rows one after another: loaded all at once, they would take the registers of sums.
+            __asm__ volatile("" ::: "memory");
+        }
+    }
+    UNROLLED for (int t = 0; t < rows; t++)
+        UNROLLED for (int r = 0; r < registers; r++) state[t * GROUP_REGISTERS + r] = sum[t][r];
+}
+
+// The tiles of each kind and number of rows: with the registers that suit these, the same with prefetching, and one with
+// a single register for the outputs that are left over.
+typedef void tile_function(struct matrix weight, struct matrix x, int64_t columns, int begins, sums *state);
+enum tile_sort { WHOLE, FETCHING, REST };
+
+#define DEFINE_TILE(name, kind, rows, registers, fetches_ahead)                                                 \
+    static void name##_##kind##_##rows(struct matrix w, struct matrix x, int64_t columns, int begins, sums *state) { \
+        tile(kind, rows, registers, fetches_ahead, w, x, columns, begins, state);                               \
+    }
+#define DEFINE_TILES(kind, rows)                              \
+    DEFINE_TILE(whole, kind, rows, registers_of(rows), 0)     \
+    DEFINE_TILE(fetching, kind, rows, registers_of(rows), 1)  \
+    DEFINE_TILE(rest, kind, rows, 1, 0)
+#define NAME_TILES(kind, rows) {whole_##kind##_##rows, fetching_##kind##_##rows, rest_##kind##_##rows},
+#if defined(__AVX512F__)
+#define FOR_ROWS(do, kind) do(kind, 1) do(kind, 2) do(kind, 3) do(kind, 4) do(kind, 5) do(kind, 6) do(kind, 7) do(kind, 8)
+#else
+#define FOR_ROWS(do, kind) do(kind, 1) do(kind, 2) do(kind, 3) do(kind, 4)
+#endif
+FOR_ROWS(DEFINE_TILES, BFLOAT16)
+FOR_ROWS(DEFINE_TILES, FLOAT16)
+FOR_ROWS(DEFINE_TILES, FLOAT32)
+static tile_function *const tiles[][MOST_ROWS][3] = {
+    {FOR_ROWS(NAME_TILES, BFLOAT16)}, {FOR_ROWS(NAME_TILES, FLOAT16)}, {FOR_ROWS(NAME_TILES, FLOAT32)}};
+
+// The sums of all lanes of four outputs: the upper half is added to the lower half until one lane is left.
+INLINE four folded(const lanes *sum) {
+    lanes fours[2];
+    UNROLLED for (int n = 0; n < 2; n++)
+        fours[n] = __builtin_shufflevector(sum[2 * n], sum[2 * n + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                   __builtin_shufflevector(sum[2 * n], sum[2 * n + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    lanes twos = __builtin_shufflevector(fours[0], fours[1], 0, 1, 4, 5, 8, 9, 12, 13) +
+                 __builtin_shufflevector(fours[0], fours[1], 2, 3, 6, 7, 10, 11, 14, 15);
+    return __builtin_shufflevector(twos, twos, 0, 2, 4, 6) + __builtin_shufflevector(twos, twos, 1, 3, 5, 7);
+}
+
+// Add the sums of `rows` rows times a group of outputs to `out`: their lanes folded, then the columns from `first` on.
+static void add_sums(enum kind kind, int rows, struct matrix weight, int64_t outputs, struct matrix x, int64_t first,
+                     int64_t columns, const sums *state, struct matrix out) {
+    const int64_t size = kind == FLOAT32 ? 4 : 2;
+    for (int t = 0; t < rows; t++) {
+        float *place = (float *)(out.data + t * out.stride);
+        const float *values = (const float *)(x.data + t * x.stride);
+        for (int64_t n = 0; n < outputs; n += 4) {
+            four sum = folded((const lanes *)(state + t * GROUP_REGISTERS) + n);
+            if (first == columns && n + 4 <= outputs) {
+                *(four *)(place + n) += sum;
+                continue;
+            }
+            for (int64_t i = 0; i < least(4, outputs - n); i++) {
+                float one = sum[i];
+                for (int64_t k = first; k < columns; k++)
+                    one = fused_one(load_weight(kind, weight.data + (n + i) * weight.stride + k * size), values[k], one);
+                place[n + i] += one;
+            }
+        }
+    }
+}
+
+// Coded weights that come next. The memory would have nothing to do while a panel is multiplied: so each tile prefetches
+// some of them.
+struct ahead {
+    const uint8_t *next, *end;
+};
+enum { FETCHING_VALUES = 512, FETCHED = 4096 };
+
+INLINE void fetch(struct ahead *ahead) {
+    const uint8_t *stop = ahead->next + least(FETCHED, ahead->end - ahead->next);
+    for (; ahead->next < stop; ahead->next += 64) __builtin_prefetch(ahead->next, 0, 2);
+}
+
+// Add `rows` rows of x, up to those of a tile, times a group of outputs, over one chunk of columns, to `out`.
+static void multiply_few(enum kind kind, int rows, struct matrix weight, int64_t outputs, enum tile_sort sort,
+                         struct matrix x, int64_t columns, struct matrix out, struct ahead *ahead) {
+    const int64_t size = kind == FLOAT32 ? 4 : 2, most = WIDE * registers_of(rows);
+    int64_t whole = columns / LANES * LANES, values = ahead->next < ahead->end ? FETCHING_VALUES : VALUES_IN_CACHE;
+    int64_t step = least(values, VALUES_IN_CACHE / rows) / LANES * LANES;
+    __attribute__((aligned(64))) sums state[MOST_ROWS * GROUP_REGISTERS];
+    if (!whole) memset(state, 0, sizeof state);
+    for (int64_t k = 0; k < whole; k += step) {
+        struct matrix some = {x.data + k * sizeof(float), x.stride};
+        int64_t width = least(step, whole - k);
+        for (int64_t n = 0; n < outputs;) {
+            struct matrix here = {weight.data + n * weight.stride + k * size, weight.stride};
+            int is_rest = n + most > outputs;
+            // The second half of a register without a second output computes the first one again.
+            if (n + 1 == outputs) here.stride = 0;
+            fetch(ahead);
+            tiles[kind][rows - 1][is_rest ? REST : sort](here, some, width, !k, state + n / WIDE);
+            n += is_rest ? WIDE : most;
+        }
+    }
+    add_sums(kind, rows, weight, outputs, x, whole, columns, state, out);
+}
+
+// The same for any number of rows, which are spread evenly over as few tiles as they need.
+static void multiply_rows(enum kind kind, int64_t rows, struct matrix weight, int64_t outputs, enum tile_sort sort,
+                          struct matrix x, int64_t columns, struct matrix out, struct ahead ahead) {
+    for (int64_t left = (rows + MOST_ROWS - 1) / MOST_ROWS; left; left--) {
+        int64_t some = (rows + left - 1) / left;
+        multiply_few(kind, (int)some, weight, outputs, sort, x, columns, out, &ahead);
+        x.data += some * x.stride;
+        out.data += some * out.stride;
+        rows -= some;
+        sort = WHOLE;
+    }
+}
+
+// x [T, K] times weights [N, K], added to out [T, N], on one thread. With `offsets`, where their row groups begin, the
+// weights are coded. Whether these are sound.
+static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_t *offsets, struct matrix x,
+                              struct matrix out, int64_t T, int64_t N, int64_t K, uint8_t *scratch) {
+    const int64_t size = kind == FLOAT32 ? 4 : 2;
+    // The processor fetches long rows well enough by itself, and decoded ones are in the cache.
+    const uint8_t *all_end = offsets ? weight.data + offsets[rounded_up(N, ROW_GROUP_ROWS) / ROW_GROUP_ROWS] : 0;
+    enum tile_sort sort = offsets || K > COLUMN_CHUNK ? WHOLE : FETCHING;
+    for (int64_t first = 0; first < T; first += ROWS_IN_CACHE) {
+        int64_t rows = least(ROWS_IN_CACHE, T - first);
+        for (int64_t start = 0; start < N; start += OUTPUTS_IN_CACHE) {
+            int64_t outputs = least(OUTPUTS_IN_CACHE, N - start);
+            const uint8_t *panel = 0, *end = 0;
+            if (offsets) {
+                panel = weight.data + offsets[start / ROW_GROUP_ROWS];
+                end = weight.data + offsets[start / ROW_GROUP_ROWS + 1];
+            }
+            for (int64_t k = 0; k < K; k += COLUMN_CHUNK) {
+                int64_t columns = least(COLUMN_CHUNK, K - k);
+                struct ahead ahead = {0, 0};
+                struct matrix here = {weight.data + start * weight.stride + k * size, weight.stride};
+                if (offsets) {
+                    int64_t taken = decode_panel(panel, end, outputs * columns, scratch);
+                    if (taken < 0) return 0;
+                    panel += taken;
+                    ahead = (struct ahead){panel, least_pointer(panel + taken, all_end)};
+                    here = (struct matrix){scratch, columns * size};
+                }
+                struct matrix some = {x.data + first * x.stride + k * sizeof(float), x.stride};
+                struct matrix there = {out.data + first * out.stride + start * sizeof(float), out.stride};
+                multiply_rows(kind, rows, here, outputs, sort, some, columns, there, ahead);
+            }
+            // A row group consists of its panels and nothing else.
+            if (offsets && panel != end) return 0;
+        }
+    }
+    return 1;
+}
+
+// B products at once, as arguments of a task. Strides are in elements, over b and over rows. Of coded weights, B is 1 and
+// the second stride is the address of their offsets. A thread takes `share` outputs at a time.
+struct product {
+    int64_t kind;
+    uint8_t *weight;
+    int64_t weight_step, weight_stride;
+    uint8_t *x;
+    int64_t x_step, x_stride;
+    uint8_t *out;
+    int64_t out_step, out_stride, B, T, N, K, share;
+};
+
+EXPORT int64_t scratch_bytes_of_decoder(void) { return DECODER_SCRATCH; }
+EXPORT void multiply(struct task *task, uint8_t *scratch) {
+    struct product p;
+    memcpy(&p, task->arguments, sizeof p);
+    int is_coded = p.kind == CODED;
+    enum kind kind = is_coded ? BFLOAT16 : (enum kind)p.kind;
+    const int64_t size = kind == FLOAT32 ? 4 : 2, shares = (p.N + p.share - 1) / p.share;
+    for (int64_t mine; (mine = atomic_fetch_add(&task->share, 1)) < p.B * shares;) {
+        int64_t b = mine / shares, n = mine % shares * p.share;
+        const int64_t *offsets = 0;
+        struct matrix weight = {p.weight, 0};
+        if (is_coded)
+            offsets = (const int64_t *)(intptr_t)p.weight_stride + n / ROW_GROUP_ROWS;
+        else
+            weight = (struct matrix){p.weight + (b * p.weight_step + n * p.weight_stride) * size, p.weight_stride * size};
+        struct matrix x = {p.x + b * p.x_step * 4, p.x_stride * 4};
+        struct matrix out = {p.out + (b * p.out_step + n) * 4, p.out_stride * 4};
+        if (!multiply_on_thread(kind, weight, offsets, x, out, p.T, least(p.share, p.N - n), p.K, scratch))
+            atomic_store(&task->failed, 1);
+    }
+}
+

@@ -1,0 +1,107 @@
+"""What kernel.c computes, one number after another in plain Python: the specification that its variants are held to."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+
+LANES, CHUNK, GROUP_ROWS, GROUP = 8, 4096, 12, 64
+
+
+def float32(value: Fraction) -> float:
+    """The nearest float32, ties to even; infinite beyond the largest."""
+    exponent = abs(value.numerator).bit_length() - value.denominator.bit_length()
+    exponent -= abs(value) < Fraction(2) ** exponent
+    unit = Fraction(2) ** (max(exponent, -126) - 23)
+    nearest = round(value / unit) * unit
+    return float(nearest) if abs(nearest) < 2**128 else math.copysign(math.inf, nearest)
+
+
+def fused(a: float, b: float, c: float) -> float:
+    """a * b + c for float32 numbers, rounded once."""
+    if not all(map(math.isfinite, (a, b, c))):
+        return a * b + c
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    # Zero has the sign that IEEE 754 gives it, in double as in single.
+    return float32(exact) if exact else a * b + c
+
+
+def added(a: float, b: float) -> float:
+    return fused(a, 1.0, b)
+
+
+def dot(x: Sequence[float], weights: Sequence[float], before: float) -> float:
+    """`before` plus the sum of products: in 8 lanes over each 4,096 columns, folded in halves, then the rest."""
+    for start in range(0, len(x), CHUNK):
+        pairs = list(zip(weights[start : start + CHUNK], x[start : start + CHUNK], strict=True))
+        whole = len(pairs) // LANES * LANES
+        lanes = [0.0] * LANES
+        for k in range(whole):
+            lanes[k % LANES] = fused(*pairs[k], lanes[k % LANES])
+        while len(lanes) > 1:
+            half = len(lanes) // 2
+            lanes = [added(low, high) for low, high in zip(lanes[:half], lanes[half:], strict=True)]
+        for weight, value in pairs[whole:]:
+            lanes[0] = fused(weight, value, lanes[0])
+        before = added(before, lanes[0])
+    return before
+
+
+def panels(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The weights of each panel of a row group, row by row."""
+    return [
+        [weight for row in rows for weight in row[start : start + CHUNK]]
+        for start in range(0, len(rows[0]), CHUNK)
+    ]
+
+
+def padded(data: bytes, multiple: int) -> bytes:
+    return data + bytes(-len(data) % multiple)
+
+
+def encoded(weights: Sequence[int]) -> bytes:
+    """The coded panel of bfloat16 bits, as docs/format.md describes it."""
+    turned = [(weight << 1 | weight >> 15) & 0xFFFF for weight in weights]
+    counts = Counter({kind: 0 for kind in range(256)}) + Counter()
+    counts.update(word >> 8 for word in turned)
+    ranked = sorted(range(256), key=lambda kind: (-counts[kind], kind))[:9]
+    symbols, header, body = [word >> 8 for word in turned], bytearray(32), b""
+    for level in range(3):
+        table = ranked[3 * level : 3 * level + 3]
+        header[16 + 4 * level : 19 + 4 * level] = bytes(table)
+        codes = padded(bytes(table.index(each) if each in table else 3 for each in symbols), GROUP)
+        for start in range(0, len(codes), GROUP):
+            quarters = [codes[start + place : start + place + 16] for place in (0, 16, 32, 48)]
+            body += bytes(a | b << 2 | c << 4 | d << 6 for a, b, c, d in zip(*quarters, strict=True))
+            if level == 0:
+                body += padded(bytes(word & 255 for word in turned[start : start + GROUP]), GROUP)
+        symbols = [each for each in symbols if each not in table]
+        header[4 * level : 4 * level + 4] = struct.pack("<I", len(symbols))
+    stored = padded(b"".join(struct.pack("<H", weight) for weight in weights), 16)
+    body += padded(bytes(symbols), 16)
+    return bytes(header) + body if len(body) < len(stored) else bytes(12) + b"\1" + bytes(19) + stored
+
+
+def decoded(panel: bytes, count: int) -> list[int]:
+    """The bfloat16 bits of a sound coded panel of `count` weights."""
+    if panel[12]:
+        return list(struct.unpack_from(f"<{count}H", panel, 32))
+    counts = (count, *struct.unpack_from("<3I", panel))
+    places, start = [], 32
+    for level in range(3):
+        places.append(start)
+        start += -(-counts[level] // GROUP) * (16 if level else 80)
+    symbols = iter(panel[start : start + counts[3]])
+    for level in (2, 1, 0):
+        step, found = 16 if level else 80, []
+        for place in range(counts[level]):
+            group, inside = divmod(place, GROUP)
+            code = panel[places[level] + step * group + inside % 16] >> inside // 16 * 2 & 3
+            found.append(panel[16 + 4 * level + code] if code < 3 else next(symbols))
+        symbols = iter(found)
+    others = [panel[32 + 80 * (place // GROUP) + 16 + place % GROUP] for place in range(count)]
+    turned = [exponent << 8 | other for exponent, other in zip(symbols, others, strict=True)]
+    return [word >> 1 | (word & 1) << 15 for word in turned]
