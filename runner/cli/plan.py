@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
         {
             "directory": str(directory),
             "prepared": found.name is None,
-            "model": {"name": found.name, **asdict(found.model)},
+            "model": {"name": found.name, **found.model.recorded},
             **asked,
         },
     )

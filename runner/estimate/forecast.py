@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from runner.estimate.rates import Rates
 from runner.format.coded import row_group_count
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import DATA_ALIGNMENT, part_specs
+from runner.format.layout import DATA_ALIGNMENT, part_specs, pass_nbytes
 from runner.format.manifest import Manifest
 from runner.format.safetensors import tensor_nbytes
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
@@ -46,21 +46,24 @@ class Forecast:
 
 
 def weight_bytes(model: Hyperparameters) -> int:
-    """Bytes of all tensors: what one pass needs."""
-    return sum(spec.nbytes(model.dtype) for spec in part_specs(model))
+    """Bytes of all tensors that one pass needs."""
+    return pass_nbytes(model)
 
 
 def disk_bytes(model: Hyperparameters, share: float = 1.0) -> int:
     """Bytes of all parts: a page for each header, and `share` of the bytes of plain matrices."""
     specs, vectors = part_specs(model), weight_bytes(model) - sum(chunk_bytes(model))
-    return len(specs) * DATA_ALIGNMENT + vectors + sum(chunk_bytes(model, share))
+    matrices = sum(chunk_bytes(model, share))
+    if not model.tie_word_embeddings:
+        matrices += round(share * tensor_nbytes(model.dtype, (model.vocab_size, model.hidden_size)))
+    return len(specs) * DATA_ALIGNMENT + vectors + matrices
 
 
 def chunk_bytes(model: Hyperparameters, share: float = 1.0) -> list[int]:
     """Bytes of the chunks of all matrices, in the order of a pass, as if all coded row groups had one size."""
     embedding, *others = part_specs(model)
     found = []
-    for spec in (*others, embedding):
+    for spec in (*others, embedding) if model.tie_word_embeddings else others:
         for shape in spec.matrices.values():
             nbytes = round(share * tensor_nbytes(model.dtype, shape))
             units = row_group_count(shape[0]) if share < 1 else shape[0]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from runner.errors import BloomdeskError
 
@@ -14,7 +15,8 @@ LIMITS = {"hidden_size": 2**20, "n_head": 2**16, "n_layer": 10_000, "vocab_size"
 class Hyperparameters:
     """The numbers that fix a BLOOM's shapes and arithmetic, normalised from config.json.
 
-    `dtype` is the safetensors name of the one dtype that all tensors have.
+    `dtype` is the safetensors name of the one dtype that all tensors have. Without `tie_word_embeddings` the head is a
+    matrix of its own, else it is the embedding.
     """
 
     hidden_size: int
@@ -27,6 +29,7 @@ class Hyperparameters:
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = 3
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         def check(name: str, is_valid: bool, rule: str) -> None:
@@ -45,8 +48,17 @@ class Hyperparameters:
         check("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}")
         epsilon = self.layer_norm_epsilon
         check("layer_norm_epsilon", isinstance(epsilon, float) and 0 < epsilon < 1, "be between 0 and 1")
+        check("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "be true or false")
         after = "apply_residual_connection_post_layernorm"
         check(after, isinstance(getattr(self, after), bool), "be true or false")
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The numbers as the manifest has them; what most models have in common is not said."""
+        found = asdict(self)
+        if self.tie_word_embeddings:
+            del found["tie_word_embeddings"]
+        return found
 
     @property
     def head_dim(self) -> int:

@@ -25,6 +25,7 @@ REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
 COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map.json")
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
+HEAD = "head.safetensors"
 # A part's data starts on a page.
 DATA_ALIGNMENT = 4096
 
@@ -96,7 +97,7 @@ def block_tensors(hidden_size: int) -> dict[str, Shape]:
 
 
 def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
-    """All parts of a model in the order of a pass: embedding, blocks, final LayerNorm."""
+    """All parts of a model in the order of a pass: embedding, blocks, final LayerNorm, and a head that is not tied."""
     E = model.hidden_size
     embedding = {
         "word_embeddings.weight": (model.vocab_size, E),
@@ -105,7 +106,16 @@ def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
     }
     blocks = [PartSpec(block_file(i, model.n_layer), block_tensors(E)) for i in range(model.n_layer)]
     final = {"weight": (E,), "bias": (E,)}
-    return (PartSpec(EMBEDDING, embedding), *blocks, PartSpec(FINAL_LAYERNORM, final))
+    head = () if model.tie_word_embeddings else (PartSpec(HEAD, {"weight": (model.vocab_size, E)}),)
+    return (PartSpec(EMBEDDING, embedding), *blocks, PartSpec(FINAL_LAYERNORM, final), *head)
+
+
+def pass_nbytes(model: Hyperparameters) -> int:
+    """Bytes, uncoded, of all tensors that a pass needs whole; of an embedding that is not the head it needs rows."""
+    embedding, *others = (spec.nbytes(model.dtype) for spec in part_specs(model))
+    if not model.tie_word_embeddings:
+        embedding -= tensor_nbytes(model.dtype, (model.vocab_size, model.hidden_size))
+    return embedding + sum(others)
 
 
 def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) -> bytes:

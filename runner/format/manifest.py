@@ -7,6 +7,7 @@
       embedding.safetensors         word_embeddings.weight, word_embeddings_layernorm.{weight,bias}
       block_00.safetensors ...      12 tensors each, `h.N.` stripped
       final_layernorm.safetensors   weight, bias
+      head.safetensors              weight; only if the head is not the embedding
       config.json, tokenizer.json, tokenizer_config.json, special_tokens_map.json   as the source has them
 
 The manifest is rewritten after each part; the directory is complete if nothing is missing in it. In a lossless
@@ -49,6 +50,8 @@ from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_s
 
 FORMAT = "bloomdesk-prepared"
 FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2}
+# Of either form, for what a reader of the versions above would not expect: a head that is not tied to the embedding.
+EXTENDED_VERSION = 3
 # Far above every BLOOM's, so that a damaged or hostile file cannot fill the memory.
 LARGEST_MANIFEST = 64 * 2**20
 # Error numbers of what is there in place of the file: a directory, a pipe or a device, a loop of links, gigabytes.
@@ -140,7 +143,7 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        return FORMAT_VERSIONS[self.form]
+        return FORMAT_VERSIONS[self.form] if self.model.tie_word_embeddings else EXTENDED_VERSION
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -172,7 +175,7 @@ class Manifest:
             for part in self.parts.values()
             for tensor in part.source_tensors
         ]
-        return digest({"model": asdict(self.model), "tensors": tensors})
+        return digest({"model": self.model.recorded, "tensors": tensors})
 
     def with_part(self, record: PartRecord) -> Manifest:
         """This manifest with one more part, which gets its place in the order of a pass."""
@@ -187,7 +190,7 @@ class Manifest:
             "format_version": self.format_version,
             **({} if self.form == PLAIN else {"coding": self.form}),
             "source": asdict(self.source),
-            "model": asdict(self.model),
+            "model": self.model.recorded,
             "fingerprint": self.fingerprint,
             "source_shards": _shard_sizes(self.parts.values()),
             "parts": [_part_body(record, self.form) for record in self.parts.values()],
@@ -209,8 +212,8 @@ class Manifest:
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise _unsound(where, f"its format is not {FORMAT!r}")
         version = body.get("format_version")
-        if type(version) is not int or version not in FORMAT_VERSIONS.values():
-            known = " and ".join(map(str, FORMAT_VERSIONS.values()))
+        if type(version) is not int or version not in (*FORMAT_VERSIONS.values(), EXTENDED_VERSION):
+            known = " and ".join(map(str, (*FORMAT_VERSIONS.values(), EXTENDED_VERSION)))
             raise BloomdeskError(
                 f"{where}: format version {quoted(version)}, this program reads {known}",
                 "prepare the checkpoint again, or use the version of bloomdesk that wrote it",
@@ -299,7 +302,10 @@ def _shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
 
 def _decode(body: dict[str, Any]) -> Manifest:
     model, form = Hyperparameters(**body["model"]), body.get("coding", PLAIN)
-    if FORMAT_VERSIONS.get(form) != body["format_version"]:
+    if (
+        form not in FORMAT_VERSIONS
+        or Manifest(model, Source(), form=form).format_version != body["format_version"]
+    ):
         raise ValueError(f"its form is {quoted(form)}")
     if form == LOSSLESS and model.dtype != CODED_DTYPE:
         raise ValueError(f"its form is lossless, and its dtype is {model.dtype}")

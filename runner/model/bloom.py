@@ -24,6 +24,7 @@ from runner.format.hyperparameters import Hyperparameters
 from runner.model.activations import score_rows
 from runner.model.kv_cache import BlockCache, Segment, whole_lanes
 from runner.weights.checkpoint import Part
+from runner.weights.linear import Matrix
 
 
 def layer_norm(x: torch.Tensor, part: Part, prefix: str, epsilon: float) -> torch.Tensor:
@@ -172,6 +173,6 @@ def block_forward(
     return (normed if after_norm else x) + mlp(normed, block)
 
 
-def head(x: torch.Tensor, final_layernorm: Part, embedding: Part, epsilon: float) -> torch.Tensor:
+def head(x: torch.Tensor, final_layernorm: Part, matrix: Matrix, epsilon: float) -> torch.Tensor:
     """x [T, E] -> logits [T, V]; the output matrix is the embedding itself, never a copy."""
-    return embedding.matrices["word_embeddings.weight"].product(layer_norm(x, final_layernorm, "", epsilon))
+    return matrix.product(layer_norm(x, final_layernorm, "", epsilon))

@@ -76,7 +76,7 @@ class ModelRunner:
         )
         if not len(kept):  # only the first rows of prompts: the head is not even read
             return list(kept.new_empty(0, model.vocab_size).split(counts))
-        logits = bloom.head(kept, weights.final_layernorm, weights.embedding, model.layer_norm_epsilon)
+        logits = bloom.head(kept, weights.final_layernorm, weights.head, model.layer_norm_epsilon)
         if on_part:
             on_part(parts, parts)
         return list(logits.split(counts))

@@ -11,7 +11,7 @@ import torch
 from runner.errors import BloomdeskError, reading
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs
+from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
 from runner.format.manifest import PartRecord, load_manifest
 from runner.format.safetensors import TensorEntry, read_header
 from runner.kernel.matmul import Kernel
@@ -40,8 +40,8 @@ class Weights:
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `layout.block_tensors`
     final_layernorm  vectors weight, bias [E]
-    stream           the chunks of all matrices in the order of a pass: those of the blocks, then those of the
-                     embedding, which is also the head
+    head             matrix [V, E]: that of the embedding, or one of its own
+    stream           the chunks of all matrices in the order of a pass: those of the blocks, then those of the head
     """
 
     model: Hyperparameters
@@ -49,6 +49,7 @@ class Weights:
     embedding: Part
     blocks: tuple[Part, ...]
     final_layernorm: Part
+    head: Matrix
     stream: Stream
     kernel: Kernel
 
@@ -58,8 +59,8 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: what one pass needs, since the embedding is also the head."""
-        return sum(spec.nbytes(self.model.dtype) for spec in part_specs(self.model))
+        """Bytes of all tensors that a pass needs whole; of an embedding that is not the head it needs some rows."""
+        return pass_nbytes(self.model)
 
     @classmethod
     def open(cls, directory: Path, readers: int = READERS) -> Weights:
@@ -78,11 +79,12 @@ class Weights:
         dtype = TORCH_DTYPES[manifest.model.dtype]
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         # A pass looks up rows of the embedding first, and multiplies with all of it at its end.
-        embedding, *blocks = part_specs(manifest.model)
-        specs = [*blocks, embedding]
+        embedding, *others = part_specs(manifest.model)
+        specs = [*others, embedding]
         opened = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
+        streamed = opened if manifest.model.tie_word_embeddings else opened[:-1]
         stream = Stream(
-            [chunk for _, chunks in opened for each in chunks.values() for chunk in each], readers
+            [chunk for _, chunks in streamed for each in chunks.values() for chunk in each], readers
         )
         parts, index = [], 0
         for spec, (vectors, chunks_by_name) in zip(specs, opened, strict=True):
@@ -91,8 +93,10 @@ class Weights:
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
             parts.append(Part(vectors, matrices))
-        fingerprint = manifest.fingerprint or ""
-        return cls(manifest.model, fingerprint, parts[-1], tuple(parts[:-2]), parts[-2], stream, kernel)
+        fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
+        (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
+        blocks, final_layernorm = tuple(parts[:count]), parts[count]
+        return cls(manifest.model, fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel)
 
 
 Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]

@@ -20,6 +20,7 @@ from toolkit.parts import destination as target
 from toolkit.parts.comparison import comparisons_of
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
+from toolkit.parts.part_writer import UntiedHead
 from toolkit.source.config import read_config
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
 from toolkit.source.index import ShardList, find_shards
@@ -127,6 +128,23 @@ def plan_conversion(
     soon as the parts made from it are on disk and checked. `mend` are the recorded parts that are damaged or missing,
     if only these are to be made again.
     """
+    try:
+        return _plan(source, destination, delete_source, form, dtype, mend)
+    except UntiedHead:
+        return _plan(source, destination, delete_source, form, dtype, mend, is_untied=True)
+
+
+def _plan(
+    source: Path,
+    destination: Path,
+    delete_source: bool,
+    form: str,
+    dtype: str | None,
+    mend: frozenset[str] | None,
+    *,
+    is_untied: bool = False,
+) -> BuildPlan:
+    """The plan if the head is the embedding, or `is_untied`; `UntiedHead` if that is found out now."""
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
     if os.path.realpath(source) == os.path.realpath(destination):
@@ -135,6 +153,8 @@ def plan_conversion(
     model = read_config(source / "config.json", "BF16")
     companions = target.read_companions(source)
     existing = target.load_existing(destination)
+    if is_untied or target.is_untied(existing):
+        model = replace(model, tie_word_embeddings=False)
     shards = _find_shards(source, destination, existing)
     seen = {path: state_of(shards.place(path)) for path in shards.files}
     tensors = read_listed(shards)

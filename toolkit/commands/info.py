@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.format.coded import PLAIN
-from runner.format.layout import part_specs
+from runner.format.layout import part_specs, pass_nbytes
 from runner.format.manifest import Manifest, load_manifest
 from runner.format.safetensors import BYTES_PER_ELEMENT
 from toolkit.commands.verify import refuse_download
@@ -44,6 +44,12 @@ class Info:
 
     @property
     def pass_bytes(self) -> int:
+        stored, model = self.stored_bytes, self.manifest.model
+        return stored if model.tie_word_embeddings else stored * pass_nbytes(model) // self.plain_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
         manifest = self.manifest
         if manifest.form == PLAIN:
             return self.plain_bytes
@@ -53,7 +59,7 @@ class Info:
 
     @property
     def ratio(self) -> float:
-        return self.pass_bytes / self.plain_bytes
+        return self.stored_bytes / self.plain_bytes
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
@@ -76,7 +82,7 @@ class Info:
             "fingerprint": manifest.fingerprint,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
-            "model": asdict(manifest.model),
+            "model": manifest.model.recorded,
             "parts": len(manifest.parts),
             "parameters": self.parameters,
             "bytes": self.bytes,

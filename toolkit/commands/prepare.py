@@ -72,6 +72,8 @@ def plan_preparation(
     chosen = hub.needed(found, lambda index: read_small_file(found, index, destination))
     companions, index, names = _read_small_files(chosen, destination)
     model = decode_config(Path("config.json"), companions["config.json"], "BF16")
+    if target.is_untied(existing):
+        model = replace(model, tie_word_embeddings=False)
     assignment = assign(index.weight_map, model) if index.weight_map is not None else None
     choice = target.dtype_to_resume(destination, existing, dtype)
     if choice is None:

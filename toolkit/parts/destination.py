@@ -134,6 +134,11 @@ def dtype_to_resume(destination: Path, existing: Manifest | None, asked: str | N
     return Choice(dtype, "as the directory was started")
 
 
+def is_untied(existing: Manifest | None) -> bool:
+    """Whether the directory has parts of a model whose head is not its embedding, which config.json may not say."""
+    return existing is not None and bool(existing.parts) and not existing.model.tie_word_embeddings
+
+
 def drop_missing(destination: Path, manifest: Manifest) -> Manifest:
     """`manifest` with only the parts that are in place with the right size and header."""
     parts = manifest.parts.items()

@@ -26,6 +26,7 @@ from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.release import file_hash, read_back
+from toolkit.source.key_map import LM_HEADS
 from toolkit.source.tensor import SourceTensor
 from toolkit.source.tensor_reader import TensorReader, slices_of
 
@@ -101,12 +102,19 @@ def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
     return PartRecord(part.spec.file, part.size, whole.hexdigest(), tuple(records), ())
 
 
+class UntiedHead(BloomdeskError):
+    """The source's head is not its embedding, and nothing said so before."""
+
+
 def check_lm_head(lm_head: SourceTensor, embedding: SourceTensor) -> None:
-    """Raise `BloomdeskError` if the two differ: the runner's head is the embedding, and another would be lost."""
+    """Raise `UntiedHead` if the two differ: the head is planned to be the embedding, and another would be lost."""
     with TensorReader(slices_of(lm_head)) as ours, TensorReader(slices_of(embedding)) as theirs:
         for left, right in zip(ours.blocks(0), theirs.blocks(0), strict=True):
             if left != right:
-                raise BloomdeskError(
-                    f"{lm_head.file}: {lm_head.key} differs from the embedding, "
-                    "and only models whose head is the embedding can be run"
+                if not lm_head.key.endswith(LM_HEADS[0]):
+                    raise BloomdeskError(f"{lm_head.file}: {lm_head.key} differs from the embedding")
+                raise UntiedHead(
+                    f"{lm_head.file}: {lm_head.key} differs from the embedding, and config.json does not say "
+                    "tie_word_embeddings: false",
+                    "fetch it with bloomdesk download, then run bloomdesk convert, which makes it a part of its own",
                 )

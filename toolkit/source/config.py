@@ -24,6 +24,7 @@ DEFAULTS = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
+    "tie_word_embeddings": True,
 }
 # Our name -> the names that config.json may use: new form, then old.
 NAMES = {
@@ -56,6 +57,8 @@ def decode_config(path: Path, data: bytes, dtype: str) -> Hyperparameters:
     try:
         _check_architecture(path, config)
         values = {name: _value(path, config, name) for name in NAMES}
+        if values["tie_word_embeddings"] is None:
+            values["tie_word_embeddings"] = True
     except RecursionError:  # what was just shallow enough to be read can be too deep to be compared or shown
         raise BloomdeskError(f"{path}: nested deeper than any config.json") from None
     try:
@@ -84,7 +87,6 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> None:
         raise BloomdeskError(f"{path}: not a BLOOM that bloomdesk runs: {found[:200]}")
     for name, allowed, why in (
         ("slow_but_exact", (False, None), "the runner has no slow_but_exact attention"),
-        ("tie_word_embeddings", (True, None), "the runner's head is the embedding itself"),
         ("quantization_config", (None,), "quantised weights are not supported"),
     ):
         value = config.get(name)

@@ -5,8 +5,8 @@
     ln_f.bias                                     final_layernorm.safetensors  bias
 
 Every key may start with `module.`, as of a model that was trained in parallel, and then with `transformer.`.
-`lm_head.weight` may repeat the embedding, or stand for it. Buffers that old training code saved are left out.
-Everything else is an error.
+`lm_head.weight` may repeat the embedding, stand for it, or be a matrix of its own if the head is not tied.
+Buffers that old training code saved are left out. Everything else is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import EMBEDDING, FINAL_LAYERNORM, part_specs
+from runner.format.layout import EMBEDDING, FINAL_LAYERNORM, HEAD, part_specs
 
 WRAPPER, PREFIX = "module.", "transformer."
 MATRIX = "word_embeddings.weight"
@@ -68,6 +68,8 @@ def name_table(model: Hyperparameters) -> dict[str, tuple[str, str]]:
             stem = ""
         elif spec.file == FINAL_LAYERNORM:
             stem = "ln_f."
+        elif spec.file == HEAD:
+            stem = "lm_head."
         else:
             stem = f"h.{block}."
             block += 1
@@ -101,7 +103,12 @@ def assign(keys: Iterable[str], model: Hyperparameters) -> Assignment:
             twice.append(name)
         else:
             found[name] = key
-    if len(heads) == 1 and MATRIX not in found and heads[0].endswith(LM_HEADS[0]):
+    if not model.tie_word_embeddings:
+        own = [key for key in heads if key.endswith(LM_HEADS[0])]
+        found.update(dict.fromkeys(LM_HEADS[:1], own[0]) if own else {})
+        heads = [key for key in heads if key not in own[:1]]
+        unknown += heads
+    elif len(heads) == 1 and MATRIX not in found and heads[0].endswith(LM_HEADS[0]):
         # A file that stores tied tensors once may keep either name.
         found[MATRIX] = heads.pop()
     missing = [name for name in table if name not in found]

@@ -30,6 +30,7 @@ from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert
 from toolkit.commands.download import download
 from toolkit.commands.prepare import plan_preparation, prepare
+from toolkit.commands.repair import repair
 from toolkit.commands.schedule import Schedule
 from toolkit.hub import retry, revision
 from toolkit.parts.destination import STAGING, initialise
@@ -82,11 +83,34 @@ AS_FOUND = {
         **{f"module.{key}": tensor for key, tensor in state.items()},
         "module.h.0.self_attention.causal_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool),
     },
+    "a head of its own": lambda state: {**state, "lm_head.weight": state["word_embeddings.weight"] * 2},
     "under model": lambda state: {"model": state, "epoch": 3},
     "only the head": lambda state: {
         "lm_head.weight" if key == "word_embeddings.weight" else key: tensor for key, tensor in state.items()
     },
 }
+
+
+CONFIG = {"a head of its own": {"tie_word_embeddings": False}}
+
+
+def test_a_head_that_only_its_values_tell_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = plain_source(tmp_path / "plain")
+    write_source(
+        tmp_path / "repo", tmp_path / "plain", AS_FOUND["a head of its own"](state), pickle_protocol=2
+    )
+    with LocalHub({REPO: tmp_path / "repo"}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        with pytest.raises(BloomdeskError, match="differs from the embedding") as caught:
+            prepare(REPO, tmp_path / "out")
+        assert "bloomdesk download" in caught.value.hint
+        download(REPO, tmp_path / "source")
+        convert(tmp_path / "source", tmp_path / "made")
+        part = tmp_path / "made" / "head.safetensors"
+        sound = part.read_bytes()
+        part.unlink()
+        repair(tmp_path / "made")
+    assert part.read_bytes() == sound
 
 
 @pytest.mark.parametrize("dtype", [None, "F16"])
@@ -95,7 +119,9 @@ def test_sources_as_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, dtype: str | None
 ) -> None:
     state = plain_source(tmp_path / "plain")
-    write_source(tmp_path / "repo", tmp_path / "plain", AS_FOUND[form](state), pickle_protocol=2)
+    write_source(
+        tmp_path / "repo", tmp_path / "plain", AS_FOUND[form](state), CONFIG.get(form), pickle_protocol=2
+    )
     with LocalHub({REPO: tmp_path / "repo"}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         download(REPO, tmp_path / "source")
@@ -285,8 +311,8 @@ def test_a_directory_of_another_format_version_is_refused(serve, tmp_path: Path)
     serve()
     prepare(REPO, tmp_path / "out")
     manifest = tmp_path / "out" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
-    with pytest.raises(BloomdeskError, match="format version 3, this program reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 4'))
+    with pytest.raises(BloomdeskError, match="format version 4, this program reads 1"):
         plan_preparation(REPO, tmp_path / "out")
 
 

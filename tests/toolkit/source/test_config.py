@@ -24,7 +24,7 @@ NEW = {
     "apply_residual_connection_post_layernorm": True,
     "bos_token_id": 7,
     "eos_token_id": None,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 
 
@@ -67,7 +67,7 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"architectures": ["BloomForSequenceClassification"]}, "not a BLOOM"),
         ({"architectures": "BloomModel"}, "not a BLOOM"),
         ({"slow_but_exact": True}, "slow_but_exact"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_size": 95}, "n_embed"),
         ({"n_embed": 95}, "heads"),
