@@ -207,7 +207,7 @@ def verify(
         print(json.dumps({**asdict(report), **found}))
     else:
         print_lines(verify_lines(report, time.monotonic() - start))
-    return 0 if report.sound else 1
+    return 1 if report.damage else 2 if report.unchecked else 0
 
 
 @app.command()
@@ -240,8 +240,10 @@ def export(
 
     plan = plan_export(directory, destination)
     _say_if_space_is_unknown(destination)
-    with WorkProgress("exporting", plan.bytes_to_write) as progress:
+    with WorkProgress("exporting", plan.work) as progress:
         done = carry_out(plan, progress)
+    for line in done.notes:
+        print(line, file=sys.stderr)
     print(f"{destination} holds the checkpoint: {written('shards', done)}")
 
 

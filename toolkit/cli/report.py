@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.report import Row
+from runner.errors import explained
 from runner.format.coded import PLAIN
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, percent, rate, size
@@ -102,7 +105,9 @@ def damage_lines(report: VerifyReport) -> Iterator[str]:
 
 def verify_lines(report: VerifyReport, seconds: float) -> Iterator[str]:
     """What was found, how it was checked, and the next command."""
-    yield from damage_lines(report)
+    if not report.is_unfinished:
+        yield from damage_lines(report)
+    yield from unchecked_lines(report)
     for leftover in report.leftovers:
         yield f"{leftover}: left over from an interrupted conversion; the next one replaces it"
     how = f"all of {amount(report.bytes_read, seconds)}"
@@ -113,10 +118,36 @@ def verify_lines(report: VerifyReport, seconds: float) -> Iterator[str]:
     checked = f"{report.files_checked} files checked ({how})"
     if report.sound:
         yield f"{report.directory} is sound: {checked}"
-    else:
+        return
+    if report.is_unfinished:
+        there, missing = report.files_checked, len(report.missing)
+        sound = "" if report.unchecked else ", and these are sound"
+        yield f"{report.directory} is not complete: {there} of {there + missing} files are made{sound}; {checked}"
+    elif report.damage:
         files = len({damage.file for damage in report.damage})
         yield f"{report.directory} is damaged: {files} files, see above; {checked}"
-        yield f"  next: bloomdesk repair {report.directory}"
+    if report.unchecked:
+        yield f"{report.directory} could not be checked: {len(report.unchecked)} files, see above; {checked}"
+    yield f"  next: {report.next_command if report.damage else unread_hint(report)}"
+
+
+def unchecked_lines(report: VerifyReport) -> Iterator[str]:
+    """What could not be read, a line each."""
+    for item in report.unchecked:
+        yield f"{item.file}: {item.what}"
+
+
+def unread_hint(report: VerifyReport) -> str:
+    """What to do about the first file that could not be read."""
+    number = report.unchecked[0].errno
+    step = (
+        explained(OSError(number, os.strerror(number)))[1]
+        if number is not None
+        else explained(MemoryError())[1]
+    )
+    if number == errno.EIO:
+        step += f"; if a file is lost, delete it, then: {report.next_command}"
+    return step or "mend that, and run the same command again"
 
 
 def repair_lines(done: Repaired, seconds: float) -> Iterator[str]:
@@ -140,7 +171,10 @@ def info_rows(found: Info) -> Iterator[Row]:
     missing = len(manifest.missing)
     unit, one = ("billion", 1e9) if found.parameters >= 1e9 else ("million", 1e6)
     yield Row("source", f"{source.repo} at {source.commit}" if source.repo else "a local checkpoint")
-    yield Row("state", f"not complete: {missing} files are still to be made" if missing else "complete")
+    state = f"not complete: {missing} files are still to be made" if missing else "complete"
+    if found.damaged:
+        state = f"damaged: {len(found.damaged)} files are missing or cut, {found.damaged[0]} first"
+    yield Row("state", state)
     yield Row("model", f"{number(found.parameters / one)} {unit} parameters, {model.dtype}")
     shape = f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads"
     yield Row("shape", f"{shape}, vocabulary {model.vocab_size:,}")

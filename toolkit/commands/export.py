@@ -1,45 +1,55 @@
 """Writes a prepared directory back as the Hub's standard checkpoint, which transformers' from_pretrained loads.
 
     HUB_DIR/
-      model.safetensors.index.json          written first: it says what belongs here, and that it is this export
+      bloomdesk-export.json                 written first: the hashes of all that belongs here
+      model.safetensors.index.json          its metadata names the manifest, too
       model-00001-of-00072.safetensors      one shard for each part: word_embeddings.weight, ...
       ...                                   h.0. ..., as bigscience/bloom names them
       model-00072-of-00072.safetensors      ln_f.weight, ln_f.bias
       config.json, tokenizer.json, ...      as the source has them, but for a dtype from which it was rounded
 
 A shard has the bytes that the reference library writes for its tensors: by name, with the header padded to 8 bytes.
-It is put in place atomically after all of it has been compared with the manifest's hashes, so one in place is whole.
+It is put in place atomically after all of it has been compared with the manifest's hashes, and read back from the disk.
 Coded matrices of a lossless directory are decoded; their hashes are those of the decoded bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
-from runner.format.safetensors import encode_header, read_small
+from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
-from toolkit.commands.verify import quick_damage
+from toolkit.commands.verify import refuse_download
 from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
+from toolkit.parts.check import check, quick_check
 from toolkit.parts.destination import (
     LARGEST_COMPANION,
     other_files,
     put_file,
     require_free_space,
 )
-from toolkit.parts.part import is_in_place
+from toolkit.parts.export_record import (
+    EXPORT_RECORD,
+    ExportRecord,
+    ShardRecord,
+    UnsoundExportRecord,
+    load_export_record,
+)
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
+from toolkit.parts.regions import Region, regions_of
+from toolkit.parts.release import read_back
 from toolkit.parts.row_groups import Coders
 from toolkit.source.dtype import config_in
 from toolkit.source.index import LARGEST_INDEX
@@ -51,31 +61,39 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard to write: its header, then `tensors` of the part that it is made from, by key in the shard's order."""
+    """A shard to write: `record` is what it will be, and `tensors` those of `part`, in the shard's order."""
 
-    file: str
+    record: ShardRecord
     part: PartRecord
-    header: bytes
-    tensors: Mapping[str, StoredTensor]
+    tensors: tuple[StoredTensor, ...]
 
     @property
-    def size(self) -> int:
-        return len(self.header) + sum(stored.tensor.nbytes for stored in self.tensors.values())
+    def file(self) -> str:
+        return self.record.file
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """All that an export will do: `small_files` are the index and the companions, `to_write` the missing shards."""
+    """All that an export will do: `small_files` are its record, the index and the companions.
+
+    `to_write` are the missing shards; those in place are compared first, and written again if they are damaged.
+    """
 
     directory: Path
     destination: Path
+    record: ExportRecord
     small_files: Mapping[str, bytes]
     shards: tuple[PlannedShard, ...]
     to_write: tuple[PlannedShard, ...]
 
     @property
-    def bytes_to_write(self) -> int:
-        return sum(shard.size for shard in self.to_write)
+    def in_place(self) -> tuple[PlannedShard, ...]:
+        return tuple(shard for shard in self.shards if shard not in self.to_write)
+
+    @property
+    def work(self) -> int:
+        """Bytes that progress counts: of all shards, compared or written."""
+        return sum(shard.record.size for shard in self.shards)
 
 
 def export(directory: Path, destination: Path, progress: Progress = silent) -> Summary:
@@ -90,28 +108,32 @@ def export(directory: Path, destination: Path, progress: Progress = silent) -> S
 
 def plan_export(directory: Path, destination: Path) -> ExportPlan:
     """Everything that `export` checks before it writes; it writes nothing."""
+    refuse_download(directory)
     manifest = load_manifest(directory)
     if manifest.missing:
         raise BloomdeskError(
             f"{directory} is not complete: {len(manifest.missing)} files are still to be made",
-            "run the command that makes it again, to its end",
+            f"{manifest.command(directory)} makes the rest",
         )
     for record in manifest.records:
-        for damage in quick_damage(directory / record.file, record):
-            raise _damaged(directory, damage.file, damage.what)
+        found = quick_check(directory / record.file, record)
+        for item in (*found.damage, *found.unchecked):
+            raise _damaged(directory, item.file, item.what)
     shards = _plan_shards(manifest)
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
     # It may say the dtype from which the weights were rounded.
     small[CONFIG] = config_in(small[CONFIG], manifest.model.dtype)
-    to_write = shards
-    if _has_index(destination, small[INDEX]):
-        # A shard is put in place only when it is whole; one cut or changed in size since then is written again.
-        to_write = tuple(
-            shard for shard in shards if not is_in_place(destination / shard.file, shard.header, shard.size)
-        )
-    plan = ExportPlan(directory, destination, small, shards, to_write)
-    require_free_space(destination, plan.bytes_to_write, [shard.file for shard in to_write], small)
+    records = tuple(
+        CompanionRecord(name, len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in small.items()
+    )
+    record = ExportRecord(manifest.fingerprint, tuple(shard.record for shard in shards), records)
+    is_ours = _is_ours(destination, record, small[INDEX])
+    to_write = tuple(shard for shard in shards if not is_ours or not _is_in_place(destination, shard))
+    small = {EXPORT_RECORD: record.to_json().encode(), **small}
+    plan = ExportPlan(directory, destination, record, small, shards, to_write)
+    size = sum(shard.record.size for shard in to_write)
+    require_free_space(destination, size, [shard.file for shard in to_write], small)
     return plan
 
 
@@ -120,16 +142,19 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
     start = time.monotonic()
     with sole_writer_of(plan.destination):
         # Another process may have been faster.
-        _has_index(plan.destination, plan.small_files[INDEX])
+        _is_ours(plan.destination, plan.record, plan.small_files[INDEX])
+        rotten = _rotten(plan, progress)
         for name, data in plan.small_files.items():
             put_file(plan.destination / name, data)
+        to_write = tuple(shard for shard in plan.shards if shard in plan.to_write or shard.file in rotten)
         with Coders() as coders:
-            for shard in plan.to_write:
+            for shard in to_write:
                 _write_shard(plan, shard, coders, progress)
-    written = tuple(shard.file for shard in plan.to_write)
+    written = tuple(shard.file for shard in to_write)
     kept = tuple(shard.file for shard in plan.shards if shard.file not in written)
     seconds = time.monotonic() - start
-    return Summary(written, kept, plan.bytes_to_write, seconds)
+    notes = tuple(f"{file} was damaged, and is written anew" for file in sorted(rotten))
+    return Summary(written, kept, sum(shard.record.size for shard in to_write), seconds, notes=notes)
 
 
 def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
@@ -138,32 +163,37 @@ def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
     for number, part in enumerate(manifest.parts.values(), 1):
         # By key, which is the order of the reference library for tensors of one dtype.
         by_key = {keys[part.file, stored.tensor.name]: stored for stored in stored_tensors(part)}
-        tensors = {key: by_key[key] for key in sorted(by_key)}
-        described = [(key, stored.tensor.dtype, stored.tensor.shape) for key, stored in tensors.items()]
+        tensors = tuple(replace(by_key[key].tensor, name=key) for key in sorted(by_key))
         file = f"model-{number:05d}-of-{len(manifest.parts):05d}.safetensors"
-        shards.append(PlannedShard(file, part, encode_header(described), tensors))
+        shards.append(
+            PlannedShard(ShardRecord(file, tensors), part, tuple(by_key[key] for key in sorted(by_key)))
+        )
     return tuple(shards)
 
 
 def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
-    """The index file; the manifest's hash distinguishes it from that of another checkpoint of the same shape."""
-    total = sum(shard.size - len(shard.header) for shard in shards)
-    origin = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+    """The index file; the weights' fingerprint distinguishes it from that of another checkpoint of the same shape."""
+    total = sum(shard.record.size - len(shard.record.header) for shard in shards)
     body = {
-        "metadata": {"bloomdesk_manifest_sha256": origin, "total_size": total},
-        "weight_map": {key: shard.file for shard in shards for key in shard.tensors},
+        "metadata": {"bloomdesk_fingerprint": manifest.fingerprint, "total_size": total},
+        "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.record.tensors},
     }
     return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _has_index(destination: Path, index: bytes) -> bool:
-    """Whether the destination has this export's index; False if it is new or empty, else an error."""
-    present = read_if_exists(destination / INDEX, LARGEST_INDEX)
-    if present == index:
+def _is_ours(destination: Path, record: ExportRecord, index: bytes) -> bool:
+    """Whether the destination holds an export of these weights; False if it is new or empty, else an error."""
+    present = _record_in(destination)
+    if present is not None and present.fingerprint == record.fingerprint:
         return True
-    what = "the index of another checkpoint"
+    what = "an export of other weights"
     if present is None:
-        others = other_files(destination, {INDEX + TEMPORARY_SUFFIX})
+        found = read_if_exists(destination / INDEX, LARGEST_INDEX)
+        if found is not None and _weight_map(found) == _weight_map(index):
+            # Of an earlier version, or its record is damaged: what is in place must be right, or it is another's.
+            return True
+        ours = {INDEX + TEMPORARY_SUFFIX, EXPORT_RECORD + TEMPORARY_SUFFIX}
+        others = other_files(destination, ours)
         if not others:
             return False
         what = ", ".join(others[:3])
@@ -171,6 +201,50 @@ def _has_index(destination: Path, index: bytes) -> bool:
         f"{destination} is not empty and holds no export of this checkpoint: {what}",
         "give a new or an empty directory to write to",
     )
+
+
+def _record_in(destination: Path) -> ExportRecord | None:
+    """The sound record of an export, if there is one."""
+    try:
+        return load_export_record(destination)
+    except UnsoundExportRecord:
+        return None
+
+
+def _weight_map(index: bytes) -> object:
+    try:
+        return json.loads(index)["weight_map"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _is_in_place(destination: Path, shard: PlannedShard) -> bool:
+    """Whether the shard's file has the right size and header; `BloomdeskError` if it can't be read."""
+    found = quick_check(destination / shard.file, shard.record)
+    for item in found.unchecked:
+        raise BloomdeskError(f"{destination / shard.file}: {item.what}")
+    return not found.damage
+
+
+def _rotten(plan: ExportPlan, progress: Progress) -> frozenset[str]:
+    """Shards in place whose bytes are others than they should be.
+
+    Raises `BloomdeskError` if one can't be read, or no record says that such a file is this export's.
+    """
+    found = check(plan.destination, plan.record.shards, _regions_of(plan.in_place), progress)
+    for item in found.unchecked:
+        raise BloomdeskError(f"{plan.destination / item.file}: {item.what}; so it was not replaced")
+    wrong = {item.file for item in found.damage if os.path.lexists(plan.destination / item.file)}
+    if wrong and _record_in(plan.destination) is None:
+        raise BloomdeskError(
+            f"{plan.destination / min(wrong)} is another file than this export's, and no record says whose it is",
+            "give a new or an empty directory to write to",
+        )
+    return frozenset(wrong & {shard.file for shard in plan.in_place})
+
+
+def _regions_of(shards: tuple[PlannedShard, ...]) -> list[Region]:
+    return [region for shard in shards for region in regions_of(shard.record)]
 
 
 def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
@@ -186,27 +260,33 @@ def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
 
 def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress: Progress) -> None:
     """Put a shard in place, whole or not at all; `BloomdeskError` if the part is damaged or the disk fails."""
-    path, part = plan.destination / shard.file, plan.directory / shard.part.file
-    tensors = tuple(shard.tensors.values())
+    path, part, header = plan.destination / shard.file, plan.directory / shard.part.file, shard.record.header
+    whole = xxhash.xxh3_128(header)
     try:
-        with (
-            disk_errors(path),
-            atomic_file(path) as file,
-            PartReader(part, tensors, coders) as reader,
-            WriteBehind(file.fileno()) as behind,
-        ):
-            behind.write(shard.header)
-            done = len(shard.header)
-            for index, stored in enumerate(tensors):
-                own = xxhash.xxh3_128()
-                for block in reader.bits(index):
-                    behind.write(block)
-                    own.update(block)
-                    done += len(block)
-                    progress(shard.file, done, shard.size)
-                found, expected = own.hexdigest(), stored.tensor.xxh3_128
-                if found != expected:
-                    raise DamagedTensor(f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}")
+        with disk_errors(path), atomic_file(path) as file:
+            with PartReader(part, shard.tensors, coders) as reader, WriteBehind(file.fileno()) as behind:
+                behind.write(header)
+                done = len(header)
+                for index, stored in enumerate(shard.tensors):
+                    own = xxhash.xxh3_128()
+                    for block in reader.bits(index):
+                        behind.write(block)
+                        own.update(block)
+                        whole.update(block)
+                        done += len(block)
+                        progress(shard.file, done, shard.record.size)
+                    found, expected = own.hexdigest(), stored.tensor.xxh3_128
+                    if found != expected:
+                        raise DamagedTensor(
+                            f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}"
+                        )
+            if os.path.lexists(path):
+                # Before it replaces another one.
+                file.flush()
+                os.fsync(file.fileno())
+                read_back(
+                    Path(file.name), whole.hexdigest(), f"{path} is as it was: run the same command again"
+                )
     except DamagedTensor as error:
         raise _damaged(plan.directory, shard.part.file, str(error)) from error
 

@@ -1,4 +1,4 @@
-"""The figures of a prepared directory, from its manifest alone, so they take no time."""
+"""The figures of a prepared directory, from its manifest and the sizes of its files, so they take no time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from runner.format.coded import PLAIN
 from runner.format.layout import part_specs, pass_nbytes
 from runner.format.manifest import Manifest, load_manifest
 from runner.format.safetensors import BYTES_PER_ELEMENT
+from toolkit.commands.verify import refuse_download
+from toolkit.parts.check import quick_check
 from toolkit.parts.destination import missing_parts
 from toolkit.parts.part import part_size
 
@@ -21,11 +23,13 @@ class Info:
 
     `bytes` are those of the recorded files, `pass_bytes` the weights that one pass reads once all parts are made,
     `ratio` these against those of a plain directory, `kv_cache_bytes_per_token` what each token of prompt and output
-    adds to memory. Sizes of parts that a lossless directory lacks are estimates from above.
+    adds to memory. `damaged` are recorded files that are missing, or whose size is another. Sizes of parts that a
+    lossless directory lacks are estimates from above.
     """
 
     directory: Path
     manifest: Manifest
+    damaged: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -73,7 +77,9 @@ class Info:
             "directory": str(self.directory),
             "format_version": manifest.format_version,
             "coding": manifest.form,
-            "complete": not manifest.missing,
+            "complete": not manifest.missing and not self.damaged,
+            "damaged": list(self.damaged),
+            "fingerprint": manifest.fingerprint,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
             "model": manifest.model.recorded,
@@ -88,4 +94,8 @@ class Info:
 
 def inspect(directory: Path) -> Info:
     """The figures of `directory`; `BloomdeskError` if it has no sound manifest."""
-    return Info(directory, load_manifest(directory))
+    refuse_download(directory)
+    manifest = load_manifest(directory)
+    found = (quick_check(directory / record.file, record, by_header=False) for record in manifest.records)
+    damaged = tuple(item.file for each in found for item in each.damage)
+    return Info(directory, manifest, damaged)

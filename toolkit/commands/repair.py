@@ -19,7 +19,7 @@ from runner.system.lock import sole_writer
 from toolkit.commands.build import BuildPlan, build
 from toolkit.commands.convert import plan_conversion
 from toolkit.commands.prepare import plan_preparation
-from toolkit.commands.verify import VerifyReport, plan_verify
+from toolkit.commands.verify import VerifyReport, plan_verify, refuse_download
 from toolkit.commands.verify import carry_out as check
 from toolkit.hub.transfer import CONNECTIONS
 from toolkit.io.progress import Progress, silent
@@ -56,8 +56,10 @@ def repair(
     makes the directory.
 
     Raises `BloomdeskError` if another process writes there, neither manifest.json nor its backup can be trusted, there
-    is nothing to mend from, the source has other tensors than are recorded, or the disk fails.
+    is nothing to mend from, the source has other tensors than are recorded, the disk fails, or files can't be read,
+    after all others were mended.
     """
+    refuse_download(directory)
     # Without a manifest there is nothing to lock for.
     find_manifest(directory)
     with sole_writer(directory):
@@ -80,6 +82,12 @@ def repair(
             mending = _plan(directory, manifest, frozenset(parts), source, connections)
             with work("repairing", mending.work) as progress:
                 build(mending, progress)
+        if report.unchecked:
+            first = report.unchecked[0]
+            raise BloomdeskError(
+                f"{directory / first.file}: {first.what}; so it was not replaced ({len(report.unchecked)} such files)",
+                f"bloomdesk verify {directory} says what to do",
+            )
         small_files = files & {MANIFEST, MANIFEST_BACKUP, *manifest.companions}
         return Repaired(report, manifest, parts, tuple(small_files))
 

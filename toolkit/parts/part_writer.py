@@ -76,7 +76,7 @@ def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> Non
 def _check_replacement(path: Path, temporary: Path, record: PartRecord, *, recorded: bool) -> None:
     """Before `temporary` replaces the file at `path`: that is ours, and the new one has reached the disk."""
     if recorded:
-        read_back(temporary, record, f"{path} is as it was: run the same command again")
+        read_back(temporary, record.xxh3_128, f"{path} is as it was: run the same command again")
     elif file_hash(path) != record.xxh3_128:
         raise foreign_file(path)
 

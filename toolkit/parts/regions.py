@@ -1,4 +1,4 @@
-"""The regions of a prepared file, each with its own hash: a part's header and tensors, a small file as a whole."""
+"""The regions of a file, each with its own hash: header and tensors of a part or a shard, a small file as a whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import xxhash
 
 from runner.format.manifest import CompanionRecord, PartRecord
+from toolkit.parts.export_record import ShardRecord
+
+FileRecord = PartRecord | ShardRecord | CompanionRecord
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Region:
     is_header: bool = False
 
 
-def regions_of(record: PartRecord | CompanionRecord) -> tuple[Region, ...]:
+def regions_of(record: FileRecord) -> tuple[Region, ...]:
     """What lies in a file, from its first byte to its last."""
     if isinstance(record, CompanionRecord):
         return (Region(record.file, None, 0, record.size, record.xxh3_128),)

@@ -45,22 +45,24 @@ class Release:
         for record, _ in made:
             if record.file not in self._proven:
                 again = f"bloomdesk repair {self._destination} --source {shard.parent}"
-                read_back(self._destination / record.file, record, f"its source is still there: {again}")
+                read_back(
+                    self._destination / record.file, record.xxh3_128, f"its source is still there: {again}"
+                )
                 self._proven.add(record.file)
         with disk_errors(shard, "deleted"):
             self.bytes += shard.stat().st_size
             shard.unlink()
 
 
-def read_back(path: Path, record: PartRecord, hint: str) -> None:
-    """Read a part from the disk, not from the page cache.
+def read_back(path: Path, expected: str, hint: str) -> None:
+    """Read a file from the disk, not from the page cache.
 
-    Raises `BloomdeskError` with `hint` if it differs from its record.
+    Raises `BloomdeskError` with `hint` if its xxh3-128 is not the `expected` one.
     """
     found = file_hash(path, cached=False)
-    if found != record.xxh3_128:
+    if found != expected:
         raise BloomdeskError(
-            f"{path} does not read back as it was written: its xxh3-128 is {found}, expected {record.xxh3_128}",
+            f"{path} does not read back as it was written: its xxh3-128 is {found}, expected {expected}",
             f"check the disk; {hint}",
         )
 

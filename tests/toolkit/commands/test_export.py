@@ -27,6 +27,7 @@ from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
 from toolkit.io import reader as readahead
 from toolkit.io import writer
+from toolkit.parts.export_record import EXPORT_RECORD
 from toolkit.source.key_map import name_table
 
 SHARDS = [f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)]
@@ -49,7 +50,7 @@ def test_names_index_and_small_files(made: Path, tmp_path: Path) -> None:
     summary = export(made, out)
     tensors = prepared_tensors(made)
     companions = load_manifest(made).companions
-    assert sorted(path.name for path in out.iterdir()) == sorted([*SHARDS, INDEX, *companions])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*SHARDS, INDEX, EXPORT_RECORD, *companions])
     assert summary.written == tuple(SHARDS) and summary.kept == ()
     assert summary.bytes_written == sum((out / shard).stat().st_size for shard in SHARDS)
     index = json.loads((out / INDEX).read_text())
@@ -205,7 +206,7 @@ def test_another_checkpoint_of_the_same_shape_is_refused(made: Path, tmp_path: P
     export(tmp_path / "other", tmp_path / "out")
     (tmp_path / "out" / SHARDS[0]).unlink()
     before = content(tmp_path / "out")
-    with pytest.raises(BloomdeskError, match="index of another checkpoint"):
+    with pytest.raises(BloomdeskError, match="an export of other weights"):
         export(made, tmp_path / "out")
     assert content(tmp_path / "out") == before
 

@@ -227,7 +227,7 @@ def test_progress_comes_from_the_calling_thread_and_only_rises(made_copy: Path) 
 
 
 @linux
-def test_an_error_in_the_middle_of_a_file_is_its_damage_alone(
+def test_an_error_in_the_middle_of_a_file_is_no_damage_and_others_are_checked(
     made_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readahead, "BLOCK", 5_000)
@@ -241,8 +241,9 @@ def test_an_error_in_the_middle_of_a_file_is_its_damage_alone(
     monkeypatch.setattr(os, "preadv", fail)
     flip(made_copy / "block_02.safetensors", 10_000)
     report = verify(made_copy)
-    assert [item.file for item in report.damage] == [BLOCK, "block_02.safetensors"]
-    assert report.damage[0].what == f"it cannot be read: {os.strerror(errno.EIO)}"
+    assert [item.file for item in report.unchecked] == [BLOCK]
+    assert [item.file for item in report.damage] == ["block_02.safetensors"]
+    assert report.unchecked[0].what == f"it cannot be read: {os.strerror(errno.EIO)}"
     sizes = {record.file: record.size for record in load_manifest(made_copy).records}
     assert sum(sizes.values()) - sizes[BLOCK] < report.bytes_read < sum(sizes.values())
 

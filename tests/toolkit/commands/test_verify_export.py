@@ -1,0 +1,150 @@
+"""Exports have hashes: they are checked, resumed and mended by content; what could not be read is no damage."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runner.errors import BloomdeskError
+from runner.format.manifest import load_manifest
+from tests.support.commands import refused, run
+from tests.support.lossless import content, flip
+from toolkit.commands.export import INDEX, export
+from toolkit.commands.info import inspect
+from toolkit.commands.repair import repair
+from toolkit.commands.verify import verify
+from toolkit.io import reader
+from toolkit.parts.destination import write_manifest
+from toolkit.parts.export_record import EXPORT_RECORD
+
+BLOCK = "block_01.safetensors"
+SHARD = "model-00003-of-00005.safetensors"
+
+
+@pytest.fixture
+def exported(made: Path, tmp_path: Path) -> Path:
+    export(made, tmp_path / "export")
+    return tmp_path / "export"
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "tensor"),
+    [
+        (SHARD, lambda path: flip(path, -9), "h.1.self_attention.query_key_value.weight"),
+        (SHARD, lambda path: path.write_bytes(path.read_bytes()[:-9]), None),
+        (SHARD, Path.unlink, None),
+        (SHARD, lambda path: flip(path, 30), None),
+        ("config.json", lambda path: flip(path, 3), None),
+        (INDEX, lambda path: flip(path, 3), None),
+    ],
+)
+def test_an_export_is_checked_and_mended_by_the_same_export(
+    made: Path, exported: Path, file: str, harm: Callable[[Path], object], tensor: str | None
+) -> None:
+    assert "is sound" in run("verify", exported).stdout
+    right = content(exported)
+    harm(exported / file)
+    report = verify(exported)
+    assert {item.file for item in report.damage} == {file}
+    assert tensor is None or {item.tensor for item in report.damage} == {tensor}
+    done = run("verify", exported)
+    assert done.returncode == 1 and "run the same bloomdesk export again" in done.stdout
+    done = run("export", made, exported)
+    assert done.returncode == 0 and content(exported) == right
+
+
+def test_an_export_of_an_earlier_version_gets_its_record_if_it_is_right(made: Path, exported: Path) -> None:
+    right = content(exported)
+    (exported / EXPORT_RECORD).unlink()
+    assert export(made, exported).written == () and content(exported) == right
+    (exported / EXPORT_RECORD).unlink()
+    flip(exported / SHARD, -9)
+    rotten = content(exported)
+    with pytest.raises(BloomdeskError, match="no record says whose it is"):
+        export(made, exported)
+    assert content(exported) == rotten
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int = 10**6) -> None:
+    """Reading the file `name` fails with an error number, the first few times."""
+    left, read = [times], os.preadv
+
+    def fail(descriptor: int, buffers: list[memoryview], start: int) -> int:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return read(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    monkeypatch.setattr(reader, "PAUSES", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="no such system call here")
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+def test_what_cannot_be_read_is_unchecked_and_never_replaced(
+    made: Path, made_copy: Path, exported: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before, exported_before = content(made_copy), content(exported)
+    unreadable(monkeypatch, BLOCK, number)
+    report = verify(made_copy)
+    assert not report.damage and not report.sound and [item.file for item in report.unchecked] == [BLOCK]
+    done = run("verify", made_copy, "--json")
+    assert done.returncode == 2 and json.loads(done.stdout)["sound"] is False
+    assert json.loads(done.stdout)["unchecked"][0]["errno"] == number
+    shown = run("verify", made_copy).stdout
+    assert f"{BLOCK}: it cannot be read: {os.strerror(number)}" in shown and "next: " in shown
+    with pytest.raises(BloomdeskError, match="so it was not replaced"):
+        repair(made_copy)
+    assert content(made_copy) == before
+    unreadable(monkeypatch, SHARD, number)
+    assert "so it was not replaced" in refused("export", made, exported)
+    assert content(exported) == exported_before
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="no such system call here")
+def test_a_passing_read_error_is_read_again(made_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable(monkeypatch, BLOCK, errno.EIO, times=2)
+    assert verify(made_copy).sound
+
+
+def test_damage_beside_what_cannot_be_read_is_damage(
+    made_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(made_copy / "tokenizer.json", 9)
+    unreadable(monkeypatch, BLOCK, errno.EACCES)
+    assert run("verify", made_copy).returncode == 1
+
+
+def test_downloads_are_named_with_what_is_right_for_them(made_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "bloomdesk-download.json").write_text("{}")
+    for command in ("verify", "info", "repair"):
+        said = refused(command, tmp_path / "d", status=2 if command == "verify" else 1)
+        assert "is a downloaded checkpoint" in said and "--check" in said
+    assert "is a downloaded checkpoint" in refused("export", tmp_path / "d", tmp_path / "new")
+
+
+def test_info_looks_at_the_files(made_copy: Path) -> None:
+    assert inspect(made_copy).as_json()["complete"]
+    (made_copy / BLOCK).unlink()
+    (made_copy / "tokenizer.json").write_bytes(b"cut")
+    found = inspect(made_copy).as_json()
+    assert not found["complete"] and found["damaged"] == [BLOCK, "tokenizer.json"]
+    assert "damaged: 2 files" in run("info", made_copy).stdout
+
+
+def test_an_unfinished_directory_is_not_called_damaged(made_copy: Path) -> None:
+    manifest = load_manifest(made_copy)
+    parts = {file: record for file, record in manifest.parts.items() if file != BLOCK}
+    write_manifest(made_copy, replace(manifest, parts=parts))
+    done = run("verify", made_copy)
+    assert done.returncode == 1 and "not complete: 8 of 9 files are made, and these are sound" in done.stdout
+    assert f"next: bloomdesk convert SRC {made_copy}" in done.stdout
+    flip(made_copy / "tokenizer.json", 9)
+    assert f"next: bloomdesk repair {made_copy}" in run("verify", made_copy).stdout
