@@ -24,7 +24,7 @@ from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
 from toolkit.source.config import read_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
-from toolkit.source.index import ShardList, find_shards
+from toolkit.source.index import ShardList, find_shards, refuse_foreign
 from toolkit.source.key_map import Assignment, assign
 from toolkit.source.shards import read_listed
 from toolkit.source.tensor import SourceTensor
@@ -150,6 +150,7 @@ def _plan(
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
     if os.path.realpath(source) == os.path.realpath(destination):
         raise BloomdeskError(f"{destination} is the source itself", "give another directory to write to")
+    refuse_foreign(source)
     # A wrong architecture is reported before its tensors are.
     model = read_config(source / "config.json", "BF16")
     companions = target.read_companions(source)

@@ -21,6 +21,7 @@ from toolkit.hub.environment import check_timeouts
 from toolkit.hub.failures import Resource, endpoint, offline, offline_error
 from toolkit.io.hasher import Digest, hash_file
 from toolkit.io.progress import FileProgress, Progress
+from toolkit.source.foreign import what_is_there
 from toolkit.source.index import FORMS, LARGEST_INDEX, parse_index
 
 PINS = Path(__file__).with_name("pins")
@@ -170,6 +171,7 @@ def needed(revision: Revision, read: Callable[[HubFile], bytes]) -> Revision:
     """
     if revision.pinned:
         return revision
+    _refuse_foreign(revision, read)
     missing = [path for path in REQUIRED_COMPANIONS if revision.find(path) is None]
     if missing:
         raise BloomdeskError(
@@ -177,6 +179,20 @@ def needed(revision: Revision, read: Callable[[HubFile], bytes]) -> Revision:
         )
     companions = [file for file in map(revision.find, COMPANIONS) if file is not None]
     return replace(revision, files=(*companions, *_weights(revision, read)))
+
+
+def _refuse_foreign(revision: Revision, read: Callable[[HubFile], bytes]) -> None:
+    """Raise `BloomdeskError` if the repo has other things than weights that bloomdesk reads, and not those too."""
+
+    def small(name: str) -> bytes | None:
+        file = revision.find(name)
+        return read(file) if file is not None and file.size <= LARGEST_INDEX else None
+
+    names = {file.path for file in revision.files}
+    if names.isdisjoint(name for form in FORMS for name in form[:2]):
+        found = what_is_there(names, small)
+        if found is not None:
+            raise BloomdeskError(f"{revision} holds {found[0]}", found[1])
 
 
 def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFile]:

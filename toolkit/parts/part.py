@@ -97,6 +97,12 @@ def check_form_dtype(dtype: str, form: str) -> None:
 def check_shape(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
     """Raise `BloomdeskError` if the tensor's shape is not `shape`."""
     if tensor.shape != shape:
+        rows = tensor.shape[0] if tensor.shape else 0
+        if len(tensor.shape) == 2 and tensor.shape[1:] == shape[1:] and "word_embeddings" in tensor.key:
+            raise BloomdeskError(
+                f"{tensor.file}: {tensor.key} has {rows:,} rows, and config.json's vocab_size is {shape[0]:,}",
+                f'if the weights are right, config.json must say: "vocab_size": {rows},',
+            )
         found, expected = list(tensor.shape), list(shape)
         raise BloomdeskError(
             f"{tensor.file}: {tensor.key} has shape {found}, config.json makes it {expected}"

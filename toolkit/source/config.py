@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
-from runner.format.hyperparameters import Hyperparameters
+from runner.format.hyperparameters import Hyperparameters, quoted
 from toolkit.source.lfs import read_small_file
 
 LARGEST_CONFIG = 2**20
@@ -110,9 +110,16 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> None:
     if kind != "bloom" or not known:
         found = f"model_type {kind!r}, architectures {architectures!r}"
         raise BloomdeskError(f"{path}: not a BLOOM that bloomdesk runs: {found[:200]}")
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise BloomdeskError(
+            f"{path}: the weights are quantised{f' by {quoted(method)[1:-1]}' if method else ''}, "
+            "and bloomdesk runs the original ones",
+            "fetch the model that this one was made from",
+        )
     for name, allowed, why in (
         ("slow_but_exact", (False, None), "the runner has no slow_but_exact attention"),
-        ("quantization_config", (None,), "quantised weights are not supported"),
     ):
         value = config.get(name)
         if not any(value is choice for choice in allowed):

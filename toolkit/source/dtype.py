@@ -87,7 +87,10 @@ def in_dtype(tensors: Mapping[str, SourceTensor], used: Iterable[str], dtype: st
             continue
         if tensor.dtype not in NUMBERS:
             raise BloomdeskError(
-                f"{tensor.file}: {tensor.key} is {tensor.dtype}, expected one of {', '.join(DTYPES)}"
+                f"{tensor.file}: {tensor.key} is {tensor.dtype}, expected one of {', '.join(DTYPES)}",
+                "fetch the model that this one was made from"
+                if tensor.dtype[:2] in ("F8", "I8", "U8")
+                else None,
             )
         found[key] = tensor.read_as(dtype)
     return found

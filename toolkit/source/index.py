@@ -18,7 +18,8 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.format.layout import is_file_name
-from toolkit.io.disk import reason
+from toolkit.io.disk import read_errors, reason
+from toolkit.source.foreign import check_finished, what_is_there
 from toolkit.source.lfs import LfsObject, find_objects, read_small_file
 
 # Best first. Safetensors need no pickle, so they win if a source holds both whole.
@@ -56,6 +57,8 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
     if not directory.is_dir():
         raise BloomdeskError(f"{directory} is not a directory")
     gaps = []
+    with read_errors(directory):
+        names = {path.name for path in directory.iterdir()}
     for index_name, single, suffix in FORMS:
         index = directory / index_name
         if index.is_file():
@@ -64,16 +67,30 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
             missing = [file.name for file in files if not file.is_file() and file.name not in spared]
             if not missing:
                 there = tuple(file for file in files if file.is_file())
+                check_finished(names, [file.name for file in there], directory)
                 return ShardList(there, index, weight_map, find_objects(there))
             gaps.append(f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first")
         if (directory / single).is_file():
+            check_finished(names, [single], directory)
             return ShardList((directory / single,), objects=find_objects([directory / single]))
     if gaps:
         raise BloomdeskError(
             f"{directory}: {gaps[0]}", "run the download again: it fetches what is missing and nothing else"
         )
+    refuse_foreign(directory)
     wanted = ", ".join(name for form in FORMS for name in form[:2])
     raise BloomdeskError(f"{directory} has no weights: none of {wanted} is there")
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raise `BloomdeskError` if `directory` has other things than weights that bloomdesk reads, and not those too."""
+    with read_errors(directory):
+        names = {path.name for path in directory.iterdir()}
+    if not names.isdisjoint(name for form in FORMS for name in form[:2]):
+        return
+    found = what_is_there(names, lambda name: read_small_file(directory / name, LARGEST_INDEX))
+    if found is not None:
+        raise BloomdeskError(f"{directory} holds {found[0]}", found[1])
 
 
 def parse_index(data: bytes, suffix: str, where: str) -> dict[str, str]:
