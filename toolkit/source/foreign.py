@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST
@@ -68,12 +70,12 @@ def _adapter(data: bytes | None) -> tuple[str, str]:
     )
 
 
-def check_finished(names: Collection[str], shards: Collection[str], where: object) -> None:
+def check_finished(shards: Iterable[Path]) -> None:
     """Raise `BloomdeskError` if another downloader has left something beside one of the `shards`."""
     for shard in shards:
-        for suffix in UNFINISHED:
-            if shard + suffix in names:
+        for leftover in (shard.with_name(shard.name + suffix) for suffix in UNFINISHED):
+            if os.path.lexists(leftover):
                 raise BloomdeskError(
-                    f"{where}: {shard + suffix} lies beside {shard}, so another program has not finished that file",
-                    f"let it finish; if {shard} is whole, delete {shard + suffix}",
+                    f"{leftover} lies beside {shard.name}, so another program has not finished that file",
+                    f"let it finish; if {shard.name} is whole, delete {leftover.name}",
                 )

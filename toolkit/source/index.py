@@ -57,8 +57,6 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
     if not directory.is_dir():
         raise BloomdeskError(f"{directory} is not a directory")
     gaps = []
-    with read_errors(directory):
-        names = {path.name for path in directory.iterdir()}
     for index_name, single, suffix in FORMS:
         index = directory / index_name
         if index.is_file():
@@ -67,17 +65,16 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
             missing = [file.name for file in files if not file.is_file() and file.name not in spared]
             if not missing:
                 there = tuple(file for file in files if file.is_file())
-                check_finished(names, [file.name for file in there], directory)
+                check_finished(there)
                 return ShardList(there, index, weight_map, find_objects(there))
             gaps.append(f"{len(missing)} of {len(files)} shards are missing, {missing[0]} first")
         if (directory / single).is_file():
-            check_finished(names, [single], directory)
+            check_finished([directory / single])
             return ShardList((directory / single,), objects=find_objects([directory / single]))
     if gaps:
         raise BloomdeskError(
             f"{directory}: {gaps[0]}", "run the download again: it fetches what is missing and nothing else"
         )
-    refuse_foreign(directory)
     wanted = ", ".join(name for form in FORMS for name in form[:2])
     raise BloomdeskError(f"{directory} has no weights: none of {wanted} is there")
 
