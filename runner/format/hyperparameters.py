@@ -27,7 +27,7 @@ class Hyperparameters:
     layer_norm_epsilon: float = 1e-5
     apply_residual_connection_post_layernorm: bool = False
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = 3
     tie_word_embeddings: bool = True
 
@@ -42,8 +42,10 @@ class Hyperparameters:
             check(name, type(value) is int and 0 < value <= limit, f"be from 1 to {limit:,}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            is_token = type(value) is int and 0 <= value < self.vocab_size
-            check(name, value is None or is_token, "lie in the vocabulary")
+            several = name == "eos_token_id" and isinstance(value, tuple) and len(value) > 1
+            tokens = value if several else () if value is None else (value,)
+            are_tokens = all(type(token) is int and 0 <= token < self.vocab_size for token in tokens)
+            check(name, are_tokens, "lie in the vocabulary")
         check("hidden_size", not self.hidden_size % self.n_head, f"be a multiple of its {self.n_head} heads")
         check("dtype", self.dtype in DTYPES, f"be one of {', '.join(DTYPES)}")
         epsilon = self.layer_norm_epsilon
@@ -51,6 +53,12 @@ class Hyperparameters:
         check("tie_word_embeddings", isinstance(self.tie_word_embeddings, bool), "be true or false")
         after = "apply_residual_connection_post_layernorm"
         check(after, isinstance(getattr(self, after), bool), "be true or false")
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids of all tokens that end a text."""
+        ends = self.eos_token_id
+        return frozenset(ends if isinstance(ends, tuple) else () if ends is None else (ends,))
 
     @property
     def recorded(self) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from runner.format.safetensors import Described, Shape, encode_header, tensor_nb
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"
 REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
-COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map.json")
+GENERATION_CONFIG = "generation_config.json"
+# Readers of format versions 1 and 2 do not expect these.
+LATER_COMPANIONS = (GENERATION_CONFIG, "chat_template.jinja")
+COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map.json", *LATER_COMPANIONS)
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
 HEAD = "head.safetensors"

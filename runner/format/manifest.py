@@ -38,6 +38,7 @@ from runner.format.coded import (
 from runner.format.hyperparameters import Hyperparameters, quoted
 from runner.format.layout import (
     COMPANIONS,
+    LATER_COMPANIONS,
     MANIFEST,
     MANIFEST_BACKUP,
     REQUIRED_COMPANIONS,
@@ -50,7 +51,8 @@ from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_s
 
 FORMAT = "bloomdesk-prepared"
 FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2}
-# Of either form, for what a reader of the versions above would not expect: a head that is not tied to the embedding.
+# Of either form, for what a reader of the versions above would not expect: a head that is not tied to the embedding,
+# several tokens that end a text, and later companions.
 EXTENDED_VERSION = 3
 # Far above every BLOOM's, so that a damaged or hostile file cannot fill the memory.
 LARGEST_MANIFEST = 64 * 2**20
@@ -143,7 +145,13 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        return FORMAT_VERSIONS[self.form] if self.model.tie_word_embeddings else EXTENDED_VERSION
+        model = self.model
+        is_extended = (
+            not model.tie_word_embeddings
+            or len(model.eos_token_ids) > 1
+            or not self.companions.keys().isdisjoint(LATER_COMPANIONS)
+        )
+        return EXTENDED_VERSION if is_extended else FORMAT_VERSIONS[self.form]
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -301,11 +309,11 @@ def _shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
 
 
 def _decode(body: dict[str, Any]) -> Manifest:
-    model, form = Hyperparameters(**body["model"]), body.get("coding", PLAIN)
-    if (
-        form not in FORMAT_VERSIONS
-        or Manifest(model, Source(), form=form).format_version != body["format_version"]
-    ):
+    fields, form = body["model"], body.get("coding", PLAIN)
+    if isinstance(fields.get("eos_token_id"), list):
+        fields = {**fields, "eos_token_id": tuple(fields["eos_token_id"])}
+    model = Hyperparameters(**fields)
+    if form not in FORMAT_VERSIONS:
         raise ValueError(f"its form is {quoted(form)}")
     if form == LOSSLESS and model.dtype != CODED_DTYPE:
         raise ValueError(f"its form is lossless, and its dtype is {model.dtype}")
@@ -328,6 +336,8 @@ def _decode(body: dict[str, Any]) -> Manifest:
             raise ValueError(f"{record.file} has no size")
         _check_hash(record.xxh3_128, 32)
     manifest = Manifest(model, source, parts, companions, form)
+    if manifest.format_version != body["format_version"]:
+        raise ValueError(f"its form is {quoted(form)}")
     if body.get("fingerprint", manifest.fingerprint) != manifest.fingerprint:
         raise ValueError("its fingerprint is not that of its tensors")
     return manifest

@@ -33,8 +33,7 @@ class Batch:
     ) -> None:
         """`session` is that of the only request."""
         self.model = model
-        end = model.weights.model.eos_token_id
-        eos = frozenset(() if end is None else (end,))
+        eos = model.weights.model.eos_token_ids
         self.sequences = tuple(Sequence(index, request, eos) for index, request in enumerate(requests))
         self.active: list[Sequence] = []
         self.waiting = deque(self.sequences)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
+from runner.format.layout import GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source, SourceShard
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import Schedule, schedule_of
@@ -21,7 +22,7 @@ from toolkit.parts.comparison import comparisons_of
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
-from toolkit.source.config import read_config
+from toolkit.source.config import read_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
 from toolkit.source.index import ShardList, find_shards
 from toolkit.source.key_map import Assignment, assign
@@ -153,6 +154,10 @@ def _plan(
     model = read_config(source / "config.json", "BF16")
     companions = target.read_companions(source)
     existing = target.load_existing(destination)
+    model = with_ends_of_text(model, source / GENERATION_CONFIG, companions.get(GENERATION_CONFIG))
+    if mend is not None and existing is not None:
+        companions = target.recorded_alone(existing, companions)
+        model = replace(model, eos_token_id=existing.model.eos_token_id)
     if is_untied or target.is_untied(existing):
         model = replace(model, tie_word_embeddings=False)
     shards = _find_shards(source, destination, existing, mend)

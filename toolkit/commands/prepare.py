@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import COMPANIONS
+from runner.format.layout import COMPANIONS, GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source
 from toolkit.commands.arrivals import ArrivingShards, load_staging, staged_bytes
 from toolkit.commands.build import BuildPlan, Summary, carry_out
@@ -24,7 +24,7 @@ from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import check_form_dtype
-from toolkit.source.config import decode_config
+from toolkit.source.config import decode_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype
 from toolkit.source.index import FORMS, ShardList, parse_index
 from toolkit.source.key_map import assign
@@ -72,6 +72,10 @@ def plan_preparation(
     chosen = hub.needed(found, lambda index: read_small_file(found, index, destination))
     companions, index, names = _read_small_files(chosen, destination)
     model = decode_config(Path("config.json"), companions["config.json"], "BF16")
+    model = with_ends_of_text(model, Path(GENERATION_CONFIG), companions.get(GENERATION_CONFIG))
+    if mend is not None and existing is not None:
+        companions = target.recorded_alone(existing, companions)
+        model = replace(model, eos_token_id=existing.model.eos_token_id)
     if target.is_untied(existing):
         model = replace(model, tie_word_embeddings=False)
     assignment = assign(index.weight_map, model) if index.weight_map is not None else None

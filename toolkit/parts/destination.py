@@ -91,6 +91,8 @@ def resume(
         # Nothing has the earlier form and dtype yet.
         model = replace(existing.model, dtype=fresh.model.dtype)
         existing = replace(existing, form=fresh.form, model=model)
+    # Earlier versions did not read generation_config.json, and no part depends on it.
+    existing = replace(existing, model=replace(existing.model, eos_token_id=fresh.model.eos_token_id))
     if existing.model != fresh.model:
         raise another_source(destination, "parts of a model with other hyperparameters")
     for name, record in existing.companions.items():
@@ -139,6 +141,11 @@ def is_untied(existing: Manifest | None) -> bool:
     return existing is not None and bool(existing.parts) and not existing.model.tie_word_embeddings
 
 
+def recorded_alone(existing: Manifest, companions: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Those of the small files that the directory has: a repair adds none."""
+    return {name: data for name, data in companions.items() if name in existing.companions}
+
+
 def drop_missing(destination: Path, manifest: Manifest) -> Manifest:
     """`manifest` with only the parts that are in place with the right size and header."""
     parts = manifest.parts.items()
@@ -154,9 +161,9 @@ def missing_parts(manifest: Manifest) -> tuple[PartSpec, ...]:
 def read_companions(source: Path) -> dict[str, bytes]:
     """The bytes of a source's small files; optional ones only if it has them.
 
-    They are copied byte for byte, so each must be JSON, and a link must not lead out of the source or, in the Hub's
-    cache (models--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH), out of the repo's folder: someone else's
-    checkpoint could copy any file of the user's.
+    They are copied byte for byte, so each must be what its name says, and a link must not lead out of the source or,
+    in the Hub's cache (models--NAME/snapshots/COMMIT/FILE -> ../../blobs/HASH), out of the repo's folder: someone
+    else's checkpoint could copy any file of the user's.
     """
     companions = {}
     for name in COMPANIONS:
@@ -173,11 +180,15 @@ def read_companions(source: Path) -> dict[str, bytes]:
 
 
 def check_companion(path: Path, data: bytes) -> None:
-    """Raise `BloomdeskError` if a small file's bytes are not JSON."""
+    """Raise `BloomdeskError` if a small file's bytes are not what its name says."""
+    kind = "JSON" if path.suffix == ".json" else "text in UTF-8"
     try:
-        json.loads(data)
+        if kind == "JSON":
+            json.loads(data)
+        else:
+            data.decode()
     except (ValueError, RecursionError):
-        raise BloomdeskError(f"{path} is not JSON", COMPANION_AGAIN) from None
+        raise BloomdeskError(f"{path} is not {kind}", COMPANION_AGAIN) from None
 
 
 def _refuse_foreign(link: Path) -> None:

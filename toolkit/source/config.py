@@ -8,6 +8,7 @@ all memory).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,36 @@ def decode_config(path: Path, data: bytes, dtype: str) -> Hyperparameters:
         values = {name: _value(path, config, name) for name in NAMES}
         if values["tie_word_embeddings"] is None:
             values["tie_word_embeddings"] = True
+        values["eos_token_id"] = _ends(values["eos_token_id"])
     except RecursionError:  # what was just shallow enough to be read can be too deep to be compared or shown
         raise BloomdeskError(f"{path}: nested deeper than any config.json") from None
     try:
         return Hyperparameters(**values, dtype=dtype)
     except BloomdeskError as error:
         raise BloomdeskError(f"{path}: {error.message}") from None
+
+
+def with_ends_of_text(model: Hyperparameters, path: Path, data: bytes | None) -> Hyperparameters:
+    """`model` with the tokens that end a text by the bytes of a generation_config.json, which `path` only names.
+
+    Without that file config.json decides, as it does for transformers. Raises `BloomdeskError` for impossible values.
+    """
+    if data is None:
+        return model
+    fields = json.loads(data)
+    if not isinstance(fields, dict):
+        raise BloomdeskError(f"{path}: not a JSON object")
+    try:
+        return replace(model, eos_token_id=_ends(fields.get("eos_token_id")))
+    except BloomdeskError as error:
+        raise BloomdeskError(f"{path}: {error.message}") from None
+
+
+def _ends(value: Any) -> Any:
+    """Several tokens that end a text as a tuple, one as a number."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if len(value) != 1 else value[0]
 
 
 def _load(path: Path, data: bytes) -> dict[str, Any]:

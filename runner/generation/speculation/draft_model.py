@@ -83,7 +83,8 @@ class DraftModel:
                 is_last = len(texts[place]) + 1 - lengths[place] == wanted[place][1]
                 if token < self._vocab_size:
                     texts[place].append(token)
-                if is_last or token >= self._vocab_size or token == self._model.weights.model.eos_token_id:
+                is_end = token >= self._vocab_size or token in self._model.weights.model.eos_token_ids
+                if is_last or is_end:
                     unfinished.remove(place)
         return [text[length:] for text, length in zip(texts, lengths, strict=True)]
 
