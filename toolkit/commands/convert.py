@@ -161,7 +161,7 @@ def _plan(
         model = replace(model, eos_token_id=existing.model.eos_token_id)
     if is_untied or target.is_untied(existing):
         model = replace(model, tie_word_embeddings=False)
-    shards = _find_shards(source, destination, existing)
+    shards = _find_shards(source, destination, existing, mend)
     seen = {path: state_of(shards.place(path)) for path in shards.files}
     tensors = read_listed(shards)
     # There are no keys only if a single file is gone, and everything is made.
@@ -209,7 +209,9 @@ def _plan(
     )
 
 
-def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> ShardList:
+def _find_shards(
+    source: Path, destination: Path, existing: Manifest | None, mend: frozenset[str] | None
+) -> ShardList:
     """The source's shards; those that parts were made from may be gone, all of them once everything is made."""
     if existing is None:
         return find_shards(source)
@@ -217,7 +219,7 @@ def _find_shards(source: Path, destination: Path, existing: Manifest | None) -> 
     try:
         return find_shards(source, made_from)
     except BloomdeskError:
-        if target.missing_parts(target.drop_missing(destination, existing)):
+        if mend or target.missing_parts(target.drop_missing(destination, existing)):
             raise
         return ShardList(())
 

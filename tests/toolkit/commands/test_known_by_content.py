@@ -216,3 +216,13 @@ def test_a_manifest_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     assert verify(out).sound
     with pytest.raises(BloomdeskError, match="another state"):
         convert(make(tmp_path / "other", seed=7), tmp_path / "old")
+
+
+@pytest.mark.parametrize(("layout", "said"), [("bloom", "is missing"), ("single bin", "has no weights")])
+def test_a_source_without_weights_mends_nothing(tmp_path: Path, layout: str, said: str) -> None:
+    source, out = make(tmp_path / "source", LAYOUTS[layout]), tmp_path / "out"
+    convert(source, out)
+    flip(out / BLOCK, 9000)
+    for shard in source.glob("*.bin"):
+        shard.unlink()
+    assert said in refused("repair", out, "--source", source)

@@ -1,0 +1,175 @@
+"""Kill a command at random moments, again and again; it must end with what an undisturbed run gives.
+
+    python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--lossless]
+    python -m scripts.torture.kill --command convert-delete-source --kills 200
+    python -m scripts.torture.kill --command repair --kills 200
+
+The command is started, killed with SIGKILL at a random moment, and started again, until it ends by itself; then its
+directory must be, byte for byte, that of an undisturbed run, and the next round begins anew. A local hub serves the
+miniature to `prepare`, and drops, stalls and corrupts its answers; a run that gives up must do so with one clear error.
+After each kill of `convert --delete-source`, every shard must be there or sound parts that name its sha256; after each
+kill of `repair`, every file must be as it was before or as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.manifest import load_manifest
+from scripts.fakehub.server import LocalHub, RandomFaults
+from scripts.torture.attempt import BLOOMDESK, REPO, content, environment, prepared, source_of
+from scripts.torture.damage import flip
+from toolkit.commands.convert import convert
+from toolkit.parts.release import file_hash
+
+# Runs of one round before it counts as stuck.
+TRIES = 500
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A command to kill: `begin` makes what it starts from, and `check` raises AssertionError after a kill.
+
+    `longest` is the most seconds before a kill; an undisturbed run takes about as long. `expected` is what it leaves.
+    """
+
+    command: list[str]
+    variables: dict[str, str]
+    directory: Path
+    expected: dict[str, bytes]
+    longest: float
+    begin: Callable[[], None]
+    check: Callable[[], None] = lambda: None
+
+
+def one_round(attack: Attack, chance: random.Random, counts: Counter[str], kills: int) -> None:
+    """Run the command until it ends well; kill it on the way while fewer than `kills` have been counted."""
+    for _ in range(TRIES):
+        kill_after = chance.uniform(0.3, attack.longest) if counts["kills"] < kills else None
+        try:
+            # At the timeout, `run` sends SIGKILL.
+            done = subprocess.run(
+                attack.command, env=attack.variables, capture_output=True, text=True, timeout=kill_after
+            )
+        except subprocess.TimeoutExpired:
+            counts["kills"] += 1
+            attack.check()
+            continue
+        if done.returncode == 0:
+            counts["rounds"] += 1
+            return
+        assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done
+        counts["gave up with a clear error"] += 1
+    raise AssertionError(f"not finished after {TRIES} runs")
+
+
+def run(attack: Attack, kills: int, seed: int) -> Counter[str]:
+    """Counts of kills and of rounds; raises AssertionError at the first result that differs."""
+    chance, counts, start = random.Random(seed), Counter[str](), time.monotonic()
+    while counts["kills"] < kills:
+        attack.begin()
+        one_round(attack, chance, counts, kills)
+        assert content(attack.directory) == attack.expected, (
+            "the result differs from that of an undisturbed run"
+        )
+        shutil.rmtree(attack.directory)
+        print(f"{time.monotonic() - start:.0f} s: {dict(counts)}, all byte-identical", flush=True)
+    return counts
+
+
+def attack_prepare(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+    """`prepare` from a hub with faults."""
+    with LocalHub({REPO: source_of(work)}) as calm:
+        expected = prepared(calm, work / "undisturbed", lossless)
+    command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), *(["--lossless"] if lossless else [])]
+    variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
+    return Attack(command, variables, work / "bloom", expected, 6.0, lambda: None)
+
+
+def attack_convert(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+    """`convert --delete-source`, which deletes its shards one by one."""
+    whole, source, directory = source_of(work), work / "out", work / "bloom"
+    convert(whole, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
+    shards = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in whole.glob("*.bin")}
+
+    def begin() -> None:
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(whole, source)
+
+    def check() -> None:
+        for name, sha256 in shards.items():
+            path = source / name
+            if path.exists():
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256, f"{name} is another"
+                continue
+            records = load_manifest(directory).parts.values()
+            made = [each for each in records if (name, sha256) in [(s.file, s.sha256) for s in each.sources]]
+            assert made, f"{name} is gone, and no part was made from it"
+            for record in made:
+                assert file_hash(directory / record.file) == record.xxh3_128, f"{record.file} is damaged"
+
+    options = ["--delete-source", *(["--lossless"] if lossless else [])]
+    command = [*BLOOMDESK, "convert", str(source), str(directory), *options]
+    return Attack(
+        command, environment(hub.endpoint), directory, content(work / "undisturbed"), 1.6, begin, check
+    )
+
+
+def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+    """`repair` of a directory in which a third of the files is damaged."""
+    source, directory, chance = source_of(work), work / "bloom", random.Random(1)
+    convert(source, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
+    expected, damaged = content(work / "undisturbed"), {}
+
+    def begin() -> None:
+        shutil.copytree(work / "undisturbed", directory)
+        for _ in range(30):
+            flip(directory, chance)
+        # One of the two must be sound.
+        shutil.copy(work / "undisturbed" / "manifest.backup.json", directory)
+        damaged.clear()
+        damaged.update(content(directory))
+
+    def check() -> None:
+        for name, data in content(directory).items():
+            assert name.endswith(".incomplete") or data in (expected[name], damaged[name]), (
+                f"{name} is another"
+            )
+        assert set(expected) <= set(content(directory)), "a file is gone"
+
+    command = [*BLOOMDESK, "repair", str(directory), "--source", str(source)]
+    return Attack(command, environment(hub.endpoint), directory, expected, 1.6, begin, check)
+
+
+ATTACKS = {"prepare": attack_prepare, "convert-delete-source": attack_convert, "repair": attack_repair}
+
+
+def main() -> None:
+    """Kill the command that the options name, and print the counts."""
+    parser = argparse.ArgumentParser(description="Kill a command at random and compare its results.")
+    parser.add_argument("--command", choices=ATTACKS, default="prepare")
+    parser.add_argument("--kills", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lossless", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        faults = RandomFaults(given.seed, share=0.1, longest_stall=1.0)
+        with LocalHub({REPO: work / "source"}, faults=faults) as hub:
+            counts = run(ATTACKS[given.command](work, given.lossless, hub), given.kills, given.seed)
+    print(f"{dict(counts)}: every result byte-identical")
+
+
+if __name__ == "__main__":
+    main()
