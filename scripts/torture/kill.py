@@ -149,7 +149,7 @@ def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
         assert set(expected) <= set(content(directory)), "a file is gone"
 
     command = [*BLOOMDESK, "repair", str(directory), "--source", str(source)]
-    return Attack(command, environment(hub.endpoint), directory, expected, 1.6, begin, check)
+    return Attack(command, environment(hub.endpoint), directory, expected, 3.0, begin, check)
 
 
 ATTACKS = {"prepare": attack_prepare, "convert-delete-source": attack_convert, "repair": attack_repair}

@@ -179,7 +179,7 @@ def _plan(
         # The hashes of the tensors tell whether it is the recorded source.
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
-    manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
+    manifest = target.resume(destination, existing, fresh, companions, mend)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
         manifest, shards, assignment, {path.name: size for path, (size, _) in seen.items()}, mend

@@ -91,7 +91,7 @@ def plan_preparation(
     check_form_dtype(choice.dtype, form)
     origin = Source(chosen.repo, chosen.commit)
     fresh = Manifest(replace(model, dtype=choice.dtype), origin, form=form)
-    manifest = target.resume(destination, existing, fresh, companions, mend or frozenset())
+    manifest = target.resume(destination, existing, fresh, companions, mend)
     known = known_parts(destination, existing) if existing is not None else {}
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)

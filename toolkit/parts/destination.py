@@ -74,10 +74,11 @@ def resume(
     existing: Manifest | None,
     fresh: Manifest,
     companions: Mapping[str, bytes],
-    damaged: Collection[str] = (),
+    mend: Collection[str] | None = None,
 ) -> Manifest:
-    """The manifest to start from: `fresh`, or what `existing` records of parts that are in place and not `damaged`.
+    """The manifest to start from: `fresh`, or what `existing` records of parts that are in place.
 
+    Those to `mend`, if that is given, are the ones that a check has found not to be; others may be unreadable.
     Raises `BloomdeskError` if `existing` is of another form, source or model, or has another of the small files.
     """
     if existing is None:
@@ -98,8 +99,9 @@ def resume(
     for name, record in existing.companions.items():
         if name not in companions or xxhash.xxh3_128_hexdigest(companions[name]) != record.xxh3_128:
             raise another_source(destination, f"another {name}")
-    kept = drop_missing(destination, existing)
-    return replace(kept, parts={file: part for file, part in kept.parts.items() if file not in damaged})
+    if mend is None:
+        return drop_missing(destination, existing)
+    return replace(existing, parts={file: part for file, part in existing.parts.items() if file not in mend})
 
 
 def another_source(destination: Path, what: str) -> BloomdeskError:

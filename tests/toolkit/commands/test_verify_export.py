@@ -14,7 +14,8 @@ import pytest
 from runner.errors import BloomdeskError
 from runner.format.manifest import load_manifest
 from tests.support.commands import refused, run
-from tests.support.lossless import content, flip
+from tests.support.lossless import content, flip, make
+from toolkit.commands.convert import convert
 from toolkit.commands.export import INDEX, export
 from toolkit.commands.info import inspect
 from toolkit.commands.repair import repair
@@ -119,6 +120,20 @@ def test_damage_beside_what_cannot_be_read_is_damage(
     flip(made_copy / "tokenizer.json", 9)
     unreadable(monkeypatch, BLOCK, errno.EACCES)
     assert run("verify", made_copy).returncode == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="no such system call here")
+def test_what_is_damaged_is_mended_beside_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+    right = content(out)
+    flip(out / "block_00.safetensors", 9000)
+    unreadable(monkeypatch, BLOCK, errno.EACCES)
+    with pytest.raises(BloomdeskError, match=f"{BLOCK}: it cannot be read"):
+        repair(out, source)
+    assert content(out) == right
 
 
 def test_downloads_are_named_with_what_is_right_for_them(made_copy: Path, tmp_path: Path) -> None:
