@@ -219,14 +219,16 @@ class Manifest:
             raise _unsound(where, f"it is not valid JSON ({error})") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise _unsound(where, f"its format is not {FORMAT!r}")
+        claimed = body.pop("sha256", None)
         version = body.get("format_version")
         if type(version) is not int or version not in (*FORMAT_VERSIONS.values(), EXTENDED_VERSION):
             known = " and ".join(map(str, (*FORMAT_VERSIONS.values(), EXTENDED_VERSION)))
-            raise BloomdeskError(
+            # A later version vouches for itself; damage does not.
+            kind = BloomdeskError if claimed == digest(body) else UnsoundManifest
+            raise kind(
                 f"{where}: format version {quoted(version)}, this program reads {known}",
                 "prepare the checkpoint again, or use the version of bloomdesk that wrote it",
             )
-        claimed = body.pop("sha256", None)
         try:
             if claimed != digest(body):
                 raise ValueError("its own checksum does not match: it was edited or damaged")

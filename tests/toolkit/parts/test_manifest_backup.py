@@ -36,6 +36,9 @@ HARMS: dict[str, Harm] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
     "edited": lambda path: path.write_text(edited(path.read_text())),
     "another version": lambda path: path.write_text(of_another_version(path.read_text())),
+    "an unknown version": lambda path: path.write_bytes(
+        path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9')
+    ),
     "not text": lambda path: path.write_bytes(b"\xff\xfe"),
     "a directory": lambda path: (path.unlink(), path.mkdir()),
 }
