@@ -9,7 +9,8 @@
       config.json, tokenizer.json, ...      as the source has them, but for a dtype from which it was rounded
 
 A shard has the bytes that the reference library writes for its tensors: by name, with the header padded to 8 bytes.
-It is put in place atomically after all of it has been compared with the manifest's hashes, and read back from the disk.
+It is put in place atomically after all of it has been compared with the manifest's hashes.
+What is there in the place of a file and is another is set aside, as NAME.changed.
 Coded matrices of a lossless directory are decoded; their hashes are those of the decoded bytes.
 """
 
@@ -30,6 +31,7 @@ from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import refuse_download
+from toolkit.hub.place import set_aside
 from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
@@ -49,7 +51,6 @@ from toolkit.parts.export_record import (
 )
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.release import read_back
 from toolkit.parts.row_groups import Coders
 from toolkit.source.dtype import config_in
 from toolkit.source.index import LARGEST_INDEX
@@ -117,7 +118,9 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
         )
     for record in manifest.records:
         found = quick_check(directory / record.file, record)
-        for item in (*found.damage, *found.unchecked):
+        for item in found.unchecked:
+            raise BloomdeskError(f"{directory / item.file}: {item.what}; nothing was exported")
+        for item in found.damage:
             raise _damaged(directory, item.file, item.what)
     shards = _plan_shards(manifest)
     small = {INDEX: _index(manifest, shards)}
@@ -144,16 +147,23 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
         # Another process may have been faster.
         _is_ours(plan.destination, plan.record, plan.small_files[INDEX])
         rotten = _rotten(plan, progress)
+        aside = []
         for name, data in plan.small_files.items():
-            put_file(plan.destination / name, data)
+            path = plan.destination / name
+            if name != EXPORT_RECORD and read_if_exists(path, LARGEST_COMPANION) not in (None, data):
+                aside.append(set_aside(path))
+            put_file(path, data)
         to_write = tuple(shard for shard in plan.shards if shard in plan.to_write or shard.file in rotten)
         with Coders() as coders:
             for shard in to_write:
+                if os.path.lexists(plan.destination / shard.file):
+                    # Decayed, cut, or somebody's work: nothing here tells which.
+                    aside.append(set_aside(plan.destination / shard.file))
                 _write_shard(plan, shard, coders, progress)
     written = tuple(shard.file for shard in to_write)
     kept = tuple(shard.file for shard in plan.shards if shard.file not in written)
     seconds = time.monotonic() - start
-    notes = tuple(f"{file} was damaged, and is written anew" for file in sorted(rotten))
+    notes = tuple(f"{path.name} holds what was there, which this export has not written" for path in aside)
     return Summary(written, kept, sum(shard.record.size for shard in to_write), seconds, notes=notes)
 
 
@@ -189,7 +199,7 @@ def _is_ours(destination: Path, record: ExportRecord, index: bytes) -> bool:
     what = "an export of other weights"
     if present is None:
         found = read_if_exists(destination / INDEX, LARGEST_INDEX)
-        if found is not None and _weight_map(found) == _weight_map(index):
+        if found is not None and b'"bloomdesk_' in found and _weight_map(found) == _weight_map(index):
             # Of an earlier version, or its record is damaged: what is in place must be right, or it is another's.
             return True
         ours = {INDEX + TEMPORARY_SUFFIX, EXPORT_RECORD + TEMPORARY_SUFFIX}
@@ -261,32 +271,25 @@ def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
 def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress: Progress) -> None:
     """Put a shard in place, whole or not at all; `BloomdeskError` if the part is damaged or the disk fails."""
     path, part, header = plan.destination / shard.file, plan.directory / shard.part.file, shard.record.header
-    whole = xxhash.xxh3_128(header)
     try:
-        with disk_errors(path), atomic_file(path) as file:
-            with PartReader(part, shard.tensors, coders) as reader, WriteBehind(file.fileno()) as behind:
-                behind.write(header)
-                done = len(header)
-                for index, stored in enumerate(shard.tensors):
-                    own = xxhash.xxh3_128()
-                    for block in reader.bits(index):
-                        behind.write(block)
-                        own.update(block)
-                        whole.update(block)
-                        done += len(block)
-                        progress(shard.file, done, shard.record.size)
-                    found, expected = own.hexdigest(), stored.tensor.xxh3_128
-                    if found != expected:
-                        raise DamagedTensor(
-                            f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}"
-                        )
-            if os.path.lexists(path):
-                # Before it replaces another one.
-                file.flush()
-                os.fsync(file.fileno())
-                read_back(
-                    Path(file.name), whole.hexdigest(), f"{path} is as it was: run the same command again"
-                )
+        with (
+            disk_errors(path),
+            atomic_file(path) as file,
+            PartReader(part, shard.tensors, coders) as reader,
+            WriteBehind(file.fileno()) as behind,
+        ):
+            behind.write(header)
+            done = len(header)
+            for index, stored in enumerate(shard.tensors):
+                own = xxhash.xxh3_128()
+                for block in reader.bits(index):
+                    behind.write(block)
+                    own.update(block)
+                    done += len(block)
+                    progress(shard.file, done, shard.record.size)
+                found, expected = own.hexdigest(), stored.tensor.xxh3_128
+                if found != expected:
+                    raise DamagedTensor(f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}")
     except DamagedTensor as error:
         raise _damaged(plan.directory, shard.part.file, str(error)) from error
 

@@ -76,7 +76,8 @@ def repair(
         if not mendable:
             _refuse_unmendable(report, manifest, known)
         manifest = recover_manifest(directory)
-        files = {item.file for item in report.damage}
+        # What was not read whole is not replaced, even if a part of it is wrong.
+        files = {item.file for item in report.damage} - {item.file for item in report.unchecked}
         parts = tuple(file for file in known if file in files)
         if parts or files & manifest.companions.keys():
             mending = _plan(directory, manifest, frozenset(parts), source, connections)
