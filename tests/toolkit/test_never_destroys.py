@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scripts.fakehub.server import LocalHub
-from scripts.torture.combinations import Trial, World, combinations, make_world, scratch, sequence
-from toolkit.hub import retry
+from scripts.torture.combinations import Trial, World, combinations, scratch, sequence
+
+pytest_plugins = ("tests.support.world",)
 
 CHUNKS = 16
 SEQUENCES = 320
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=scratch()) as base:
-        patch.setenv("HF_ENDPOINT", "")
-        for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            patch.delenv(name, raising=False)
-        patch.setattr(retry, "BACKOFF", retry.BACKOFF)
-        hubs: list[LocalHub] = []
-
-        def serve(repos: dict[str, Path]) -> LocalHub:
-            hubs.append(LocalHub(repos).__enter__())
-            return hubs[0]
-
-        try:
-            yield make_world(Path(base), serve)
-        finally:
-            hubs[0].close()
 
 
 @pytest.mark.slow
