@@ -23,7 +23,7 @@ from toolkit.commands.verify import VerifyReport, plan_verify, refuse_download
 from toolkit.commands.verify import carry_out as check
 from toolkit.hub.transfer import CONNECTIONS
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest
+from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest, refuse_two_checkpoints
 
 # Begins a piece of work by its verb and its bytes, and ends with it.
 Work = Callable[[str, int], AbstractContextManager[Progress]]
@@ -64,6 +64,7 @@ def repair(
     find_manifest(directory)
     with sole_writer(directory):
         manifest, _ = find_manifest(directory)
+        refuse_two_checkpoints(directory, manifest)
         known = known_parts(directory, manifest)
         mendable = source is not None or manifest.source.repo is not None
         if not mendable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, PartRecord, UnsoundManifest, read_manifest
 from toolkit.parts.destination import write_manifest
@@ -37,6 +38,19 @@ def recover_manifest(directory: Path) -> Manifest:
     if wrong:
         write_manifest(directory, manifest)
     return manifest
+
+
+def refuse_two_checkpoints(directory: Path, manifest: Manifest) -> None:
+    """Raise `BloomdeskError` if `manifest` and the backup vouch for different weights: the parts are of one of them."""
+    try:
+        backup = read_manifest(directory / MANIFEST_BACKUP)
+    except UnsoundManifest:
+        return
+    if backup.fingerprint and manifest.fingerprint and backup.fingerprint != manifest.fingerprint:
+        raise BloomdeskError(
+            f"{directory}: {MANIFEST} and {MANIFEST_BACKUP} are of different checkpoints",
+            "put back the one that belongs to the parts, or delete the other",
+        )
 
 
 def known_parts(directory: Path, manifest: Manifest) -> dict[str, PartRecord]:

@@ -226,3 +226,13 @@ def test_a_source_without_weights_mends_nothing(tmp_path: Path, layout: str, sai
     for shard in source.glob("*.bin"):
         shard.unlink()
     assert said in refused("repair", out, "--source", source)
+
+
+def test_two_manifests_of_different_checkpoints_are_not_chosen_between(tmp_path: Path) -> None:
+    """As after one was copied over: its parts would be taken for damaged."""
+    for name, seed in (("a", 0), ("b", 7)):
+        convert(make(tmp_path / f"source {name}", seed=seed), tmp_path / name)
+    shutil.copy(tmp_path / "b" / MANIFEST, tmp_path / "a")
+    before = content(tmp_path / "a")
+    assert "of different checkpoints" in refused("repair", tmp_path / "a", "--source", tmp_path / "source b")
+    assert content(tmp_path / "a") == before
