@@ -84,9 +84,11 @@ def generate(options: GenerateOptions) -> int:
         if not left:
             note(f"all {len(given)} prompts are done")
             return 0
-        if options.sampling.seed is None and results.seed is not None:
-            # The seed that the interrupted run drew.
-            left = tuple(replace(prompt, sampling=prompt.sampling.seeded(results.seed)) for prompt in left)
+        # The seed that an interrupted run drew for all prompts without their own.
+        without = [prompt for prompt in given if prompt.sampling.draws and prompt.sampling.seed is None]
+        lines = [results.lines.get(prompt.index, {}) for prompt in without]
+        if seeds := [line["seed"] for line in lines if "seed" in line]:
+            left = tuple(replace(prompt, sampling=prompt.sampling.seeded(seeds[0])) for prompt in left)
         return _generate_all(options, left, results.append, results.done)
 
 

@@ -33,14 +33,13 @@ class Results(AbstractContextManager["Results"]):
     """The results of these prompts, or other items, so far, and those to come.
 
     A line that a kill cut off is removed, so that running the command again resumes. `done` holds, by the index of the
-    prompt, the numbers of its continuations that have a result, found by id or index and compared by text; `seed` is
-    that of the last one that was drawn, or None, and `lines` are the last results read, by index.
+    prompt, the numbers of its continuations that have a result, found by id or index and compared by text; `lines`
+    are the last results read, by index.
     """
 
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
         self._path = path
-        self.seed: int | None = None
         self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
             is_new = not path.exists()
@@ -110,7 +109,6 @@ class Results(AbstractContextManager["Results"]):
         if told != text:
             wanted = f"that with the {key[0]} {key[1]!r} {_short(text)}"
             raise self._foreign(number, f"the {name} is {_short(told)}, {wanted}")
-        self.seed = found.get("seed", self.seed)
         self.lines[item.index] = found
         return item.index, choice
 
