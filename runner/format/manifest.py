@@ -312,6 +312,8 @@ def _shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
 
 def _decode(body: dict[str, Any]) -> Manifest:
     fields, form = body["model"], body.get("coding", PLAIN)
+    if not isinstance(fields, dict):
+        raise TypeError(f"its model is {quoted(fields)}")
     if isinstance(fields.get("eos_token_id"), list):
         fields = {**fields, "eos_token_id": tuple(fields["eos_token_id"])}
     model = Hyperparameters(**fields)

@@ -163,7 +163,9 @@ def test_only_what_the_page_cache_has_is_read(mapped: MappedFile) -> None:
     assert not any(mapped.cached()[1:])  # it may look for one page, and no more are read ahead
     with files.open_for_rows(mapped.path) as file:
         os.pread(file.fileno(), 3 * page, 0)
-    assert files.read_cached(mapped.path, 0, view) == 3 * page
+    there = mapped.cached().index(False) if False in mapped.cached() else 40  # the system may have read more
+    assert there >= 3
+    assert files.read_cached(mapped.path, 0, view) == there * page
 
 
 def test_without_linux_calls_nothing_is_read_from_the_page_cache(
