@@ -84,6 +84,8 @@ class LocalHub:
         # By a file's path in its repository, or by an API path from /api on.
         self.faults: dict[str, list[Fault]] = {}
         self.closing = threading.Event()
+        # While this is set, every connection ends without an answer.
+        self.is_gone = False
         self._lock = threading.Lock()
         self._servers = [_Server(("127.0.0.1", port), self, "hub"), _Server(("127.0.0.1", 0), self, "cdn")]
         self._threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in self._servers]
@@ -115,6 +117,15 @@ class LocalHub:
                 server.hang_up()
                 thread.join()
             server.server_close()
+
+    def go(self) -> None:
+        """Be gone, as behind a router that restarts: connections end, and new ones get no answer."""
+        self.is_gone = True
+        for server in self._servers:
+            server.hang_up()
+
+    def come_back(self) -> None:
+        self.is_gone = False
 
     def fail(self, path: str, *faults: Fault) -> None:
         """Apply these faults to requests for `path`, each until it has been used up."""
@@ -151,6 +162,9 @@ class _Server(ThreadingHTTPServer):
         self.hub, self.name = hub, name
         self._open: set[socket.socket] = set()
         super().__init__(address, _Handler)
+
+    def verify_request(self, request, client_address) -> bool:
+        return not self.hub.is_gone
 
     def process_request(self, request, client_address) -> None:
         self._open.add(request)
@@ -193,6 +207,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.server.hub.is_gone:
+            self.close_connection = True
+            return
         parts = urlsplit(self.path)
         self._hub, self._path = self.server.hub, unquote(parts.path)
         self._query = {name: values[-1] for name, values in parse_qs(parts.query).items()}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
+import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -18,9 +19,8 @@ from urllib.parse import unquote
 from urllib.request import getproxies, proxy_bypass
 
 from toolkit.hub.client import Location, first_byte, read_timeout
-from toolkit.hub.failures import ConnectionFailed, IncompleteAnswer, network_errors
-
-BLOCK = 2**18
+from toolkit.hub.failures import ConnectionFailed, IncompleteAnswer, host_of, network_errors
+from toolkit.hub.line import Line
 
 
 class Unranged(Exception):
@@ -30,11 +30,15 @@ class Unranged(Exception):
 class Connection:
     """Ranges of a file, one after another; one thread reads, any may hang up, and the reading one closes."""
 
-    def __init__(self) -> None:
+    def __init__(self, line: Line, check: Callable[[], None]) -> None:
+        """`line` says how fast it may read; `check` is called while it waits for that, and may raise to end it."""
+        self._way, self._check = line, check
         self._line: http.client.HTTPConnection | None = None
         self._peer: tuple[str, bytes, int | None] | None = None
         self._socket: socket.socket | None = None
         self._hung_up = False
+        # Of the monotonic clock, while it connects and waits for the header of an answer.
+        self.asking_since: float | None = None
 
     def read(self, location: Location, start: int, room: memoryview) -> Iterator[int]:
         """Fill `room` with the file's bytes from `start` on: yields 0 when they are promised, then how many
@@ -42,14 +46,18 @@ class Connection:
 
         Raises `Unranged`, or one of `network_errors`; what was yielded until then is sound.
         """
-        answer, whole = None, False
+        answer, whole, host = None, False, host_of(location.url)
         try:
+            self.asking_since = time.monotonic()
             answer = self._ask(location, start, start + len(room))
+            self.asking_since = None
             yield 0
             while room:
-                count = answer.readinto(room[:BLOCK])
+                block = room[: self._way.block]
+                self._way.keep_rate(len(block), self._check)
+                count = answer.readinto(block)
                 if not count:
-                    raise IncompleteAnswer(f"{len(room):,} bytes of a range did not come")
+                    raise IncompleteAnswer(f"{len(room):,} bytes of a range did not come", host)
                 room = room[count:]
                 yield count
             # False if more comes than was requested.
@@ -57,8 +65,9 @@ class Connection:
         except network_errors():
             raise
         except (OSError, http.client.HTTPException, UnicodeError) as error:
-            raise ConnectionFailed(str(error) or type(error).__name__) from error
+            raise ConnectionFailed(str(error) or type(error).__name__, host) from error
         finally:
+            self.asking_since = None
             if answer is not None:
                 answer.close()
             if not whole:
