@@ -197,6 +197,13 @@ class _Refusal(Exception):
         self.answer = status, {"error": message}, named
 
 
+class _Intruder(Exception):
+    """Somebody else answers, as the fault says."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -222,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "", "no such address")
         except _Refusal as refusal:
             self._send(*refusal.answer)
+        except _Intruder as intruder:
+            self._intrude(intruder.fault)
 
     do_HEAD = do_GET
 
@@ -300,7 +309,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._hub.closing.wait(fault.stall)
         if fault.status is not None:
             raise _Refusal(fault.status, fault.code, "by a fault", fault.headers)
+        if fault.page is not None or fault.trickle:
+            raise _Intruder(fault)
         return fault
+
+    def _intrude(self, fault: Fault) -> None:
+        """Answer as a proxy does that sends a page of its own, or a server that sends header bytes without an end."""
+        self.close_connection = True
+        if fault.trickle:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Filler: ")
+            while not self._hub.closing.wait(fault.trickle):
+                self.wfile.write(b"x")
+            return
+        page = fault.page or b""
+        self.send_response(200)
+        self.send_header("Content-Type", fault.kind)
+        if fault.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            page = b"%x\r\n%b\r\n0\r\n\r\n" % (len(page), page)
+        else:
+            self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
 
     def _wanted(self, size: int) -> tuple[int, int, int]:
         """The range of bytes that the request asks for, and the status of the answer."""

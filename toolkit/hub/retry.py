@@ -7,7 +7,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 
 from runner.errors import BloomdeskError
-from toolkit.hub.failures import RESUME, Resource, explain, status_of, verdict
+from toolkit.hub.failures import RESUME, Resource, Verdict, explain, status_of, verdict
 from toolkit.hub.line import Line, nothing
 
 # Seconds to pause before each retry; a request that fails once more than there are numbers is given up, or waits for
@@ -25,25 +25,18 @@ class RetryPolicy:
     def __init__(self, resource: Resource, line: Line, check: Callable[[], None] = nothing) -> None:
         """`check` is called now and then during a pause; it may raise to end it."""
         self._resource, self._line, self._check = resource, line, check
-        self._failures = self._wrong_answers = 0
+        self._failures: dict[Verdict, int] = {}
 
     def reset(self) -> None:
         """Forget earlier failures: new bytes came."""
-        self._failures = self._wrong_answers = 0
+        self._failures = {}
 
     def backoff(self, error: Exception) -> None:
         """Pause before the next try; `BloomdeskError` if that can't help, or patience is used up."""
         kind, patience = verdict(error), self._line.patience_left()
-        self._failures += 1
-        self._wrong_answers = self._wrong_answers + 1 if kind == "wrong" else 0
-        pause, few = 0.0, len(BACKOFF)
-        if self._failures <= few:
-            pause = BACKOFF[self._failures - 1]
-        else:
-            first, longest = OUTAGE_BACKOFF
-            pause = min(longest, first * 2 ** min(9, self._failures - few - 1), max(patience, 0.0))
-        spent = self._wrong_answers if kind == "wrong" else self._failures
-        if kind == "final" or (spent > few and (kind == "wrong" or patience <= 0)):
+        failures = self._failures[kind] = self._failures.get(kind, 0) + 1
+        few = len(BACKOFF)
+        if kind == "final" or (failures > few and (kind == "wrong" or patience <= 0)):
             raise explain(error, self._resource) from error
         asked = retry_after(error, self._line.clock.time())
         if asked > max(LONGEST_WAIT, patience):
@@ -51,8 +44,15 @@ class RetryPolicy:
                 f"the Hub takes no more requests for {self._resource} for {asked:.0f} seconds",
                 f"wait that long, then {RESUME}; a token in HF_TOKEN raises the limit",
             ) from error
+        pause = BACKOFF[failures - 1] if failures <= few else min(_outage_pause(failures - few), patience)
         why = explain(error, self._resource).message
         self._line.pause(max(pause, asked), why, self._check, asked=asked > pause)
+
+
+def _outage_pause(number: int) -> float:
+    """Seconds of the first, second, ... pause after the few of `BACKOFF`."""
+    first, longest = OUTAGE_BACKOFF
+    return min(longest, first * 2.0 ** (min(number, 9) - 1))
 
 
 def retry_after(error: Exception, now: float) -> float:

@@ -95,6 +95,7 @@ def outages(local, line, starts, seconds):
 @pytest.mark.parametrize("connections", [1, 4])
 def test_thirty_outages_of_ten_minutes(one, single, target, said, connections):
     line = patient(said, factor=5000.0)
+    one.rate = 3_000_000
     at_random = random.Random(connections)
     starts = [SIZE * (n + 1) // 33 + at_random.randrange(SIZE // 66) for n in range(30)]
     result = fetch(target, line, connections, outages(one, line, starts, 600.0))
