@@ -129,7 +129,7 @@ class Line:
         now, time_now = self.clock.monotonic(), self.clock.time()
         since = now if self._failing_since is None else self._failing_since
         left = self._patience - (now - since)
-        if self._has_come and left > seconds and now - since >= SAID_FROM and not asked:
+        if self._has_come and left > 0 and now - since >= SAID_FROM and not asked:
             is_new, self._is_outage = not self._is_outage, True
             if not is_new and now < self._said_until:
                 return ""
