@@ -97,7 +97,7 @@ def test_thirty_outages_of_ten_minutes(one, single, target, said, connections):
     line = patient(said, factor=5000.0)
     one.rate = 3_000_000
     at_random = random.Random(connections)
-    starts = [SIZE * (n + 1) // 33 + at_random.randrange(SIZE // 66) for n in range(30)]
+    starts = [SIZE * (n + 1) // 40 + at_random.randrange(SIZE // 66) for n in range(30)]
     result = fetch(target, line, connections, outages(one, line, starts, 600.0))
     assert_came(single, target)
     assert SIZE <= result.received <= SIZE + WINDOW
@@ -204,3 +204,14 @@ def test_a_pause_until_a_date_is_made(one, line, ahead, least):
     began = line.clock.monotonic()
     hub.resolve(NAME, None, line)
     assert least <= line.clock.monotonic() - began < 200 + 1000
+
+
+@pytest.mark.parametrize("connections", [1, 4])
+def test_a_limited_rate_is_kept_by_all_connections_together(one, single, target, said, connections):
+    one.rate = None
+    line = Line(rate=100_000, clock=FastClock(100.0))
+    fetch(target, line, connections)
+    assert_came(single, target)
+    # 3 MB at 0.1 MB/s.
+    assert 28.5 <= line.clock.monotonic() < 40
+    assert line.received == SIZE
