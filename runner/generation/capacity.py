@@ -15,6 +15,8 @@ from runner.generation.speculation.proposer import Proposer
 MOST_AT_A_TIME = 64
 # Fraction of resident weights that may be given up for larger passes.
 SHARE_FOR_ROWS = 0.1
+# Rows of a pass for the forced tokens of a text, if it has a grammar.
+FORCED_ROWS = 32
 # How much faster memory is than a disk; it decides only how many sequences are worth their RAM.
 MEMORY_TO_DISK = 10.0
 
@@ -27,8 +29,11 @@ class Planner:
 
     def __init__(self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer) -> None:
         self._base = base
-        self._prompts = sorted((len(request.prompt_ids) for request in requests), reverse=True)
+        self._prompts = sorted(map(_first_rows, requests), reverse=True)
         self._draft_tokens = proposer.most_tokens(max(request.max_new_tokens for request in requests))
+        if any(request.grammar and request.sampling.logprobs is not None for request in requests):
+            # Rows of forced tokens give logits then.
+            self._draft_tokens = max(self._draft_tokens, FORCED_ROWS)
         self._draft = proposer.draft
 
     def plan(self, batch: int | None) -> MemoryPlan:
@@ -79,6 +84,12 @@ class Planner:
         capacities = self._base.capacities[:batch]
         draft = self._draft.nbytes(batch, capacities[0]) if self._draft else 0
         return replace(self._base, capacities=capacities, rows=rows, logit_rows=logit_rows, draft=draft)
+
+
+def _first_rows(request: Request) -> int:
+    """Rows of the prompt, or of forced tokens if these may be more."""
+    rows = len(request.prompt_ids)
+    return max(rows, min(FORCED_ROWS, request.capacity)) if request.grammar else rows
 
 
 def _worth(plan: MemoryPlan) -> float:
