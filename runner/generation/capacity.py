@@ -9,6 +9,7 @@ from runner.errors import BloomdeskError
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.sequence import Request
 from runner.generation.speculation.cost import SLOPE
+from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
 from runner.generation.speculation.proposer import Proposer
 
 # More sequences at a time hardly save anything: their pass computes for longer than a disk reads.
@@ -16,7 +17,7 @@ MOST_AT_A_TIME = 64
 # Fraction of resident weights that may be given up for larger passes.
 SHARE_FOR_ROWS = 0.1
 # Rows of a pass for the forced tokens of a text, if it has a grammar.
-FORCED_ROWS = 32
+FORCED_ROWS = 128
 # How much faster memory is than a disk; it decides only how many sequences are worth their RAM.
 MEMORY_TO_DISK = 10.0
 
@@ -30,10 +31,11 @@ class Planner:
     def __init__(self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer) -> None:
         self._base = base
         self._prompts = sorted(map(_first_rows, requests), reverse=True)
+        self._longest = max(self._prompts[0], *map(_forced_rows, requests))
         self._draft_tokens = proposer.most_tokens(max(request.max_new_tokens for request in requests))
         if any(request.grammar and request.sampling.logprobs is not None for request in requests):
             # Rows of forced tokens give logits then.
-            self._draft_tokens = max(self._draft_tokens, FORCED_ROWS)
+            self._draft_tokens = max(self._draft_tokens, MOST_DRAFT_TOKENS)
         self._draft = proposer.draft
 
     def plan(self, batch: int | None) -> MemoryPlan:
@@ -76,7 +78,7 @@ class Planner:
 
         rows = _most(logit_rows, max(logit_rows, sum(self._prompts[:batch])), is_cheap)
         # A prompt that fits into one pass as a whole never takes two.
-        whole = max(rows, self._prompts[0])
+        whole = max(rows, self._longest)
         rows = _most(logit_rows, whole, lambda rows: self._request(batch, rows, logit_rows).fits)
         return memory_plan(self._request(batch, rows, logit_rows))
 
@@ -87,9 +89,13 @@ class Planner:
 
 
 def _first_rows(request: Request) -> int:
-    """Rows of the prompt, or of forced tokens if these may be more."""
-    rows = len(request.prompt_ids)
-    return max(rows, min(FORCED_ROWS, request.capacity)) if request.grammar else rows
+    """Rows of the prompt and of the tokens that must follow it."""
+    forced = request.grammar.forced_tokens if request.grammar else 0
+    return min(request.capacity, len(request.prompt_ids) + forced)
+
+
+def _forced_rows(request: Request) -> int:
+    return min(request.capacity, FORCED_ROWS) if request.grammar else 0
 
 
 def _worth(plan: MemoryPlan) -> float:

@@ -73,19 +73,20 @@ class Grammars:
         matcher = library.LLMatcher(self._vocabulary, source, log_level=0)
         if matcher.is_error():
             raise _refusal(kind, matcher.get_error())
-        return Grammar(self._vocabulary, matcher)
+        return Grammar(self._vocabulary, matcher, len(matcher.deep_copy().compute_ff_tokens()))
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A compiled constraint."""
+    """A compiled constraint; the first `forced_tokens` tokens of all its texts are forced."""
 
     _vocabulary: llguidance.LLTokenizer
     _start: llguidance.LLMatcher
+    forced_tokens: int
 
     def matcher(self) -> Matcher:
         """A matcher at the start of a text."""
-        return Matcher(self._start.deep_copy())
+        return Matcher(self._start.deep_copy(), frozenset(self._vocabulary.eos_tokens))
 
     def accepts(self, text: bytes) -> bool:
         """Whether `text` is a whole one."""
@@ -96,15 +97,17 @@ class Grammar:
 class Matcher:
     """Follows a text through its grammar. Each question names the new tokens `ids` so far, which may also go back."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, ids: Sequence[int] = ()) -> None:
-        """`ids` are what the matcher has followed."""
-        self._matcher, self._ids = matcher, list(ids)
+    def __init__(self, matcher: llguidance.LLMatcher, eos: frozenset[int], ids: Sequence[int] = ()) -> None:
+        """`ids` are what the matcher has followed, `eos` the tokens that end a text."""
+        self._matcher, self._eos, self._ids = matcher, eos, list(ids)
         # Whether `_ids` may not be what the matcher has followed, since an interruption came between.
         self._is_moving = False
 
     def fork(self) -> Matcher:
         """A matcher at the same place that goes its own way."""
-        return Matcher(self._matcher.deep_copy(), self._ids)
+        found = Matcher(self._matcher.deep_copy(), self._eos, self._ids)
+        found._is_moving = self._is_moving
+        return found
 
     def forced(self, ids: Sequence[int]) -> list[int]:
         """The tokens that must follow, as the tokenizer would cut their text; often none.
@@ -132,7 +135,11 @@ class Matcher:
     def is_over(self, ids: Sequence[int]) -> bool:
         """Whether nothing may follow."""
         self._follow(ids)
-        return self._matcher.is_stopped()
+        if self._matcher.is_stopped():
+            return True
+        # The parser does not always know it before it looks.
+        may_end = self._matcher.is_accepting()
+        return may_end and self._eos.issuperset(self.allowed(ids)[: len(self._eos) + 1].tolist())
 
     def is_accepting(self, ids: Sequence[int]) -> bool:
         """Whether the text may end here."""
@@ -195,10 +202,17 @@ def _source(kind: str, text: str) -> str:
     if kind == GRAMMAR:
         return matcher.grammar_from_lark(text)
     try:
-        json.loads(text)
+        schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refusal(kind, f"it is not valid JSON: {error}") from None
-    return matcher.grammar_from_json_schema(text, defaults=JSON_STYLE)
+    if not isinstance(schema, dict | bool):
+        raise _refusal(kind, "it must be an object")
+    try:
+        # A style goes with objects alone; true is the empty one.
+        style = None if schema is False else JSON_STYLE
+        return matcher.grammar_from_json_schema("{}" if schema is True else text, defaults=style)
+    except ValueError as error:
+        raise _refusal(kind, str(error)) from None
 
 
 def _refusal(kind: str, reason: str) -> BloomdeskError:
