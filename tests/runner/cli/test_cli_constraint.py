@@ -79,7 +79,10 @@ def test_each_line_of_prompts_may_have_its_own_and_results_resume(directory: Pat
     for kept in range(5):
         out.write_bytes(b"".join(whole[:kept]))
         assert run(*command, "--speculate", "off", "--batch", "1").returncode == 0
-        again = {(line["index"], line.get("choice")): line for line in map(json.loads, out.open())}
+        again = {
+            (line["index"], line.get("choice")): line
+            for line in map(json.loads, out.read_bytes().splitlines())
+        }
         assert {key: line["token_ids"] for key, line in again.items()} == {
             key: line["token_ids"] for key, line in found.items()
         }
