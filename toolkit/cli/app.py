@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from runner.cli import bench as bench_command
 from runner.cli import plan as plan_command
+from runner.cli.constraint import read_constraint
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
 from runner.cli.guard import Guard, empty_argument, end_process, require_current_directory
@@ -373,6 +374,15 @@ def generate(
             help="Report log-probabilities, also of the N likeliest tokens; with --json.",
         ),
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output is JSON that fits this schema.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The output matches this regular expression.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output follows this Lark grammar.")
+    ] = None,
     session: Annotated[
         Path | None,
         typer.Option(
@@ -398,6 +408,7 @@ def generate(
         min_new_tokens,
         ignore_eos,
         logprobs,
+        **read_constraint(json_schema, regex, grammar),
     )
     return run_generate(
         GenerateOptions(directory, prompt, prompts, out, ram, as_json, session, generation, sampling)

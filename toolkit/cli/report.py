@@ -174,6 +174,9 @@ def info_rows(found: Info) -> Iterator[Row]:
     state = f"not complete: {missing} files are still to be made" if missing else "complete"
     if found.damaged:
         state = f"damaged: {len(found.damaged)} files are missing or cut, {found.damaged[0]} first"
+    if found.unread:
+        first = found.unread[0]
+        state = f"not known: {len(found.unread)} files can't be looked at, {first.file} first: {first.what}"
     yield Row("state", state)
     yield Row("model", f"{number(found.parameters / one)} {unit} parameters, {model.dtype}")
     shape = f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads"

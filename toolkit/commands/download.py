@@ -26,6 +26,7 @@ from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch, fetch_bytes
 from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
+from toolkit.parts.export_record import EXPORT_RECORD
 
 # A file's place, by place.py, and "partial": no file yet, or one that makes way, and the first bytes have arrived.
 State = Finding | Literal["partial"]
@@ -293,6 +294,11 @@ def _refuse_prepared(directory: Path) -> None:
                 f"{directory} is a prepared directory ({name}), and a download has no place in it",
                 "choose another directory",
             )
+    if (directory / EXPORT_RECORD).exists():
+        raise BloomdeskError(
+            f"{directory} is an export ({EXPORT_RECORD}), and a download has no place in it",
+            "choose another directory",
+        )
 
 
 def _refuse_foreign(directory: Path, wanted: str, names: Sequence[str]) -> None:

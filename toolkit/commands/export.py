@@ -25,7 +25,7 @@ from pathlib import Path
 
 import xxhash
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, reading
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
@@ -258,10 +258,8 @@ def _regions_of(shards: tuple[PlannedShard, ...]) -> list[Region]:
 
 
 def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
-    try:
+    with reading(directory / record.file):
         data = read_small(directory / record.file, LARGEST_COMPANION)
-    except OSError as error:
-        raise _damaged(directory, record.file, f"it cannot be read: {error.strerror}") from error
     found = xxhash.xxh3_128_hexdigest(data)
     if found != record.xxh3_128:
         raise _damaged(directory, record.file, f"wrong xxh3-128: {found}, expected {record.xxh3_128}")

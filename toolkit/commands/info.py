@@ -12,7 +12,7 @@ from runner.format.layout import part_specs, pass_nbytes
 from runner.format.manifest import Manifest, load_manifest
 from runner.format.safetensors import BYTES_PER_ELEMENT
 from toolkit.commands.verify import refuse_download
-from toolkit.parts.check import quick_check
+from toolkit.parts.check import Unread, quick_check
 from toolkit.parts.destination import missing_parts
 from toolkit.parts.part import part_size
 
@@ -23,13 +23,14 @@ class Info:
 
     `bytes` are those of the recorded files, `pass_bytes` the weights that one pass reads once all parts are made,
     `ratio` these against those of a plain directory, `kv_cache_bytes_per_token` what each token of prompt and output
-    adds to memory. `damaged` are recorded files that are missing, or whose size is another. Sizes of parts that a
-    lossless directory lacks are estimates from above.
+    adds to memory. `damaged` are recorded files that are missing, or whose size is another; `unread` are those of which
+    the system does not tell. Sizes of parts that a lossless directory lacks are estimates from above.
     """
 
     directory: Path
     manifest: Manifest
     damaged: tuple[str, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -77,8 +78,9 @@ class Info:
             "directory": str(self.directory),
             "format_version": manifest.format_version,
             "coding": manifest.form,
-            "complete": not manifest.missing and not self.damaged,
+            "complete": not manifest.missing and not self.damaged and not self.unread,
             "damaged": list(self.damaged),
+            "unread": [item.file for item in self.unread],
             "fingerprint": manifest.fingerprint,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
@@ -96,6 +98,6 @@ def inspect(directory: Path) -> Info:
     """The figures of `directory`; `BloomdeskError` if it has no sound manifest."""
     refuse_download(directory)
     manifest = load_manifest(directory)
-    found = (quick_check(directory / record.file, record, by_header=False) for record in manifest.records)
+    found = [quick_check(directory / record.file, record, by_header=False) for record in manifest.records]
     damaged = tuple(item.file for each in found for item in each.damage)
-    return Info(directory, manifest, damaged)
+    return Info(directory, manifest, damaged, tuple(item for each in found for item in each.unchecked))

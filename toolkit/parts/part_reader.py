@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.errors import BloomdeskError, explained
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import PartRecord, TensorRecord
 from runner.format.safetensors import open_regular
@@ -16,7 +17,7 @@ from toolkit.parts.row_groups import IN_PROGRESS, Coders, RowGroups, batches_of_
 
 
 class DamagedTensor(Exception):
-    """The tensor's bytes can't be read or decoded; the text says which and why."""
+    """The tensor's bytes are cut off or can't be decoded; the text says which and why."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PartReader(ReadAhead):
 
     def __init__(self, path: Path, tensors: Sequence[StoredTensor], coders: Coders) -> None:
         """Raises `DamagedTensor` if the offsets of a coded one's row groups are not sound."""
-        self._tensors, self._coders = tensors, coders
+        self._path, self._tensors, self._coders = path, tensors, coders
         self._groups: list[list[RowGroups]] = []
         # The index of the range at which each tensor begins.
         self._first: list[int] = []
@@ -65,10 +66,11 @@ class PartReader(ReadAhead):
     def bits(self, index: int) -> Iterator[memoryview | bytearray]:
         """The bytes of the tensor at `index` in blocks, each valid while the next one is used.
 
-        Tensors are asked for in their order. Raises `DamagedTensor` if they can't be read or decoded.
+        Tensors are asked for in their order. Raises `DamagedTensor` if they can't be decoded, and `BloomdeskError` if
+        they can't be read, and so may be sound.
         """
         name, groups, first = self._tensors[index].tensor.name, self._groups[index], self._first[index]
-        with _damage_of(name):
+        with _damage_of(self._path, name):
             if groups:
                 coded = ((group, self.whole(index)) for index, group in enumerate(groups, first))
                 yield from self._coders.decoded(coded, self._tensors[index].tensor.shape[1])
@@ -78,19 +80,22 @@ class PartReader(ReadAhead):
 
 def _groups(path: Path, stored: StoredTensor, row_groups: Region) -> list[RowGroups]:
     rows, columns = stored.tensor.shape
-    with _damage_of(stored.tensor.name + ROW_GROUPS_SUFFIX), open_regular(path) as file:
+    with _damage_of(path, stored.tensor.name + ROW_GROUPS_SUFFIX), open_regular(path) as file:
         file.seek(row_groups.start)
         offsets = read_row_groups(file.read(row_groups.nbytes), rows, columns, stored.region.nbytes)
         return batches_of_row_groups(offsets, rows, columns)
 
 
 @contextmanager
-def _damage_of(tensor: str) -> Iterator[None]:
-    """Turn an error of reading or decoding a tensor into a `DamagedTensor`."""
+def _damage_of(path: Path, tensor: str) -> Iterator[None]:
+    """Turn an error of reading or decoding a tensor of the part at `path` into what `bits` raises."""
     try:
         yield
+    except FileNotFoundError:
+        raise DamagedTensor(f"{tensor}: the file is missing") from None
     except OSError as error:
-        raise DamagedTensor(f"{tensor} cannot be read: {error.strerror}") from error
+        why, step = explained(error, path)
+        raise BloomdeskError(f"{path} cannot be read at {tensor}: {why}", step) from error
     except EOFError as error:
         raise DamagedTensor(f"{tensor}: {error}") from None
     except ValueError as error:

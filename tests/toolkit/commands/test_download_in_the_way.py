@@ -83,6 +83,14 @@ def test_a_prepared_directory_is_refused(local, made_copy, name):
     assert everything_in(made_copy) == before
 
 
+def test_an_export_is_refused(local, made_copy, target):
+    run("export", made_copy, target)
+    before = everything_in(target)
+    for dry in ((), ("--dry-run",)):
+        assert "is an export (bloomdesk-export.json)" in refused("download", NAME, target, *dry)
+    assert everything_in(target) == before
+
+
 @wrong
 def test_a_file_that_was_written_since_is_never_lost(local, repo, target, spoil):
     download(NAME, target)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -21,6 +22,7 @@ from toolkit.commands.info import inspect
 from toolkit.commands.repair import repair
 from toolkit.commands.verify import verify
 from toolkit.io import reader
+from toolkit.parts import check
 from toolkit.parts.destination import write_manifest
 from toolkit.parts.export_record import EXPORT_RECORD
 
@@ -107,6 +109,8 @@ def test_what_cannot_be_read_is_unchecked_and_never_replaced(
     with pytest.raises(BloomdeskError, match="so it was not replaced"):
         repair(made_copy)
     assert content(made_copy) == before
+    said = refused("export", made_copy, made_copy.parent / "new")
+    assert f"{made_copy / BLOCK} cannot be read at " in said and "damaged" not in said
     unreadable(monkeypatch, SHARD, number)
     assert "so it was not replaced" in refused("export", made, exported)
     assert content(exported) == exported_before
@@ -196,6 +200,20 @@ def test_info_looks_at_the_files(made_copy: Path) -> None:
     found = inspect(made_copy).as_json()
     assert not found["complete"] and found["damaged"] == [BLOCK, "tokenizer.json"]
     assert "damaged: 2 files" in run("info", made_copy).stdout
+
+
+def test_info_names_what_it_could_not_look_at(made_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = check.open_regular
+
+    def fail(path: Path) -> BinaryIO:
+        if path.name == BLOCK:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path)
+
+    monkeypatch.setattr(check, "open_regular", fail)
+    found = inspect(made_copy).as_json()
+    assert not found["complete"] and found["unread"] == [BLOCK] and not found["damaged"]
+    assert f"not known: 1 files can't be looked at, {BLOCK} first" in run("info", made_copy).stdout
 
 
 def test_an_unfinished_directory_is_not_called_damaged(made_copy: Path) -> None:
