@@ -89,3 +89,14 @@ def test_shards_alone_say_how_far_a_preparation_is(monkeypatch: pytest.MonkeyPat
         "preparing: 500 bytes of 1 kB (50%)",
         "preparing: 750 bytes of 1 kB (75%)",
     ]
+
+
+def test_while_nothing_comes_a_log_gets_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    notes = io.StringIO()
+    with WorkProgress("downloading", 1000, notes, received=lambda: 500) as work:
+        for _ in range(3600):
+            clock[0] += 1
+            work("a", 500, 1000)
+    assert len(notes.getvalue().splitlines()) == 1
