@@ -7,7 +7,7 @@ import io
 import pytest
 
 from toolkit.cli import progress
-from toolkit.cli.progress import WorkProgress
+from toolkit.cli.progress import WorkProgress, print_above_status
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,14 @@ def test_while_nothing_comes_a_log_gets_no_lines(monkeypatch: pytest.MonkeyPatch
             clock[0] += 1
             work("a", 500, 1000)
     assert len(notes.getvalue().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("terminal", "expected"), [(True, "\r\x1b[Ka word\n"), (False, "a word\n")])
+def test_a_word_takes_the_place_of_the_status(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, expected: str
+) -> None:
+    errors = io.StringIO()
+    errors.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", errors)
+    print_above_status("a word")
+    assert errors.getvalue() == expected
