@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import runner
 from runner.errors import BloomdeskError
-from runner.generation.grammar import Grammar, GrammarError, Grammars, check
+from runner.generation.grammar import Grammar, GrammarError, Grammars, Matcher, check
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions, Sampling, with_fields
 from runner.generation.scorer import Text
@@ -194,6 +194,44 @@ def test_the_text_depends_on_nothing_else(
         assert [(each.ids, each.scores) for each in found] == [(each.ids, each.scores) for each in expected]
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+@IN_CASES
+def test_an_interruption_anywhere_changes_no_token(
+    model: Model, other: Path, monkeypatch: pytest.MonkeyPatch, case: Case, logprobs: int | None
+) -> None:
+    """Also between a token and what it forces, before and after each question to the grammar."""
+    sampling = case.sampling(temperature=1.5, seed=11, logprobs=logprobs)
+    options = {"max_new_tokens": 150, "sampling": sampling}
+    whole = model.generate("le", speculate="off", **options)
+    expected, source = list(whole), random.Random(1)
+
+    def interrupted(function):
+        def call(*given: object) -> object:
+            if source.random() < 0.1:
+                raise KeyboardInterrupt
+            found = function(*given)
+            if source.random() < 0.1:
+                raise KeyboardInterrupt
+            return found
+
+        return call
+
+    for name in ("forced", "is_over", "allowed"):
+        monkeypatch.setattr(Matcher, name, interrupted(getattr(Matcher, name)))
+    generation, count = model.generate("le", on_part=interrupted(lambda *_: None), draft=other, **options), 0
+    while True:
+        try:
+            next(generation)
+        except KeyboardInterrupt:
+            count += 1
+        except StopIteration:
+            break
+    found = generation.sequence
+    assert generation.ids == found.ids == expected and count > 3
+    assert (found.stop_reason, found.scores) == (whole.stop_reason, whole.sequence.scores)
+    assert found.is_valid
+
+
 @IN_CASES
 def test_what_is_forced_costs_no_pass(model: Model, case: Case) -> None:
     sampling = case.sampling(temperature=1.0, seed=3)
@@ -294,6 +332,11 @@ def test_the_text_ends_only_where_it_may(model: Model) -> None:
     # A grammar's end comes first.
     short = model.generate("1", max_new_tokens=20, sampling=Sampling(regex="[0-9]{2}", min_new_tokens=6))
     assert len(list(short)) <= 2 and short.stop_reason == "grammar"
+
+
+def test_an_end_in_the_middle_of_a_grammar_is_not_taken_for_its_own(model: Model) -> None:
+    found = model.generate("1", sampling=Sampling(grammar='start: "a" <[2]> "b"'))
+    assert list(found)[-1] == 2 and (found.stop_reason, found.sequence.is_valid) == ("eos", False)
 
 
 def test_a_stop_text_cuts_as_it_does_without_a_grammar(model: Model) -> None:
