@@ -35,9 +35,11 @@ def imported(*folders: str) -> set[str]:
 
 
 def test_the_product_imports_what_it_declares_and_nothing_else() -> None:
-    optional = declared(PROJECT["optional-dependencies"]["transformers"])
-    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"]) | optional
-    assert imported("runner/integrations") & optional == optional
+    extras = PROJECT["optional-dependencies"]
+    integrations, grammar = declared(extras["transformers"]), declared(extras["grammar"])
+    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"]) | integrations | grammar
+    assert imported("runner/integrations") & integrations == integrations
+    assert imported("runner/generation") & grammar == grammar
 
 
 def test_the_tests_import_what_they_declare() -> None:

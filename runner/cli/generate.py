@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _ENDS = {
     "eos": "the model ended its text",
     "stop": "a stop text came",
+    "grammar": "the output is complete",
     "length": "the limit of new tokens was reached",
 }
 Write = Callable[[int, Mapping[str, object]], None]
@@ -124,6 +125,8 @@ def _generate_one(options: GenerateOptions) -> int:
         tokens = len(generation.ids)
         pace = f"{duration(seconds / tokens)} a token, " if tokens else ""
         end = _ENDS.get(generation.stop_reason or "", "interrupted")
+        if generation.sequence.is_valid is False:
+            end += " before the output was complete"
         note(f"{tokens} tokens, {pace}{_work(generation)}; {end}{_seed(options.sampling)}")
     return status
 
@@ -213,6 +216,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
         "passes": found.passes,
         "bytes_read": found.bytes_read,
         "stop_reason": found.stop_reason or "interrupted",
+        **({"valid": bool(found.is_valid)} if sampling.constraint else {}),
         "tokens_per_pass": tokens / found.passes if found.passes else None,
         "proposed": found.proposed,
         "accepted": found.accepted,

@@ -66,5 +66,7 @@ def _session_rows(directory: Path, found: SessionFiles) -> Iterator[Row]:
     yield Row("cache", words, {"positions": found.positions, "bytes": found.nbytes})
     options = {name: value for name, value in request.options.items() if value not in (None, {}, [])}
     yield Row(
-        "options", ", ".join(f"{name} {value}" for name, value in options.items()), {"options": options}
+        "options",
+        ", ".join(f"{name} {' '.join(str(value).split())}" for name, value in options.items()),
+        {"options": options},
     )

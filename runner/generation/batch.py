@@ -12,7 +12,6 @@ from runner.generation.sequence import Request, Sequence
 from runner.generation.session import Session
 from runner.generation.speculation.proposer import Proposer
 from runner.model.forward import ModelRunner, OnPart
-from runner.model.kv_cache import Segment
 
 
 class Batch:
@@ -80,20 +79,20 @@ class Batch:
         """The sequences that end with one more pass. After an exception, the next step makes the pass again."""
         began, read, request = time.perf_counter(), self.bytes_read, self.plan.request
         self._admit()
-        ready = [each for each in self.active if each.ids]
-        segments = self._prompt_segments(len(ready))
-        other_rows = sum(len(segment.ids) for segment in segments.values())
-        room = min(request.rows - len(ready) - other_rows, request.logit_rows - len(self.active))
+        # What is forced to its end needs no pass.
+        if finished := self._dismiss():
+            return finished
+        counts, logit_room = self._unread_rows()
+        ready = [each for each, count in counts.items() if each.is_begun and count == each.unread]
+        other_rows = sum(counts.values()) - len(ready)
+        room = min(request.rows - sum(counts.values()), logit_room)
         drafts = self.proposer.propose(ready, other_rows, max(0, room))
-        segments |= {each: each.segment(drafts[each]) for each in ready}
+        segments = {each: each.segment(count, drafts.get(each, ())) for each, count in counts.items()}
         rows = sum(len(segment.ids) for segment in segments.values())
         with self.proposer.cost.measure(self._stream, rows):
             found = self.model.forward_all(list(segments.values()), self._on_part)
         self.passes += 1
-        accepted = {
-            each: each.verify(logits, drafts.get(each, ()))
-            for each, logits in zip(segments, found, strict=True)
-        }
+        accepted = {each: each.verify(logits) for each, logits in zip(segments, found, strict=True)}
         if self._session:
             self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
@@ -118,24 +117,33 @@ class Batch:
                 self._session.fill(self.waiting[0].cache)
             self.active.append(self.waiting.popleft())
         for each in self.active:
-            # An interruption may have come right after a pass.
-            each.rewind()
+            each.resume()
 
     def _dismiss(self) -> list[Sequence]:
         """The sequences that are done, after their RAM is freed."""
-        finished = [each for each in self.active if each.stop_reason]
-        self.active = [each for each in self.active if not each.stop_reason]
+        finished = [each for each in self.active if each.is_done]
+        self.active = [each for each in self.active if not each.is_done]
         for each in finished:
             each.cache = None
             self.proposer.release(each)
         return finished
 
-    def _prompt_segments(self, ready: int) -> dict[Sequence, Segment]:
-        """The next rows of unfinished prompts that fit into a pass beside `ready` rows of others."""
-        room = self.plan.request.rows - ready
-        segments = {}
+    def _unread_rows(self) -> tuple[dict[Sequence, int], int]:
+        """The number of unread rows of each text that the pass carries, and how many more rows may give logits.
+
+        Each text that has one such row gets it; those with more, of prompts or forced tokens, share what is left.
+        """
+        request = self.plan.request
+        counts = {each: 1 for each in self.active if each.unread == 1}
+        room, logit_room = request.rows - len(counts), request.logit_rows - len(self.active)
         for each in self.active:
-            if not each.ids and room:
-                segments[each] = each.prompt_segment(room)
-                room -= len(segments[each].ids)
-        return segments
+            if each in counts or not room:
+                continue
+            count = min(each.unread, room)
+            # Of one row that gives logits there is room for each text.
+            if (excess := each.logit_rows(count) - 1 - logit_room) > 0:
+                count -= excess
+            counts[each] = count
+            room -= count
+            logit_room -= max(0, each.logit_rows(count) - 1)
+        return counts, logit_room

@@ -9,12 +9,15 @@ from runner.errors import BloomdeskError
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.sequence import Request
 from runner.generation.speculation.cost import SLOPE
+from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
 from runner.generation.speculation.proposer import Proposer
 
 # More sequences at a time hardly save anything: their pass computes for longer than a disk reads.
 MOST_AT_A_TIME = 64
 # Fraction of resident weights that may be given up for larger passes.
 SHARE_FOR_ROWS = 0.1
+# Rows of a pass for the forced tokens of a text, if it has a grammar.
+FORCED_ROWS = 128
 # How much faster memory is than a disk; it decides only how many sequences are worth their RAM.
 MEMORY_TO_DISK = 10.0
 
@@ -27,8 +30,12 @@ class Planner:
 
     def __init__(self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer) -> None:
         self._base = base
-        self._prompts = sorted((len(request.prompt_ids) for request in requests), reverse=True)
+        self._prompts = sorted(map(_first_rows, requests), reverse=True)
+        self._longest = max(self._prompts[0], *map(_forced_rows, requests))
         self._draft_tokens = proposer.most_tokens(max(request.max_new_tokens for request in requests))
+        if any(request.grammar and request.sampling.logprobs is not None for request in requests):
+            # Rows of forced tokens give logits then.
+            self._draft_tokens = max(self._draft_tokens, MOST_DRAFT_TOKENS)
         self._draft = proposer.draft
 
     def plan(self, batch: int | None) -> MemoryPlan:
@@ -71,7 +78,7 @@ class Planner:
 
         rows = _most(logit_rows, max(logit_rows, sum(self._prompts[:batch])), is_cheap)
         # A prompt that fits into one pass as a whole never takes two.
-        whole = max(rows, self._prompts[0])
+        whole = max(rows, self._longest)
         rows = _most(logit_rows, whole, lambda rows: self._request(batch, rows, logit_rows).fits)
         return memory_plan(self._request(batch, rows, logit_rows))
 
@@ -79,6 +86,16 @@ class Planner:
         capacities = self._base.capacities[:batch]
         draft = self._draft.nbytes(batch, capacities[0]) if self._draft else 0
         return replace(self._base, capacities=capacities, rows=rows, logit_rows=logit_rows, draft=draft)
+
+
+def _first_rows(request: Request) -> int:
+    """Rows of the prompt and of the tokens that must follow it."""
+    forced = request.grammar.forced_tokens if request.grammar else 0
+    return min(request.capacity, len(request.prompt_ids) + forced)
+
+
+def _forced_rows(request: Request) -> int:
+    return min(request.capacity, FORCED_ROWS) if request.grammar else 0
 
 
 def _worth(plan: MemoryPlan) -> float:

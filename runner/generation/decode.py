@@ -27,12 +27,12 @@ class Generation(Batch, collections.abc.Iterator[int]):
 
     @property
     def stop_reason(self) -> str | None:
-        """ "eos" if the last id is `</s>`, "length" if `max_new_tokens` was reached, None while more may come."""
+        """Why the text has ended, as `Sequence` says it, or None while more may come."""
         return self.sequence.stop_reason if len(self.ids) == len(self.sequence.ids) else None
 
     def __next__(self) -> int:
         while len(self.ids) == len(self.sequence.ids):
-            if self.sequence.stop_reason:
+            if self.sequence.is_done:
                 raise StopIteration
             self.step()
         self.ids.append(self.sequence.ids[len(self.ids)])

@@ -12,6 +12,7 @@ from runner.generation import sequence
 from runner.generation.batch import Batch
 from runner.generation.capacity import Planner
 from runner.generation.decode import Generation
+from runner.generation.grammar import Grammars
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, default_total, memory_plan
 from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, GenerationOptions, Sampling
 from runner.generation.scorer import Scorer, Text, plan_scoring
@@ -32,6 +33,7 @@ class Model(ModelRunner):
     """What `runner.load` returns. `ram` limits the bytes of the whole process."""
 
     tokenizer: Tokenizer
+    grammars: Grammars
     ram: int
     # Bytes of the process before it reads any matrix.
     process_nbytes: int
@@ -45,7 +47,8 @@ class Model(ModelRunner):
         memory.give_freed_memory_back()
         weights = Weights.open(directory)
         tokenizer = Tokenizer(directory / "tokenizer.json")
-        return cls(weights, tokenizer, ram or default_total(), memory.memory_in_use())
+        grammars = Grammars(tokenizer, weights.model.vocab_size, weights.model.eos_token_ids)
+        return cls(weights, tokenizer, grammars, ram or default_total(), memory.memory_in_use())
 
     def __repr__(self) -> str:
         shape = self.weights.model
@@ -54,9 +57,8 @@ class Model(ModelRunner):
     def memory_request(self, capacities: Iterable[int], rows: int) -> MemoryRequest:
         """What passes of up to `rows` rows need, with a cache for each of `capacities` positions."""
         chunks = tuple(chunk.nbytes for chunk in self.weights.stream.chunks)
-        return MemoryRequest(
-            self.weights.model, chunks, self.ram, self.process_nbytes, tuple(capacities), rows
-        )
+        process = self.process_nbytes + self.grammars.nbytes
+        return MemoryRequest(self.weights.model, chunks, self.ram, process, tuple(capacities), rows)
 
     def memory_plan(self, capacity: int, rows: int) -> MemoryPlan:
         """The memory plan for one sequence. Raises `BloomdeskError` if the RAM is too little."""
@@ -92,7 +94,7 @@ class Model(ModelRunner):
         and sampling are the same, else from where the prompts differ.
 
         Raises `BloomdeskError` for an empty prompt, an id outside the vocabulary, a `max_new_tokens` below 1, several
-        continuations, an unsuitable draft, another model's session, or too little RAM.
+        continuations, an unsound grammar, an unsuitable draft, another model's session, or too little RAM.
         """
         if sampling.n > 1:
             raise BloomdeskError("generate gives one continuation", "call generate_all for more of them")
@@ -188,8 +190,9 @@ class Model(ModelRunner):
                 f"the logit bias names token id {foreign[0]}, and the vocabulary has {vocab_size:,}"
             )
         sampling, token_bytes = sampling.seeded(), self.tokenizer.token_bytes
+        grammar = self.grammars.of(sampling)
         return [
-            Request(ids, max_new_tokens, sampling, number, choice, token_bytes)
+            Request(ids, max_new_tokens, sampling, number, choice, token_bytes, grammar)
             for choice in range(sampling.n)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,8 @@ from typing import Any
 from runner.errors import BloomdeskError
 
 LOOKUP, OFF = "lookup", "off"
+# The fields of `Sampling` that say which texts are valid; each holds a text.
+JSON_SCHEMA, REGEX, GRAMMAR = CONSTRAINTS = "json_schema", "regex", "grammar"
 DEFAULT_NEW_TOKENS = 64
 SEED_BITS = 64
 # Drawn seeds are short enough to be typed again.
@@ -58,6 +61,9 @@ class Sampling:
     ignore_eos          the end-of-text token ends nothing
     logprobs            number of likeliest tokens whose log-probabilities are reported beside each new token's own;
                         None for no log-probabilities
+    json_schema         JSON schema that the output fits
+    regex               regular expression that the whole output matches
+    grammar             Lark grammar, as llguidance reads it, that the output follows; at most one of the three
     """
 
     temperature: float = 0.0
@@ -74,6 +80,9 @@ class Sampling:
     min_new_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.temperature, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
@@ -102,6 +111,7 @@ class Sampling:
         ):
             if not is_possible:
                 raise BloomdeskError(what)
+        self._check_constraints()
         if not self.draws:
             idle = [name for name in ("top_k", "top_p", "min_p", "seed", "n") if self._is_set(name)]
             if idle:
@@ -110,6 +120,17 @@ class Sampling:
                     "give a temperature, such as 0.8",
                 )
 
+    def _check_constraints(self) -> None:
+        given = [name for name in CONSTRAINTS if self._is_set(name)]
+        for name in given:
+            if not isinstance(getattr(self, name), str):
+                raise BloomdeskError(f"{name} must be a text, found {type(getattr(self, name)).__name__}")
+        contradicting = [*given, *["ignore_eos"] * self.ignore_eos]
+        if given and len(contradicting) > 1:
+            raise BloomdeskError(
+                f"{contradicting[0]} and {contradicting[1]} exclude each other", "leave one out"
+            )
+
     def _is_set(self, name: str) -> bool:
         return getattr(self, name) != type(self).__dataclass_fields__[name].default
 
@@ -117,6 +138,11 @@ class Sampling:
     def draws(self) -> bool:
         """Whether tokens are drawn; otherwise the likeliest one is taken."""
         return self.temperature > 0
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """The field that says which texts are valid, and its text."""
+        return next(((name, getattr(self, name)) for name in CONSTRAINTS if self._is_set(name)), None)
 
     @property
     def is_plain(self) -> bool:
@@ -139,6 +165,8 @@ SAMPLING_FIELDS = {each.name: each.type for each in fields(Sampling)}
 def with_fields(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
     """`sampling` with fields from JSON in place of its own; `BloomdeskError` if one has the wrong type."""
     values = dict(given)
+    if any(name in given for name in CONSTRAINTS):
+        values = dict.fromkeys(CONSTRAINTS) | values
     for name, value in given.items():
         kind = SAMPLING_FIELDS[name]
         if name == "stop":
@@ -148,6 +176,8 @@ def with_fields(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
             values[name] = tuple(texts)
         elif name == "logit_bias":
             values[name] = _biases(value)
+        elif name in CONSTRAINTS:
+            values[name] = _constraint(name, value)
         elif kind == "bool" and not isinstance(value, bool):
             raise BloomdeskError(f'"{name}" is true or false')
         elif kind.startswith("int") and (isinstance(value, bool) or not isinstance(value, int)):
@@ -155,6 +185,14 @@ def with_fields(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
         elif kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise BloomdeskError(f'"{name}" is a number')
     return replace(sampling, **values)
+
+
+def _constraint(name: str, given: Any) -> str | None:
+    if name == JSON_SCHEMA and isinstance(given, dict | bool):
+        return json.dumps(given, ensure_ascii=False)
+    if not isinstance(given, str | None):
+        raise BloomdeskError(f'"{name}" is a text{", or an object" * (name == JSON_SCHEMA)}')
+    return given
 
 
 def _biases(given: Any) -> dict[int, float]:

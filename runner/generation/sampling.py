@@ -1,6 +1,7 @@
 """Sampling: which token follows, from a row of logits, the tokens before it and noise that depends on its place alone.
 
-    logits ──> bias ──> repetition, presence, frequency ──> no end yet ──> temperature ──> top k ──> top p ──> min p
+    logits ──> bias ──> repetition, presence, frequency ──> no end yet ──> grammar
+           ──> temperature ──> top k ──> top p ──> min p
            ──> + Gumbel noise of (seed, sequence, choice, position, token) ──> the largest
 
 The processors have the meaning and the order of transformers' LogitsProcessors; presence and frequency, which those
@@ -12,9 +13,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
+from copy import copy
 
 import torch
 
+from runner.generation.grammar import Grammar
 from runner.generation.noise import exp, gumbel
 from runner.generation.options import Sampling
 
@@ -29,24 +32,56 @@ class Sampler:
         eos: Collection[int],
         number: int = 0,
         choice: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         """`sampling` must have a seed if it draws; `eos` are the ids that end a text."""
         self._sampling, self._eos = sampling, list(eos)
         self._number, self._choice = number, choice
         self._prompt_ids = set(prompt_ids)
+        self._matcher = grammar.matcher() if grammar else None
+
+    def fork(self) -> Sampler:
+        """A sampler that chooses as this one does, for texts of its own."""
+        found = copy(self)
+        found._matcher = self._matcher and self._matcher.fork()
+        return found
 
     def choose(self, row: torch.Tensor, ids: Sequence[int]) -> int:
         """The token id that follows the new tokens `ids`, by a row of logits [V]."""
         options = self._sampling
         # In float32, as the reference does it: the lowest id wins a tie.
-        if options.is_plain:
+        if options.is_plain and not self._matcher:
             return int(row.float().argmax())
         scores = self.processed(row, ids)
+        allowed = self._matcher.allowed(ids) if self._matcher else None
+        if allowed is not None:
+            scores = scores[allowed]
         if not options.draws:
-            return int(scores.argmax())
-        scores, candidates = warped(scores / options.temperature, options)
+            best = scores.argmax()
+            return int(best if allowed is None else allowed[best])
+        scores, candidates = warped(scores / options.temperature, options, allowed)
         noise = gumbel(options.seed or 0, self._number, self._choice, len(ids), candidates)
         return int(candidates[(scores.double() + noise).argmax()])
+
+    def release(self) -> None:
+        """Free what is kept for the grammar; nothing is chosen any more."""
+        self._matcher = None
+
+    def forced(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that must follow the new tokens `ids`, whatever the logits are."""
+        return self._matcher.forced(ids) if self._matcher else []
+
+    def is_over(self, ids: Sequence[int]) -> bool:
+        """Whether no token may follow."""
+        return self._matcher is not None and self._matcher.is_over(ids)
+
+    def is_complete(self, ids: Sequence[int]) -> bool:
+        """Whether the text may end here."""
+        return self._matcher is None or self._matcher.is_accepting(ids)
+
+    def possible(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
+        """The number of the first of `tokens` that may follow one after the other."""
+        return self._matcher.possible(ids, tokens) if self._matcher else len(tokens)
 
     def processed(self, row: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
         """The logits, float32 [V], with biases and penalties."""
@@ -68,13 +103,14 @@ class Sampler:
         return scores
 
 
-def warped(scores: torch.Tensor, options: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores [n] that top k, top p and min p leave of `scores` [V], and their token ids [n]."""
-    ids = torch.arange(len(scores))
+def warped(
+    scores: torch.Tensor, options: Sampling, ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores [n] that top k, top p and min p leave of those of `ids`, by default all tokens, and their ids [n]."""
+    ids = torch.arange(len(scores)) if ids is None else ids
     if 0 < options.top_k < len(scores):
-        least = torch.topk(scores, options.top_k).values[-1]
-        ids = ids[scores >= least]
-        scores = scores[ids]
+        kept = scores >= torch.topk(scores, options.top_k).values[-1]
+        ids, scores = ids[kept], scores[kept]
     if options.top_p < 1:
         order = torch.sort(scores, stable=True).indices
         probabilities = exp((scores[order] - scores.max()).double())

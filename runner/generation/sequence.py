@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runner.generation.grammar import Grammar
 from runner.generation.options import GREEDY, Sampling
 from runner.generation.sampling import Sampler
 from runner.generation.scoring import TokenScore, score
@@ -23,7 +24,7 @@ class Request:
     """A prompt of at least one token id, the largest number of new tokens, and how these are chosen.
 
     It is choice number `choice` for the prompt number `number`. `token_bytes` gives what a token stands for, if
-    `sampling` has stop texts.
+    `sampling` has stop texts; `grammar` is that of its constraint.
     """
 
     prompt_ids: Ids
@@ -32,6 +33,7 @@ class Request:
     number: int = 0
     choice: int = 0
     token_bytes: Callable[[int], bytes] | None = None
+    grammar: Grammar | None = None
 
     @property
     def capacity(self) -> int:
@@ -43,8 +45,9 @@ class Request:
 class Sequence:
     """A prompt's new tokens, and what they took.
 
-    `stop_reason` is "eos" if the last of `ids` is one of `eos`, "stop" if it completes a stop text, "length" if
-    `max_new_tokens` was reached, and None while more may come. `passes` counts those that carried rows of it;
+    `stop_reason` is "eos" if the last of `ids` is one of `eos`, "stop" if it completes a stop text, "grammar" if
+    nothing may follow by the grammar, "length" if `max_new_tokens` was reached, and None while more may come.
+    `is_valid` is whether a text that ended is one of its grammar. `passes` counts those that carried rows of it;
     `bytes_read`, `seconds` and `drafting_seconds` are its even share of them. `proposed` counts the draft tokens that
     passes carried, `accepted` those that were right.
     """
@@ -53,9 +56,10 @@ class Sequence:
     request: Request
     eos: frozenset[int] = frozenset()
     ids: list[int] = field(default_factory=list)
-    # Of `ids`, if the request asks for log-probabilities.
+    # Of `ids`, if the request asks for log-probabilities; those of forced tokens come with a later pass.
     scores: list[TokenScore] = field(default_factory=list)
     stop_reason: str | None = None
+    is_valid: bool | None = None
     passes: int = 0
     bytes_read: int = 0
     seconds: float = 0.0
@@ -65,11 +69,17 @@ class Sequence:
     # Whether draft tokens made numbers overflow; then it gets no more of them.
     is_unsound: bool = False
     cache: KVCache | None = None
+    # Of the last pass: its first position, its draft tokens, and their place among the new tokens.
+    _pass_begin: int = 0
+    _draft_tokens: Ids = ()
+    _draft_place: int = 0
 
     def __post_init__(self) -> None:
         request = self.request
         sampling = request.sampling
-        self.sampler = Sampler(sampling, request.prompt_ids, self.eos, request.number, request.choice)
+        self.sampler = Sampler(
+            sampling, request.prompt_ids, self.eos, request.number, request.choice, request.grammar
+        )
         self.scanner = StopScanner([stop.encode() for stop in sampling.stop])
 
     @property
@@ -87,56 +97,113 @@ class Sequence:
         return self.request.max_new_tokens - len(self.ids)
 
     @property
+    def is_done(self) -> bool:
+        """Whether it needs no pass any more."""
+        return self.stop_reason is not None and self._known == len(self.ids)
+
+    @property
     def committed(self) -> int:
-        """Number of positions of the cache that no later token changes, once the prompt is through."""
-        return len(self.prompt_ids) + len(self.ids) - 1
+        """Number of positions of the cache that no later token changes, and whose logits are not needed any more."""
+        return len(self.prompt_ids) + self._known - 1
 
-    def prompt_segment(self, most: int) -> Segment:
-        """The next rows of the prompt, up to `most`."""
-        done = self.cache.length
-        ids = self.prompt_ids[done : done + most]
-        return Segment(ids, self.cache, 1 if done + len(ids) == len(self.prompt_ids) else 0)
+    @property
+    def is_begun(self) -> bool:
+        """Whether the prompt is in the cache."""
+        return self.cache.length >= len(self.prompt_ids)
 
-    def segment(self, draft_tokens: Ids) -> Segment:
-        """The row of the last token, and one row for each draft token."""
-        return Segment([self.ids[-1], *draft_tokens], self.cache, 1 + len(draft_tokens))
+    @property
+    def unread(self) -> int:
+        """Number of rows that the next token needs: the rest of the prompt, forced tokens, the last token."""
+        return len(self.prompt_ids) + len(self.ids) - (self.stop_reason is not None) - self.cache.length
+
+    @property
+    def _known(self) -> int:
+        """Number of new tokens for which no logits are needed."""
+        return len(self.ids if self.request.sampling.logprobs is None else self.scores)
+
+    def resume(self) -> None:
+        """Append what must follow; an interruption may have come before that, or right after a pass."""
+        self._force()
+        if self.cache is not None:
+            self.rewind()
+
+    def logit_rows(self, rows: int) -> int:
+        """Number of rows of logits that the next `rows` unread rows give."""
+        return max(0, self.cache.length + rows - self.committed)
+
+    def segment(self, rows: int, draft_tokens: Ids) -> Segment:
+        """The next `rows` unread rows, and after all of them one row for each draft token."""
+        self._draft_tokens, self._draft_place = draft_tokens, len(self.ids)
+        self._pass_begin = done = self.cache.length
+        ids = [*self.text[done : done + rows], *draft_tokens]
+        return Segment(ids, self.cache, self.logit_rows(rows) + len(draft_tokens))
 
     def rewind(self) -> None:
-        """Remove from the cache all positions that are not committed."""
-        self.cache.rewind(min(self.cache.length, self.committed))
+        """Remove from the cache all positions that are not committed, or hold a wrong draft token."""
+        draft, begin = self._draft_tokens, self._draft_place
+        right = common_length(draft, self.ids[begin:]) if draft else 0
+        sound = len(self.prompt_ids) + begin + right if draft else self.cache.length
+        self.cache.rewind(min(self.cache.length, sound, self.committed))
 
-    def verify(self, logits: torch.Tensor, draft_tokens: Ids) -> int:
+    def verify(self, logits: torch.Tensor) -> int:
         """The number of draft tokens that were right, once the tokens that `logits` [n, V] give are appended.
 
-        The token after row n counts if all draft tokens before it were right; so the first is certain.
+        The token after a row counts if all draft tokens before it were right; so the one after the unread rows is
+        certain. Rows before forced tokens only give these their log-probabilities.
         """
         if not len(logits):
             return 0
-        self.proposed += len(draft_tokens)
-        accepted = 0
-        if draft_tokens and not math.isfinite(float(logits[0].float().max())):
+        draft, begin = self._draft_tokens, self._draft_place
+        self.proposed += len(draft)
+        if draft and not math.isfinite(float(logits[0].float().max())):
             # 0 times infinity is not a number, so a draft token's row that overflows spoils the rows before it. This
             # pass gives nothing then, and the next ones of this sequence carry no draft tokens.
             self.is_unsound = True
-            logits = logits[:0]
-        for accepted, row in enumerate(logits):
-            token = self.sampler.choose(row, self.ids)
+            self.cache.rewind(self._pass_begin)
+            return 0
+        right = 0
+        # The place, among the new tokens, of the token that each row gives.
+        for place, row in enumerate(logits, self._known):
+            if place == len(self.ids):
+                self._append(self.sampler.choose(row, self.ids))
+                self._force()
             if self.request.sampling.logprobs is not None:
-                self.scores.append(score(row, token, self.request.sampling.logprobs))
-            self._append(token)
-            if self.stop_reason or accepted == len(draft_tokens) or draft_tokens[accepted] != token:
+                self.scores.append(score(row, self.ids[place], self.request.sampling.logprobs))
+            if self.stop_reason and place + 1 == len(self.ids):
                 break
-        self.accepted += accepted
+            if place >= begin:
+                if right == len(draft) or draft[right] != self.ids[place]:
+                    break
+                right += 1
+        self.accepted += right
         self.rewind()
-        return accepted
+        return right
 
     def restore(self, ids: Ids, scores: collections.abc.Sequence[TokenScore]) -> None:
         """Append the tokens of an earlier run, as far as this request goes."""
-        for place, token in enumerate(ids):
-            if self.stop_reason:
-                return
+        self._force()
+        while len(self.ids) < len(ids) and not self.stop_reason:
+            self._append(ids[len(self.ids)])
+            self._force()
+        self.scores = list(scores[: len(self.ids)])
+
+    def _force(self) -> None:
+        """Append the tokens that must follow, and end the text if nothing may follow."""
+        grammar = self.request.grammar
+        if grammar is None or self.is_valid is not None:
+            return
+        for token in self.sampler.forced(self.ids) if self.stop_reason is None else ():
             self._append(token)
-            self.scores += scores[place : place + 1]
+            if self.stop_reason:
+                break
+        if self.stop_reason in (None, "length") and self.sampler.is_over(self.ids):
+            self.stop_reason = "grammar"
+        if self.stop_reason == "stop":
+            self.is_valid = grammar.accepts(bytes(self.scanner.text[: self.scanner.end]))
+        elif self.stop_reason:
+            self.is_valid = self.stop_reason == "eos" or self.sampler.is_complete(self.ids)
+        if self.stop_reason:
+            self.sampler.release()
 
     def _append(self, token: int) -> None:
         self.ids.append(token)
@@ -149,3 +216,10 @@ class Sequence:
             self.stop_reason = "stop"
         elif not self.remaining:
             self.stop_reason = "length"
+
+
+def common_length(one: Ids, other: Ids) -> int:
+    """Number of equal ids at the beginning of both."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )

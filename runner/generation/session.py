@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from runner.errors import BloomdeskError
-from runner.generation.options import Sampling
+from runner.generation.options import CONSTRAINTS, Sampling
 from runner.generation.scoring import TokenScore
-from runner.generation.sequence import Request, Sequence
+from runner.generation.sequence import Request, Sequence, common_length
 from runner.generation.session_files import CACHE, SessionFiles, SessionRequest
 from runner.model.kv_cache import KVCache
 
@@ -43,7 +43,7 @@ class Session:
             self.restored = self._files.positions
         else:
             # The last token of a prompt gives the first new one, so it is fed again.
-            common = _common(
+            common = common_length(
                 wanted.prompt_ids[:-1], [i for record in self._files.records for i in record.ids]
             )
             self._guarded(lambda: self._files.begin(wanted, common))
@@ -75,14 +75,15 @@ class Session:
         done, cache = self._files.positions, sequence.cache
         if not self._is_written or cache is None:
             return
-        text, known = sequence.text, len(self._files.new_ids)
+        text, new, scores = sequence.text, [], []
         while done < cache.length:
-            stop = min(cache.length, done + POSITIONS_A_RECORD)
-            last = stop == cache.length
-            new = sequence.ids[known:] if last else []
-            scores = (
-                [(each.token, each.logprob, each.top) for each in sequence.scores[known:]] if last else []
-            )
+            stop = cache.length
+            if done < len(sequence.prompt_ids):
+                stop = min(stop, done + POSITIONS_A_RECORD)
+            if stop == cache.length:
+                new = sequence.ids[len(self._files.new_ids) :]
+                found = sequence.scores[len(self._files.scores) :]
+                scores = [(each.token, each.logprob, each.top) for each in found]
             stored = cache.stored(done, stop)
             data = (ctypes.c_char * stored.nbytes).from_address(stored.data_ptr())
             self._guarded(
@@ -102,17 +103,10 @@ class Session:
 
 def _options(sampling: Sampling) -> dict[str, object]:
     options = {name: value for name, value in asdict(sampling).items() if name not in IDLE_OPTIONS}
+    for name in CONSTRAINTS:
+        if options[name] is None:
+            del options[name]  # sessions of older versions have none
     return {**options, "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()}}
-
-
-def _common(one: tuple[int, ...], other: list[int]) -> int:
-    """Number of equal ids at the beginning of both."""
-    count = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        count += 1
-    return count
 
 
 def seed_of(directory: Path) -> int | None:

@@ -68,6 +68,10 @@ class Tokenizer:
             return b""
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json has it."""
+        return self._tokenizer.to_str()
+
     def stream(self) -> TextStream:
         """A decoder for ids that come one at a time."""
         return TextStream(self._tokenizer)

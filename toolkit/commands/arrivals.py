@@ -27,6 +27,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX
 from toolkit.commands.build import plan_source_part
 from toolkit.commands.download import bytes_begun, fetch_recorded
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
+from toolkit.hub.line import Line
 from toolkit.hub.place import check, look, set_aside, whose
 from toolkit.hub.record import RECORD, DownloadRecord, RecordedFile, load_record, save_record
 from toolkit.hub.revision import Revision
@@ -102,6 +103,7 @@ class ArrivingShards:
         revision: Revision,
         index: ShardList,
         connections: int,
+        line: Line,
         why: str = "",
     ) -> None:
         """`index` says which shard has each key, or names the single file; `why` tensors are rounded, if any are."""
@@ -109,7 +111,7 @@ class ArrivingShards:
         self.notes: tuple[str, ...] = ()
         self._destination = destination
         self._manifest, self._schedule, self._revision = manifest, schedule, revision
-        self._index, self._connections = index, connections
+        self._index, self._connections, self._line = index, connections, line
         self._directory = destination / STAGING
         self._record = DownloadRecord.of(revision, None)
         self._changed = threading.Condition()
@@ -296,7 +298,13 @@ class ArrivingShards:
             path.unlink(missing_ok=True)
             save_record(self._directory, self._record)
             transfer, self._record = fetch_recorded(
-                self._revision, known, self._directory, self._record, progress, self._connections
+                self._revision,
+                known,
+                self._directory,
+                self._record,
+                progress,
+                self._connections,
+                self._line,
             )
         return transfer
 

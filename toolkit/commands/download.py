@@ -20,6 +20,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
 from toolkit.hub.failures import offline, offline_error
+from toolkit.hub.line import Line
 from toolkit.hub.place import MOVE, Finding, check, look, set_aside, state_of_file, whose
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
@@ -100,7 +101,12 @@ class DownloadSummary:
 
 
 def plan_download(
-    repo: str, directory: Path, revision: str | None = None, *, everything: bool = False
+    repo: str,
+    directory: Path,
+    revision: str | None = None,
+    line: Line | None = None,
+    *,
+    everything: bool = False,
 ) -> DownloadPlan:
     """What `download` would fetch into `directory`, which need not exist; nothing is written or hashed.
 
@@ -110,7 +116,7 @@ def plan_download(
     _refuse_prepared(directory)
     record = load_record(directory)
     with disk_errors(directory):
-        return _plan(_choose(repo, directory, revision, record), directory, record, everything)
+        return _plan(_choose(repo, directory, revision, record, line), directory, record, everything)
 
 
 def download(
@@ -119,25 +125,31 @@ def download(
     revision: str | None = None,
     progress: Progress = silent,
     connections: int = CONNECTIONS,
+    line: Line | None = None,
     *,
     everything: bool = False,
 ) -> DownloadSummary:
     """Fetch the needed files of `repo`, or resume that: `plan_download` and `carry_out` in one."""
-    return carry_out(plan_download(repo, directory, revision, everything=everything), progress, connections)
+    line = line or Line()
+    plan = plan_download(repo, directory, revision, line, everything=everything)
+    return carry_out(plan, progress, connections, line)
 
 
 def carry_out(
-    plan: DownloadPlan, progress: Progress = silent, connections: int = CONNECTIONS
+    plan: DownloadPlan,
+    progress: Progress = silent,
+    connections: int = CONNECTIONS,
+    line: Line | None = None,
 ) -> DownloadSummary:
     """Fetch what is missing into the plan's directory, until every needed file is in place with the right hash.
 
-    The directory is inspected again; the Hub is asked only for files. `progress` is called for the files that are
-    hashed because no record vouches for them, and for those fetched, each over up to `connections` connections.
+    The directory is inspected again; the Hub is asked only for files, each over up to `connections` connections of
+    `line`. `progress` is called for files that are hashed because no record vouches for them, and for those fetched.
 
     Raises `BloomdeskError` if the Hub or the disk fails, if a file is not what was expected, or if the directory is
     another download's, another process writes there, or a file is in the way that is not from this download.
     """
-    chosen, directory = plan.revision, plan.directory
+    chosen, directory, line = plan.revision, plan.directory, line or Line()
     _refuse_impossible(plan)
     with disk_errors(directory), sole_writer_of(directory):
         _refuse_prepared(directory)
@@ -154,7 +166,7 @@ def carry_out(
         transfers: dict[str, Transfer] = {}
         for file in left.unfinished:
             transfers[file.path], record = fetch_recorded(
-                chosen, file, directory, record, progress, connections
+                chosen, file, directory, record, progress, connections, line
             )
         missing = record.missing_in(directory)
         if missing:
@@ -181,16 +193,17 @@ def fetch_recorded(
     record: DownloadRecord,
     progress: Progress,
     connections: int,
+    line: Line,
 ) -> tuple[Transfer, DownloadRecord]:
     """The transfer of a file that is then in place, and the saved record that has it; raises as `fetch` does."""
-    transfer = fetch(revision, file, directory, progress, connections)
+    transfer = fetch(revision, file, directory, progress, connections, line)
     modified = (directory / file.path).stat().st_mtime_ns
     record = record.with_file(file.path, transfer.sha256, modified)
     save_record(directory, record)
     return transfer, record
 
 
-def read_small_file(revision: Revision, file: HubFile, directory: Path) -> bytes:
+def read_small_file(revision: Revision, file: HubFile, directory: Path, line: Line | None = None) -> bytes:
     """A small file's checked bytes, from `directory` if it is sound there, else from the Hub.
 
     Nothing is written: a plan writes nothing, and the directory may turn out to be another's.
@@ -201,10 +214,12 @@ def read_small_file(revision: Revision, file: HubFile, directory: Path) -> bytes
         digest.update(data)
         if not file.difference(digest):
             return data
-    return fetch_bytes(revision, file)
+    return fetch_bytes(revision, file, line)
 
 
-def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRecord | None) -> Revision:
+def _choose(
+    repo: str, directory: Path, revision: str | None, record: DownloadRecord | None, line: Line | None
+) -> Revision:
     """The revision with only its needed files; `BloomdeskError` if the directory belongs to another download."""
     hub.check_repo_name(repo)
     if record is not None and record.repo != repo:
@@ -212,10 +227,10 @@ def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRe
     recorded = record is not None and revision in (None, record.commit)
     if recorded and offline() and hub.pinned(repo, revision) is None:
         return record.revision
-    found = hub.resolve(repo, revision)
+    found = hub.resolve(repo, revision, line)
     if record is not None and record.commit != found.commit:
         raise _another(directory, record, str(found))
-    return hub.needed(found, lambda index: read_small_file(found, index, directory))
+    return hub.needed(found, lambda index: read_small_file(found, index, directory, line))
 
 
 def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskError:

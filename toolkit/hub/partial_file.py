@@ -71,6 +71,10 @@ class PartialFile:
         self.position = position
         self._progress(position)
 
+    def report(self) -> None:
+        """Tell the progress that nothing is new; it may raise to end the transfer."""
+        self._progress(self.position)
+
     def finish(self) -> None:
         """Sync all of it to the disk."""
         self._behind.sync()

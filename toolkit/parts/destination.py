@@ -116,7 +116,7 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
     """The error for a directory that already has parts of another source."""
     return BloomdeskError(
         f"{destination} was started from another source: it has {what}",
-        "give a new directory, or delete this one",
+        "give a new directory",
     )
 
 

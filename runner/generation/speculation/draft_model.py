@@ -10,7 +10,9 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.safetensors import read_small
+from runner.generation.grammar import GrammarError
 from runner.generation.memory_plan import FEWEST_BUFFERS
+from runner.generation.sampling import Sampler
 from runner.generation.sequence import Ids, Sequence
 from runner.generation.speculation.cost import CostModel
 from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
@@ -30,6 +32,7 @@ class _Reading:
     """The draft's cache of a sequence, and the tokens that were fed to it."""
 
     cache: KVCache
+    sampler: Sampler
     fed: list[int] = field(default_factory=list)
 
 
@@ -70,7 +73,7 @@ class DraftModel:
         """Up to `count` tokens for each (sequence, count), which share the draft's passes.
 
         They are chosen as the sequence's own are, with the same noise, so a draft that agrees is right. They end early
-        at `</s>`, and before a token that the large model does not have.
+        at the end of the text, and before a token that the large model does not have.
         """
         texts = [sequence.text for sequence, _ in wanted]
         lengths = [len(text) for text in texts]
@@ -80,11 +83,16 @@ class DraftModel:
         unfinished = [place for place, (_, count) in enumerate(wanted) if count]
         while unfinished:
             for place, token in self._pass(unfinished, [each for each, _ in wanted], texts, readings):
-                is_last = len(texts[place]) + 1 - lengths[place] == wanted[place][1]
+                sequence, count = wanted[place]
                 if token < self._vocab_size:
                     texts[place].append(token)
                 is_end = token >= self._vocab_size or token in self._model.weights.model.eos_token_ids
-                if is_last or is_end:
+                if not is_end:
+                    new_ids = texts[place][len(sequence.prompt_ids) :]
+                    forced, is_end = _forced(readings[place].sampler, new_ids)
+                    texts[place] += forced
+                del texts[place][lengths[place] + count :]
+                if is_end or len(texts[place]) == lengths[place] + count:
                     unfinished.remove(place)
         return [text[length:] for text, length in zip(texts, lengths, strict=True)]
 
@@ -101,7 +109,8 @@ class DraftModel:
     def _synchronised(self, sequence: Sequence, text: Ids) -> _Reading:
         """The reading of a sequence, without what the text has otherwise; the text's last token is never in it."""
         if sequence not in self._readings:
-            self._readings[sequence] = _Reading(self._model.new_cache(sequence.request.capacity))
+            cache = self._model.new_cache(sequence.request.capacity)
+            self._readings[sequence] = _Reading(cache, sequence.sampler.fork())
         reading = self._readings[sequence]
         most = min(len(reading.fed), reading.cache.length, len(text) - 1)
         # Only the tokens that it proposed last can differ from the text.
@@ -136,8 +145,22 @@ class DraftModel:
             if len(rows):
                 sequence = sequences[place]
                 new_ids = texts[place][len(sequence.prompt_ids) :]
-                found.append((place, sequence.sampler.choose(rows[-1], new_ids)))
+                try:
+                    token = readings[place].sampler.choose(rows[-1], new_ids)
+                except GrammarError:
+                    # Only the text itself may fail by it, and need not come here.
+                    token = self._vocab_size
+                found.append((place, token))
         return found
+
+
+def _forced(sampler: Sampler, new_ids: Ids) -> tuple[list[int], bool]:
+    """The tokens that must follow, and whether the text ends then."""
+    try:
+        forced = sampler.forced(new_ids)
+        return forced, sampler.is_over([*new_ids, *forced])
+    except GrammarError:
+        return [], True
 
 
 def _check_tokens(directory: Path, vocab_size: int, large: Weights, tokenizer: Tokenizer) -> None:

@@ -59,13 +59,15 @@ class Proposer:
                 found[sequence] = tokens
                 sequence.drafting_seconds += (time.perf_counter() - began) / len(drafted)
         self._drafting_seconds = self._draft_cost.spent_seconds - spent
+        for sequence, tokens in found.items():
+            del tokens[sequence.sampler.possible(sequence.ids, tokens) :]
         self._carried = {sequence: (offer, len(found[sequence])) for sequence, offer, _ in chosen}
         return found
 
     def _offer(self, sequence: Sequence) -> Offer | None:
         """The offer of n-grams or of the draft model, whichever has the higher acceptance rate."""
         most = min(MOST_DRAFT_TOKENS, sequence.remaining - 1)
-        if sequence.is_unsound or most < 1:
+        if sequence.is_unsound or sequence.stop_reason or most < 1:
             return None
         offers = []
         if self._uses_ngrams:

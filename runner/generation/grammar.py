@@ -1,0 +1,224 @@
+"""Grammars: which tokens may follow, and which must, by a JSON schema, a regular expression or a Lark grammar.
+
+    text of the constraint ──> Grammar, compiled once ──> a Matcher for each sequence ──> allowed tokens, forced tokens
+
+llguidance parses, over the model's own tokenizer. What it says of a text depends on the text's tokens alone, so forced
+tokens are the same whatever the pass, the batch or the draft. https://github.com/guidance-ai/llguidance
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from runner.errors import BloomdeskError
+from runner.generation.options import GRAMMAR, JSON_SCHEMA, REGEX, Sampling
+from runner.model.tokenizer import Tokenizer
+from runner.system import memory
+
+if TYPE_CHECKING:
+    import llguidance
+
+# How JSON is set out: as `json.dumps` does, so that as much as possible is forced. A schema's "x-guidance" may differ.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Characters of a reason that are shown.
+LONGEST_REASON = 300
+_NAMES = {JSON_SCHEMA: "the JSON schema", REGEX: "the regular expression", GRAMMAR: "the grammar"}
+# The place in the grammar that llguidance draws below its reason.
+_DRAWING = re.compile(r"\n *\d+ \|.*", re.DOTALL)
+
+
+class GrammarError(BloomdeskError):
+    """A text cannot go on by its grammar."""
+
+
+class Grammars:
+    """The grammars of a model: its `tokenizer` as llguidance needs it, and each constraint compiled once."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Collection[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos)
+        self._vocabulary: llguidance.LLTokenizer | None = None
+        self._known: dict[tuple[str, str], Grammar] = {}
+        # Bytes of RAM that they take.
+        self.nbytes = 0
+
+    def of(self, sampling: Sampling) -> Grammar | None:
+        """The grammar of `sampling`, if it has one. Raises `BloomdeskError` if that cannot be compiled."""
+        if sampling.constraint is None:
+            return None
+        if sampling.constraint not in self._known:
+            before = memory.memory_in_use()
+            self._known[sampling.constraint] = self._compiled(*sampling.constraint)
+            self.nbytes += max(0, memory.memory_in_use() - before)
+        return self._known[sampling.constraint]
+
+    def _compiled(self, kind: str, text: str) -> Grammar:
+        library, source = _library(), _source(kind, text)
+        if self._vocabulary is None:
+            if not self._eos:
+                raise BloomdeskError(f"{_NAMES[kind]} cannot be used: the model has no end-of-text token")
+            try:
+                self._vocabulary = library.LLTokenizer(
+                    self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos
+                )
+            except ValueError as error:
+                raise BloomdeskError(
+                    f"the tokenizer cannot be used with {_NAMES[kind]}: {_worded(str(error))}"
+                ) from None
+        matcher = library.LLMatcher(self._vocabulary, source, log_level=0)
+        if matcher.is_error():
+            raise _refusal(kind, matcher.get_error())
+        return Grammar(self._vocabulary, matcher, len(matcher.deep_copy().compute_ff_tokens()))
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled constraint; the first `forced_tokens` tokens of all its texts are forced."""
+
+    _vocabulary: llguidance.LLTokenizer
+    _start: llguidance.LLMatcher
+    forced_tokens: int
+
+    def matcher(self) -> Matcher:
+        """A matcher at the start of a text."""
+        return Matcher(self._start.deep_copy(), frozenset(self._vocabulary.eos_tokens))
+
+    def accepts(self, text: bytes) -> bool:
+        """Whether `text` is a whole one."""
+        matcher = self._start.deep_copy()
+        return matcher.consume_tokens(self._vocabulary.tokenize_bytes(text)) and matcher.is_accepting()
+
+
+class Matcher:
+    """Follows a text through its grammar. Each question names the new tokens `ids` so far, which may also go back."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, eos: frozenset[int], ids: Sequence[int] = ()) -> None:
+        """`ids` are what the matcher has followed, `eos` the tokens that end a text."""
+        self._matcher, self._eos, self._ids = matcher, eos, list(ids)
+        # Whether `_ids` may not be what the matcher has followed, since an interruption came between.
+        self._is_moving = False
+
+    def fork(self) -> Matcher:
+        """A matcher at the same place that goes its own way."""
+        found = Matcher(self._matcher.deep_copy(), self._eos, self._ids)
+        found._is_moving = self._is_moving
+        return found
+
+    def forced(self, ids: Sequence[int]) -> list[int]:
+        """The tokens that must follow, as the tokenizer would cut their text; often none.
+
+        All questions raise `GrammarError` if the grammar is too complex to be followed.
+        """
+        self._follow(ids)
+        found = self._matcher.compute_ff_tokens()
+        self._check()
+        return found
+
+    def allowed(self, ids: Sequence[int]) -> torch.Tensor:
+        """The token ids that may follow, at least one, in their order; those that end a text if it may end here.
+
+        If tokens are forced, it is the first of these alone.
+        """
+        self._follow(ids)
+        mask = self._matcher.compute_logit_bias()
+        self._check()
+        found = torch.frombuffer(bytearray(mask), dtype=torch.uint8).nonzero().flatten()
+        if not len(found):
+            raise GrammarError(f"no token can follow by the grammar after {len(ids):,} tokens")
+        return found
+
+    def is_over(self, ids: Sequence[int]) -> bool:
+        """Whether nothing may follow."""
+        self._follow(ids)
+        if self._matcher.is_stopped():
+            return True
+        # The parser does not always know it before it looks.
+        may_end = self._matcher.is_accepting()
+        return may_end and self._eos.issuperset(self.allowed(ids)[: len(self._eos) + 1].tolist())
+
+    def is_accepting(self, ids: Sequence[int]) -> bool:
+        """Whether the text may end here."""
+        self._follow(ids)
+        return self._matcher.is_accepting()
+
+    def possible(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
+        """The number of the first of `tokens` that may follow one after the other."""
+        self._follow(ids)
+        return self._matcher.validate_tokens(list(tokens))
+
+    def _follow(self, ids: Sequence[int]) -> None:
+        if self._is_moving:
+            self._matcher.reset()
+            self._ids = []
+        self._is_moving = True
+        common = len(self._ids)
+        if self._ids != ids[:common]:
+            common = next(n for n, token in enumerate(self._ids) if n == len(ids) or token != ids[n])
+            self._matcher.rollback(len(self._ids) - common)
+            del self._ids[common:]
+        if more := list(ids[common:]):
+            self._matcher.consume_tokens(more)
+            self._ids += more
+        self._is_moving = False
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = _worded(self._matcher.get_error())
+            raise GrammarError(
+                f"the grammar cannot be followed beyond {len(self._ids):,} tokens: {reason}",
+                "make it simpler",
+            )
+
+
+def check(sampling: Sampling) -> None:
+    """Raise `BloomdeskError` if the constraint of `sampling` is unsound, or llguidance is missing."""
+    if sampling.constraint:
+        kind, text = sampling.constraint
+        if reason := _library().LLMatcher.validate_grammar(_source(kind, text)):
+            raise _refusal(kind, reason)
+
+
+def _library() -> Any:
+    try:
+        import llguidance  # an extra
+    except ImportError:
+        raise BloomdeskError(
+            "a JSON schema, a regular expression or a grammar needs llguidance, which is not installed",
+            "pip install 'bloomdesk[grammar]'",
+        ) from None
+    return llguidance
+
+
+def _source(kind: str, text: str) -> str:
+    matcher = _library().LLMatcher
+    if kind == REGEX:
+        return matcher.grammar_from_regex(text)
+    if kind == GRAMMAR:
+        return matcher.grammar_from_lark(text)
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(kind, f"it is not valid JSON: {error}") from None
+    if not isinstance(schema, dict | bool):
+        raise _refusal(kind, "it must be an object")
+    try:
+        # A style goes with objects alone; true is the empty one.
+        style = None if schema is False else JSON_STYLE
+        return matcher.grammar_from_json_schema("{}" if schema is True else text, defaults=style)
+    except ValueError as error:
+        raise _refusal(kind, str(error)) from None
+
+
+def _refusal(kind: str, reason: str) -> BloomdeskError:
+    return BloomdeskError(f"{_NAMES[kind]} cannot be used: {_worded(reason)}")
+
+
+def _worded(reason: str) -> str:
+    """llguidance's reason in one line."""
+    return " ".join(_DRAWING.sub("", reason).split())[:LONGEST_REASON]
