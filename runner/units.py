@@ -1,4 +1,4 @@
-"""Numbers for people: sizes, rates, durations and shares, with three digits at any magnitude; sizes read from text."""
+"""Numbers for people: sizes, rates, durations and shares, with three digits at any magnitude; and such text read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import re
 
 from runner.errors import BloomdeskError
 
+_DURATION = re.compile(
+    r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s(?:ec(?:onds?)?)?|m(?:in(?:utes?)?)?|h(?:ours?)?|d(?:ays?)?)?\s*",
+    re.IGNORECASE | re.ASCII,
+)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -23,6 +28,17 @@ def parse_size(text: str) -> int:
     if not 0 < size < 2**60:
         raise BloomdeskError(f"{text[:40]!r} is not an amount of memory", "write it like 12GB or 900MB")
     return size
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `12h`, `90 min`, `45s`, `2d`, `1.5 hours` or `0`.
+
+    Raises `BloomdeskError` for anything else.
+    """
+    found = _DURATION.fullmatch(text)
+    if found and float(found[1]) < 1e6 and (found[2] or not float(found[1])):
+        return float(found[1]) * _SECONDS[found[2][0].lower() if found[2] else "s"]
+    raise BloomdeskError(f"{text[:40]!r} is not a length of time", "write it like 12h, 90min or 45s")
 
 
 def number(value: float) -> str:

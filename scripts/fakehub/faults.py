@@ -35,6 +35,12 @@ class Fault:
     ignore_range: bool = False
     # The file arrives with this size, cut off or followed by zeros.
     size: int | None = None
+    # The answer is 200 with this page of a proxy, of a type, in chunks without a length or with its length.
+    page: bytes | None = None
+    kind: str = "text/html"
+    chunked: bool = False
+    # The header of the answer comes byte by byte, after this many seconds each, and never ends.
+    trickle: float = 0.0
     # In the answer to HEAD: another size, ETag or address.
     announce: int | None = None
     etag: str | None = None

@@ -84,6 +84,8 @@ class LocalHub:
         # By a file's path in its repository, or by an API path from /api on.
         self.faults: dict[str, list[Fault]] = {}
         self.closing = threading.Event()
+        # While this is set, every connection ends without an answer.
+        self.is_gone = False
         self._lock = threading.Lock()
         self._servers = [_Server(("127.0.0.1", port), self, "hub"), _Server(("127.0.0.1", 0), self, "cdn")]
         self._threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in self._servers]
@@ -115,6 +117,15 @@ class LocalHub:
                 server.hang_up()
                 thread.join()
             server.server_close()
+
+    def go(self) -> None:
+        """Be gone, as behind a router that restarts: connections end, and new ones get no answer."""
+        self.is_gone = True
+        for server in self._servers:
+            server.hang_up()
+
+    def come_back(self) -> None:
+        self.is_gone = False
 
     def fail(self, path: str, *faults: Fault) -> None:
         """Apply these faults to requests for `path`, each until it has been used up."""
@@ -152,6 +163,9 @@ class _Server(ThreadingHTTPServer):
         self._open: set[socket.socket] = set()
         super().__init__(address, _Handler)
 
+    def verify_request(self, request, client_address) -> bool:
+        return not self.hub.is_gone
+
     def process_request(self, request, client_address) -> None:
         self._open.add(request)
         super().process_request(request, client_address)
@@ -183,6 +197,13 @@ class _Refusal(Exception):
         self.answer = status, {"error": message}, named
 
 
+class _Intruder(Exception):
+    """Somebody else answers, as the fault says."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -193,6 +214,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.server.hub.is_gone:
+            self.close_connection = True
+            return
         parts = urlsplit(self.path)
         self._hub, self._path = self.server.hub, unquote(parts.path)
         self._query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
@@ -205,6 +229,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(404, "", "no such address")
         except _Refusal as refusal:
             self._send(*refusal.answer)
+        except _Intruder as intruder:
+            self._intrude(intruder.fault)
 
     do_HEAD = do_GET
 
@@ -283,7 +309,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._hub.closing.wait(fault.stall)
         if fault.status is not None:
             raise _Refusal(fault.status, fault.code, "by a fault", fault.headers)
+        if fault.page is not None or fault.trickle:
+            raise _Intruder(fault)
         return fault
+
+    def _intrude(self, fault: Fault) -> None:
+        """Answer as a proxy does that sends a page of its own, or a server that sends header bytes without an end."""
+        self.close_connection = True
+        if fault.trickle:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Filler: ")
+            while not self._hub.closing.wait(fault.trickle):
+                self.wfile.write(b"x")
+            return
+        page = fault.page or b""
+        self.send_response(200)
+        self.send_header("Content-Type", fault.kind)
+        if fault.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            page = b"%x\r\n%b\r\n0\r\n\r\n" % (len(page), page)
+        else:
+            self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
 
     def _wanted(self, size: int) -> tuple[int, int, int]:
         """The range of bytes that the request asks for, and the status of the answer."""

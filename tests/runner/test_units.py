@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from runner import BloomdeskError
-from runner.units import duration, number, parse_size, percent, rate, size
+from runner.units import duration, number, parse_duration, parse_size, percent, rate, size
 
 MIB, GB = 2**20, 10**9
 
@@ -87,3 +87,21 @@ def test_what_is_shown_is_read_as_about_the_same(nbytes: int) -> None:
     text = size(nbytes)
     assert parse_size(text.replace(",", "").replace("bytes", "B")) == pytest.approx(nbytes, rel=0.006)
     assert "e" not in text.removesuffix("bytes") and len(text) <= 10
+
+
+def test_a_length_of_time_is_read() -> None:
+    read = {
+        "12h": 43200,
+        "90 min": 5400,
+        "45s": 45,
+        "2 days": 172800,
+        "1.5 H": 5400,
+        "0": 0,
+        "0s": 0,
+        "10m": 600,
+    }
+    assert {text: parse_duration(text) for text in read} == read
+    for text in ("", "h", "12", "-1h", "1e3s", "12 fortnights", "1h30", "9999999s", "inf", "nan"):
+        with pytest.raises(BloomdeskError, match="not a length of time") as caught:
+            parse_duration(text)
+        assert "12h" in caught.value.hint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
 from runner.system.disk import UNKNOWN_SPACE, free_bytes
-from toolkit.cli.progress import WorkProgress
+from runner.units import parse_duration, parse_size
+from toolkit.cli.progress import WorkProgress, print_above_status
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
@@ -43,6 +45,7 @@ from toolkit.cli.report import (
 if TYPE_CHECKING:
     from toolkit.commands.build import BuildPlan, Summary
     from toolkit.commands.verify import VerifyReport
+    from toolkit.hub.line import Line
 
 
 class _Command(TyperCommand):
@@ -87,6 +90,23 @@ Connections = Annotated[
     int, typer.Option(metavar="N", min=1, max=32, help="Ranges of a file fetched at a time.")
 ]
 DEFAULT_CONNECTIONS = 8
+Patience = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME",
+        help="Wait out outages of the network or the Hub up to this long, like 90min; 0 is not at all.",
+    ),
+]
+DEFAULT_PATIENCE = "12h"
+LimitRate = Annotated[
+    str | None,
+    typer.Option(
+        "--limit-rate",
+        metavar="RATE",
+        help="Fetch no faster than this, like 20MB/s.",
+        show_default="no limit",
+    ),
+]
 Lossless = Annotated[
     bool,
     typer.Option("--lossless", help="Store bfloat16 weights in two thirds of the bytes, every bit the same."),
@@ -132,6 +152,8 @@ def download(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it.")],
     revision: Revision = None,
     connections: Connections = DEFAULT_CONNECTIONS,
+    patience: Patience = DEFAULT_PATIENCE,
+    limit_rate: LimitRate = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show files, sizes and free space; fetch nothing.")
     ] = False,
@@ -143,13 +165,14 @@ def download(
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    plan = plan_download(repo, directory, revision, everything=check)
+    line = _line(patience, limit_rate)
+    plan = plan_download(repo, directory, revision, line, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
         return 0 if plan.fits and not plan.names("foreign") else 1
     _say_if_space_is_unknown(directory)
-    with WorkProgress("downloading", plan.work) as progress:
-        done = carry_out(plan, progress, connections)
+    with WorkProgress("downloading", plan.work, received=lambda: line.received) as progress:
+        done = carry_out(plan, progress, connections, line)
     print_lines(downloaded_lines(done, directory))
     return 0
 
@@ -160,16 +183,19 @@ def prepare(
     destination: NewDirectory,
     revision: Revision = None,
     connections: Connections = DEFAULT_CONNECTIONS,
+    patience: Patience = DEFAULT_PATIENCE,
+    limit_rate: LimitRate = None,
     lossless: Lossless = False,
     dtype: Dtype = None,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
-    plan = plan_preparation(repo, destination, revision, _form(lossless), connections, _dtype(dtype))
+    line, form = _line(patience, limit_rate), _form(lossless)
+    plan = plan_preparation(repo, destination, revision, form, connections, _dtype(dtype), line=line)
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
-    print(f"{destination} is complete: {written('parts', _built('preparing', plan))}")
+    print(f"{destination} is complete: {written('parts', _built('preparing', plan, line))}")
 
 
 @app.command()
@@ -452,11 +478,17 @@ def plan(
     return plan_command.plan(space_to_prepare, directory, ram, model, tokens, prompt_tokens, as_json=as_json)
 
 
-def _built(verb: str, plan: BuildPlan) -> Summary:
+def _built(verb: str, plan: BuildPlan, line: Line | None = None) -> Summary:
     from toolkit.commands.build import carry_out
 
     _say_if_space_is_unknown(plan.destination)
-    with WorkProgress(verb, plan.work) as progress:
+    work = WorkProgress(verb, plan.work)
+    if line is not None and plan.bytes_to_fetch:
+        # Of shards and of the parts made from them, the shards say how far it is: those come at the line's speed.
+        work = WorkProgress(
+            verb, plan.bytes_to_fetch, only=plan.schedule.shards, received=lambda: line.received
+        )
+    with work as progress:
         done = carry_out(plan, progress)
     for note in done.notes:
         print(note, file=sys.stderr)
@@ -469,6 +501,23 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     plan = plan_verify(directory, quick, sample=sample)
     with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
+
+
+def _line(patience: str, limit_rate: str | None) -> Line:
+    """The line to the Hub as the options want it, which says its pauses on standard error."""
+    from toolkit.hub.line import Line
+
+    return Line(patience=parse_duration(patience), rate=_rate(limit_rate), say=print_above_status)
+
+
+def _rate(text: str | None) -> int | None:
+    """ "20MB/s" and "20MB" are 20,000,000 bytes a second. Raises `BloomdeskError` for anything else."""
+    if text is None:
+        return None
+    try:
+        return parse_size(re.sub(r"/s(ec)?$", "", text.strip(), flags=re.IGNORECASE))
+    except BloomdeskError:
+        raise BloomdeskError(f"--limit-rate {text[:40]!r} is not a rate", "write it like 20MB/s") from None
 
 
 def _say_if_space_is_unknown(directory: Path) -> None:

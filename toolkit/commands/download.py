@@ -7,6 +7,7 @@ record.py draws the directory; place.py says whose a file is; transfer.py fetche
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
 from toolkit.hub.failures import offline, offline_error
+from toolkit.hub.line import Line
 from toolkit.hub.place import MOVE, Finding, check, look, set_aside, state_of_file, whose
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
@@ -99,7 +101,12 @@ class DownloadSummary:
 
 
 def plan_download(
-    repo: str, directory: Path, revision: str | None = None, *, everything: bool = False
+    repo: str,
+    directory: Path,
+    revision: str | None = None,
+    line: Line | None = None,
+    *,
+    everything: bool = False,
 ) -> DownloadPlan:
     """What `download` would fetch into `directory`, which need not exist; nothing is written or hashed.
 
@@ -109,7 +116,7 @@ def plan_download(
     _refuse_prepared(directory)
     record = load_record(directory)
     with disk_errors(directory):
-        return _plan(_choose(repo, directory, revision, record), directory, record, everything)
+        return _plan(_choose(repo, directory, revision, record, line), directory, record, everything)
 
 
 def download(
@@ -118,25 +125,31 @@ def download(
     revision: str | None = None,
     progress: Progress = silent,
     connections: int = CONNECTIONS,
+    line: Line | None = None,
     *,
     everything: bool = False,
 ) -> DownloadSummary:
     """Fetch the needed files of `repo`, or resume that: `plan_download` and `carry_out` in one."""
-    return carry_out(plan_download(repo, directory, revision, everything=everything), progress, connections)
+    line = line or Line()
+    plan = plan_download(repo, directory, revision, line, everything=everything)
+    return carry_out(plan, progress, connections, line)
 
 
 def carry_out(
-    plan: DownloadPlan, progress: Progress = silent, connections: int = CONNECTIONS
+    plan: DownloadPlan,
+    progress: Progress = silent,
+    connections: int = CONNECTIONS,
+    line: Line | None = None,
 ) -> DownloadSummary:
     """Fetch what is missing into the plan's directory, until every needed file is in place with the right hash.
 
-    The directory is inspected again; the Hub is asked only for files. `progress` is called for the files that are
-    hashed because no record vouches for them, and for those fetched, each over up to `connections` connections.
+    The directory is inspected again; the Hub is asked only for files, each over up to `connections` connections of
+    `line`. `progress` is called for files that are hashed because no record vouches for them, and for those fetched.
 
     Raises `BloomdeskError` if the Hub or the disk fails, if a file is not what was expected, or if the directory is
     another download's, another process writes there, or a file is in the way that is not from this download.
     """
-    chosen, directory = plan.revision, plan.directory
+    chosen, directory, line = plan.revision, plan.directory, line or Line()
     _refuse_impossible(plan)
     with disk_errors(directory), sole_writer_of(directory):
         _refuse_prepared(directory)
@@ -148,14 +161,12 @@ def carry_out(
         _refuse_foreign(directory, str(chosen), left.names("foreign"))
         _refuse_impossible(left)
         aside = tuple(set_aside(directory / name) for name in left.names("changed"))
-        for name in left.names("decayed"):
-            (directory / name).unlink()
         if record != earlier:
             save_record(directory, record)
         transfers: dict[str, Transfer] = {}
         for file in left.unfinished:
             transfers[file.path], record = fetch_recorded(
-                chosen, file, directory, record, progress, connections
+                chosen, file, directory, record, progress, connections, line
             )
         missing = record.missing_in(directory)
         if missing:
@@ -182,16 +193,17 @@ def fetch_recorded(
     record: DownloadRecord,
     progress: Progress,
     connections: int,
+    line: Line,
 ) -> tuple[Transfer, DownloadRecord]:
     """The transfer of a file that is then in place, and the saved record that has it; raises as `fetch` does."""
-    transfer = fetch(revision, file, directory, progress, connections)
+    transfer = fetch(revision, file, directory, progress, connections, line)
     modified = (directory / file.path).stat().st_mtime_ns
     record = record.with_file(file.path, transfer.sha256, modified)
     save_record(directory, record)
     return transfer, record
 
 
-def read_small_file(revision: Revision, file: HubFile, directory: Path) -> bytes:
+def read_small_file(revision: Revision, file: HubFile, directory: Path, line: Line | None = None) -> bytes:
     """A small file's checked bytes, from `directory` if it is sound there, else from the Hub.
 
     Nothing is written: a plan writes nothing, and the directory may turn out to be another's.
@@ -202,10 +214,12 @@ def read_small_file(revision: Revision, file: HubFile, directory: Path) -> bytes
         digest.update(data)
         if not file.difference(digest):
             return data
-    return fetch_bytes(revision, file)
+    return fetch_bytes(revision, file, line)
 
 
-def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRecord | None) -> Revision:
+def _choose(
+    repo: str, directory: Path, revision: str | None, record: DownloadRecord | None, line: Line | None
+) -> Revision:
     """The revision with only its needed files; `BloomdeskError` if the directory belongs to another download."""
     hub.check_repo_name(repo)
     if record is not None and record.repo != repo:
@@ -213,10 +227,10 @@ def _choose(repo: str, directory: Path, revision: str | None, record: DownloadRe
     recorded = record is not None and revision in (None, record.commit)
     if recorded and offline() and hub.pinned(repo, revision) is None:
         return record.revision
-    found = hub.resolve(repo, revision)
+    found = hub.resolve(repo, revision, line)
     if record is not None and record.commit != found.commit:
         raise _another(directory, record, str(found))
-    return hub.needed(found, lambda index: read_small_file(found, index, directory))
+    return hub.needed(found, lambda index: read_small_file(found, index, directory, line))
 
 
 def _another(directory: Path, record: DownloadRecord, wanted: str) -> BloomdeskError:
@@ -236,17 +250,25 @@ def _plan(
         state: State = look(directory, known.files[file.path], everything=everything)
         present = file.size
         if state not in ("sound", "unchecked"):
-            present = bytes_begun(directory, file)
+            present = bytes_begun(directory, file, recorded=record is not None)
             state = "partial" if state == "absent" and present else state
         files.append(PlannedFile(file, state, present))
     return DownloadPlan(revision, directory, tuple(files), free_bytes(directory), everything)
 
 
-def bytes_begun(directory: Path, file: HubFile) -> int:
-    """Bytes of a file's beginning that an earlier run has left."""
+def bytes_begun(directory: Path, file: HubFile, *, recorded: bool) -> int:
+    """Bytes of a file's beginning that an earlier run has left, which has written its record first.
+
+    Raises `BloomdeskError` if something is there that no run of this program has begun.
+    """
     path = directory / (file.path + TEMPORARY_SUFFIX)
     # A link is replaced.
     found = None if path.is_symlink() else state_of_file(path)
+    if found is not None and found.st_size and not recorded:
+        raise BloomdeskError(
+            f"{path} is in the way, and there is no record that this program has begun it",
+            "move it out of the directory, and run the same command again",
+        )
     return found.st_size if found is not None and found.st_size <= file.size else 0
 
 
@@ -260,21 +282,19 @@ def _check_present(
             known = record.files[planned.file.path]
             found = check(plan.directory, known, progress)
             if found is None:
-                begun = bytes_begun(plan.directory, planned.file)
+                begun = bytes_begun(plan.directory, planned.file, recorded=True)
                 planned = PlannedFile(planned.file, whose(plan.directory, known), begun)
             else:
                 record = record.with_file(known.path, *found)
         files.append(planned)
-    # What has decayed makes way.
-    freed = sum(planned.file.size for planned in files if planned.state == "decayed")
-    return replace(plan, files=tuple(files), free=plan.free + freed), record
+    return replace(plan, files=tuple(files)), record
 
 
 def _refuse_prepared(directory: Path) -> None:
     """Raise `BloomdeskError` if a prepared directory was given."""
     for name in (MANIFEST, MANIFEST_BACKUP):
         data = read_if_exists(directory / name, LARGEST_MANIFEST)
-        if data is not None and FORMAT.encode() in data:
+        if data is not None and not _is_of_others(data):
             raise BloomdeskError(
                 f"{directory} is a prepared directory ({name}), and a download has no place in it",
                 "choose another directory",
@@ -284,6 +304,15 @@ def _refuse_prepared(directory: Path) -> None:
             f"{directory} is an export ({EXPORT_RECORD}), and a download has no place in it",
             "choose another directory",
         )
+
+
+def _is_of_others(data: bytes) -> bool:
+    """Whether a manifest.json is another program's: sound, and not of our format."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(body, dict) or body.get("format") != FORMAT
 
 
 def _refuse_foreign(directory: Path, wanted: str, names: Sequence[str]) -> None:

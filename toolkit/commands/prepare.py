@@ -6,20 +6,27 @@ resumes: the manifest says which parts there are, the staging directory which sh
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import xxhash
+
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import COMPANIONS, GENERATION_CONFIG
+from runner.format.layout import COMPANIONS, GENERATION_CONFIG, REQUIRED_COMPANIONS
 from runner.format.manifest import Manifest, Source
-from toolkit.commands.arrivals import ArrivingShards, load_staging, staged_bytes
+from toolkit.commands.arrivals import ArrivingShards, is_staging, load_staging, staged_bytes
 from toolkit.commands.build import BuildPlan, Summary, carry_out
 from toolkit.commands.download import read_small_file
 from toolkit.commands.schedule import schedule_of
 from toolkit.hub import revision as hub
+from toolkit.hub.line import Line
+from toolkit.hub.record import load_record
 from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import CONNECTIONS, read_range
+from toolkit.io.disk import read_if_exists
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import known_parts
@@ -41,9 +48,11 @@ def prepare(
     *,
     form: str = PLAIN,
     dtype: str | None = None,
+    line: Line | None = None,
 ) -> Summary:
     """Make a prepared directory of `repo`, or resume one: `plan_preparation` and `carry_out` in one."""
-    return carry_out(plan_preparation(repo, destination, revision, form, connections, dtype), progress)
+    plan = plan_preparation(repo, destination, revision, form, connections, dtype, line=line)
+    return carry_out(plan, progress)
 
 
 def plan_preparation(
@@ -54,23 +63,31 @@ def plan_preparation(
     connections: int = CONNECTIONS,
     dtype: str | None = None,
     mend: frozenset[str] | None = None,
+    line: Line | None = None,
 ) -> BuildPlan:
     """What is to be fetched and made; nothing is written to `destination`.
 
     By default the `dtype` is the one that transformers would choose. `mend` are the recorded parts that are damaged or
     missing, if only these are to be made again. If `destination` has parts of `repo` already and no revision is named,
-    their commit is resumed. Raises `BloomdeskError` if the Hub refuses, the repo holds no BLOOM or none that has the
-    form `form`, the directory has another source or form, or the disk is too small.
+    their commit is resumed; if all are there, the Hub is not asked. Raises `BloomdeskError` if the Hub refuses, the
+    repo holds no BLOOM or none that has the form `form`, the directory has another source or form, or the disk is too
+    small.
     """
     existing = target.load_existing(destination)
     if existing is not None:
         # The wrong form is reported before the Hub is asked.
         target.check_form(destination, existing, form)
-        if revision is None and existing.source.repo == repo:
-            revision = existing.source.commit
-    found = hub.resolve(repo, revision)
-    chosen = hub.needed(found, lambda index: read_small_file(found, index, destination))
-    companions, index, names = _read_small_files(chosen, destination)
+    line, named = line or Line(), revision is not None and mend is None
+    if existing is not None and existing.source.repo == repo:
+        revision = revision or existing.source.commit
+        if mend is None and revision.lower() == existing.source.commit:
+            whole = _plan_of_nothing(destination, existing, dtype, line)
+            if whole is not None:
+                return whole
+    found = hub.resolve(repo, revision, line, named=named)
+    _refuse_other_commit(destination, existing, found, revision)
+    chosen = hub.needed(found, lambda index: read_small_file(found, index, destination, line))
+    companions, index, names = _read_small_files(chosen, destination, line)
     model = decode_config(Path("config.json"), companions["config.json"], "BF16")
     model = with_ends_of_text(model, Path(GENERATION_CONFIG), companions.get(GENERATION_CONFIG))
     if mend is not None and existing is not None:
@@ -83,7 +100,7 @@ def plan_preparation(
     if choice is None:
         head = {}
         if chosen.dtype is None:
-            head = _head_on_the_hub(chosen, names[0])
+            head = _head_on_the_hub(chosen, names[0], line)
             # Without an index the one shard holds every tensor.
             assignment = assignment or assign(head, model)
             in_dtype(head, assignment.keys, model.dtype)
@@ -101,7 +118,7 @@ def plan_preparation(
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
     target.require_free_space(destination, to_come, schedule.needs, companions)
-    shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, choice.why)
+    shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, line, choice.why)
     return BuildPlan(
         destination,
         existing,
@@ -116,6 +133,50 @@ def plan_preparation(
     )
 
 
+def _plan_of_nothing(
+    destination: Path, existing: Manifest, dtype: str | None, line: Line
+) -> BuildPlan | None:
+    """The plan for a directory to which nothing is missing, made without the Hub, or None if it is not one."""
+    companions = {}
+    for name, record in existing.companions.items():
+        data = read_if_exists(destination / name, target.LARGEST_COMPANION)
+        if data is None or xxhash.xxh3_128_hexdigest(data) != record.xxh3_128:
+            return None
+        companions[name] = data
+    if not companions.keys() >= set(REQUIRED_COMPANIONS) or target.missing_parts(
+        target.drop_missing(destination, existing)
+    ):
+        return None
+    target.dtype_to_resume(destination, existing, dtype)
+    staging, left = destination / target.STAGING, None
+    if os.path.lexists(staging):
+        # Shards that an earlier run has left are deleted by what its record says of them.
+        with suppress(BloomdeskError):
+            left = load_record(staging) if is_staging(staging) else None
+        if left is None or left.commit != existing.source.commit:
+            return None
+    source = existing.source
+    chosen = left.revision if left is not None else Revision(source.repo or "", source.commit or "", ())
+    schedule = schedule_of(existing, ShardList(()), None, {})
+    shards = ArrivingShards(destination, existing, schedule, chosen, ShardList(()), CONNECTIONS, line)
+    known = known_parts(destination, existing)
+    return BuildPlan(destination, existing, existing, known, companions, schedule, shards, peak_bytes=0)
+
+
+def _refuse_other_commit(
+    destination: Path, existing: Manifest | None, found: Revision, revision: str | None
+) -> None:
+    """Raise `BloomdeskError` if the directory has parts of another commit of the same repo: a branch moves."""
+    if existing is not None and existing.parts and existing.source.repo == found.repo:
+        held = existing.source.commit or ""
+        if held != found.commit:
+            raise BloomdeskError(
+                f"{destination} was started from another source: it has parts of {found.repo} at {held[:12]}, "
+                f"and --revision {revision} is {found.commit[:12]} now",
+                "leave out --revision to resume it, or give a new directory",
+            )
+
+
 def _refuse_other_shards(destination: Path, manifest: Manifest, chosen: Revision) -> None:
     """Raise `BloomdeskError` if parts were made from shards that are not those of the revision."""
     for shard in (shard for record in manifest.parts.values() for shard in record.sources):
@@ -124,7 +185,9 @@ def _refuse_other_shards(destination: Path, manifest: Manifest, chosen: Revision
             raise target.another_source(destination, f"parts of another {shard.file}")
 
 
-def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, bytes], ShardList, list[str]]:
+def _read_small_files(
+    chosen: Revision, destination: Path, line: Line
+) -> tuple[dict[str, bytes], ShardList, list[str]]:
     """The small files that a prepared directory has, the index, and the names of the shards; all stays in memory."""
     companions, names, index = {}, [], None
     for file in chosen.files:
@@ -137,7 +200,7 @@ def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, by
             raise BloomdeskError(
                 f"{file.path} of {chosen} has {file.size:,} bytes: no such file is that large"
             )
-        data = read_small_file(chosen, file, destination)
+        data = read_small_file(chosen, file, destination, line)
         if suffix is None:
             target.check_companion(path, data)
             companions[file.path] = data
@@ -146,8 +209,8 @@ def _read_small_files(chosen: Revision, destination: Path) -> tuple[dict[str, by
     return companions, index or ShardList(tuple(map(Path, names))), names
 
 
-def _head_on_the_hub(revision: Revision, shard: str) -> dict[str, SourceTensor]:
+def _head_on_the_hub(revision: Revision, shard: str, line: Line) -> dict[str, SourceTensor]:
     """The tensors of one shard with their dtypes, from its first bytes; `BloomdeskError` if they do not show them."""
     file = revision.find(shard)
     assert file is not None
-    return read_head_of_shard(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size)))
+    return read_head_of_shard(Path(shard), read_range(revision, file, 0, min(HEAD_BYTES, file.size), line))

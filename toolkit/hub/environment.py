@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,11 +26,24 @@ def check_environment() -> None:
         value = os.environ.get(name)
         if value and not os.access(value, os.R_OK):
             raise _wrong(name, "cannot be read", f"set {name} to where the certificates are, or unset it")
+    file = os.environ.get("SSL_CERT_FILE")
+    if file and not _holds_certificates(file):
+        hint = "set SSL_CERT_FILE to a file in PEM form, or unset it"
+        raise _wrong("SSL_CERT_FILE", "names a file without certificates", hint)
     _check_address("HF_ENDPOINT", ("http", "https"), "https://huggingface.co")
     for upper in _PROXIES:
         for name in (upper.lower(), upper):
             _check_proxy(name)
     _check_token_file()
+
+
+@cache
+def _holds_certificates(file: str) -> bool:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=file)
+    except OSError:
+        return False
+    return True
 
 
 def check_timeouts() -> None:
@@ -76,7 +91,7 @@ def _check_token_file() -> None:
 
     try:
         Path(constants.HF_TOKEN_PATH).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return
     except OSError as error:
         found = refused(error, "the token of your login cannot be read")

@@ -15,9 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from toolkit.hub import client
 from toolkit.hub.client import Location
 from toolkit.hub.connection import Connection
 from toolkit.hub.failures import Resource, network_errors
+from toolkit.hub.line import Line
 from toolkit.hub.retry import RetryPolicy
 
 # Bytes of all ranges that are being fetched or wait for an earlier one; a kill loses at most these.
@@ -63,10 +65,21 @@ class Ahead:
     """
 
     def __init__(
-        self, resource: Resource, locate: Callable[[], Location], start: int, stop: int, connections: int
+        self,
+        resource: Resource,
+        locate: Callable[[], Location],
+        start: int,
+        stop: int,
+        connections: int,
+        line: Line,
+        check: Callable[[], None],
     ) -> None:
-        """`locate` asks the Hub where the file is; raises one of `network_errors` or `BloomdeskError`."""
+        """`locate` asks the Hub where the file is; raises one of `network_errors` or `BloomdeskError`.
+
+        `check` is called now and then where the blocks are taken, while none comes; it may raise to end all.
+        """
         self.received = 0
+        self._line, self._check = line, check
         self._resource, self._address = resource, _Address(locate)
         self._start, self._next, self._stop = start, start, stop
         self._size = range_size(connections)
@@ -79,7 +92,7 @@ class Ahead:
         self._stopping = threading.Event()
         self._changed = threading.Condition()
         count = min(connections, -(-(stop - start) // self._size))
-        self._connections = [Connection() for _ in range(count)]
+        self._connections = [Connection(line, self._raise_if_stopped) for _ in range(count)]
         self._threads = [
             threading.Thread(
                 target=self._work, args=(connection,), daemon=True, name=f"range {resource.path}"
@@ -118,9 +131,9 @@ class Ahead:
 
     def _take(self) -> memoryview:
         """The next bytes at the frontier, a block of some size if it is not long in coming."""
-        with self._changed:
-            in_time = True
-            while True:
+        in_time = True
+        while True:
+            with self._changed:
                 if self._ranges:
                     first = self._ranges[0]
                     count = first.filled - first.taken
@@ -132,6 +145,16 @@ class Ahead:
                     raise self._failure
                 in_time = self._changed.wait(SECONDS_BETWEEN_BLOCKS)
                 self._drop_straggler()
+                self._drop_unanswered()
+            if not in_time:
+                self._check()
+
+    def _drop_unanswered(self) -> None:
+        """A header whose bytes trickle in is no answer, though there is always one more to wait for."""
+        for connection in self._connections:
+            since = connection.asking_since
+            if since is not None and time.monotonic() - since > client.SECONDS_OF_A_SHORT_ANSWER:
+                connection.drop()
 
     def _drop_straggler(self) -> None:
         """One connection that crawls must not keep the others from working once the window is full."""
@@ -167,7 +190,7 @@ class Ahead:
         return None
 
     def _fill(self, part: _Range) -> None:
-        retries = RetryPolicy(self._resource, self._pause)
+        retries = RetryPolicy(self._resource, self._line, self._raise_if_stopped)
         while not part.whole:
             before, location = part.filled, None
             try:
@@ -176,7 +199,7 @@ class Ahead:
                     self._grow(part, count)
             except network_errors() as error:
                 # No failure if the others have hung up.
-                self._pause(0)
+                self._raise_if_stopped()
                 if part.filled > before:
                     retries.reset()
                 else:
@@ -184,6 +207,8 @@ class Ahead:
                 retries.backoff(error)
 
     def _grow(self, part: _Range, count: int) -> None:
+        if count:
+            self._line.came(count)
         with self._changed:
             part.filled += count
             self.received += count
@@ -191,8 +216,8 @@ class Ahead:
             if not count or part.whole or part.filled // BLOCK > (part.filled - count) // BLOCK:
                 self._changed.notify_all()
 
-    def _pause(self, seconds: float) -> None:
-        if self._stopping.wait(seconds):
+    def _raise_if_stopped(self) -> None:
+        if self._stopping.is_set():
             raise _Stopped
 
     def _end(self, failure: BaseException | None = None) -> None:
@@ -203,6 +228,7 @@ class Ahead:
             self._changed.notify_all()
         for connection in self._connections:
             connection.hang_up()
+        self._line.wake()
 
 
 class _Address:

@@ -19,6 +19,7 @@ from runner.format.layout import COMPANIONS, REQUIRED_COMPANIONS
 from toolkit.hub.client import fetch_json
 from toolkit.hub.environment import check_timeouts
 from toolkit.hub.failures import Resource, endpoint, offline, offline_error
+from toolkit.hub.line import Line
 from toolkit.io.hasher import Digest, hash_file
 from toolkit.io.progress import FileProgress, Progress
 from toolkit.source.foreign import what_is_there
@@ -92,23 +93,28 @@ def pinned(repo: str, revision: str | None = None) -> Revision | None:
     return Revision(repo, body["commit"], files, pinned=True, dtype=body.get("dtype"))
 
 
-def resolve(repo: str, revision: str | None = None) -> Revision:
+def resolve(
+    repo: str, revision: str | None = None, line: Line | None = None, *, named: bool = True
+) -> Revision:
     """The commit that `revision` (a branch, tag, short name or commit; else `main`) means, with its files.
 
     For bigscience/bloom the default is the pinned commit, and its list is the pinned one: the Hub is not
-    asked. Raises `BloomdeskError` if the Hub does not have it, refuses it or cannot be reached.
+    asked. `named` if the user has named the revision. Raises `BloomdeskError` if the Hub does not have it, refuses it
+    or cannot be reached.
     """
     check_repo_name(repo)
     known = pinned(repo, revision)
     if known is not None:
         return known
-    resource = Resource(repo, revision or "main")
+    line, resource = line or Line(), Resource(repo, revision or "main", named=named)
     if offline():
         raise offline_error(f"the files of {repo} at {resource.revision} cannot be listed")
     commit = resource.revision.lower()
     if not COMMIT.fullmatch(commit):
-        commit = _commit_of(resource)
-    return pinned(repo, commit) or Revision(repo, commit, _list_files(replace(resource, revision=commit)))
+        commit = _commit_of(resource, line)
+    return pinned(repo, commit) or Revision(
+        repo, commit, _list_files(replace(resource, revision=commit), line)
+    )
 
 
 def check_repo_name(repo: str) -> None:
@@ -125,19 +131,19 @@ def check_repo_name(repo: str) -> None:
         ) from None
 
 
-def _commit_of(resource: Resource) -> str:
+def _commit_of(resource: Resource, line: Line) -> str:
     path = f"/api/models/{resource.repo}/revision/{quote(resource.revision, safe='')}"
-    for page in fetch_json(path, resource):
+    for page in fetch_json(path, resource, line):
         commit = page.get("sha") if isinstance(page, dict) else None
         if isinstance(commit, str) and COMMIT.fullmatch(commit):
             return commit
     raise _not_understood(resource, "no commit")
 
 
-def _list_files(resource: Resource) -> tuple[HubFile, ...]:
+def _list_files(resource: Resource, line: Line) -> tuple[HubFile, ...]:
     path = f"/api/models/{resource.repo}/tree/{resource.revision}?recursive=true&expand=false"
     files = []
-    for page in fetch_json(path, resource):
+    for page in fetch_json(path, resource, line):
         try:
             files += [_decode(entry) for entry in page if entry["type"] == "file"]
         except (KeyError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
 from toolkit.hub.client import Location, locate, stream
 from toolkit.hub.connection import Unranged
 from toolkit.hub.failures import IncompleteAnswer, Resource, endpoint, network_errors
+from toolkit.hub.line import Line
 from toolkit.hub.partial_file import Damaged, PartialFile
 from toolkit.hub.ranges import MOST_CONNECTIONS, Ahead, range_size
 from toolkit.hub.retry import RetryPolicy
@@ -36,7 +37,12 @@ class Transfer:
 
 
 def fetch(
-    revision: Revision, file: HubFile, directory: Path, progress: Progress, connections: int = CONNECTIONS
+    revision: Revision,
+    file: HubFile,
+    directory: Path,
+    progress: Progress,
+    connections: int = CONNECTIONS,
+    line: Line | None = None,
 ) -> Transfer:
     """Bring `file` of `revision` into `directory`, renamed into place only if its size and hash are right.
 
@@ -49,15 +55,15 @@ def fetch(
     """
     if not 1 <= connections <= MOST_CONNECTIONS:
         raise BloomdeskError(f"{connections} connections at a time", f"choose from 1 to {MOST_CONNECTIONS}")
-    path = directory / file.path
+    line, path = line or Line(), directory / file.path
     incomplete = path.with_name(path.name + TEMPORARY_SUFFIX)
     resource = Resource(revision.repo, revision.commit, file.path)
     try:
         with PartialFile(incomplete, file, FileProgress(progress, file.path, file.size)) as partial:
             resumed = partial.position
             if connections > 1 and file.size - resumed > range_size(connections):
-                _receive_ranges(resource, file, partial, connections)
-            _receive_rest(resource, file, partial)
+                _receive_ranges(resource, file, partial, connections, line)
+            _receive_rest(resource, file, partial, line)
             partial.finish()
             difference = file.difference(partial.digest)
             if difference:
@@ -69,9 +75,12 @@ def fetch(
     return Transfer(partial.digest.sha256, resumed, partial.received)
 
 
-def _receive_ranges(resource: Resource, file: HubFile, partial: PartialFile, connections: int) -> None:
+def _receive_ranges(
+    resource: Resource, file: HubFile, partial: PartialFile, connections: int, line: Line
+) -> None:
     """Take what comes over several connections: all of it, or what a server without ranges leaves to one."""
-    ahead = Ahead(resource, lambda: _locate(resource, file), partial.position, file.size, connections)
+    start, stop = partial.position, file.size
+    ahead = Ahead(resource, lambda: _locate(resource, file), start, stop, connections, line, partial.report)
     try:
         with ahead:
             for block in ahead.blocks():
@@ -82,28 +91,31 @@ def _receive_ranges(resource: Resource, file: HubFile, partial: PartialFile, con
         partial.received += ahead.received
 
 
-def _receive_rest(resource: Resource, file: HubFile, partial: PartialFile) -> None:
+def _receive_rest(resource: Resource, file: HubFile, partial: PartialFile, line: Line) -> None:
     """Take the rest over one connection at a time, as long as each brings something."""
-    retries = RetryPolicy(resource)
+    retries = RetryPolicy(resource, line, partial.report)
     while partial.position < file.size:
         before = partial.position
         try:
-            _receive(resource, file, partial)
+            _receive(resource, file, partial, line)
         except network_errors() as error:
             if partial.position > before:
                 retries.reset()
             retries.backoff(error)
 
 
-def _receive(resource: Resource, file: HubFile, partial: PartialFile) -> None:
+def _receive(resource: Resource, file: HubFile, partial: PartialFile, line: Line) -> None:
     """Take what one answer of the Hub brings; raises one of `network_errors` if that is not all."""
     with stream(_locate(resource, file), partial.position) as (start, blocks):
         # Not 0 if the server ignored the range and sends all of the file again.
         known = partial.position - start
         for block in blocks:
             partial.received += len(block)
+            line.keep_rate(len(block), partial.report)
             if known < len(block):
                 partial.write(block[known:])
+                # What came a second time is no progress.
+                line.came(len(block) - known)
             known = max(0, known - len(block))
     if partial.position < file.size:
         raise IncompleteAnswer(f"{partial.position:,} of {file.size:,} bytes came")
@@ -133,9 +145,9 @@ def _refuse_other(resource: Resource, file: HubFile, location: Location) -> None
             )
 
 
-def fetch_bytes(revision: Revision, file: HubFile) -> bytes:
+def fetch_bytes(revision: Revision, file: HubFile, line: Line | None = None) -> bytes:
     """All bytes of a small file of `revision`, checked; raises `BloomdeskError` as `fetch` does."""
-    data, digest = read_range(revision, file, 0, file.size), file.digest()
+    data, digest = read_range(revision, file, 0, file.size, line), file.digest()
     digest.update(data)
     difference = file.difference(digest)
     if difference:
@@ -143,7 +155,7 @@ def fetch_bytes(revision: Revision, file: HubFile) -> bytes:
     return data
 
 
-def read_range(revision: Revision, file: HubFile, start: int, nbytes: int) -> bytes:
+def read_range(revision: Revision, file: HubFile, start: int, nbytes: int, line: Line | None = None) -> bytes:
     """The bytes `[start, start + nbytes)` of a file of `revision`, not checked against its hash.
 
     Raises `BloomdeskError` if the file is shorter, or the Hub refuses, cannot be reached, or has another file there.
@@ -152,15 +164,20 @@ def read_range(revision: Revision, file: HubFile, start: int, nbytes: int) -> by
     if not 0 <= start <= stop <= file.size:
         raise BloomdeskError(f"{file.path} of {revision} has {file.size:,} bytes, not {stop:,}")
     resource = Resource(revision.repo, revision.commit, file.path)
-    retries, data = RetryPolicy(resource), bytearray()
+    line = line or Line()
+    retries, data = RetryPolicy(resource, line), bytearray()
     while len(data) < nbytes:
         before = len(data)
         try:
             with stream(_locate(resource, file), start + before, stop) as (position, blocks):
                 for block in blocks:
                     # A server that ignores ranges sends the file from its first byte, and is stopped at `stop`.
-                    data += block[max(0, start + len(data) - position) : stop - position]
+                    line.keep_rate(len(block))
+                    new = block[max(0, start + len(data) - position) : stop - position]
+                    data += new
                     position += len(block)
+                    if new:
+                        line.came(len(new))
                     if position >= stop:
                         break
             if len(data) < nbytes:

@@ -46,3 +46,46 @@ def test_elsewhere_than_on_a_terminal_lines_are_rare(monkeypatch: pytest.MonkeyP
         "verifying: 450 bytes of 1 kB (45%)",
         "verifying: 900 bytes of 1 kB (90%)",
     ]
+
+
+def test_what_earlier_runs_have_left_makes_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 GB are hashed at the disk's speed, then 10 MB/s come; then nothing for an hour; then 20 MB/s."""
+    clock, came = [1000.0], [0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    notes, there = io.StringIO(), 300 * 10**9
+
+    def last() -> str:
+        return notes.getvalue().splitlines()[-1].partition("block_00, ")[2]
+
+    with WorkProgress("downloading", 352 * 10**9, notes, received=lambda: came[0]) as work:
+
+        def go_on(seconds: int, bytes_per_second: int) -> None:
+            for _ in range(seconds):
+                clock[0] += 1
+                came[0] += bytes_per_second
+                work("block_00", there + came[0], 352 * 10**9)
+
+        for done in range(0, there + 1, 10**9):
+            clock[0] += 1
+            work("block_00", done, 352 * 10**9)
+        assert last() == "0 bytes/s"
+        go_on(30, 10**7)
+        assert last().startswith("10 MB/s, 1 h 26 min left")
+        clock[0] += 3600
+        work("block_00", there + came[0], 352 * 10**9)
+        go_on(90, 2 * 10**7)
+        assert last().startswith("20 MB/s, 41 min ")
+
+
+def test_shards_alone_say_how_far_a_preparation_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    notes = io.StringIO()
+    with WorkProgress("preparing", 1000, notes, only=("a.bin", "b.bin"), received=lambda: 750) as work:
+        work("a.bin", 500, 500)
+        work("block_00", 500, 500)
+        work("b.bin", 250, 500)
+    assert [line.split(",")[0] for line in notes.getvalue().splitlines()] == [
+        "preparing: 500 bytes of 1 kB (50%)",
+        "preparing: 750 bytes of 1 kB (75%)",
+    ]

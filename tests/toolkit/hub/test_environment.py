@@ -53,3 +53,9 @@ def test_odd_variables_that_do_no_harm_are_passed_over(
     with LocalHub({"me/bloom": make(tmp_path / "source")}) as hub:
         done = run("download", "me/bloom", tmp_path / "new", HF_ENDPOINT=hub.endpoint)
     assert done.returncode == 0 and not done.stderr
+
+
+def test_a_file_without_certificates_is_named(tmp_path: Path) -> None:
+    (tmp_path / "none.pem").write_text("no certificate")
+    said = refused("download", "some/model", tmp_path / "new", SSL_CERT_FILE=str(tmp_path / "none.pem"))
+    assert "the environment variable SSL_CERT_FILE" in said and "none.pem" in said

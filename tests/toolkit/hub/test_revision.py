@@ -23,8 +23,10 @@ from tests.support.bloom_repos import (
     add_safetensors,
     write_bin_repo,
 )
+from tests.support.clocks import FastClock
 from toolkit.hub import retry
 from toolkit.hub import revision as hub
+from toolkit.hub.line import Line
 from toolkit.source.index import parse_index
 
 SHARED = Path(__file__).parents[4] / "shared" / "hub"
@@ -261,13 +263,14 @@ def test_a_hub_that_stays_weak_is_an_error(serve, repo):
 
 
 @pytest.mark.parametrize("header", [{"Retry-After": "7"}, {"ratelimit": '"api";r=0;t=7'}])
-def test_a_hub_that_asks_for_a_pause_gets_it(serve, repo, monkeypatch, header):
-    pauses = []
-    monkeypatch.setattr(retry.time, "sleep", pauses.append)
+def test_a_hub_that_asks_for_a_pause_gets_it(serve, repo, header):
     local = serve({NAME: repo})
     local.fail(f"/api/models/{NAME}/revision/main", Fault(status=429, headers=header, times=1))
-    hub.resolve(NAME)
-    assert pauses == [7.0]
+    said, clock = [], FastClock(1000)
+    began = clock.monotonic()
+    hub.resolve(NAME, None, Line(say=said.append, clock=clock))
+    assert clock.monotonic() - began >= 7
+    assert len(said) == 1 and "answered 429" in said[0] and said[0].endswith(", as asked")
 
 
 def test_a_pause_of_an_hour_is_left_to_the_user(serve, repo):
