@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ _STEPS = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ELOOP: "remove the link that leads back to itself",
     errno.ENOTDIR: "give another path: a name in this one is a file, not a directory",
+    errno.EEXIST: "give another path: something else has this name",
     errno.EISDIR: "give the path of a file: this is a directory",
     errno.EMFILE: f"raise the number of files that a process may open (ulimit -n), {AGAIN}",
     errno.ENFILE: f"end programs that hold many files open, {AGAIN}",
@@ -52,6 +55,8 @@ class BloomdeskError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         # Names from files may be quoted in it: they must not control the terminal, nor break the line.
         message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        # An address may hold a password.
+        message = re.sub(r"(\w://)[^/@\s]*@", r"\1...@", message)
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -59,6 +64,13 @@ class BloomdeskError(Exception):
     def worded(self) -> str:
         """The text that is shown to the user."""
         return f"error: {self.message}" + (f"\n  next: {self.hint}" if self.hint else "")
+
+
+def in_shell(path: Path) -> str:
+    """The path as an argument of a command that the user is told to type."""
+    text = str(path)
+    # What begins with a hyphen would be an option.
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def explained(error: OSError | MemoryError, path: Path | None = None) -> tuple[str, str]:

@@ -23,6 +23,7 @@ _ENDED_BY = 128
 # How torch and Python say that the system has no more memory, or no more threads.
 _IN_OTHER_WORDS = {
     "can't allocate memory": MemoryError(),
+    "failed to map segment": MemoryError(),
     "can't start new thread": OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)),
 }
 

@@ -20,7 +20,7 @@ from runner.estimate.forecast import (
 from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
-from runner.format.layout import MANIFEST
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, load_manifest
 from runner.generation.memory_plan import default_total
 from runner.system import memory
@@ -80,7 +80,8 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
-    manifest = load_manifest(directory) if (directory / MANIFEST).exists() else None
+    has_manifest = any((directory / name).exists() for name in (MANIFEST, MANIFEST_BACKUP))
+    manifest = load_manifest(directory) if has_manifest else None
     held = manifest if name is None else None
     if not held:
         name = name or DEFAULT_MODEL

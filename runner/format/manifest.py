@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from runner.errors import BloomdeskError, explained
+from runner.errors import BloomdeskError, explained, in_shell
 from runner.format.coded import (
     CODED_ALIGNMENT,
     CODED_DTYPE,
@@ -135,13 +135,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a directory holds so far, by file name; `form` is that of all parts."""
+    """What a directory holds so far, by file name; `form` is that of all parts.
+
+    `samples` are hashes of a local source's shards while parts are missing, by file name.
+    """
 
     model: Hyperparameters
     source: Source
     parts: Mapping[str, PartRecord] = field(default_factory=dict)
     companions: Mapping[str, CompanionRecord] = field(default_factory=dict)
     form: str = PLAIN
+    samples: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def format_version(self) -> int:
@@ -163,7 +167,7 @@ class Manifest:
         """The command that makes the rest of an unfinished directory."""
         form = "" if self.form == PLAIN else f" --{self.form}"
         made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
-        return f"bloomdesk {made_by} {directory}{form}"
+        return f"bloomdesk {made_by} {in_shell(directory)}{form}"
 
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
@@ -203,6 +207,7 @@ class Manifest:
             "source_shards": _shard_sizes(self.parts.values()),
             "parts": [_part_body(record, self.form) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
+            **({"source_samples": dict(self.samples)} if self.samples and self.missing else {}),
         }
         return json.dumps({**body, "sha256": digest(body)}, indent=1) + "\n"
 
@@ -257,7 +262,7 @@ def load_manifest(directory: Path) -> Manifest:
             raise error from None
         raise UnsoundManifest(
             f"{error.message}; its backup is sound",
-            f"bloomdesk repair {directory}",
+            f"bloomdesk repair {in_shell(directory)}",
         ) from None
 
 
@@ -270,7 +275,7 @@ def read_manifest(path: Path) -> Manifest:
         what = f"has no {path.name}" if directory.is_dir() else "is not a directory"
         raise UnsoundManifest(
             f"{directory} is not a prepared checkpoint: it {what}",
-            f"make one from a downloaded checkpoint: bloomdesk convert SOURCE {directory}",
+            "make one from a downloaded checkpoint, in a new or an empty directory: bloomdesk convert SOURCE DST",
         ) from None
     except UnicodeDecodeError:
         raise _unsound(path, "it is not UTF-8 text") from None
@@ -339,7 +344,12 @@ def _decode(body: dict[str, Any]) -> Manifest:
         if type(record.size) is not int or not 0 <= record.size < 2**63:
             raise ValueError(f"{record.file} has no size")
         _check_hash(record.xxh3_128, 32)
-    manifest = Manifest(model, source, parts, companions, form)
+    samples = body.get("source_samples", {})
+    for file, sampled in samples.items():
+        if not is_file_name(file):
+            raise ValueError(f"{quoted(file)} is not the name of a shard")
+        _check_hash(sampled, 32)
+    manifest = Manifest(model, source, parts, companions, form, samples)
     if manifest.format_version != body["format_version"]:
         raise ValueError(f"its form is {quoted(form)}")
     if body.get("fingerprint", manifest.fingerprint) != manifest.fingerprint:

@@ -201,7 +201,8 @@ class Sequence:
         if self.stop_reason == "stop":
             self.is_valid = grammar.accepts(bytes(self.scanner.text[: self.scanner.end]))
         elif self.stop_reason:
-            self.is_valid = self.stop_reason == "eos" or self.sampler.is_complete(self.ids)
+            text = self.ids[:-1] if self.stop_reason == "eos" else self.ids
+            self.is_valid = self.sampler.is_complete(text)
         if self.stop_reason:
             self.sampler.release()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers.decoders import ByteLevel, DecodeStream
 
-from runner.errors import BloomdeskError, reading
+from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.safetensors import read_small
 
 # Bytes. BLOOM's tokenizer.json has 14.5 MB.
@@ -26,7 +26,7 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         """Raises `BloomdeskError` if the file is missing, or is not a tokenizer of BLOOM's kind."""
-        repair = f"see what is damaged: bloomdesk verify {path.parent}"
+        repair = f"see what is damaged: bloomdesk verify {in_shell(path.parent)}"
         with reading(path, repair):
             data = read_small(path, LARGEST_TOKENIZER)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from runner.errors import BloomdeskError, reading
+from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
@@ -105,7 +105,7 @@ Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]
 def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:
     """The vectors of a part, and the chunks of its matrices, by name."""
     path = directory / spec.file
-    repair = f"see what is damaged: bloomdesk verify {directory}"
+    repair = f"see what is damaged: bloomdesk verify {in_shell(directory)}"
     with reading(path, repair):
         file = PartFile.of(path)
     if file.size != record.size:

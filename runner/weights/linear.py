@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.decode import decode_row_groups
 from runner.kernel.matmul import Kernel
@@ -78,5 +78,5 @@ class Matrix:
 def _damaged(chunk: Chunk, error: ValueError) -> BloomdeskError:
     return BloomdeskError(
         f"{chunk.file.path} is damaged in bytes {chunk.start:,} to {chunk.start + chunk.nbytes:,}: {error}",
-        f"make it again from its source: bloomdesk repair {chunk.file.path.parent}",
+        f"make it again from its source: bloomdesk repair {in_shell(chunk.file.path.parent)}",
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import BloomdeskError, reading
+from runner.errors import BloomdeskError, in_shell, reading
 from runner.system import files, platform
 
 
@@ -30,7 +30,7 @@ class PartFile:
     @property
     def hint(self) -> str:
         """The next command if it cannot be read."""
-        return f"see what is damaged: bloomdesk verify {self.path.parent}"
+        return f"see what is damaged: bloomdesk verify {in_shell(self.path.parent)}"
 
     def check_unchanged(self, descriptor: int | None = None) -> None:
         """Raise `BloomdeskError` if the file, found by its path or already open, is not as it was."""
@@ -40,7 +40,7 @@ class PartFile:
             raise BloomdeskError(
                 f"{self.path} was changed while the model was in use: opened with {self.size:,} bytes, "
                 f"now {found.st_size:,} bytes written at another time",
-                f"check that it is whole, then run it again: bloomdesk verify {self.path.parent}",
+                f"check that it is whole, then run it again: bloomdesk verify {in_shell(self.path.parent)}",
             )
 
     def read_pages(self, start: int, nbytes: int, view: memoryview, *, stays: bool) -> None:

@@ -53,6 +53,7 @@ from toolkit.commands.prepare import plan_preparation
 from toolkit.commands.verify import verify
 from toolkit.hub import retry
 from toolkit.hub.record import RECORD, load_record
+from toolkit.io.progress import silent
 from toolkit.parts import destination as target
 
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 280}
@@ -114,7 +115,7 @@ class World:
 
 def weights_of(source: str) -> str:
     """Which weights a kind of source holds; those of a decayed one that nothing vouches for are its own."""
-    return source if source in ("a-decayed", "a-exportflipped") else source.split("-")[0]
+    return source if source == "a-decayed" else source.split("-")[0]
 
 
 def make_world(base: Path, hub_of: Callable[[dict[str, Path]], LocalHub]) -> World:
@@ -136,6 +137,10 @@ def make_world(base: Path, hub_of: Callable[[dict[str, Path]], LocalHub]) -> Wor
         middle = (made / name / shards[2]).stat().st_size // 2
         flip(made / name / shards[2], middle, keep_date=name == "a-decayed")
     (made / "a-lacking" / shards[2]).unlink()
+    for name in "ab":
+        # As after --delete-source, or before all of it has been copied.
+        shutil.copytree(made / name, made / f"{name}-begun")
+        (made / f"{name}-begun" / shards[0]).unlink()
     retry.BACKOFF = (0.0,)
     world = World(base, hub_of({repo: made / name for repo, name in REPOS.items()}))
     os.environ["HF_ENDPOINT"] = world.hub.endpoint
@@ -145,6 +150,9 @@ def make_world(base: Path, hub_of: Callable[[dict[str, Path]], LocalHub]) -> Wor
     flip(sorted((made / "a-exportflipped").glob("*.safetensors"))[2], -400, keep_date=True)
     for path in sorted(made.iterdir()):
         world.sources[path.name] = path
+        if path.name == "a-exportflipped":
+            # Its record says so, and nothing is ever made from it.
+            continue
         weights = weights_of(path.name)
         if weights not in world.fingerprints:
             convert(path, base / "prepared" / weights)
@@ -152,7 +160,7 @@ def make_world(base: Path, hub_of: Callable[[dict[str, Path]], LocalHub]) -> Wor
         hashes = {hashlib.sha256(shard.read_bytes()).hexdigest() for shard in path.iterdir()}
         world.shards.setdefault(weights, set()).update(hashes)
     # Where two hold the same tensors, either's shards may be named.
-    for name, others in (("b1", "a"), ("a-decayed", "a"), ("a-exportflipped", "a")):
+    for name, others in (("b1", "a"), ("a-decayed", "a")):
         world.shards[name] |= world.shards[others]
     for name, make in STATES.items():
         path = base / "states" / name
@@ -206,6 +214,29 @@ def swap(path: Path) -> None:
 def anothers_part(world: World, path: Path) -> None:
     prepared(world, path)
     shutil.copy(world.base / "prepared" / "b" / BLOCK, path / BLOCK)
+
+
+def anothers_manifest(
+    make: Callable[[World, Path], Path], name: str, *, half_made: bool
+) -> Callable[[World, Path], None]:
+    """A manifest of another checkpoint, which may be half made, was copied over one of the two."""
+
+    def state(world: World, path: Path) -> None:
+        make(world, path)
+        other = path.with_name("other")
+        with suppress(Interrupted):
+            convert(world.source("b"), other, kill_at(BLOCK) if half_made else silent)
+        shutil.copy(other / MANIFEST, path / name)
+        shutil.rmtree(other)
+
+    return state
+
+
+def own_stage(world: World, path: Path) -> None:
+    """The user's own shards, put where prepare keeps those on their way."""
+    (path / ".source").mkdir(parents=True)
+    for shard in world.source("a").glob("*.bin"):
+        shutil.copy2(shard, path / ".source")
 
 
 def staged(world: World, path: Path) -> Path:
@@ -301,6 +332,14 @@ STATES: dict[str, Callable[[World, Path], object]] = {
     "backup damaged": changed(lambda path: flip(path / MANIFEST_BACKUP, 200)),
     "both lost": changed(lambda path: [(path / name).unlink() for name in (MANIFEST, MANIFEST_BACKUP)]),
     "half, manifest damaged": changed(lambda path: flip(path / MANIFEST, 200), half),
+    "another's manifest": anothers_manifest(prepared, MANIFEST, half_made=False),
+    "half of another's manifest": anothers_manifest(prepared, MANIFEST, half_made=True),
+    "half, another's manifest": anothers_manifest(half, MANIFEST, half_made=False),
+    "half, another's backup": anothers_manifest(half, MANIFEST_BACKUP, half_made=True),
+    "foreign beginnings": files(
+        "pytorch_model_00002-of-00004.bin.incomplete", ".source/pytorch_model_00002-of-00004.bin.incomplete"
+    ),
+    "own shards in stage": own_stage,
     "foreign": files("letter.txt"),
     "foreign config": files("config.json"),
     "foreign stage": foreign_stage("letter.txt", in_a_half=False),
@@ -333,6 +372,8 @@ SOURCES = (
     "a-single",
     "a-decayed",
     "a-lacking",
+    "a-begun",
+    "b-begun",
     "a-export",
     "a-exportflipped",
 )
@@ -448,6 +489,7 @@ class Trial:
             self._check_deleted(name, data)
             return
         if name.endswith(".incomplete"):
+            assert data != b"mine", f"{path} was not ours"
             return
         inside = "/".join(place.parts[1:])
         if place.parts[0] == "dst" and inside in (MANIFEST, MANIFEST_BACKUP):
@@ -468,7 +510,7 @@ class Trial:
             right = self.world.source(REPOS[command.repo]) / name if command.repo in REPOS else None
             is_right = right is not None and right.exists() and right.read_bytes() == data
             assert is_right or f"dst/.source/{RECORD}" in before, f"{path} was not ours"
-            assert data != b"mine", f"{path} was not ours"
+            assert data != b"mine" and self.state != "own shards in stage", f"{path} was not ours"
             return
         aside = [
             other for other, found in after.items() if other.startswith(path + ".changed") and found == data
@@ -559,11 +601,17 @@ def run(arguments: list[str], endpoint: str) -> tuple[int, str, str]:
 
 
 def recorded(directory: Path) -> Manifest | None:
-    """What a prepared directory's manifest, or else its backup, records."""
+    """What a prepared directory's manifest, or else its backup, records; None if they are of two checkpoints."""
+    found = []
     for name in (MANIFEST, MANIFEST_BACKUP):
         with suppress(BloomdeskError):
-            return read_manifest(directory / name)
-    return None
+            found.append(read_manifest(directory / name))
+    tensors = [{file: part.source_tensors for file, part in each.parts.items()} for each in found]
+    if len(found) == 2 and any(
+        tensors[0][file] != tensors[1][file] for file in tensors[0].keys() & tensors[1]
+    ):
+        return None
+    return found[0] if found else None
 
 
 def records_of(manifest: Manifest) -> dict[str, PartRecord | CompanionRecord]:

@@ -28,8 +28,8 @@ from toolkit.commands.build import plan_source_part
 from toolkit.commands.download import bytes_begun, fetch_recorded
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
 from toolkit.hub.line import Line
-from toolkit.hub.place import check, look, whose
-from toolkit.hub.record import RECORD, DownloadRecord, load_record, save_record
+from toolkit.hub.place import check, look, set_aside, whose
+from toolkit.hub.record import RECORD, DownloadRecord, RecordedFile, load_record, save_record
 from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import Transfer
 from toolkit.io.disk import disk_errors
@@ -68,7 +68,7 @@ def load_staging(destination: Path, revision: Revision, needed: Iterable[str]) -
     known = DownloadRecord.of(revision, record)
     foreign = [name for name in needed if look(directory, known.files[name]) == "foreign"]
     for name in needed:
-        bytes_begun(directory, known.files[name])
+        bytes_begun(directory, known.files[name], recorded=os.path.lexists(directory / RECORD))
     if foreign:
         raise _in_the_way(directory, revision, foreign)
     return known
@@ -118,6 +118,9 @@ class ArrivingShards:
         self._sha256: dict[str, str] = {}  # of the shards that are there
         self._awaited: tuple[str, ...] = ()
         self._stopped = False
+        # Without a record, whatever is there was not brought by this program: shards that are right are used, and stay.
+        self._begun = os.path.lexists(self._directory / RECORD)
+        self._adopted: dict[str, RecordedFile] = {}
         self._hashes = ShardHashes()
         # Names of shards that stay in the directory: not from this program, or it can't delete them.
         self._spared: set[str] = set()
@@ -178,12 +181,14 @@ class ArrivingShards:
     def checked(self, shard: Path) -> SourceShard:
         """The shard with the sha256 that was taken while parts were made from it.
 
-        Raises `BloomdeskError`, after deleting the shard, if that is not the one with which it arrived.
+        Raises `BloomdeskError`, after deleting a shard that was fetched, if that is not the one with which it arrived.
         """
-        found, known = self._hashes.result(shard), self._record.files[shard.name]
+        found, adopted = self._hashes.result(shard), self._adopted.get(shard.name)
+        known = adopted or self._record.files[shard.name]
         if found != known.sha256:
-            with disk_errors(shard):
-                shard.unlink()
+            if adopted is None:
+                with disk_errors(shard):
+                    shard.unlink()
             raise BloomdeskError(
                 f"{shard} has changed on the disk since it arrived: its sha256 is {found}, expected {known.sha256}",
                 "check the disk, and run the same command again: it fetches this shard anew",
@@ -214,10 +219,10 @@ class ArrivingShards:
         with suppress(OSError, BloomdeskError):
             if path.is_symlink() or not path.is_file():
                 return False
-            if known.mtime_ns is not None:
+            if known.sound_in(self._directory):
                 return True
             # The run that fetched it may have been ended before it could be recorded.
-            if path.stat().st_size == known.size and check(self._directory, known, silent):
+            if self._begun and path.stat().st_size == known.size and check(self._directory, known, silent):
                 return True
         self._spared.add(name)
         return False
@@ -273,6 +278,10 @@ class ArrivingShards:
         if finding == "unchecked":
             # It may have decayed since it came, and an earlier run may have ended before it could be recorded.
             found = check(self._directory, known, progress)
+            if found is not None and not self._begun:
+                self._spared.add(name)
+                self._adopted[name] = self._record.with_file(name, *found).files[name]
+                return Transfer(found[0], known.size, 0)
             if found is not None:
                 self._record = self._record.with_file(name, *found)
                 if self._record.files[name] != known:
@@ -283,8 +292,11 @@ class ArrivingShards:
             raise _in_the_way(self._directory, self._revision, [name])
         with disk_errors(path):
             self._directory.mkdir(parents=True, exist_ok=True)
+            if finding == "changed":
+                set_aside(path)
             # It is this program's, and of no use.
             path.unlink(missing_ok=True)
+            save_record(self._directory, self._record)
             transfer, self._record = fetch_recorded(
                 self._revision,
                 known,

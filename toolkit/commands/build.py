@@ -20,7 +20,7 @@ from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest, PartRecord, SourceShard
 from toolkit.commands.schedule import Schedule
-from toolkit.io.disk import read_if_exists, sole_writer_of
+from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.comparison import Comparison, compare
@@ -170,7 +170,7 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         (
             *plan.notes,
             *plan.shards.notes,
-            *(f"{shard} stays: no part was made from these bytes" for shard in release.spared),
+            *(f"{shard} stays: not all of its parts were made from these bytes" for shard in release.spared),
         ),
     )
 
@@ -190,7 +190,7 @@ def _make_parts(plan: BuildPlan, manifest: Manifest, release: Release, progress:
         release.delete(shard, sha256, manifest)
 
     # An earlier run may have made the parts of a shard and ended before it deleted the shard.
-    shards = plan.shards
+    shards, place = plan.shards, _place(plan.destination)
     shards.release(frozenset(plan.schedule.shards), delete)
     for file in plan.schedule.needs:
         record = write_part(
@@ -199,6 +199,18 @@ def _make_parts(plan: BuildPlan, manifest: Manifest, release: Release, progress:
         if record.decoded:
             release.trust(record)
         manifest = manifest.with_part(record)
+        if _place(plan.destination) != place:
+            raise BloomdeskError(
+                f"{plan.destination} was moved, and another directory has its name",
+                "put it back under this name, and run the same command again",
+            )
         target.write_manifest(plan.destination, manifest)
         shards.release(plan.schedule.needed_after(file), delete)
     return manifest
+
+
+def _place(directory: Path) -> tuple[int, int]:
+    """What tells a directory from another one that gets its name."""
+    with disk_errors(directory):
+        found = directory.stat()
+    return found.st_dev, found.st_ino

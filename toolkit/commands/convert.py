@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import xxhash
+
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.layout import GENERATION_CONFIG
@@ -19,17 +21,24 @@ from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.comparison import comparisons_of
+from toolkit.parts.export_record import load_export_record, not_as_exported
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
 from toolkit.source.config import read_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
-from toolkit.source.index import ShardList, find_shards, refuse_foreign
+from toolkit.source.index import NoWeights, ShardList, find_shards, refuse_foreign
 from toolkit.source.key_map import Assignment, assign
+from toolkit.source.lfs import fetch_command
+from toolkit.source.sample import sample
 from toolkit.source.shards import read_listed
 from toolkit.source.tensor import SourceTensor
 
 FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
+CHECK_AGAIN = "run the same bloomdesk download again with --check: it fetches what is wrong and nothing else"
+KEEP_SOURCE = "convert without --delete-source"
+# Size, time of the last change, that of the last change of anything, and number in the file system.
+State = tuple[int, int, int, int]
 
 
 @dataclass
@@ -37,14 +46,14 @@ class ShardsOnDisk:
     """The shards of a checkpoint on disk, hashed in a thread while parts are made from them.
 
     `parts` are the planned parts by file name, in the order of a pass, `sha256` the hashes known beforehand,
-    `deletable` the shards to delete once no part needs them, and `seen` each shard's size and time of change when its
-    tensors were listed. `place` is where a shard's bytes lie.
+    `deletable` the shards to delete once no part needs them, and `seen` each shard's state when its tensors were
+    listed. `place` is where a shard's bytes lie.
     """
 
     parts: Mapping[str, PlannedPart]
     sha256: Mapping[Path, str]
     deletable: tuple[Path, ...]
-    seen: Mapping[Path, tuple[int, int]]
+    seen: Mapping[Path, State]
     place: Callable[[Path], Path]
     hashes: ShardHashes = field(default_factory=ShardHashes)
     done: set[Path] = field(default_factory=set)
@@ -76,9 +85,12 @@ class ShardsOnDisk:
             )
         expected = self.sha256.get(shard, found)
         if found != expected:
+            again = "fetch it again with bloomdesk download --check"
+            if self.place(shard) != shard:
+                again = f"delete {self.place(shard)}, and fetch it again: {fetch_command([shard])}"
             raise BloomdeskError(
                 f"{shard} is damaged or has changed: its sha256 is {found}, expected {expected}",
-                "fetch it again with bloomdesk download --check, then convert again: finished parts are kept",
+                f"{again}; then convert again: finished parts are kept",
             )
         return SourceShard(shard.name, found, self.seen[shard][0])
 
@@ -90,11 +102,11 @@ class ShardsOnDisk:
                 delete(shard, self.checked(shard).sha256)
 
 
-def state_of(shard: Path) -> tuple[int, int]:
-    """A shard's size and time of change; `BloomdeskError` if it can't be read."""
+def state_of(shard: Path) -> State:
+    """What changes when a shard is written to or another file takes its place; `BloomdeskError` if it can't be read."""
     with read_errors(shard):
         found = shard.stat()
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def convert(
@@ -175,19 +187,26 @@ def _plan(
     check_form_dtype(chosen.dtype, form)
     tensors = in_dtype(tensors, assignment.keys if assignment is not None else (), chosen.dtype)
     origin, sha256 = _recorded_source(source, shards, companions)
+    exported = _exported_hashes(source, companions)
     if mend is not None and existing is not None:
         # The hashes of the tensors tell whether it is the recorded source.
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend)
+    notes = ()
+    if mend is None and target.missing_parts(manifest) and origin.repo is None:
+        manifest, notes = _with_samples(destination, manifest, shards)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
-        manifest, shards, assignment, {path.name: size for path, (size, _) in seen.items()}, mend
+        manifest, shards, assignment, {path.name: size for path, (size, *_) in seen.items()}, mend
     )
     parts, comparisons = {}, ()
     if assignment is not None:
-        parts = _plan_parts(schedule, manifest, shards, tensors, assignment)
+        parts = _plan_parts(schedule, manifest, shards, tensors, assignment, exported)
         comparisons = comparisons_of(manifest, assignment, tensors) if mend is None else ()
+    rounding = rounding_notes(tensors.values(), chosen.why)
+    if delete_source and rounding:
+        raise BloomdeskError(f"{rounding[0]}; with the source the bits would be lost", KEEP_SOURCE)
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     target.require_free_space(destination, peak, schedule.needs, companions)
@@ -204,7 +223,13 @@ def _plan(
         comparisons=comparisons,
         notes=(
             *(assignment.notes if assignment is not None else ()),
-            *rounding_notes(tensors.values(), chosen.why),
+            *(
+                ()
+                if shards.files
+                else (f"{source} has no shards any more, so nothing was compared with them",)
+            ),
+            *rounding,
+            *notes,
         ),
     )
 
@@ -218,10 +243,37 @@ def _find_shards(
     made_from = {shard.file for record in existing.parts.values() for shard in record.sources}
     try:
         return find_shards(source, made_from)
-    except BloomdeskError:
+    except NoWeights:
         if mend or target.missing_parts(target.drop_missing(destination, existing)):
             raise
         return ShardList(())
+
+
+def _with_samples(
+    destination: Path, manifest: Manifest, shards: ShardList
+) -> tuple[Manifest, tuple[str, ...]]:
+    """The manifest with samples of the source's shards, and sentences for the user.
+
+    While all shards are there, what the parts were made from is compared with them; later only the samples tell that
+    the rest is of the same checkpoint. Raises `BloomdeskError` if it is not.
+    """
+    samples = {path.name: sample(shards.place(path)) for path in shards.files}
+    gone = sorted({*(shards.weight_map or {}).values()} - samples.keys())
+    if not gone or not manifest.parts:
+        return replace(manifest, samples=samples), ()
+    if not manifest.samples:
+        return manifest, (
+            f"{gone[0]} is gone, and parts were made from it by a version of bloomdesk that recorded nothing of the "
+            "other shards: they were not compared with what they were then",
+        )
+    for name, found in samples.items():
+        if found != manifest.samples.get(name):
+            raise BloomdeskError(
+                f"{destination} was made from another state of the source: {name} is not what it was when {gone[0]} "
+                "was still there",
+                "give the checkpoint that the directory was begun from; for this one, give a new directory",
+            )
+    return manifest, ()
 
 
 def _plan_parts(
@@ -230,19 +282,40 @@ def _plan_parts(
     shards: ShardList,
     tensors: Mapping[str, SourceTensor],
     assignment: Assignment,
+    exported: Mapping[str, str],
 ) -> dict[str, PlannedPart]:
-    """The parts to make; `BloomdeskError` if a shard of one is gone or a tensor does not fit."""
+    """The parts to make; `BloomdeskError` if a shard of one is gone or a tensor does not fit.
+
+    `exported` are the hashes that tensors have by the record of an export.
+    """
     parts = {}
     for file in schedule.needs:
-        gone = [key for key in assignment.parts[file].values() if key not in tensors]
+        keys = assignment.parts[file].values()
+        gone = [key for key in keys if key not in tensors]
         if gone:
             shard = (shards.weight_map or {})[gone[0]]
             raise BloomdeskError(
                 f"{shard} is missing, and {file} must be made from it",
                 "run the download again: it fetches what is missing and nothing else",
             )
-        parts[file] = plan_source_part(file, manifest, assignment, tensors)
+        part = plan_source_part(file, manifest, assignment, tensors)
+        parts[file] = replace(part, hashes={key: exported[key] for key in keys if key in exported})
     return parts
+
+
+def _exported_hashes(source: Path, companions: Mapping[str, bytes]) -> dict[str, str]:
+    """Each tensor's xxh3-128 by the record of the export that `source` is, if it is one.
+
+    Raises `BloomdeskError` if the record is damaged, or a small file is not the recorded one.
+    """
+    record = load_export_record(source)
+    if record is None:
+        return {}
+    for known in record.small_files:
+        data = companions.get(known.file)
+        if data is not None and xxhash.xxh3_128_hexdigest(data) != known.xxh3_128:
+            raise not_as_exported(source / known.file)
+    return {tensor.name: tensor.xxh3_128 for shard in record.shards for tensor in shard.tensors}
 
 
 def _recorded_source(
@@ -256,13 +329,21 @@ def _recorded_source(
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
         if known is None:
-            raise BloomdeskError(f"{path} is not in the download that {source / RECORD} records", FETCH_AGAIN)
+            raise BloomdeskError(
+                f"{path} is not of the download that {source / RECORD} records",
+                "move it out of the directory; or, if this is a checkpoint of your own by now, delete that record",
+            )
         size = path.stat().st_size
         if size != known.size:
             raise BloomdeskError(
                 f"{path} has {size:,} bytes, the download recorded {known.size:,}", FETCH_AGAIN
             )
-        if known.sha256 is not None and path in shards.files:
+        if path not in shards.files:
+            digest = known.digest()
+            digest.update(companions[path.name])
+            if wrong := known.difference(digest):
+                raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+        elif known.sha256 is not None:
             hashes[path] = known.sha256
     return Source(record.repo, record.commit), hashes
 
@@ -281,5 +362,5 @@ def _deletable(shards: ShardList) -> tuple[Path, ...]:
         )
     folder = shards.files[0].parent if shards.files else Path()
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BloomdeskError(f"{folder}: its shards can't be deleted", "convert without --delete-source")
+        raise BloomdeskError(f"{folder}: its shards can't be deleted", KEEP_SOURCE)
     return shards.files

@@ -7,6 +7,7 @@ record.py draws the directory; place.py says whose a file is; transfer.py fetche
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,8 +161,6 @@ def carry_out(
         _refuse_foreign(directory, str(chosen), left.names("foreign"))
         _refuse_impossible(left)
         aside = tuple(set_aside(directory / name) for name in left.names("changed"))
-        for name in left.names("decayed"):
-            (directory / name).unlink()
         if record != earlier:
             save_record(directory, record)
         transfers: dict[str, Transfer] = {}
@@ -251,17 +250,25 @@ def _plan(
         state: State = look(directory, known.files[file.path], everything=everything)
         present = file.size
         if state not in ("sound", "unchecked"):
-            present = bytes_begun(directory, file)
+            present = bytes_begun(directory, file, recorded=record is not None)
             state = "partial" if state == "absent" and present else state
         files.append(PlannedFile(file, state, present))
     return DownloadPlan(revision, directory, tuple(files), free_bytes(directory), everything)
 
 
-def bytes_begun(directory: Path, file: HubFile) -> int:
-    """Bytes of a file's beginning that an earlier run has left."""
+def bytes_begun(directory: Path, file: HubFile, *, recorded: bool) -> int:
+    """Bytes of a file's beginning that an earlier run has left, which has written its record first.
+
+    Raises `BloomdeskError` if something is there that no run of this program has begun.
+    """
     path = directory / (file.path + TEMPORARY_SUFFIX)
     # A link is replaced.
     found = None if path.is_symlink() else state_of_file(path)
+    if found is not None and found.st_size and not recorded:
+        raise BloomdeskError(
+            f"{path} is in the way, and there is no record that this program has begun it",
+            "move it out of the directory, and run the same command again",
+        )
     return found.st_size if found is not None and found.st_size <= file.size else 0
 
 
@@ -275,21 +282,19 @@ def _check_present(
             known = record.files[planned.file.path]
             found = check(plan.directory, known, progress)
             if found is None:
-                begun = bytes_begun(plan.directory, planned.file)
+                begun = bytes_begun(plan.directory, planned.file, recorded=True)
                 planned = PlannedFile(planned.file, whose(plan.directory, known), begun)
             else:
                 record = record.with_file(known.path, *found)
         files.append(planned)
-    # What has decayed makes way.
-    freed = sum(planned.file.size for planned in files if planned.state == "decayed")
-    return replace(plan, files=tuple(files), free=plan.free + freed), record
+    return replace(plan, files=tuple(files)), record
 
 
 def _refuse_prepared(directory: Path) -> None:
     """Raise `BloomdeskError` if a prepared directory was given."""
     for name in (MANIFEST, MANIFEST_BACKUP):
         data = read_if_exists(directory / name, LARGEST_MANIFEST)
-        if data is not None and FORMAT.encode() in data:
+        if data is not None and not _is_of_others(data):
             raise BloomdeskError(
                 f"{directory} is a prepared directory ({name}), and a download has no place in it",
                 "choose another directory",
@@ -299,6 +304,15 @@ def _refuse_prepared(directory: Path) -> None:
             f"{directory} is an export ({EXPORT_RECORD}), and a download has no place in it",
             "choose another directory",
         )
+
+
+def _is_of_others(data: bytes) -> bool:
+    """Whether a manifest.json is another program's: sound, and not of our format."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return not isinstance(body, dict) or body.get("format") != FORMAT
 
 
 def _refuse_foreign(directory: Path, wanted: str, names: Sequence[str]) -> None:

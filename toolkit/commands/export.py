@@ -25,7 +25,7 @@ from pathlib import Path
 
 import xxhash
 
-from runner.errors import BloomdeskError, reading
+from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
@@ -295,5 +295,5 @@ def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress
 def _damaged(directory: Path, file: str, what: str) -> BloomdeskError:
     return BloomdeskError(
         f"{directory / file} is damaged and was not exported: {what}",
-        f"bloomdesk repair {directory}, then the same command again: finished shards are kept",
+        f"bloomdesk repair {in_shell(directory)}, then the same command again: finished shards are kept",
     )

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, PartRecord
 from runner.system.lock import sole_writer
@@ -24,7 +24,7 @@ from toolkit.commands.verify import carry_out as check
 from toolkit.hub.line import Line
 from toolkit.hub.transfer import CONNECTIONS
 from toolkit.io.progress import Progress, silent
-from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest, refuse_two_checkpoints
+from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest
 
 # Begins a piece of work by its verb and its bytes, and ends with it.
 Work = Callable[[str, int], AbstractContextManager[Progress]]
@@ -66,7 +66,6 @@ def repair(
     find_manifest(directory)
     with sole_writer(directory):
         manifest, _ = find_manifest(directory)
-        refuse_two_checkpoints(directory, manifest)
         known = known_parts(directory, manifest)
         mendable = source is not None or manifest.source.repo is not None
         if not mendable:
@@ -84,13 +83,15 @@ def repair(
         parts = tuple(file for file in known if file in files)
         if parts or files & manifest.companions.keys():
             mending = _plan(directory, manifest, frozenset(parts), source, connections, line)
+            small = {name: data for name, data in mending.companions.items() if name in files}
+            mending = replace(mending, companions=small)
             with work("repairing", mending.work) as progress:
                 build(mending, progress)
         if report.unchecked:
             first = report.unchecked[0]
             raise BloomdeskError(
                 f"{directory / first.file}: {first.what}; so it was not replaced ({len(report.unchecked)} such files)",
-                f"bloomdesk verify {directory} says what to do",
+                f"bloomdesk verify {in_shell(directory)} says what to do",
             )
         small_files = files & {MANIFEST, MANIFEST_BACKUP, *manifest.companions}
         return Repaired(report, manifest, parts, tuple(small_files))
@@ -103,7 +104,7 @@ def _refuse_unmendable(report: VerifyReport, manifest: Manifest, known: Mapping[
             raise BloomdeskError(
                 f"{report.directory / item.file}: {item.what}; the directory was made from a checkpoint on disk, "
                 "so the Hub can't repair it",
-                f"give that checkpoint: bloomdesk repair {report.directory} --source SRC",
+                f"give that checkpoint: bloomdesk repair {in_shell(report.directory)} --source SRC",
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest
 from runner.system.atomic import TEMPORARY_SUFFIX
@@ -121,7 +121,7 @@ def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ
     records: tuple[FileRecord, ...] = record.records
     missing, command = (), "run the same bloomdesk export again: it writes what is damaged or missing"
     if isinstance(record, Manifest):
-        missing, command = record.missing, f"bloomdesk repair {directory}"
+        missing, command = record.missing, f"bloomdesk repair {in_shell(directory)}"
     found = check(directory, records, plan.regions, progress, threads)
     never_made = tuple(Damage(file, None, "it has not been made yet") for file in missing)
     report = VerifyReport(
@@ -130,7 +130,7 @@ def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ
         (*plan.manifest_damage, *never_made, *found.damage),
         len(records),
         found.bytes_read,
-        tuple(sorted(path.name for path in directory.glob(f"*{TEMPORARY_SUFFIX}"))),
+        tuple(sorted(path.name for path in directory.glob(f"*{TEMPORARY_SUFFIX}") if path.is_file())),
         plan.sample,
         sum(each.size for each in records),
         found.unchecked,
@@ -155,6 +155,6 @@ def refuse_download(directory: Path) -> None:
     if (directory / RECORD).exists() and not (directory / MANIFEST).exists():
         raise BloomdeskError(
             f"{directory} is a downloaded checkpoint, not a prepared one",
-            f"bloomdesk download REPO {directory} --check compares it with its hashes; "
-            f"bloomdesk convert {directory} DST prepares it",
+            f"bloomdesk download REPO {in_shell(directory)} --check compares it with its hashes; "
+            f"bloomdesk convert {in_shell(directory)} DST prepares it",
         )

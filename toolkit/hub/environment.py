@@ -91,7 +91,7 @@ def _check_token_file() -> None:
 
     try:
         Path(constants.HF_TOKEN_PATH).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return
     except OSError as error:
         found = refused(error, "the token of your login cannot be read")

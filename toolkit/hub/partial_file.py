@@ -34,7 +34,7 @@ class PartialFile:
         self.digest = file.digest()
 
     def __enter__(self) -> PartialFile:
-        if self.path.is_symlink():
+        if self.path.is_symlink() or (self.path.exists() and self.path.stat().st_nlink > 1):
             # It would write somewhere else.
             self.path.unlink()
         # Unbuffered: what has been hashed has been handed to the system, and a kill loses none of it.

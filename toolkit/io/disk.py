@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runner.errors import BloomdeskError, explained
+from runner.errors import AGAIN, BloomdeskError, explained
 from runner.format.safetensors import read_small
 from runner.system.lock import sole_writer
 
@@ -59,9 +59,13 @@ def _errors(path: Path, problem: str) -> Iterator[None]:
         yield
     except OSError as error:
         why, step = explained(error, path)
-        # Around work on a whole directory: the file in it.
-        if isinstance(error.filename, str | os.PathLike) and path in Path(error.filename).parents:
-            path = Path(error.filename)
+        # Around work on a whole directory: the file in it; around that on a file: the one beside it, under its suffix.
+        if isinstance(error.filename, str | os.PathLike) and error.filename2 is None:
+            named = Path(error.filename)
+            if path in named.parents or (named.parent == path.parent and named.stem == path.name):
+                path = named
+        if error.errno == errno.EISDIR:
+            why, step = "a directory has its name", f"move {path} away, {AGAIN}"
         # A full disk is the same for whatever was to be written.
         problem = "" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{problem}: "
         raise BloomdeskError(f"{path}: {problem}{why}", step) from error

@@ -76,7 +76,11 @@ def quick_check(path: Path, record: FileRecord, *, by_header: bool = True) -> Fi
 
     try:
         start, size = retried(look)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            # What it leads to may be on a disk that is not mounted.
+            what = f"it is a link to {os.path.realpath(path)}, which is not there"
+            return Findings((), (Unread(record.file, what, error.errno),))
         return _damage(record.file, "it is missing")
     except (OSError, MemoryError) as error:
         unread = Unread.because(record.file, error)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.coded import LOSSLESS
 from runner.format.layout import (
     COMPANIONS,
@@ -91,7 +91,7 @@ def resume(
     if not existing.parts:
         # Nothing has the earlier form and dtype yet.
         model = replace(existing.model, dtype=fresh.model.dtype)
-        existing = replace(existing, form=fresh.form, model=model)
+        existing = replace(existing, form=fresh.form, model=model, samples={})
     # Earlier versions did not read generation_config.json, and no part depends on it.
     existing = replace(existing, model=replace(existing.model, eos_token_id=fresh.model.eos_token_id))
     if existing.model != fresh.model:
@@ -99,6 +99,14 @@ def resume(
     for name, record in existing.companions.items():
         if name not in companions or xxhash.xxh3_128_hexdigest(companions[name]) != record.xxh3_128:
             raise another_source(destination, f"another {name}")
+        if mend is None and read_if_exists(destination / name, LARGEST_COMPANION) not in (
+            None,
+            companions[name],
+        ):
+            raise BloomdeskError(
+                f"{destination / name} is damaged or has changed since it was made",
+                f"bloomdesk repair {in_shell(destination)} puts the recorded one back; yours would be lost",
+            )
     if mend is None:
         return drop_missing(destination, existing)
     return replace(existing, parts={file: part for file, part in existing.parts.items() if file not in mend})
@@ -209,7 +217,7 @@ def initialise(destination: Path, manifest: Manifest, companions: Mapping[str, b
 
     Raises `BloomdeskError` before anything is written if a small file is there that no manifest records.
     """
-    records = {}
+    records = dict(manifest.companions)
     for name, data in companions.items():
         path = destination / name
         if name not in manifest.companions and read_if_exists(path, LARGEST_COMPANION) not in (None, data):

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import is_file_name
 from runner.format.manifest import CompanionRecord, TensorRecord, digest
 from runner.format.safetensors import BYTES_PER_ELEMENT, MAX_AXES, encode_header
@@ -94,6 +94,15 @@ def load_export_record(directory: Path) -> ExportRecord | None:
             f"{path} is not a sound export record: {reason(error)}",
             "run the same bloomdesk export again: it compares every shard and writes the record anew",
         ) from None
+
+
+def not_as_exported(path: Path, key: str = "") -> BloomdeskError:
+    """The error for a source that is an export, and whose file, or tensor in it, is not the recorded one."""
+    return BloomdeskError(
+        f"{path}{f': {key}' if key else ''} is damaged or has changed: it is not what {EXPORT_RECORD} records",
+        f"bloomdesk verify {in_shell(path.parent)} names all such files; if you have changed them yourself, "
+        f"delete {EXPORT_RECORD}",
+    )
 
 
 def _shard_body(shard: ShardRecord) -> dict[str, Any]:

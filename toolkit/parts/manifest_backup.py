@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -13,7 +14,7 @@ from toolkit.parts.destination import write_manifest
 def find_manifest(directory: Path) -> tuple[Manifest, dict[str, str]]:
     """The manifest of a prepared directory, and what is wrong with manifest.json or its backup, by file name.
 
-    It is that of manifest.json, or else of the backup. While parts are missing, the backup may lag behind. Raises
+    It is that of manifest.json, or else of the backup, which is written after it and may lag behind. Raises
     `BloomdeskError` if neither can be trusted, or one can't be read.
     """
     try:
@@ -34,45 +35,56 @@ def recover_manifest(directory: Path) -> Manifest:
 
     Raises `BloomdeskError` if neither can be trusted or the disk fails.
     """
-    manifest, wrong = find_manifest(directory)
-    if wrong:
-        write_manifest(directory, manifest)
+    manifest, _ = find_manifest(directory)
+    write_manifest(directory, manifest)
     return manifest
-
-
-def refuse_two_checkpoints(directory: Path, manifest: Manifest) -> None:
-    """Raise `BloomdeskError` if `manifest` and the backup vouch for different weights: the parts are of one of them."""
-    try:
-        backup = read_manifest(directory / MANIFEST_BACKUP)
-    except UnsoundManifest:
-        return
-    if backup.fingerprint and manifest.fingerprint and backup.fingerprint != manifest.fingerprint:
-        raise BloomdeskError(
-            f"{directory}: {MANIFEST} and {MANIFEST_BACKUP} are of different checkpoints",
-            "put back the one that belongs to the parts, or delete the other",
-        )
 
 
 def known_parts(directory: Path, manifest: Manifest) -> dict[str, PartRecord]:
     """The parts that `manifest` records, and those that the backup does.
 
-    Earlier versions removed damaged parts from the first alone.
+    Earlier versions removed damaged parts from the first alone. Raises `BloomdeskError` if the two are of different
+    checkpoints: the parts are of one of them.
     """
     try:
         backup = read_manifest(directory / MANIFEST_BACKUP)
     except UnsoundManifest:
         return dict(manifest.parts)
-    same = (backup.source, backup.model, backup.form) == (manifest.source, manifest.model, manifest.form)
-    return {**backup.parts, **manifest.parts} if same else dict(manifest.parts)
+    if not _are_of_one_checkpoint(manifest, backup):
+        raise BloomdeskError(
+            f"{directory}: {MANIFEST} and {MANIFEST_BACKUP} are of different checkpoints",
+            "put back the one that belongs to the parts, or delete the other",
+        )
+    return {**backup.parts, **manifest.parts}
+
+
+def _are_of_one_checkpoint(manifest: Manifest, backup: Manifest) -> bool:
+    """Whether one of the two may be an earlier state of the other.
+
+    A directory without parts may still change its form, dtype and head, and a later version find more ends of text.
+    """
+    model = replace(backup.model, eos_token_id=manifest.model.eos_token_id)
+    if not manifest.parts or not backup.parts:
+        mine = manifest.model
+        model = replace(model, dtype=mine.dtype, tie_word_embeddings=mine.tie_word_embeddings)
+    elif manifest.form != backup.form:
+        return False
+    both = manifest.parts.keys() & backup.parts.keys()
+    return (
+        (backup.source, model) == (manifest.source, manifest.model)
+        and len(both) == min(len(manifest.parts), len(backup.parts))
+        and all(manifest.parts[file].source_tensors == backup.parts[file].source_tensors for file in both)
+    )
 
 
 def _backup_damage(directory: Path, manifest: Manifest) -> str | None:
-    backup, path = directory / MANIFEST_BACKUP, directory / MANIFEST
+    backup = directory / MANIFEST_BACKUP
     try:
-        read_manifest(backup)
+        copy = read_manifest(backup)
     except UnsoundManifest as error:
         if backup.exists():
             return error.message
         return "it is missing" if not manifest.missing else None
-    differs = not manifest.missing and backup.read_bytes() != path.read_bytes()
-    return f"it differs from {MANIFEST}" if differs else None
+    if not _are_of_one_checkpoint(manifest, copy):
+        return f"it is of another checkpoint than {MANIFEST}"
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -23,13 +23,15 @@ CODED_SHARE = 0.72
 class PlannedPart:
     """A part to write: its source tensors in the order of `spec`, and the form in which it stores them.
 
-    `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first.
+    `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first. `hashes` are
+    the xxh3-128 of source tensors, by key, that a record of the source vouches for.
     """
 
     spec: PartSpec
     tensors: tuple[SourceTensor, ...]
     form: str = PLAIN
     lm_head: SourceTensor | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:

@@ -24,6 +24,7 @@ from toolkit.io.progress import Progress
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
+from toolkit.parts.export_record import not_as_exported
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
@@ -53,7 +54,9 @@ def write_part(
         # Shards may still be hashed meanwhile.
         os.fsync(file.fileno())
         record = replace(record, sources=tuple(sha256(shard) for shard in part.sources))
-        if known is not None:
+        if known is None:
+            _check_hashes(part, record)
+        else:
             # With equal hashes, the tensors are also those of the shards that were recorded first.
             check_tensors(part, record, known)
             record = replace(record, sources=known.sources)
@@ -71,6 +74,13 @@ def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> Non
                 f"its xxh3-128 is {found.xxh3_128}, expected {expected.xxh3_128}",
                 "give the checkpoint that the directory was made from; if this is it, the shard is damaged",
             )
+
+
+def _check_hashes(part: PlannedPart, made: PartRecord) -> None:
+    """Raise `BloomdeskError` if a tensor that went in with its own bits is not the one that the source vouches for."""
+    for tensor, found in zip(part.tensors, made.source_tensors, strict=True):
+        if tensor.stored == tensor.dtype and part.hashes.get(tensor.key, found.xxh3_128) != found.xxh3_128:
+            raise not_as_exported(tensor.file, tensor.key)
 
 
 def _check_replacement(path: Path, temporary: Path, record: PartRecord, *, recorded: bool) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.manifest import Manifest, PartRecord
 from runner.format.safetensors import open_regular
 from toolkit.io.disk import disk_errors, read_errors
@@ -44,7 +44,7 @@ class Release:
             return
         for record, _ in made:
             if record.file not in self._proven:
-                again = f"bloomdesk repair {self._destination} --source {shard.parent}"
+                again = f"bloomdesk repair {in_shell(self._destination)} --source {in_shell(shard.parent)}"
                 read_back(
                     self._destination / record.file, record.xxh3_128, f"its source is still there: {again}"
                 )

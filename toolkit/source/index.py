@@ -48,11 +48,15 @@ class ShardList:
         return self.objects[file].path if file in self.objects else file
 
 
+class NoWeights(BloomdeskError):
+    """Not a single file of a checkpoint's weights is there, nor an index."""
+
+
 def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
     """The shards of the checkpoint in `directory`, by its index or by the usual name of a single file.
 
-    Shards named in `spared` are left out of `files` if they are gone. Raises `BloomdeskError` if there are no
-    weights, or others are missing.
+    Shards named in `spared` are left out of `files` if they are gone. Raises `NoWeights` if there are none, and
+    another `BloomdeskError` if others are missing, or can't be trusted.
     """
     if not directory.is_dir():
         raise BloomdeskError(f"{directory} is not a directory")
@@ -73,10 +77,11 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
             return ShardList((directory / single,), objects=find_objects([directory / single]))
     if gaps:
         raise BloomdeskError(
-            f"{directory}: {gaps[0]}", "run the download again: it fetches what is missing and nothing else"
+            f"{directory}: {gaps[0]}",
+            "run what made it again, as bloomdesk download or export: that makes what is missing and nothing else",
         )
     wanted = ", ".join(name for form in FORMS for name in form[:2])
-    raise BloomdeskError(f"{directory} has no weights: none of {wanted} is there")
+    raise NoWeights(f"{directory} has no weights: none of {wanted} is there")
 
 
 def refuse_foreign(directory: Path) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, in_shell
 from runner.format.safetensors import open_regular
 from toolkit.io.disk import read_errors, read_if_exists
 
@@ -64,7 +64,7 @@ def find_objects(files: Iterable[Path]) -> dict[Path, LfsObject]:
         elif path.stat().st_size != size:
             raise BloomdeskError(
                 f"{path} has {path.stat().st_size:,} bytes, the pointer {file} says {size:,}",
-                f"delete it, and fetch it again: {_fetch([file])}",
+                f"delete it, and fetch it again: {fetch_command([file])}",
             )
     if absent:
         others = f" (and {len(absent) - 1:,} more)" if len(absent) > 1 else ""
@@ -72,7 +72,7 @@ def find_objects(files: Iterable[Path]) -> dict[Path, LfsObject]:
         raise BloomdeskError(
             f"{absent[0]}{others} is a pointer of Git LFS whose object {first.sha256} of {first.size:,} bytes "
             f"is not in the clone",
-            f"fetch it: {_fetch(absent)}",
+            f"fetch it: {fetch_command(absent)}",
         )
     return found
 
@@ -90,7 +90,7 @@ def read_small_file(path: Path, largest: int) -> bytes | None:
     if data is None or hashlib.sha256(data).hexdigest() != known.sha256:
         raise BloomdeskError(
             f"{known.path} is damaged: its sha256 is not the one that the pointer {path} says",
-            f"delete it, and fetch it again: {_fetch([path])}",
+            f"delete it, and fetch it again: {fetch_command([path])}",
         )
     return data
 
@@ -119,10 +119,10 @@ def _git_directory(clone: Path) -> Path:
     return git / common.decode(errors="replace").strip() if common is not None else git
 
 
-def _fetch(files: list[Path]) -> str:
+def fetch_command(files: list[Path]) -> str:
     """The command that fetches the objects of these pointers."""
     clone = _clone_of(files[0]) or files[0].parent
     names = [file.absolute().relative_to(clone).as_posix() for file in files]
     if len(names) > 3:
         names = sorted({f"*{file.suffix}" for file in files})
-    return f'git -C {clone} lfs fetch --include "{",".join(names)}"'
+    return f'git -C {in_shell(clone)} lfs fetch --include "{",".join(names)}"'

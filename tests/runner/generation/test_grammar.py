@@ -1,15 +1,12 @@
-"""Constrained output: always valid, the same in any company, and what is forced costs no pass."""
+"""Grammars: what may follow and what must, at any place of a text, and which constraints are refused."""
 
 from __future__ import annotations
 
 import json
 import random
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,12 +14,9 @@ import runner
 from runner.errors import BloomdeskError
 from runner.generation.grammar import Grammar, GrammarError, Grammars, check
 from runner.generation.model import Model
-from runner.generation.options import GenerationOptions, Sampling, with_fields
-from runner.generation.scorer import Text
-from runner.generation.session_files import CACHE, SessionFiles
-from scripts.torture.grammar import CASES, DATE, Case, torture
+from runner.generation.options import Sampling, with_fields
+from scripts.torture.grammar import CASES, DATE, Case
 
-PROMPTS = ["John is 3 years", "SELECT name FROM", "le"]
 IN_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -32,14 +26,8 @@ def model(prepared) -> Model:
     return runner.load(prepared()[1])
 
 
-@pytest.fixture(scope="module")
-def other(prepared) -> Path:
-    """A smaller model of the same tokens."""
-    return prepared(hidden_size=48, heads=3, blocks=1, seed=5)[1]
-
-
 def grammar_of(model: Model, case: Case) -> Grammar:
-    return Grammars(model.tokenizer, model.weights.model.vocab_size, {2}).of(case.sampling())
+    return model.grammars.of(case.sampling())
 
 
 def walk(grammar: Grammar, seed: int, most: int = 200) -> list[tuple[list[int], list[int], list[int]]]:
@@ -53,16 +41,6 @@ def walk(grammar: Grammar, seed: int, most: int = 200) -> list[tuple[list[int], 
             break
         ids.append(token)
     return [*found, (list(ids), [], [])]
-
-
-def chosen(grammar: Grammar, ids: list[int]) -> int:
-    """Number of the tokens that were not forced."""
-    matcher, count, place = grammar.matcher(), 0, 0
-    while place < len(ids):
-        forced = matcher.forced(ids[:place])
-        count += not forced
-        place += max(1, len(forced))
-    return count
 
 
 # The matcher.
@@ -113,6 +91,80 @@ def test_what_is_drawn_is_valid_and_forced_tokens_are_the_tokenizers(
     assert start == model.tokenizer.encode(text)[: len(start)]
 
 
+def schemas() -> st.SearchStrategy[dict]:
+    """JSON schemas of bounded values, nested in any way."""
+    leaves = st.one_of(
+        st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"const": [1, {"ü": None}]}]),
+        st.lists(st.text(max_size=5), min_size=1, max_size=3).map(lambda texts: {"enum": texts}),
+        st.integers(0, 6).map(lambda most: {"type": "string", "maxLength": most}),
+        st.tuples(st.integers(-99, 99), st.integers(0, 300)).map(
+            lambda ends: {"type": "integer", "minimum": ends[0], "maximum": ends[0] + ends[1]}
+        ),
+    )
+    names = st.text(st.characters(codec="utf-8"), max_size=4)
+
+    def nested(inner: st.SearchStrategy[dict]) -> st.SearchStrategy[dict]:
+        return st.one_of(
+            st.tuples(inner, st.integers(0, 2)).map(
+                lambda found: {"type": "array", "items": found[0], "minItems": found[1], "maxItems": 3}
+            ),
+            st.lists(inner, min_size=1, max_size=3).map(lambda found: {"anyOf": found}),
+            st.dictionaries(names, st.tuples(inner, st.booleans()), max_size=3).map(
+                lambda found: {
+                    "type": "object",
+                    "properties": {name: schema for name, (schema, _) in found.items()},
+                    "required": [name for name, (_, is_needed) in found.items() if is_needed],
+                    "additionalProperties": False,
+                }
+            ),
+        )
+
+    return st.recursive(leaves, nested, max_leaves=6)
+
+
+def fits(value: object, schema: dict) -> bool:
+    """Whether a value is valid by one of `schemas`."""
+    if "anyOf" in schema:
+        return any(fits(value, each) for each in schema["anyOf"])
+    if "const" in schema or "enum" in schema:
+        return value in schema.get("enum", [schema.get("const")])
+    kinds = {
+        "boolean": bool,
+        "null": type(None),
+        "string": str,
+        "integer": int,
+        "array": list,
+        "object": dict,
+    }
+    if type(value) is not kinds[schema["type"]]:
+        return False
+    match value:
+        case str():
+            return len(value) <= schema["maxLength"]
+        case list():
+            return schema["minItems"] <= len(value) <= 3 and all(fits(x, schema["items"]) for x in value)
+        case dict():
+            known = schema["properties"]
+            fitting = all(name in known and fits(inner, known[name]) for name, inner in value.items())
+            return fitting and set(schema["required"]) <= set(value)
+        case bool() | None:
+            return True
+        case int():
+            return schema["minimum"] <= value <= schema["maximum"]
+    return False
+
+
+@settings(max_examples=60, deadline=None)
+@given(schemas(), st.integers(0, 2**32))
+def test_whatever_the_schema_what_is_drawn_fits(model: Model, schema: dict, seed: int) -> None:
+    grammar = model.grammars.of(Sampling(json_schema=json.dumps(schema, ensure_ascii=False)))
+    places = walk(grammar, seed, 2000)
+    text = model.tokenizer.decode(places[-1][0])
+    assert fits(json.loads(text), schema)
+    for ids, allowed, forced in places[:-1:7]:
+        assert grammar.matcher().forced(ids) == forced and grammar.matcher().allowed(ids).tolist() == allowed
+
+
 def test_an_interruption_inside_the_matcher_changes_nothing(model: Model) -> None:
     grammar = grammar_of(model, CASES[0])
     ids, allowed, _ = walk(grammar, 1)[20]
@@ -133,204 +185,6 @@ def test_an_interruption_inside_the_matcher_changes_nothing(model: Model) -> Non
 def test_a_text_that_is_not_of_the_grammar_is_an_error(model: Model) -> None:
     with pytest.raises(GrammarError, match="beyond 1 tokens"):
         grammar_of(model, CASES[2]).matcher().allowed(model.tokenizer.encode("x"))
-
-
-# Whole outputs.
-
-
-def test_drawn_outputs_are_valid_and_the_same_in_any_company(model: Model, other: Path) -> None:
-    """Fewer of what `python -m scripts.torture.grammar` draws."""
-    drawn, wrong = torture(model, other, 36, 1.5)
-    assert wrong == [] and all(found.valid == found.outputs == 6 for found in drawn.values())
-
-
-@IN_CASES
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_the_text_depends_on_nothing_else(
-    model: Model, other: Path, tmp_path: Path, case: Case, temperature: float
-) -> None:
-    """Not on batch, n-grams, drafts (the model itself among them), log-probabilities, session or interruptions."""
-    sampling = case.sampling(
-        temperature=temperature, seed=7 if temperature else None, repetition_penalty=1.1, logit_bias={9: 1.0}
-    )
-    options = {"max_new_tokens": 150}
-    alone = [
-        list(model.generate(prompt, sampling=sampling, speculate="off", **options)) for prompt in PROMPTS[:1]
-    ]
-    directory = model.weights.stream.chunks[0].file.path.parent
-    calls = []
-
-    def interrupt(part: int, parts: int) -> None:
-        calls.append(part)
-        if len(calls) % 31 == 0:
-            raise KeyboardInterrupt
-
-    for given_options in (
-        {},
-        {"draft": other},
-        {"draft": directory, "speculate": "off"},
-        {"sampling": replace(sampling, logprobs=1)},
-        {"session": tmp_path / "s", "on_part": interrupt},
-    ):
-        generation = None
-        while generation is None or not generation.sequence.is_done:
-            try:
-                generation = model.generate(PROMPTS[0], **{"sampling": sampling, **options, **given_options})
-                ids = list(generation)
-            except KeyboardInterrupt:
-                continue
-        assert ids == alone[0] and case.is_valid(model.text(generation.sequence))
-    requests = [
-        model.requests(prompt, 150, replace(sampling, logprobs=place), number)[0]
-        for number, (prompt, place) in enumerate(zip(PROMPTS, (None, 0, 2), strict=True))
-    ]
-    expected = [
-        next(model.batch([request], GenerationOptions(speculate="off")).run()) for request in requests
-    ]
-    assert expected[0].ids == alone[0]
-    for batch in (2, 3):
-        found = model.batch(requests, GenerationOptions(batch=batch, draft=other)).run()
-        found = sorted(found, key=lambda each: each.index)
-        assert [(each.ids, each.scores) for each in found] == [(each.ids, each.scores) for each in expected]
-
-
-@IN_CASES
-def test_what_is_forced_costs_no_pass(model: Model, case: Case) -> None:
-    sampling = case.sampling(temperature=1.0, seed=3)
-    generation = model.generate("John is", max_new_tokens=150, sampling=sampling, speculate="off")
-    ids = list(generation)
-    assert generation.passes == chosen(grammar_of(model, case), ids)
-    if case.field == "json_schema":
-        assert len(ids) > 3 * generation.passes
-
-
-def test_a_text_that_is_forced_as_a_whole_needs_no_pass(model: Model) -> None:
-    sampling = Sampling(regex="SELECT name FROM animals;")
-    generation = model.generate("Q:", max_new_tokens=50, sampling=sampling)
-    assert model.tokenizer.decode(list(generation)) == "SELECT name FROM animals;"
-    assert generation.passes == 0 and generation.stop_reason == "grammar"
-    found = list(model.generate_all(["Q:", "A:"] * 3, max_new_tokens=50, sampling=sampling, batch=2))
-    assert [each.ids for each in found] == [generation.ids] * 6
-    empty = model.generate("Q:", sampling=Sampling(regex=""))
-    assert list(empty) == [] and empty.stop_reason == "grammar" and empty.sequence.is_valid
-
-
-@pytest.mark.parametrize("rows", [2, 3, 7])
-def test_long_forced_runs_share_the_rows_of_a_pass(model: Model, rows: int) -> None:
-    """With too few rows for them all, with and without log-probabilities, which are those of the scorer."""
-    case = CASES[1]
-    for logprobs in (None, 1):
-        sampling = case.sampling(temperature=1.0, seed=3, logprobs=logprobs)
-        requests = [model.requests("le", 150, sampling, number)[0] for number in range(3)]
-        batch = model.batch(requests, GenerationOptions(speculate="off", batch=2))
-        request = batch.plan.request
-        assert request.rows > 50
-        batch.plan = replace(batch.plan, request=replace(request, rows=rows, logit_rows=2))
-        found = sorted(batch.run(), key=lambda each: each.index)
-        assert found[0].ids == list(model.generate("le", max_new_tokens=150, sampling=sampling))
-        texts = [Text(each.index, [*each.prompt_ids, *each.ids], len(each.prompt_ids)) for each in found]
-        scored = {done.text.index: done.scores for done in model.scorer(texts).run()}
-        for each in found:
-            assert case.is_valid(model.text(each))
-            expected = [score.logprob for score in scored[each.index]] if logprobs else []
-            assert [score.logprob for score in each.scores] == expected
-
-
-def test_a_session_cut_anywhere_goes_on_to_the_same_text(model: Model, tmp_path: Path) -> None:
-    for logprobs in (None, 1):
-        directory, source = tmp_path / str(logprobs), random.Random(5)
-        sampling = CASES[1].sampling(temperature=1.2, seed=9, logprobs=logprobs)
-
-        def text(new: int = 150, sampling: Sampling = sampling, directory: Path = directory):
-            generation = model.generate("John is", max_new_tokens=new, sampling=sampling, session=directory)
-            return list(generation), generation.sequence.scores, generation.passes
-
-        whole = text()
-        assert text() == (*whole[:2], 0)
-        data = (directory / CACHE).read_bytes()
-        for _ in range(8):
-            (directory / CACHE).write_bytes(data[: source.randrange(len(data))])
-            new = source.randrange(1, len(whole[0]))
-            assert text(new)[:2] == (whole[0][:new], whole[1][:new])
-            assert text()[:2] == whole[:2]
-        other = CASES[0].sampling(temperature=1.2, seed=9, logprobs=logprobs)
-        assert text(sampling=other)[:2] == text(sampling=other, directory=None)[:2] != whole[:2]
-        options = SessionFiles.load(directory).request.options
-        assert options["json_schema"] == other.json_schema and "regex" not in options
-
-
-def test_sessions_without_a_constraint_are_those_of_before(model: Model, tmp_path: Path) -> None:
-    list(model.generate("John", max_new_tokens=2, session=tmp_path))
-    assert not {"json_schema", "regex", "grammar"} & set(SessionFiles.load(tmp_path).request.options)
-
-
-# Ends.
-
-
-def test_a_limit_may_cut_the_output_and_it_is_said(model: Model) -> None:
-    sampling = CASES[0].sampling()
-    whole = model.generate("John is", max_new_tokens=150, sampling=sampling)
-    ids = list(whole)
-    assert (whole.stop_reason, whole.sequence.is_valid) == ("grammar", True)
-    exact = model.generate("John is", max_new_tokens=len(ids), sampling=sampling)
-    assert list(exact) == ids and (exact.stop_reason, exact.sequence.is_valid) == ("grammar", True)
-    for count in (1, 2, 5, len(ids) - 1):
-        cut = model.generate("John is", max_new_tokens=count, sampling=sampling)
-        assert list(cut) == ids[:count]
-        assert (cut.stop_reason, cut.sequence.is_valid) == ("length", False)
-    open_end = model.generate("1", max_new_tokens=3, sampling=Sampling(regex="[0-9]+", min_new_tokens=3))
-    assert len(list(open_end)) == 3 and (open_end.stop_reason, open_end.sequence.is_valid) == ("length", True)
-
-
-def test_the_text_ends_only_where_it_may(model: Model) -> None:
-    likely = {"logit_bias": {2: 1000.0}}
-    found = model.generate("1", max_new_tokens=20, sampling=Sampling(regex="[0-9]{4,}", **likely))
-    ids = list(found)
-    assert re.fullmatch("[0-9]{4,}", model.text(found.sequence)) and ids[-1] == 2
-    assert found.stop_reason == "eos"
-    later = Sampling(regex="[0-9]{2,}", min_new_tokens=6, **likely)
-    ids = list(model.generate("1", max_new_tokens=20, sampling=later))
-    assert len(ids) == 7 and ids[-1] == 2
-    # A grammar's end comes first.
-    short = model.generate("1", max_new_tokens=20, sampling=Sampling(regex="[0-9]{2}", min_new_tokens=6))
-    assert len(list(short)) <= 2 and short.stop_reason == "grammar"
-
-
-def test_a_stop_text_cuts_as_it_does_without_a_grammar(model: Model) -> None:
-    for stop, is_valid in (('"age"', False), (' "ta', False), ("]", False), ("nowhere", True)):
-        sampling = CASES[0].sampling(stop=(stop,))
-        texts = set()
-        for speculate in ("lookup", "off"):
-            found = model.generate("John is", max_new_tokens=150, sampling=sampling, speculate=speculate)
-            list(found)
-            assert found.sequence.is_valid == is_valid
-            assert found.stop_reason == ("grammar" if is_valid else "stop")
-            texts.add(model.text(found.sequence))
-        (text,) = texts
-        assert stop not in text
-    found = model.generate("1", sampling=Sampling(regex="(yes)+!", stop=("!",)))
-    list(found)
-    assert found.stop_reason == "stop" and not found.sequence.is_valid
-    found = model.generate("1", sampling=Sampling(regex="(yes )+no", stop=(" no",)))
-    list(found)
-    assert found.stop_reason in ("stop", "length") and not found.sequence.is_valid
-
-
-def test_top_k_is_taken_among_the_allowed_tokens(model: Model) -> None:
-    sampling = CASES[2].sampling(temperature=2.0, top_k=1, seed=1)
-    greedy = list(model.generate("x", sampling=CASES[2].sampling()))
-    assert list(model.generate("x", sampling=sampling)) == greedy
-
-
-def test_log_probabilities_are_the_models_own(model: Model) -> None:
-    generation = model.generate("x", sampling=CASES[2].sampling(logprobs=2), speculate="off")
-    ids, scores = list(generation), generation.sequence.scores
-    logits = model.forward([*generation.prompt_ids, *ids], model.cache(40), all_rows=True).float()
-    rows = torch.log_softmax(logits[len(generation.prompt_ids) - 1 :], 1)
-    assert [each.token for each in scores] == ids
-    for row, each in zip(rows, scores, strict=False):
-        assert each.logprob == pytest.approx(float(row[each.token]), abs=1e-3)
-        assert len(each.top) == 2 and each.top[0][1] == pytest.approx(float(row.max()), abs=1e-3)
 
 
 # Options.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import BloomdeskError
+from scripts.fakehub.server import LocalHub
 from tests.support.bloom_repos import NAME, NEEDED, SHARD, VICTIM, assert_whole, fetched
 from tests.support.commands import refused, run
 from toolkit.commands.download import download, plan_download
@@ -34,6 +35,12 @@ def everything_in(directory: Path) -> dict[str, object]:
         str(path): str(path.readlink()) if path.is_symlink() else path.is_file() and path.read_bytes()
         for path in sorted(directory.rglob("*"))
     }
+
+
+def spoil_text(path: Path) -> None:
+    """Another letter in a text that stays JSON."""
+    text = path.read_text()
+    path.write_text(text.replace("added_tokens", "added_tokenz", 1))
 
 
 def decay(path: Path) -> None:
@@ -81,6 +88,50 @@ def test_a_prepared_directory_is_refused(local, made_copy, name):
     for dry in ((), ("--dry-run",)):
         assert f"is a prepared directory ({name})" in refused("download", NAME, made_copy, *dry)
     assert everything_in(made_copy) == before
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 100, b'{"format": "bloomdesk'])
+def test_a_prepared_directory_whose_manifests_are_damaged_is_refused(local, made_copy, data):
+    for name in ("manifest.json", "manifest.backup.json"):
+        (made_copy / name).write_bytes(data)
+    before = everything_in(made_copy)
+    assert "is a prepared directory" in refused("download", NAME, made_copy)
+    assert everything_in(made_copy) == before
+
+
+def test_another_programs_manifest_is_not_in_the_way(local, repo, target):
+    target.mkdir()
+    (target / "manifest.json").write_text('{"name": "my app"}')
+    download(NAME, target)
+    (target / "manifest.json").unlink()
+    assert_whole(target, repo)
+
+
+@pytest.mark.parametrize("name", ["config.json", VICTIM])
+def test_a_beginning_that_no_run_has_recorded_stays_as_it_is(local, target, name):
+    target.mkdir()
+    (target / f"{name}.incomplete").write_bytes(b"mine")
+    assert "no record that this program has begun it" in refused("download", NAME, target)
+    assert (target / f"{name}.incomplete").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda source: spoil_text(source / "tokenizer.json"),
+            "tokenizer.json is damaged or has changed",
+        ),
+        (lambda source: (source / "chat_template.jinja").write_text("mine"), "is not of the download"),
+    ],
+)
+def test_a_download_vouches_for_its_small_files_too(made, target, tmp_path, change, said):
+    with LocalHub({NAME: made.parent / "source"}) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        download(NAME, target)
+    change(target)
+    assert said in refused("convert", target, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_export_is_refused(local, made_copy, target):

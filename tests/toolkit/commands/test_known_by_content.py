@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from toolkit.commands.convert import convert, plan_conversion
 from toolkit.commands.export import export
 from toolkit.commands.repair import repair
 from toolkit.commands.verify import verify
+from toolkit.parts.destination import write_manifest
 
 BLOCK = "block_01.safetensors"
 SHARD = "pytorch_model_00003-of-00005.bin"
@@ -79,7 +81,7 @@ def test_the_same_tensors_in_other_files_resume_and_are_not_deleted(tmp_path: Pa
     other = make(tmp_path / "safetensors", LAYOUTS["safetensors shards"])
     first = set(other.glob("model-0000[12]*"))
     done = run("convert", other, tmp_path / "out", "--delete-source")
-    assert done.returncode == 0 and "stays: no part was made from these bytes" in done.stderr
+    assert done.returncode == 0 and "stays: not all of its parts were made from these bytes" in done.stderr
     assert verify(tmp_path / "out").sound and first <= set(other.glob("*.safetensors"))
     convert(tmp_path / "bin", tmp_path / "fresh")
     for file in load_manifest(tmp_path / "fresh").parts:
@@ -228,11 +230,141 @@ def test_a_source_without_weights_mends_nothing(tmp_path: Path, layout: str, sai
     assert said in refused("repair", out, "--source", source)
 
 
-def test_two_manifests_of_different_checkpoints_are_not_chosen_between(tmp_path: Path) -> None:
-    """As after one was copied over: its parts would be taken for damaged."""
-    for name, seed in (("a", 0), ("b", 7)):
-        convert(make(tmp_path / f"source {name}", seed=seed), tmp_path / name)
-    shutil.copy(tmp_path / "b" / MANIFEST, tmp_path / "a")
+@pytest.mark.parametrize("name", [MANIFEST, MANIFEST_BACKUP])
+@pytest.mark.parametrize("mine", [convert, half_made])
+@pytest.mark.parametrize("other", [convert, half_made])
+def test_two_manifests_of_different_checkpoints_are_not_chosen_between(
+    tmp_path: Path, mine: Callable[..., object], other: Callable[..., object], name: str
+) -> None:
+    """As after one was copied over: its parts would be taken for damaged, or mixed with the other's."""
+    for directory, seed, state in (("a", 0, mine), ("b", 7, other)):
+        state(make(tmp_path / f"source {directory}", seed=seed), tmp_path / directory)
+    shutil.copy(tmp_path / "b" / name, tmp_path / "a" / name)
     before = content(tmp_path / "a")
-    assert "of different checkpoints" in refused("repair", tmp_path / "a", "--source", tmp_path / "source b")
+    for source in "ab":
+        given = tmp_path / f"source {source}"
+        assert "of different checkpoints" in refused("repair", tmp_path / "a", "--source", given)
+        refused("convert", given, tmp_path / "a")
+    report = verify(tmp_path / "a")
+    assert not report.sound and not report.is_unfinished
     assert content(tmp_path / "a") == before
+
+
+def spoil_index(source: Path) -> None:
+    index = source / "pytorch_model.bin.index.json"
+    index.write_text(index.read_text().replace("00002-of", "00009-of"))
+
+
+NOT_WHOLE: dict[str, Callable[[Path], object]] = {
+    "an index that is none": lambda source: (source / "pytorch_model.bin.index.json").write_text("{"),
+    "an index that names others": spoil_index,
+    "a download that goes on": lambda source: (source / f"{SHARD}.aria2").touch(),
+    "a pointer": lambda source: (source / SHARD).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"
+    ),
+    "a shard cut off": lambda source: os.truncate(source / SHARD, 100),
+}
+
+
+def test_the_rest_of_another_checkpoint_is_not_mixed_in(tmp_path: Path) -> None:
+    """The shard of the finished part is gone, so nothing can be compared with that."""
+    ours, out = make(tmp_path / "ours"), tmp_path / "out"
+    half_made(ours, out)
+    shutil.copytree(out, tmp_path / "deleting")
+    before = content(out)
+    other = make(tmp_path / "b", seed=7)
+    for source in (ours, other):
+        (source / "pytorch_model_00001-of-00005.bin").unlink()
+    for directory in (out, tmp_path / "deleting"):
+        assert "another state of the source" in refused("convert", other, directory, "--delete-source")
+        assert content(directory) == before
+    assert (other / SHARD).exists()
+    assert run("convert", ours, out).returncode == 0 and verify(out).sound
+    assert b"source_samples" not in (out / MANIFEST).read_bytes()
+
+
+def test_a_directory_that_gets_the_name_meanwhile_stays_as_it_is(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    half_made(make(tmp_path / "b", seed=7), other)
+    before = content(other)
+
+    def swap(name: str, done: int, total: int) -> None:
+        if name == BLOCK and out.exists() and other.exists():
+            out.rename(tmp_path / "moved")
+            other.rename(out)
+
+    with pytest.raises(
+        BloomdeskError, match=r"was moved, and another directory has its name|cannot be written"
+    ):
+        convert(make(tmp_path / "ours"), out, swap)
+    assert content(out) == before
+
+
+def test_a_shard_that_takes_the_place_of_another_goes_into_no_part_and_stays(tmp_path: Path) -> None:
+    """With the same size and date."""
+    ours, other = make(tmp_path / "ours"), make(tmp_path / "b", seed=7)
+    date = (ours / SHARD).stat().st_mtime_ns
+    os.utime(other / SHARD, ns=(date, date))
+    others = (other / SHARD).read_bytes()
+
+    def swap(name: str, done: int, total: int) -> None:
+        if name == BLOCK and (other / SHARD).exists():
+            (other / SHARD).replace(ours / SHARD)
+
+    with pytest.raises(BloomdeskError, match="changed while it was read"):
+        carry_out(plan_conversion(ours, tmp_path / "out", delete_source=True), swap)
+    assert (ours / SHARD).read_bytes() == others and BLOCK not in load_manifest(tmp_path / "out").parts
+
+
+def test_a_manifest_without_samples_goes_on_and_says_so(tmp_path: Path) -> None:
+    ours, out = make(tmp_path / "ours"), tmp_path / "out"
+    half_made(ours, out)
+    write_manifest(out, replace(load_manifest(out), samples={}))
+    (ours / "pytorch_model_00001-of-00005.bin").unlink()
+    done = run("convert", ours, out)
+    assert done.returncode == 0 and "they were not compared" in done.stderr and verify(out).sound
+
+
+@pytest.mark.parametrize("spoil", NOT_WHOLE.values(), ids=NOT_WHOLE)
+def test_a_source_that_cannot_be_read_is_not_called_complete(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    """Though all parts are there: they may be another checkpoint's."""
+    convert(make(tmp_path / "ours"), tmp_path / "out")
+    spoil(make(tmp_path / "b", seed=7))
+    refused("convert", tmp_path / "b", tmp_path / "out")
+
+
+def test_without_shards_nothing_is_said_to_be_compared(tmp_path: Path) -> None:
+    convert(make(tmp_path / "ours", LAYOUTS["single bin"]), tmp_path / "out")
+    (tmp_path / "ours" / "pytorch_model.bin").unlink()
+    done = run("convert", tmp_path / "ours", tmp_path / "out")
+    assert done.returncode == 0 and "has no shards any more, so nothing was compared" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["model-00003-of-00005.safetensors", "tokenizer.json", "config.json"])
+def test_an_export_vouches_for_what_is_made_from_it(tmp_path: Path, name: str) -> None:
+    given = exported(make(tmp_path / "source"), tmp_path)
+    path = given / name
+    path.write_bytes(path.read_bytes() + b" ") if name.endswith("json") else flip(path, -9)
+    said = refused("convert", given, tmp_path / "new")
+    assert str(path) in said and "is not what bloomdesk-export.json records" in said
+    assert not (tmp_path / "new" / BLOCK).exists()
+
+
+def test_bits_that_rounding_loses_are_not_deleted_with_the_source(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", dtype="float32")
+    before = content(source)
+    said = refused("convert", source, tmp_path / "out", "--delete-source", "--dtype", "f16")
+    assert "with the source the bits would be lost" in said
+    assert content(source) == before and not (tmp_path / "out").exists()
+
+
+def test_a_small_file_that_somebody_changed_is_not_written_over(tmp_path: Path) -> None:
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+    (out / "tokenizer_config.json").write_text('{"mine": 1}')
+    (out / BLOCK).unlink()
+    assert "tokenizer_config.json is damaged or has changed" in refused("convert", source, out)
+    assert (out / "tokenizer_config.json").read_text() == '{"mine": 1}'
+    assert run("repair", out, "--source", source).returncode == 0 and verify(out).sound

@@ -19,7 +19,7 @@ from toolkit.commands import arrivals
 from toolkit.commands.convert import convert
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.hub import retry, revision
-from toolkit.hub.record import RECORD
+from toolkit.hub.record import RECORD, load_record
 from toolkit.parts.destination import STAGING
 
 REPO = "me/bloom"
@@ -92,17 +92,63 @@ WRONG: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("change", RIGHT.values(), ids=RIGHT)
 def test_a_staged_shard_that_is_right_does_not_come_twice(hub, source, begun, change) -> None:
     change(begun / STAGING)
+    is_known = (begun / STAGING / RECORD).exists()
     assert prepare(REPO, begun).resumed == (source / FIRST).stat().st_size
     assert_right(begun, source)
-    assert not (begun / STAGING).exists()
+    # Without a record it may be the user's own.
+    left = list((begun / STAGING).iterdir()) if (begun / STAGING).exists() else []
+    assert [path.name for path in left] == ([] if is_known else [FIRST])
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
 def test_a_staged_shard_that_is_wrong_is_fetched_again(hub, source, begun, change) -> None:
     change(begun / STAGING)
+    found, date = (begun / STAGING / FIRST).read_bytes(), (begun / STAGING / FIRST).stat().st_mtime_ns
+    is_decayed = load_record(begun / STAGING).files[FIRST].mtime_ns == date
     assert prepare(REPO, begun).resumed == 0
     assert_right(begun, source)
-    assert not (begun / STAGING).exists()
+    if is_decayed:
+        assert not (begun / STAGING).exists()
+    else:
+        # It may be somebody's work.
+        assert [path.name for path in (begun / STAGING).iterdir()] == [f"{FIRST}.changed"]
+        assert (begun / STAGING / f"{FIRST}.changed").read_bytes() == found
+
+
+def test_a_staged_shard_that_somebody_replaced_is_not_deleted_when_it_is_not_needed(
+    hub, source, begun
+) -> None:
+    """An earlier run has made all its parts, and ended before it could delete the shard."""
+    staged = (begun / STAGING / FIRST).read_bytes()
+    record = (begun / STAGING / RECORD).read_bytes()
+    prepare(REPO, begun)
+    (begun / STAGING).mkdir()
+    (begun / STAGING / RECORD).write_bytes(record)
+    (begun / STAGING / FIRST).write_bytes(b"mine" + staged[4:])
+    (begun / "block_02.safetensors").unlink()
+    prepare(REPO, begun)
+    assert_right(begun, source)
+    assert (begun / STAGING / FIRST).read_bytes() == b"mine" + staged[4:]
+
+
+@pytest.mark.parametrize("change", ["alone", "linked"])
+def test_a_beginning_that_is_not_from_here_stays_as_it_is(hub, source, begun, tmp_path, change) -> None:
+    """Under the name that a beginning of ours has; without the record, or with another name elsewhere."""
+    (begun / STAGING / FIRST).unlink()
+    path = begun / STAGING / f"{FIRST}.incomplete"
+    path.write_bytes(b"mine")
+    if change == "alone":
+        (begun / STAGING / RECORD).unlink()
+        with pytest.raises(BloomdeskError, match=r"no record that this program has begun it"):
+            prepare(REPO, begun)
+        assert path.read_bytes() == b"mine"
+        return
+    path.unlink()
+    (tmp_path / "elsewhere").write_bytes(b"mine")
+    path.hardlink_to(tmp_path / "elsewhere")
+    prepare(REPO, begun)
+    assert_right(begun, source)
+    assert (tmp_path / "elsewhere").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)

@@ -202,6 +202,36 @@ def test_info_looks_at_the_files(made_copy: Path) -> None:
     assert "damaged: 2 files" in run("info", made_copy).stdout
 
 
+@pytest.mark.parametrize("file", [BLOCK, "tokenizer.json"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_not_replaced(
+    made: Path, made_copy: Path, tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (made_copy / file).rename(tmp_path / "disk" / file)
+    (made_copy / file).symlink_to(tmp_path / "disk" / file)
+    assert verify(made_copy).sound
+    (tmp_path / "disk").rename(tmp_path / "away")
+    done = run("verify", made_copy)
+    assert done.returncode == 2 and f"{file}: it is a link to {tmp_path / 'disk' / file}" in done.stdout
+    assert "so it was not replaced" in refused("repair", made_copy)
+    (tmp_path / "away").rename(tmp_path / "disk")
+    assert verify(made_copy).sound and (made_copy / file).is_symlink()
+
+
+@pytest.mark.parametrize("file", [BLOCK, "tokenizer.json", "manifest.json", "manifest.backup.json"])
+def test_a_directory_in_the_place_of_a_file(tmp_path: Path, file: str) -> None:
+    source, out = make(tmp_path / "source"), tmp_path / "a place"
+    convert(source, out)
+    (out / file).unlink()
+    (out / file).mkdir()
+    done = run("verify", out)
+    assert done.returncode == 1 and f"next: bloomdesk repair '{out}'" in done.stdout
+    said = refused("repair", out, "--source", source)
+    assert f"{out / file}" in said and f"next: move {out / file} away" in said
+    (out / file).rmdir()
+    assert run("repair", out, "--source", source).returncode == 0 and verify(out).sound
+
+
 def test_info_names_what_it_could_not_look_at(made_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = check.open_regular
 

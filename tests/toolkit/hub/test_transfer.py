@@ -18,10 +18,10 @@ from tests.support.bloom_repos import (
     ranges,
     sha256,
 )
-from toolkit.commands.download import download
+from toolkit.commands.download import download, plan_download
 from toolkit.hub import retry, transfer
 from toolkit.hub import revision as hub
-from toolkit.hub.record import RECORD, load_record
+from toolkit.hub.record import RECORD, DownloadRecord, load_record, save_record
 
 pytest_plugins = ("tests.support.network",)
 pytestmark = pytest.mark.usefixtures("client", "surroundings", "no_thread_is_left")
@@ -192,6 +192,7 @@ def test_a_hub_that_goes_down_in_the_middle(local, target):
 
 def test_a_part_of_other_bytes_or_of_too_many_never_gets_in(local, repo, target):
     target.mkdir()
+    save_record(target, DownloadRecord.of(plan_download(NAME, target).revision, None))
     (target / f"{SHARDS[0]}.incomplete").write_bytes(b"x" * (SHARD + 1))
     (target / f"{VICTIM}.incomplete").write_bytes(b"x" * 1000)
     with pytest.raises(BloomdeskError, match=f"{VICTIM} .* came damaged"):
