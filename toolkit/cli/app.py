@@ -244,6 +244,8 @@ def repair(
         Path | None, typer.Option(metavar="SRC", help="The checkpoint it was made from; the Hub if left out.")
     ] = None,
     connections: Connections = DEFAULT_CONNECTIONS,
+    patience: Patience = DEFAULT_PATIENCE,
+    limit_rate: LimitRate = None,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
     from toolkit.commands.repair import repair as mend
@@ -253,7 +255,7 @@ def repair(
     def found(report: VerifyReport) -> None:
         print_lines(damage_lines(report))
 
-    done = mend(directory, source, connections, work=WorkProgress, found=found)
+    done = mend(directory, source, connections, _line(patience, limit_rate), work=WorkProgress, found=found)
     print_lines(repair_lines(done, time.monotonic() - start))
 
 

@@ -46,7 +46,9 @@ class WorkProgress(AbstractContextManager["WorkProgress"]):
         # Times, and the bytes done by then that make the rate.
         self._samples = deque([(time.monotonic(), 0 if received is None else received())])
         self._lock = threading.Lock()
-        self._line = StatusLine(notes or sys.stderr, seconds_between_lines=SECONDS_BETWEEN_LINES)
+        notes = notes or sys.stderr
+        self._is_terminal, self._shown = notes.isatty(), -1
+        self._line = StatusLine(notes, seconds_between_lines=SECONDS_BETWEEN_LINES)
 
     def __exit__(self, *_: object) -> None:
         self._line.clear()
@@ -58,8 +60,11 @@ class WorkProgress(AbstractContextManager["WorkProgress"]):
             self._done_by_file[file] = done
             if self._received is not None:
                 self._sample(self._received())
-            if self._line.is_due:
-                self._line.show(f"{self._verb}: {self._status(sum(self._done_by_file.values()), file)}")
+            all_done = sum(self._done_by_file.values())
+            # While nothing comes, a log needs no lines; on a terminal the rate falls.
+            if self._line.is_due and (self._is_terminal or all_done != self._shown):
+                self._line.show(f"{self._verb}: {self._status(all_done, file)}")
+                self._shown = all_done
 
     def _status(self, done: int, file: str) -> str:
         then, before = self._samples[0]

@@ -21,6 +21,7 @@ from toolkit.commands.convert import plan_conversion
 from toolkit.commands.prepare import plan_preparation
 from toolkit.commands.verify import VerifyReport, plan_verify, refuse_download
 from toolkit.commands.verify import carry_out as check
+from toolkit.hub.line import Line
 from toolkit.hub.transfer import CONNECTIONS
 from toolkit.io.progress import Progress, silent
 from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest
@@ -46,6 +47,7 @@ def repair(
     directory: Path,
     source: Path | None = None,
     connections: int = CONNECTIONS,
+    line: Line | None = None,
     *,
     work: Work = lambda verb, total: nullcontext(silent),
     found: Callable[[VerifyReport], None] = lambda report: None,
@@ -80,7 +82,7 @@ def repair(
         files = {item.file for item in report.damage} - {item.file for item in report.unchecked}
         parts = tuple(file for file in known if file in files)
         if parts or files & manifest.companions.keys():
-            mending = _plan(directory, manifest, frozenset(parts), source, connections)
+            mending = _plan(directory, manifest, frozenset(parts), source, connections, line)
             small = {name: data for name, data in mending.companions.items() if name in files}
             mending = replace(mending, companions=small)
             with work("repairing", mending.work) as progress:
@@ -107,12 +109,17 @@ def _refuse_unmendable(report: VerifyReport, manifest: Manifest, known: Mapping[
 
 
 def _plan(
-    directory: Path, manifest: Manifest, damaged: frozenset[str], source: Path | None, connections: int
+    directory: Path,
+    manifest: Manifest,
+    damaged: frozenset[str],
+    source: Path | None,
+    connections: int,
+    line: Line | None,
 ) -> BuildPlan:
     """The plan that makes the `damaged` parts again from the checkpoint `source`, or else from the Hub."""
     if source is not None:
         return plan_conversion(source, directory, form=manifest.form, mend=damaged)
     origin = manifest.source
     return plan_preparation(
-        origin.repo or "", directory, origin.commit, manifest.form, connections, mend=damaged
+        origin.repo or "", directory, origin.commit, manifest.form, connections, mend=damaged, line=line
     )

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from toolkit.cli import progress
-from toolkit.cli.progress import WorkProgress
+from toolkit.cli.progress import WorkProgress, print_above_status
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,25 @@ def test_shards_alone_say_how_far_a_preparation_is(monkeypatch: pytest.MonkeyPat
         "preparing: 500 bytes of 1 kB (50%)",
         "preparing: 750 bytes of 1 kB (75%)",
     ]
+
+
+def test_while_nothing_comes_a_log_gets_no_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    notes = io.StringIO()
+    with WorkProgress("downloading", 1000, notes, received=lambda: 500) as work:
+        for _ in range(3600):
+            clock[0] += 1
+            work("a", 500, 1000)
+    assert len(notes.getvalue().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("terminal", "expected"), [(True, "\r\x1b[Ka word\n"), (False, "a word\n")])
+def test_a_word_takes_the_place_of_the_status(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, expected: str
+) -> None:
+    errors = io.StringIO()
+    errors.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stderr", errors)
+    print_above_status("a word")
+    assert errors.getvalue() == expected

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from scripts.fakehub.server import LocalHub
@@ -59,3 +63,53 @@ def test_a_file_without_certificates_is_named(tmp_path: Path) -> None:
     (tmp_path / "none.pem").write_text("no certificate")
     said = refused("download", "some/model", tmp_path / "new", SSL_CERT_FILE=str(tmp_path / "none.pem"))
     assert "the environment variable SSL_CERT_FILE" in said and "none.pem" in said
+
+
+class Socks:
+    """A SOCKS5 proxy for one test: it passes everything on, and counts the connections."""
+
+    def __enter__(self) -> Socks:
+        self.count, self._open = 0, []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listener, *self._open):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                self.count += 1
+                near.recv(262)
+                near.sendall(b"\x05\x00")
+                version, command, _, kind, *rest = near.recv(262)
+                assert (version, command) == (5, 1)
+                host = ".".join(map(str, rest[:4])) if kind == 1 else bytes(rest[1 : 1 + rest[0]]).decode()
+                far = socket.create_connection((host, int.from_bytes(bytes(rest[-2:]), "big")))
+                near.sendall(b"\x05\x00\x00\x01" + bytes(6))
+                self._open += [near, far]
+                for one, other in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    def _pass_on(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+            other.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("kind", ["socks5", "socks5h"])
+def test_a_proxy_for_socks_is_used_if_its_package_is_there(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("socksio")
+    huggingface_hub.close_session()
+    with LocalHub({"me/bloom": make(tmp_path / "source")}) as hub, Socks() as proxy:
+        proxied = {"HF_ENDPOINT": hub.endpoint, "ALL_PROXY": f"{kind}://{proxy.address}"}
+        done = run("download", "me/bloom", tmp_path / "new", **proxied)
+        huggingface_hub.close_session()
+    assert done.returncode == 0 and proxy.count > 0
