@@ -29,8 +29,8 @@ JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 # Characters of a reason that are shown.
 LONGEST_REASON = 300
 _NAMES = {JSON_SCHEMA: "the JSON schema", REGEX: "the regular expression", GRAMMAR: "the grammar"}
-# The place in the grammar that llguidance draws below its reason.
-_DRAWING = re.compile(r"\n *\d+ \|.*", re.DOTALL)
+# What llguidance adds to its reason: a drawing of the place in the grammar, or a note that more could be said.
+_ADDED = re.compile(r"\n *\d+ \|.*|<non-verbose/>", re.DOTALL)
 
 
 class GrammarError(BloomdeskError):
@@ -70,7 +70,9 @@ class Grammars:
                 raise BloomdeskError(
                     f"the tokenizer cannot be used with {_NAMES[kind]}: {_worded(str(error))}"
                 ) from None
-        matcher = library.LLMatcher(self._vocabulary, source, log_level=0)
+        # Without the parser's whole state in the text of an error.
+        limits = library.LLParserLimits(verbose_errors=False)
+        matcher = library.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
         if matcher.is_error():
             raise _refusal(kind, matcher.get_error())
         return Grammar(self._vocabulary, matcher, len(matcher.deep_copy().compute_ff_tokens()))
@@ -221,4 +223,4 @@ def _refusal(kind: str, reason: str) -> BloomdeskError:
 
 def _worded(reason: str) -> str:
     """llguidance's reason in one line."""
-    return " ".join(_DRAWING.sub("", reason).split())[:LONGEST_REASON]
+    return " ".join(_ADDED.sub("", reason).split())[:LONGEST_REASON]

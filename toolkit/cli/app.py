@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +28,8 @@ from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
 from runner.system.disk import UNKNOWN_SPACE, free_bytes
-from runner.units import parse_duration, parse_size
-from toolkit.cli.progress import WorkProgress, print_above_status
+from toolkit.cli.line import line_of
+from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
@@ -169,7 +168,7 @@ def download(
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    line = _line(patience, limit_rate)
+    line = line_of(patience, limit_rate)
     plan = plan_download(repo, directory, revision, line, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
@@ -195,7 +194,7 @@ def prepare(
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
-    line, form = _line(patience, limit_rate), _form(lossless)
+    line, form = line_of(patience, limit_rate), _form(lossless)
     plan = plan_preparation(repo, destination, revision, form, connections, _dtype(dtype), line=line)
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
@@ -268,7 +267,7 @@ def repair(
     def found(report: VerifyReport) -> None:
         print_lines(damage_lines(report))
 
-    line = _line(patience, limit_rate)
+    line = line_of(patience, limit_rate)
     done = mend(directory, source, connections, line, adapter=adapter, work=WorkProgress, found=found)
     print_lines(repair_lines(done, time.monotonic() - start))
 
@@ -517,23 +516,6 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     plan = plan_verify(directory, quick, sample=sample)
     with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
-
-
-def _line(patience: str, limit_rate: str | None) -> Line:
-    """The line to the Hub as the options want it, which says its pauses on standard error."""
-    from toolkit.hub.line import Line
-
-    return Line(patience=parse_duration(patience), rate=_rate(limit_rate), say=print_above_status)
-
-
-def _rate(text: str | None) -> int | None:
-    """ "20MB/s" and "20MB" are 20,000,000 bytes a second. Raises `BloomdeskError` for anything else."""
-    if text is None:
-        return None
-    try:
-        return parse_size(re.sub(r"/s(ec)?$", "", text.strip(), flags=re.IGNORECASE))
-    except BloomdeskError:
-        raise BloomdeskError(f"--limit-rate {text[:40]!r} is not a rate", "write it like 20MB/s") from None
 
 
 def _say_if_space_is_unknown(directory: Path) -> None:
