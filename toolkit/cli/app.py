@@ -93,7 +93,7 @@ Patience = Annotated[
     str,
     typer.Option(
         metavar="TIME",
-        help="Wait out outages of the network or the Hub up to this long, like 90min; 0 is not at all.",
+        help="Wait out outages of the network or the Hub up to this long, like 90min; 0 ends after a few tries.",
     ),
 ]
 DEFAULT_PATIENCE = "12h"
