@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,8 +28,8 @@ from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.generation.options import GenerationOptions, Sampling, read_biases
 from runner.system.disk import UNKNOWN_SPACE, free_bytes
-from runner.units import parse_duration, parse_size
-from toolkit.cli.progress import WorkProgress, print_above_status
+from toolkit.cli.line import line_of
+from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     damage_lines,
     download_lines,
@@ -94,7 +93,7 @@ Patience = Annotated[
     str,
     typer.Option(
         metavar="TIME",
-        help="Wait out outages of the network or the Hub up to this long, like 90min; 0 is not at all.",
+        help="Wait out outages of the network or the Hub up to this long, like 90min; 0 ends after a few tries.",
     ),
 ]
 DEFAULT_PATIENCE = "12h"
@@ -118,6 +117,10 @@ Dtype = Annotated[
         help="Round the weights to this.",
         show_default="what transformers would choose",
     ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A LoRA adapter to merge into the weights.", show_default="none"),
 ]
 Ram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="RAM to use, like 12GB.", show_default="what is free")
@@ -165,7 +168,7 @@ def download(
     """Fetch what is needed of a BLOOM repo. Running it again resumes."""
     from toolkit.commands.download import carry_out, plan_download
 
-    line = _line(patience, limit_rate)
+    line = line_of(patience, limit_rate)
     plan = plan_download(repo, directory, revision, line, everything=check)
     if dry_run:
         print_lines(download_lines(plan))
@@ -191,7 +194,7 @@ def prepare(
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
-    line, form = _line(patience, limit_rate), _form(lossless)
+    line, form = line_of(patience, limit_rate), _form(lossless)
     plan = plan_preparation(repo, destination, revision, form, connections, _dtype(dtype), line=line)
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
@@ -207,12 +210,18 @@ def convert(
     ] = False,
     lossless: Lossless = False,
     dtype: Dtype = None,
+    adapter: Adapter = None,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
     from toolkit.commands.convert import plan_conversion
 
     plan = plan_conversion(
-        source, destination, delete_source=delete_source, form=_form(lossless), dtype=_dtype(dtype)
+        source,
+        destination,
+        delete_source=delete_source,
+        form=_form(lossless),
+        dtype=_dtype(dtype),
+        adapter=adapter,
     )
     print(f"{destination} is complete: {written('parts', _built('converting', plan))}")
 
@@ -246,16 +255,20 @@ def repair(
     connections: Connections = DEFAULT_CONNECTIONS,
     patience: Patience = DEFAULT_PATIENCE,
     limit_rate: LimitRate = None,
+    adapter: Adapter = None,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
     from toolkit.commands.repair import repair as mend
 
+    if adapter is not None and source is None:
+        raise BloomdeskError("--adapter needs --source: the Hub has no such weights", "give both")
     start = time.monotonic()
 
     def found(report: VerifyReport) -> None:
         print_lines(damage_lines(report))
 
-    done = mend(directory, source, connections, _line(patience, limit_rate), work=WorkProgress, found=found)
+    line = line_of(patience, limit_rate)
+    done = mend(directory, source, connections, line, adapter=adapter, work=WorkProgress, found=found)
     print_lines(repair_lines(done, time.monotonic() - start))
 
 
@@ -503,23 +516,6 @@ def _check(directory: Path, quick: bool = False, sample: float | None = None) ->
     plan = plan_verify(directory, quick, sample=sample)
     with WorkProgress("verifying", plan.bytes_to_read) as progress:
         return carry_out(plan, progress)
-
-
-def _line(patience: str, limit_rate: str | None) -> Line:
-    """The line to the Hub as the options want it, which says its pauses on standard error."""
-    from toolkit.hub.line import Line
-
-    return Line(patience=parse_duration(patience), rate=_rate(limit_rate), say=print_above_status)
-
-
-def _rate(text: str | None) -> int | None:
-    """ "20MB/s" and "20MB" are 20,000,000 bytes a second. Raises `BloomdeskError` for anything else."""
-    if text is None:
-        return None
-    try:
-        return parse_size(re.sub(r"/s(ec)?$", "", text.strip(), flags=re.IGNORECASE))
-    except BloomdeskError:
-        raise BloomdeskError(f"--limit-rate {text[:40]!r} is not a rate", "write it like 20MB/s") from None
 
 
 def _say_if_space_is_unknown(directory: Path) -> None:

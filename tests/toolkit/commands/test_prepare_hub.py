@@ -154,3 +154,7 @@ def test_options_of_the_line_that_say_nothing(
 ) -> None:
     assert expected in refused(command, REPO, tmp_path / "out", *option)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_repair_refuses_a_rate_that_is_none(tmp_path: Path) -> None:
+    assert "is not a rate" in refused("repair", tmp_path, "--limit-rate", "20 parsecs")

@@ -6,6 +6,7 @@ import random
 import re
 import threading
 
+import huggingface_hub
 import pytest
 
 from runner.errors import BloomdeskError
@@ -220,3 +221,34 @@ def test_a_limited_rate_is_kept_by_all_connections_together(one, single, target,
     # 3 MB at 0.1 MB/s. On a busy machine it may take longer; test_line.py has the rate itself.
     assert 28.5 <= line.clock.monotonic() < 120
     assert line.received == SIZE
+
+
+def test_a_pause_of_an_hour_is_made_once_something_has_come(one, single, target, said):
+    line = patient(said, factor=20_000.0)
+    one.fail(FILE, Fault(status=429, headers={"Retry-After": "3600"}, since=SIZE // 2, times=1))
+    fetch(target, line)
+    assert_came(single, target)
+    assert line.clock.monotonic() >= 3600
+    assert any("answered 429" in text and text.endswith(", as asked") for text in said)
+
+
+def test_after_a_failure_the_connection_is_made_anew(one, monkeypatch):
+    """A proxy that has gone, and settings that name it no more."""
+    monkeypatch.setattr(retry, "BACKOFF", ())
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    huggingface_hub.close_session()
+    with pytest.raises(BloomdeskError, match="cannot be reached"):
+        hub.resolve(NAME)
+    monkeypatch.delenv("HTTP_PROXY")
+    assert hub.resolve(NAME).find(FILE)
+
+
+def test_a_store_at_a_new_address_is_found(one, single, target, said, line):
+    """As after a restart: the address that was known leads nowhere any more."""
+    nowhere = "http://127.0.0.1:9/file"
+    one.fail(FILE, Fault(method="HEAD", location=nowhere, times=3))
+    line.came()
+    fetch(target, line)
+    assert_came(single, target)
+    assert len(one.asked("HEAD", FILE)) == 4
+    assert any("127.0.0.1:9, where the Hub" in text for text in said)
