@@ -44,7 +44,7 @@ class ModelRunner:
             if segment.length > segment.cache.capacity:
                 raise ValueError(f"{segment.length} positions do not fit a cache of {segment.cache.capacity}")
         try:
-            with _one_thread():
+            with one_thread():
                 logits = self._through_parts(segments, on_part)
         except BaseException:
             for segment in segments:
@@ -83,7 +83,7 @@ class ModelRunner:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run torch's small operations between the products on the caller's thread alone.
 
     Torch's other threads would spin between these operations, on cores that the kernel's threads need.

@@ -118,6 +118,10 @@ Dtype = Annotated[
         show_default="what transformers would choose",
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A LoRA adapter to merge into the weights.", show_default="none"),
+]
 Ram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="RAM to use, like 12GB.", show_default="what is free")
 ]
@@ -206,12 +210,18 @@ def convert(
     ] = False,
     lossless: Lossless = False,
     dtype: Dtype = None,
+    adapter: Adapter = None,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
     from toolkit.commands.convert import plan_conversion
 
     plan = plan_conversion(
-        source, destination, delete_source=delete_source, form=_form(lossless), dtype=_dtype(dtype)
+        source,
+        destination,
+        delete_source=delete_source,
+        form=_form(lossless),
+        dtype=_dtype(dtype),
+        adapter=adapter,
     )
     print(f"{destination} is complete: {written('parts', _built('converting', plan))}")
 
@@ -245,16 +255,20 @@ def repair(
     connections: Connections = DEFAULT_CONNECTIONS,
     patience: Patience = DEFAULT_PATIENCE,
     limit_rate: LimitRate = None,
+    adapter: Adapter = None,
 ) -> None:
     """Make what is damaged or missing again. Only that is fetched, from the Hub or from --source."""
     from toolkit.commands.repair import repair as mend
 
+    if adapter is not None and source is None:
+        raise BloomdeskError("--adapter needs --source: the Hub has no such weights", "give both")
     start = time.monotonic()
 
     def found(report: VerifyReport) -> None:
         print_lines(damage_lines(report))
 
-    done = mend(directory, source, connections, line_of(patience, limit_rate), work=WorkProgress, found=found)
+    line = line_of(patience, limit_rate)
+    done = mend(directory, source, connections, line, adapter=adapter, work=WorkProgress, found=found)
     print_lines(repair_lines(done, time.monotonic() - start))
 
 

@@ -123,7 +123,8 @@ def plan_source_part(
     lm_head = tensors.get(assignment.lm_head or "")
     if file == EMBEDDING and lm_head is not None:
         check_shape(lm_head, (model.vocab_size, model.hidden_size))
-        check_lm_head(lm_head, part.tensors[0])
+        # What an adapter adds to the embedding is added to the head, which is the same matrix.
+        check_lm_head(lm_head, replace(part.tensors[0], addition=None))
         part = replace(part, lm_head=lm_head)
     return part
 

@@ -25,6 +25,7 @@ from toolkit.parts.export_record import load_export_record, not_as_exported
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
+from toolkit.source.adapter import read_adapter
 from toolkit.source.config import read_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
 from toolkit.source.index import NoWeights, ShardList, find_shards, refuse_foreign
@@ -116,14 +117,18 @@ def convert(
     *,
     form: str = PLAIN,
     dtype: str | None = None,
+    adapter: Path | None = None,
 ) -> Summary:
     """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
-    Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM or the
-    destination can't take it, and later if a shard is not what the download recorded or the disk fails.
+    The LoRA adapter in the directory `adapter` is merged into the weights as peft's merge_and_unload does it.
+
+    Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM, the adapter can't
+    be merged, or the destination can't take it; and later if a shard is not what the download
+    recorded or the disk fails.
     What is finished then stays, and the same call resumes from it.
     """
-    return carry_out(plan_conversion(source, destination, form=form, dtype=dtype), progress)
+    return carry_out(plan_conversion(source, destination, form=form, dtype=dtype, adapter=adapter), progress)
 
 
 def plan_conversion(
@@ -133,6 +138,7 @@ def plan_conversion(
     delete_source: bool = False,
     form: str = PLAIN,
     dtype: str | None = None,
+    adapter: Path | None = None,
     mend: frozenset[str] | None = None,
 ) -> BuildPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
@@ -142,9 +148,9 @@ def plan_conversion(
     if only these are to be made again.
     """
     try:
-        return _plan(source, destination, delete_source, form, dtype, mend)
+        return _plan(source, destination, delete_source, form, dtype, adapter, mend)
     except UntiedHead:
-        return _plan(source, destination, delete_source, form, dtype, mend, is_untied=True)
+        return _plan(source, destination, delete_source, form, dtype, adapter, mend, is_untied=True)
 
 
 def _plan(
@@ -153,6 +159,7 @@ def _plan(
     delete_source: bool,
     form: str,
     dtype: str | None,
+    adapter_path: Path | None,
     mend: frozenset[str] | None,
     *,
     is_untied: bool = False,
@@ -187,15 +194,22 @@ def _plan(
     check_form_dtype(chosen.dtype, form)
     tensors = in_dtype(tensors, assignment.keys if assignment is not None else (), chosen.dtype)
     origin, sha256 = _recorded_source(source, shards, companions)
+    notes: tuple[str, ...] = ()
+    if adapter_path is not None and assignment is not None:
+        adapter = read_adapter(adapter_path)
+        tensors = adapter.applied(tensors, assignment.plain_names(model))
+        seen[adapter.file] = state_of(adapter.file)
+        notes = (f"{adapter.path} is merged into the weights; it was trained on {adapter.base}",)
+        # The Hub has no such weights.
+        origin = Source()
     exported = _exported_hashes(source, companions)
     if mend is not None and existing is not None:
         # The hashes of the tensors tell whether it is the recorded source.
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend)
-    notes = ()
     if mend is None and target.missing_parts(manifest) and origin.repo is None:
-        manifest, notes = _with_samples(destination, manifest, shards)
+        manifest, notes = _with_samples(destination, manifest, shards, notes)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
         manifest, shards, assignment, {path.name: size for path, (size, *_) in seen.items()}, mend
@@ -250,9 +264,9 @@ def _find_shards(
 
 
 def _with_samples(
-    destination: Path, manifest: Manifest, shards: ShardList
+    destination: Path, manifest: Manifest, shards: ShardList, notes: tuple[str, ...]
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest with samples of the source's shards, and sentences for the user.
+    """The manifest with samples of the source's shards, and `notes` for the user, perhaps with one more.
 
     While all shards are there, what the parts were made from is compared with them; later only the samples tell that
     the rest is of the same checkpoint. Raises `BloomdeskError` if it is not.
@@ -260,9 +274,10 @@ def _with_samples(
     samples = {path.name: sample(shards.place(path)) for path in shards.files}
     gone = sorted({*(shards.weight_map or {}).values()} - samples.keys())
     if not gone or not manifest.parts:
-        return replace(manifest, samples=samples), ()
+        return replace(manifest, samples=samples), notes
     if not manifest.samples:
         return manifest, (
+            *notes,
             f"{gone[0]} is gone, and parts were made from it by a version of bloomdesk that recorded nothing of the "
             "other shards: they were not compared with what they were then",
         )
@@ -273,7 +288,7 @@ def _with_samples(
                 "was still there",
                 "give the checkpoint that the directory was begun from; for this one, give a new directory",
             )
-    return manifest, ()
+    return manifest, notes
 
 
 def _plan_parts(

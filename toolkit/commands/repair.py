@@ -49,13 +49,14 @@ def repair(
     connections: int = CONNECTIONS,
     line: Line | None = None,
     *,
+    adapter: Path | None = None,
     work: Work = lambda verb, total: nullcontext(silent),
     found: Callable[[VerifyReport], None] = lambda report: None,
 ) -> Repaired:
     """Check every byte, and mend what is damaged from the checkpoint `source`, or else from the Hub.
 
-    `found` gets what the check says before anything is mended. Parts that were never made are left to the command that
-    makes the directory.
+    `adapter` is that which was merged when the directory was made, if one was. `found` gets what the check says before
+    anything is mended. Parts that were never made are left to the command that makes the directory.
 
     Raises `BloomdeskError` if another process writes there, neither manifest.json nor its backup can be trusted, there
     is nothing to mend from, the source has other tensors than are recorded, the disk fails, or files can't be read,
@@ -82,7 +83,7 @@ def repair(
         files = {item.file for item in report.damage} - {item.file for item in report.unchecked}
         parts = tuple(file for file in known if file in files)
         if parts or files & manifest.companions.keys():
-            mending = _plan(directory, manifest, frozenset(parts), source, connections, line)
+            mending = _plan(directory, manifest, frozenset(parts), source, connections, line, adapter)
             small = {name: data for name, data in mending.companions.items() if name in files}
             mending = replace(mending, companions=small)
             with work("repairing", mending.work) as progress:
@@ -115,10 +116,11 @@ def _plan(
     source: Path | None,
     connections: int,
     line: Line | None,
+    adapter: Path | None,
 ) -> BuildPlan:
     """The plan that makes the `damaged` parts again from the checkpoint `source`, or else from the Hub."""
     if source is not None:
-        return plan_conversion(source, directory, form=manifest.form, mend=damaged)
+        return plan_conversion(source, directory, form=manifest.form, adapter=adapter, mend=damaged)
     origin = manifest.source
     return plan_preparation(
         origin.repo or "", directory, origin.commit, manifest.form, connections, mend=damaged, line=line

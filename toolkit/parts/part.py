@@ -51,7 +51,7 @@ class PlannedPart:
     def sources(self) -> tuple[Path, ...]:
         """The shards that its bytes come from, in the order in which they are needed."""
         heads = (self.lm_head,) if self.lm_head is not None else ()
-        return tuple(dict.fromkeys(tensor.file for tensor in (*self.tensors, *heads)))
+        return tuple(dict.fromkeys(file for tensor in (*self.tensors, *heads) for file in tensor.files))
 
 
 def plan_part(

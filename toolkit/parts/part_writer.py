@@ -72,14 +72,16 @@ def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> Non
             raise BloomdeskError(
                 f"{tensor.file}: {tensor.key} is not what {part.spec.file} was made from: "
                 f"its xxh3-128 is {found.xxh3_128}, expected {expected.xxh3_128}",
-                "give the checkpoint that the directory was made from; if this is it, the shard is damaged",
+                "give the checkpoint that the directory was made from, and the --adapter if one was merged; "
+                "if these are given, a shard is damaged",
             )
 
 
 def _check_hashes(part: PlannedPart, made: PartRecord) -> None:
     """Raise `BloomdeskError` if a tensor that went in with its own bits is not the one that the source vouches for."""
     for tensor, found in zip(part.tensors, made.source_tensors, strict=True):
-        if tensor.stored == tensor.dtype and part.hashes.get(tensor.key, found.xxh3_128) != found.xxh3_128:
+        is_copied = tensor.stored == tensor.dtype and tensor.addition is None
+        if is_copied and part.hashes.get(tensor.key, found.xxh3_128) != found.xxh3_128:
             raise not_as_exported(tensor.file, tensor.key)
 
 

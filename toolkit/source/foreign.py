@@ -66,7 +66,7 @@ def _adapter(data: bytes | None) -> tuple[str, str]:
         base, kind = "a model that it does not name", "LORA"
     return (
         f"an adapter ({kind}) of {base}, not a whole model",
-        f"fetch {base}, merge the adapter into it with peft's merge_and_unload, save that, and convert it",
+        f"fetch {base}, and merge the adapter into it: bloomdesk convert BASE DST --adapter DIR",
     )
 
 

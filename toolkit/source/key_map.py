@@ -47,6 +47,10 @@ class Assignment:
         used = [key for keys in self.parts.values() for key in keys.values()]
         return (*used, *([self.lm_head] if self.lm_head else []))
 
+    def plain_names(self, model: Hyperparameters) -> dict[str, str]:
+        """The key of each used tensor by its name without prefix, as h.0.mlp.dense_h_to_4h.weight."""
+        return {name: self.parts[file][stripped] for name, (file, stripped) in name_table(model).items()}
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about what was left out."""

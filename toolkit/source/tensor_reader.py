@@ -1,8 +1,8 @@
 """Tensors of source shards read ahead, row-major in one dtype, whatever their strides and dtype in the file.
 
 row-major in the file ──> read ahead ─────────────────┐
-                                                      ├──> rounded if need be ──> blocks of row-major bytes
-any other strides ──> runs of elements, put in order ─┘
+                                                      ├──> rounded ──> adapter added ──> blocks of row-major bytes
+any other strides ──> runs of elements, put in order ─┘    (both if need be)
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TensorReader(ReadAhead):
         part = self.slices[index]
         tensor = part.tensor
         with read_errors(tensor.file):
-            if tensor.strides is None and tensor.stored == tensor.dtype:
+            if tensor.strides is None and tensor.stored == tensor.dtype and tensor.addition is None:
                 yield from super().blocks(index)
                 return
             from toolkit.source.gather import gathered, rounded  # load torch, which few sources need
@@ -76,7 +76,12 @@ class TensorReader(ReadAhead):
             blocks: Iterator[Block] = super().blocks(index)
             if tensor.strides is not None:
                 blocks = gathered(tensor, part.first, part.first + part.count)
-            yield from (rounded(block, tensor.stored, tensor.dtype) for block in blocks)
+            blocks = (rounded(block, tensor.stored, tensor.dtype) for block in blocks)
+            if tensor.addition is not None:
+                from toolkit.source.merge import merged  # load torch, as above
+
+                blocks = merged(tensor, tensor.addition, part.first, blocks, _read)
+            yield from blocks
 
     def whole(self, index: int) -> Block:
         """All bytes of the slice at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
@@ -88,3 +93,9 @@ class TensorReader(ReadAhead):
         for block in blocks:
             data += block
         return data
+
+
+def _read(tensor: SourceTensor) -> Block:
+    """All bytes of a tensor of its own, row-major."""
+    with TensorReader(slices_of(tensor)) as reader:
+        return bytes(reader.whole(0))
