@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from runner.cli.guard import note, status_after
-from runner.cli.prompts import Prompt, read_prompts
+from runner.cli.pass_status import PassStatus
+from runner.cli.prompts import Prompt, read_prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
 from runner.generation.options import GREEDY, GenerationOptions, Sampling
@@ -34,10 +35,14 @@ Write = Callable[[int, Mapping[str, object]], None]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB"."""
+    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB".
+
+    The prompt "-" is read from standard input, and that of a `prompt_file` from there.
+    """
 
     directory: Path
     prompt: str | None = None
+    prompt_file: Path | None = None
     prompts: Path | None = None
     out: Path | None = None
     ram: str | None = None
@@ -52,8 +57,14 @@ def generate(options: GenerateOptions) -> int:
 
     Raises `BloomdeskError` for options that cannot be used.
     """
-    if (options.prompt is None) == (options.prompts is None):
-        raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    given = [options.prompt, options.prompt_file, options.prompts]
+    if sum(each is not None for each in given) != 1:
+        raise BloomdeskError(
+            "give a PROMPT, a --prompt-file or a file of --prompts, and one of them alone",
+            'bloomdesk generate DST "The quick brown fox"; "-" reads the prompt from standard input',
+        )
+    if options.prompt == "-" or options.prompt_file is not None:
+        options = replace(options, prompt=read_prompt(options.prompt_file), prompt_file=None)
     if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
         raise BloomdeskError("--logprobs has nowhere to go", "add --json")
     if options.session is not None and (options.prompts is not None or options.sampling.n > 1):
@@ -104,7 +115,12 @@ def _generate_one(options: GenerateOptions) -> int:
         session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))
         if session.restored:
             note(f"{session.restored} positions and {len(session.new_ids)} tokens are in {options.session}")
-    generation = model.batch(requests, options.generation, terminal.show_part, Generation, session)
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
+
+    def on_part(part: int, parts: int) -> None:
+        terminal.show(*status_of.of(part, parts, generation.sequence.remaining))
+
+    generation = model.batch(requests, options.generation, on_part, Generation, session)
     note(_setup(generation))
     text = model.stream(generation.sequence)
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
@@ -157,9 +173,10 @@ def _generate_all(
     def on_part(part: int, parts: int) -> None:
         counts = f"{written} of {len(requests)} {what} done"
         counts += f", {len(batch.active)} in the batch, {len(batch.waiting)} waiting"
-        line.show_part(part, parts, counts)
+        line.show(*(f"{counts} {status}" for status in status_of.of(part, parts)))
 
     what = "prompts" if len(requests) == len(prompts) else "continuations"
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
     batch = model.batch(requests, options.generation, on_part)
     note(_setup(batch))
     start = time.perf_counter()
@@ -213,6 +230,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
         **({"seed": sampling.seed} if sampling.draws else {}),
         **({"logprobs": as_json(found.scores)} if sampling.logprobs is not None else {}),
         "seconds_per_token": seconds / tokens if tokens else None,
+        "token_seconds": [round(each, 6) for each in found.token_seconds],
         "passes": found.passes,
         "bytes_read": found.bytes_read,
         "stop_reason": found.stop_reason or "interrupted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -48,6 +49,28 @@ class Prompt:
     def key(self) -> tuple[str, str | int]:
         """What its result is known by: its id if it has one."""
         return ("index", self.index) if self.id is None else ("id", self.id)
+
+
+def read_prompt(path: Path | None) -> str:
+    """The prompt in the file at `path`, or on standard input if that is None, without the end of its last line.
+
+    Raises `BloomdeskError` if it can't be read, is no UTF-8, or is longer than any prompt.
+    """
+    where = "standard input" if path is None else str(path)
+    with reading(Path(where)):
+        data = (sys.stdin.buffer.read if path is None else partial(_read_bytes, path))(LONGEST_LINE + 1)
+    if len(data) > LONGEST_LINE:
+        raise BloomdeskError(f"{where}: longer than {LONGEST_LINE:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BloomdeskError(f"{where}: not valid UTF-8 text") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_bytes(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most)
 
 
 def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -117,8 +118,8 @@ def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "either a PROMPT or a file of --prompts"),
-        (["a", "--prompts", "a.txt"], "either a PROMPT or a file of --prompts"),
+        ([], "a PROMPT, a --prompt-file or a file of --prompts"),
+        (["a", "--prompts", "a.txt"], "a PROMPT, a --prompt-file or a file of --prompts"),
         (["a", "--out", "out.jsonl"], "--out and --batch are for a file of --prompts"),
         (["a", "--batch", "2"], "--out and --batch are for a file of --prompts"),
         (["a", "--batch", "0"], "a batch must be of at least 1 prompt"),
@@ -147,3 +148,26 @@ def test_a_bad_prompt_is_refused_with_its_line(
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "good"}}\n{line}\n')
     assert message in refused("generate", miniature[1], "--prompts", path, *options)
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(
+    miniature: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, most = "The SQL command to show all the users is:", ("--max-new-tokens", "4", "--json")
+    wanted = json.loads(run("generate", miniature[1], prompt, *most).stdout)["token_ids"]
+    for text in (prompt, f"{prompt}\n", f"\ufeff{prompt}\r\n"):
+        (tmp_path / "prompt.txt").write_bytes(text.encode())
+        found = run("generate", miniature[1], "--prompt-file", tmp_path / "prompt.txt", *most)
+        assert json.loads(found.stdout)["token_ids"] == wanted
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(text.encode())))
+        report = json.loads(run("generate", miniature[1], "-", *most).stdout)
+        assert report["token_ids"] == wanted and report["prompt"] == prompt
+        assert len(report["token_seconds"]) == len(wanted) and min(report["token_seconds"]) >= 0
+    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
+    assert "prompt.txt: not valid UTF-8" in refused(
+        "generate", miniature[1], "--prompt-file", tmp_path / "prompt.txt"
+    )
+    assert "nowhere is missing" in refused("generate", miniature[1], "--prompt-file", tmp_path / "nowhere")
+    assert "one of them alone" in refused(
+        "generate", miniature[1], "a", "--prompt-file", tmp_path / "prompt.txt"
+    )
