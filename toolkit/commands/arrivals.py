@@ -216,16 +216,19 @@ class ArrivingShards:
         path, known = self._directory / name, self._record.files[name]
         if name in self._spared or not name.endswith(SUFFIXES):
             return False
-        # What cannot be looked at or read stays.
-        with suppress(OSError, BloomdeskError):
+        is_from_here = self._begun or name in self._fetched
+        try:
             if path.is_symlink() or not path.is_file():
                 return False
             if known.sound_in(self._directory):
                 return True
             # The run that fetched it may have been ended before it could be recorded.
-            is_from_here = self._begun or name in self._fetched
             if is_from_here and path.stat().st_size == known.size and check(self._directory, known, silent):
                 return True
+        except (OSError, BloomdeskError):
+            # What cannot be looked at or read stays; the next run may be told of it.
+            if is_from_here:
+                self._undeletable.add(name)
         self._spared.add(name)
         return False
 
