@@ -37,12 +37,13 @@ class Interrupted(Exception):
 def settings(count: int, vocab_size: int) -> Iterator[Sampling]:
     """Any combination of the options."""
     chance = random.Random(3)
-    for seed in range(count):
+    for number in range(count):
         temperature = chance.choice((0.0, 0.3, 0.8, 1.0, 1.7))
         drawn = {
             "top_k": chance.choice((0, 0, 5, 40)),
             "top_p": chance.choice((1.0, 1.0, 0.5, 0.95)),
             "min_p": chance.choice((0.0, 0.0, 0.05)),
+            "seed": number,
         }
         yield Sampling(
             temperature=temperature,
@@ -51,7 +52,6 @@ def settings(count: int, vocab_size: int) -> Iterator[Sampling]:
             presence_penalty=chance.choice((0.0, 0.0, 0.5)),
             frequency_penalty=chance.choice((0.0, 0.0, 0.3)),
             logit_bias=chance.choice(({}, {chance.randrange(vocab_size): 2.0})),
-            seed=seed,
             min_new_tokens=chance.choice((0, 30)),
             ignore_eos=True,
         )
