@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,10 +13,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from runner.cli.guard import note, status_after
-from runner.cli.prompts import Prompt, read_prompts
+from runner.cli.prompts import Prompt, read_prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
-from runner.generation.options import GREEDY, GenerationOptions, Sampling
+from runner.generation.options import GREEDY, OFF, GenerationOptions, Sampling
 from runner.units import duration, number, parse_size, rate, size
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def generate(options: GenerateOptions) -> int:
 
     Raises `BloomdeskError` for options that cannot be used.
     """
-    if (options.prompt is None) == (options.prompts is None):
+    if options.prompt is not None and options.prompts is not None:
         raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    _name_contradictions(options)
     if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
         raise BloomdeskError("--logprobs has nowhere to go", "add --json")
     if options.session is not None and (options.prompts is not None or options.sampling.n > 1):
@@ -62,6 +64,7 @@ def generate(options: GenerateOptions) -> int:
         if options.out is not None or options.generation.batch is not None:
             raise BloomdeskError("--out and --batch are for a file of --prompts, and there is one PROMPT")
         seed = None
+        options = replace(options, prompt=read_prompt(options.prompt))
         if options.session is not None:
             from runner.generation.session import seed_of
 
@@ -75,7 +78,12 @@ def generate(options: GenerateOptions) -> int:
         return _generate_one(options)
     given = read_prompts(options.prompts, options.sampling)
     if options.out is None:
-        return _generate_all(options, given, _print_result)
+        for_people = sys.stdout.isatty() and not options.as_json
+        return _generate_all(options, given, _print_text if for_people else _print_result)
+    if options.out.suffix != ".jsonl":
+        raise BloomdeskError(
+            f"--out {options.out}: results are lines of JSON", "give a name that ends in .jsonl"
+        )
     from runner.cli.results import Results  # one prompt starts without it
 
     with Results(options.out, given) as results:
@@ -83,14 +91,37 @@ def generate(options: GenerateOptions) -> int:
             prompt for prompt in given if not prompt.choices <= results.done.get(prompt.index, set())
         )
         if not left:
-            note(f"all {len(given)} prompts are done")
+            print(f"{options.out} has the results of all {len(given)} prompts", file=sys.stderr)
             return 0
         # The seed that an interrupted run drew for all prompts without their own.
         without = [prompt for prompt in given if prompt.sampling.draws and prompt.sampling.seed is None]
         lines = [results.lines.get(prompt.index, {}) for prompt in without]
         if seeds := [line["seed"] for line in lines if "seed" in line]:
             left = tuple(replace(prompt, sampling=prompt.sampling.seeded(seeds[0])) for prompt in left)
-        return _generate_all(options, left, results.append, results.done)
+        status = _generate_all(options, left, results.append, results.done)
+        # A terminal has seen it already, and an interruption says what is done.
+        if status in (0, 1) and not sys.stderr.isatty():
+            whole = sum(prompt.choices <= results.done.get(prompt.index, set()) for prompt in given)
+            print(f"{options.out} has the results of {whole} of {len(given)} prompts", file=sys.stderr)
+        return status
+
+
+def _name_contradictions(options: GenerateOptions) -> None:
+    """Say what is done of options that do not go together."""
+    from runner.system.memory import all_memory
+
+    draft, ram = options.generation.draft, parse_size(options.ram) if options.ram else 0
+    if draft is not None and options.generation.speculate == OFF:
+        print(f"--speculate off leaves out n-grams alone: {draft} drafts", file=sys.stderr)
+    if draft is not None and os.path.realpath(draft) == os.path.realpath(options.directory):
+        print(
+            f"{draft} is its own draft, which costs as much as it saves: give a smaller BLOOM",
+            file=sys.stderr,
+        )
+    if ram > (there := all_memory()):
+        print(
+            f"--ram {options.ram} is more than this machine has, {size(there)}: it may swap", file=sys.stderr
+        )
 
 
 def _generate_one(options: GenerateOptions) -> int:
@@ -152,7 +183,7 @@ def _generate_all(
         left = [request for request in found if request.choice not in done.get(prompt.index, ())]
         requests += left
         owners += [prompt] * len(left)
-    line, written = StatusLine(sys.stderr), 0
+    line, written, failed = StatusLine(sys.stderr), 0, 0
 
     def on_part(part: int, parts: int) -> None:
         counts = f"{written} of {len(requests)} {what} done"
@@ -166,6 +197,11 @@ def _generate_all(
     try:
         for found in batch.run():
             prompt, sampling = owners[found.index], found.request.sampling
+            if found.failure:
+                line.clear()
+                failed += 1
+                _say_failure(found.failure, options, prompt)
+                continue
             named = {} if prompt.id is None else {"id": prompt.id}
             if sampling.n > 1:
                 named["choice"] = found.request.choice
@@ -181,7 +217,13 @@ def _generate_all(
         line.clear()
     pace = f"{number(batch.tokens / (time.perf_counter() - start))} tokens a second"
     note(f"{written} {what}, {batch.tokens} tokens, {pace}, {_work(batch)}")
-    return 0
+    return 1 if failed else 0
+
+
+def _say_failure(failure: BloomdeskError, options: GenerateOptions, prompt: Prompt) -> None:
+    """Name the prompt that got no text; the others of the batch go on."""
+    where = f"{options.prompts}, line {prompt.line}: " if options.prompts else ""
+    print(BloomdeskError(where + failure.message, failure.hint).worded(), file=sys.stderr)
 
 
 def _seed(sampling: Sampling) -> str:
@@ -196,6 +238,12 @@ def _opened(options: GenerateOptions) -> Model:
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:
     print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
+
+
+def _print_text(index: int, result: Mapping[str, object]) -> None:
+    """A prompt with its text, for people."""
+    choice = f".{result['choice']}" if "choice" in result else ""
+    print(f"[{result.get('id', index)}{choice}] {result['prompt']}{result['text']}", flush=True)
 
 
 def _print_choice(index: int, result: Mapping[str, object]) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.errors import AGAIN, BloomdeskError, explained
+from runner.errors import AGAIN, BloomdeskError, explained, in_shell
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
@@ -40,9 +40,15 @@ class Results(AbstractContextManager["Results"]):
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
         self._path = path
+        self.done: dict[int, set[int]] = {}
         self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
             is_new = not path.exists()
+            if is_new and not path.parent.is_dir():
+                raise BloomdeskError(
+                    f"{path} cannot be made: {path.parent} is no directory",
+                    f"make it, or give another --out: mkdir -p {in_shell(path.parent)}",
+                )
             # A pipe would be waited for, and a device read without an end.
             if not is_new and not (path.is_file() or path.is_dir()):
                 raise BloomdeskError(f"{path} is not a regular file", "give --out the name of a new file")
@@ -124,7 +130,9 @@ class Results(AbstractContextManager["Results"]):
             yield
         except OSError as error:
             why, step = explained(error, self._path)
-            again = "run the same command again: it resumes, and keeps what is done"
+            again = "run the same command again" + (
+                ": it resumes, and keeps what is done" if self.done else ""
+            )
             step = (
                 f"{step.removesuffix(AGAIN).rstrip(' ,;')}; {again}" if step else f"see to it, then {again}"
             )
