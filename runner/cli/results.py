@@ -44,11 +44,6 @@ class Results(AbstractContextManager["Results"]):
         self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
             is_new = not path.exists()
-            if is_new and not path.parent.is_dir():
-                raise BloomdeskError(
-                    f"{path} cannot be made: {path.parent} is no directory",
-                    f"make it, or give another --out: mkdir -p {in_shell(path.parent)}",
-                )
             # A pipe would be waited for, and a device read without an end.
             if not is_new and not (path.is_file() or path.is_dir()):
                 raise BloomdeskError(f"{path} is not a regular file", "give --out the name of a new file")
@@ -130,6 +125,8 @@ class Results(AbstractContextManager["Results"]):
             yield
         except OSError as error:
             why, step = explained(error, self._path)
+            if isinstance(error, FileNotFoundError):
+                step = f"make its directory: mkdir -p {in_shell(self._path.parent)}"
             again = "run the same command again" + (
                 ": it resumes, and keeps what is done" if self.done else ""
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.report import Row
-from runner.errors import explained
+from runner.errors import explained, in_shell
 from runner.format.coded import PLAIN
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, percent, rate, size
@@ -178,6 +178,13 @@ def info_rows(found: Info) -> Iterator[Row]:
         first = found.unread[0]
         state = f"not known: {len(found.unread)} files can't be looked at, {first.file} first: {first.what}"
     yield Row("state", state)
+    directory = in_shell(found.directory)
+    if found.unread:
+        yield Row("next", f"bloomdesk verify {directory}")
+    elif found.damaged:
+        yield Row("next", f"bloomdesk repair {directory}{'' if source.repo else ' --source SRC'}")
+    elif missing:
+        yield Row("next", f"{manifest.command(found.directory)} resumes where it stopped")
     yield Row("model", f"{number(found.parameters / one)} {unit} parameters, {model.dtype}")
     shape = f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads"
     yield Row("shape", f"{shape}, vocabulary {model.vocab_size:,}")
