@@ -54,6 +54,12 @@ def written(what: str, done: Summary) -> str:
     return f"{text}; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else text
 
 
+def completed_lines(destination: Path, done: Summary) -> Iterator[str]:
+    """That a prepared directory is complete, what that took, and the command to try it."""
+    yield f"{destination} is complete: {written('parts', done)}"
+    yield f'  next: bloomdesk generate {in_shell(destination)} "PROMPT"'
+
+
 def download_lines(plan: DownloadPlan) -> Iterator[str]:
     """What a download has to fetch, and whether the disk has free space for it."""
     for planned in plan.files:
@@ -112,7 +118,8 @@ def verify_lines(report: VerifyReport, seconds: float) -> Iterator[str]:
         yield f"{leftover}: left over from an interrupted conversion; the next one replaces it"
     how = f"all of {amount(report.bytes_read, seconds)}"
     if report.sample is not None:
-        how = f"headers and {percent(report.share)} of the bytes at random: {amount(report.bytes_read, seconds)}"
+        how = f"all headers and tensors at random, {percent(report.share)} of the bytes: "
+        how += amount(report.bytes_read, seconds)
     if report.quick:
         how = "sizes and headers"
     checked = f"{report.files_checked} files checked ({how})"
