@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from runner.cli.guard import note, status_after
+from runner.cli.pass_status import PassStatus
 from runner.cli.prompts import Prompt, read_prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
@@ -35,10 +36,14 @@ Write = Callable[[int, Mapping[str, object]], None]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB"."""
+    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB".
+
+    The prompt "-" is read from standard input, and that of a `prompt_file` from there.
+    """
 
     directory: Path
     prompt: str | None = None
+    prompt_file: Path | None = None
     prompts: Path | None = None
     out: Path | None = None
     ram: str | None = None
@@ -53,8 +58,14 @@ def generate(options: GenerateOptions) -> int:
 
     Raises `BloomdeskError` for options that cannot be used.
     """
-    if options.prompt is not None and options.prompts is not None:
-        raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    given = [options.prompt, options.prompt_file, options.prompts]
+    if sum(each is not None for each in given) != 1:
+        raise BloomdeskError(
+            "give a PROMPT, a --prompt-file or a file of --prompts, and one of them alone",
+            'bloomdesk generate DST "The quick brown fox"; "-" reads the prompt from standard input',
+        )
+    if options.prompt == "-" or options.prompt_file is not None:
+        options = replace(options, prompt=read_prompt(options.prompt_file), prompt_file=None)
     _name_contradictions(options)
     if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
         raise BloomdeskError("--logprobs has nowhere to go", "add --json")
@@ -64,7 +75,6 @@ def generate(options: GenerateOptions) -> int:
         if options.out is not None or options.generation.batch is not None:
             raise BloomdeskError("--out and --batch are for a file of --prompts, and there is one PROMPT")
         seed = None
-        options = replace(options, prompt=read_prompt(options.prompt))
         if options.session is not None:
             from runner.generation.session import seed_of
 
@@ -108,9 +118,7 @@ def generate(options: GenerateOptions) -> int:
 
 def _name_contradictions(options: GenerateOptions) -> None:
     """Say what is done of options that do not go together."""
-    from runner.system.memory import all_memory
-
-    draft, ram = options.generation.draft, parse_size(options.ram) if options.ram else 0
+    draft = options.generation.draft
     if draft is not None and options.generation.speculate == OFF:
         print(f"--speculate off leaves out n-grams alone: {draft} drafts", file=sys.stderr)
     if draft is not None and os.path.realpath(draft) == os.path.realpath(options.directory):
@@ -118,7 +126,11 @@ def _name_contradictions(options: GenerateOptions) -> None:
             f"{draft} is its own draft, which costs as much as it saves: give a smaller BLOOM",
             file=sys.stderr,
         )
-    if ram > (there := all_memory()):
+    if options.ram is None:
+        return
+    from runner.system.memory import all_memory  # what has no --ram starts without it
+
+    if parse_size(options.ram) > (there := all_memory()):
         print(
             f"--ram {options.ram} is more than this machine has, {size(there)}: it may swap", file=sys.stderr
         )
@@ -135,7 +147,12 @@ def _generate_one(options: GenerateOptions) -> int:
         session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))
         if session.restored:
             note(f"{session.restored} positions and {len(session.new_ids)} tokens are in {options.session}")
-    generation = model.batch(requests, options.generation, terminal.show_part, Generation, session)
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
+
+    def on_part(part: int, parts: int) -> None:
+        terminal.show(*status_of.of(part, parts, generation.sequence.remaining))
+
+    generation = model.batch(requests, options.generation, on_part, Generation, session)
     note(_setup(generation))
     text = model.stream(generation.sequence)
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
@@ -188,9 +205,10 @@ def _generate_all(
     def on_part(part: int, parts: int) -> None:
         counts = f"{written} of {len(requests)} {what} done"
         counts += f", {len(batch.active)} in the batch, {len(batch.waiting)} waiting"
-        line.show_part(part, parts, counts)
+        line.show(*(f"{counts} {status}" for status in status_of.of(part, parts)))
 
     what = "prompts" if len(requests) == len(prompts) else "continuations"
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
     batch = model.batch(requests, options.generation, on_part)
     note(_setup(batch))
     start = time.perf_counter()
@@ -261,6 +279,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
         **({"seed": sampling.seed} if sampling.draws else {}),
         **({"logprobs": as_json(found.scores)} if sampling.logprobs is not None else {}),
         "seconds_per_token": seconds / tokens if tokens else None,
+        "token_seconds": [round(each, 6) for each in found.token_seconds],
         "passes": found.passes,
         "bytes_read": found.bytes_read,
         "stop_reason": found.stop_reason or "interrupted",

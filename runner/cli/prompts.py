@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -51,6 +53,28 @@ class Prompt:
         return ("index", self.index) if self.id is None else ("id", self.id)
 
 
+def read_prompt(path: Path | None) -> str:
+    """The prompt in the file at `path`, or on standard input if that is None, without the end of its last line.
+
+    Raises `BloomdeskError` if it can't be read, is no UTF-8, or is longer than any prompt.
+    """
+    where = "standard input" if path is None else str(path)
+    with reading(Path(where)):
+        data = (sys.stdin.buffer.read if path is None else partial(_read_bytes, path))(LONGEST_LINE + 1)
+    if len(data) > LONGEST_LINE:
+        raise BloomdeskError(f"{where}: longer than {LONGEST_LINE:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BloomdeskError(f"{where}: not valid UTF-8 text") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_bytes(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most)
+
+
 def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:
     """All prompts of a file, without its blank lines.
 
@@ -88,30 +112,9 @@ def is_piped(path: Path) -> bool:
     return path == STANDARD_INPUT or (not path.suffix and (path.is_fifo() or str(path) == "/dev/stdin"))
 
 
-def read_prompt(text: str | None) -> str:
-    """The prompt of the command line; "-" is what standard input holds, without its last line end.
-
-    Raises `BloomdeskError` if there is none, or it is not text.
-    """
-    if text is None:
-        raise BloomdeskError(
-            "there is no prompt", "give one after DST, a file of them with --prompts, or - for standard input"
-        )
-    if text != str(STANDARD_INPUT):
-        return text
-    with reading(Path("standard input")), open(0, "rb", closefd=False) as file:
-        data = file.read(LONGEST_LINE + 1)
-    if len(data) > LONGEST_LINE:
-        raise BloomdeskError(f"standard input is longer than {LONGEST_LINE:,} bytes")
-    try:
-        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError:
-        raise BloomdeskError("standard input is not valid UTF-8 text") from None
-
-
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, without line ends."""
-    with open(0, "rb", closefd=False) if path == STANDARD_INPUT else path.open("rb") as file:
+    with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1

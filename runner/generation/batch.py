@@ -98,9 +98,7 @@ class Batch:
         self.proposer.learn(accepted, other_rows)
         seconds, nbytes = time.perf_counter() - began, self.bytes_read - read
         for each in segments:
-            each.passes += 1
-            each.seconds += seconds / len(segments)
-            each.bytes_read += nbytes // len(segments)
+            each.count_pass(seconds, nbytes, len(segments))
         if self.proposer.retire_draft(len(ready), self._stream.streamed_bytes):
             self._arrange(memory_plan(replace(request, draft=0, keep=self.plan.resident)))
         return self._dismiss()

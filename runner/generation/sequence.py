@@ -50,7 +50,8 @@ class Sequence:
     nothing may follow by the grammar, "length" if `max_new_tokens` was reached, and None while more may come; it is
     "failed" if the model's numbers give no token, and `failure` says where they end to be numbers.
     `is_valid` is whether a text that ended is one of its grammar. `passes` counts those that carried rows of it;
-    `bytes_read`, `seconds` and `drafting_seconds` are its even share of them. `proposed` counts the draft tokens that
+    `bytes_read`, `seconds` and `drafting_seconds` are its even share of them. `token_seconds` are how long each of this
+    run's tokens came after the one before; those of one pass come together. `proposed` counts the draft tokens that
     passes carried, `accepted` those that were right.
     """
 
@@ -68,12 +69,16 @@ class Sequence:
     proposed: int = 0
     accepted: int = 0
     drafting_seconds: float = 0.0
+    token_seconds: list[float] = field(default_factory=list)
     # Whether draft tokens made numbers overflow; then it gets no more of them.
     is_unsound: bool = False
     failure: BloomdeskError | None = None
     cache: KVCache | None = None
     # Of the last pass: its first position, its draft tokens, and their place among the new tokens.
     _pass_begin: int = 0
+    # Number of tokens of an earlier run, and seconds of passes since the last token.
+    _restored: int = 0
+    _waited: float = 0.0
     _draft_tokens: Ids = ()
     _draft_place: int = 0
 
@@ -123,6 +128,16 @@ class Sequence:
     def _known(self) -> int:
         """Number of new tokens for which no logits are needed."""
         return len(self.ids if self.request.sampling.logprobs is None else self.scores)
+
+    def count_pass(self, seconds: float, nbytes: int, shared_by: int) -> None:
+        """Count a pass of `seconds` that read `nbytes`, and was shared by so many sequences."""
+        self.passes += 1
+        self.seconds += seconds / shared_by
+        self.bytes_read += nbytes // shared_by
+        self._waited += seconds
+        if new := len(self.ids) - self._restored - len(self.token_seconds):
+            self.token_seconds += [self._waited, *[0.0] * (new - 1)]
+            self._waited = 0.0
 
     def resume(self) -> None:
         """Append what must follow; an interruption may have come before that, or right after a pass."""
@@ -199,6 +214,7 @@ class Sequence:
             self._append(ids[len(self.ids)])
             self._force()
         self.scores = list(scores[: len(self.ids)])
+        self._restored = len(self.ids)
 
     def _force(self) -> None:
         """Append the tokens that must follow, and end the text if nothing may follow."""

@@ -61,11 +61,13 @@ def draw(chance: random.Random) -> Form:
     wrappers = ["", "", "module."]
     if container == "bin" and shards == 1:
         wrappers += ["under model", "under state_dict", "under module", "beside a training state"]
+    prefix = chance.choice(("", "transformer.", "some"))
     return Form(
-        prefix=chance.choice(("", "transformer.", "some")),
+        prefix=prefix,
         wrapper=chance.choice(wrappers),
         dtypes=chance.choice((*DTYPES, *DTYPES, "layernorms f32", "any")),
-        said=chance.choice((None, *DTYPES)),
+        # Unsaid, the dtype is that of the first key in order, and transformers does not read a mixture of prefixes.
+        said=chance.choice((*([None] if prefix != "some" else []), *DTYPES)),
         head=chance.choice(("none", "none", "again", "alone", "own, said", "own, unsaid")),
         buffers=chance.random() < 0.3,
         strides=container == "bin" and chance.random() < 0.3,
@@ -164,7 +166,14 @@ def wrapped(form: Form, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def plainest(form: Form) -> Form:
     """The form of the same tensors that transformers reads, too: the order and the files stay."""
-    return replace(form, prefix="transformer.", wrapper="", buffers=False, strides=False, protocol=2)
+    return replace(
+        form,
+        prefix=form.prefix.replace("some", "transformer."),
+        wrapper="",
+        buffers=False,
+        strides=False,
+        protocol=2,
+    )
 
 
 def loaded(source: Path) -> State:

@@ -317,7 +317,12 @@ def info(directory: Prepared, as_json: Json = False) -> None:
 @app.command()
 def generate(
     directory: Prepared,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text to continue is in there.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts in place of PROMPT: .txt with one a line, or .jsonl."),
@@ -436,7 +441,9 @@ def generate(
         **read_constraint(json_schema, regex, grammar),
     )
     return run_generate(
-        GenerateOptions(directory, prompt, prompts, out, ram, as_json, session, generation, sampling)
+        GenerateOptions(
+            directory, prompt, prompt_file, prompts, out, ram, as_json, session, generation, sampling
+        )
     )
 
 

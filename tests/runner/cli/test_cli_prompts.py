@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -121,8 +122,8 @@ def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "there is no prompt"),
-        (["a", "--prompts", "a.txt"], "either a PROMPT or a file of --prompts"),
+        ([], "a PROMPT, a --prompt-file or a file of --prompts"),
+        (["a", "--prompts", "a.txt"], "a PROMPT, a --prompt-file or a file of --prompts"),
         (["a", "--out", "out.jsonl"], "--out and --batch are for a file of --prompts"),
         (["a", "--batch", "2"], "--out and --batch are for a file of --prompts"),
         (["a", "--batch", "0"], "a batch must be of at least 1 prompt"),
@@ -176,14 +177,30 @@ def test_prompts_of_standard_input(miniature: tuple[Path, Path], name: str) -> N
 
 
 @pytest.mark.slow
-def test_a_prompt_of_standard_input(miniature: tuple[Path, Path]) -> None:
-    command = [*COMMAND, "generate", str(miniature[1]), "-", "--max-new-tokens", "2", "--json"]
-    done = subprocess.run(command, input=b"The\nquick\n", capture_output=True, check=True)
-    assert json.loads(done.stdout)["prompt"] == "The\nquick"
-
-
-@pytest.mark.slow
 def test_a_terminal_shows_texts_and_no_token_ids(given, wanted: list[list[int]]) -> None:
     screen = screen_of(*given[:2], "--prompts", given[-1], "--max-new-tokens", "2")
     assert "[third] The SQL command to list all the" in screen
     assert "token_ids" not in screen
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(
+    miniature: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, most = "The SQL command to show all the users is:", ("--max-new-tokens", "4", "--json")
+    wanted = json.loads(run("generate", miniature[1], prompt, *most).stdout)["token_ids"]
+    for text in (prompt, f"{prompt}\n", f"\ufeff{prompt}\r\n"):
+        (tmp_path / "prompt.txt").write_bytes(text.encode())
+        found = run("generate", miniature[1], "--prompt-file", tmp_path / "prompt.txt", *most)
+        assert json.loads(found.stdout)["token_ids"] == wanted
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(text.encode())))
+        report = json.loads(run("generate", miniature[1], "-", *most).stdout)
+        assert report["token_ids"] == wanted and report["prompt"] == prompt
+        assert len(report["token_seconds"]) == len(wanted) and min(report["token_seconds"]) >= 0
+    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
+    assert "prompt.txt: not valid UTF-8" in refused(
+        "generate", miniature[1], "--prompt-file", tmp_path / "prompt.txt"
+    )
+    assert "nowhere is missing" in refused("generate", miniature[1], "--prompt-file", tmp_path / "nowhere")
+    assert "one of them alone" in refused(
+        "generate", miniature[1], "a", "--prompt-file", tmp_path / "prompt.txt"
+    )

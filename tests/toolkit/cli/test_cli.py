@@ -47,7 +47,8 @@ def test_a_hub_to_generated_text(miniature: tuple[Path, Path], tmp_path: Path) -
 
 
 REPORT_KEYS = [
-    "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "passes", "bytes_read", "stop_reason",
+    "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "token_seconds", "passes", "bytes_read",
+    "stop_reason",
     "tokens_per_pass", "proposed", "accepted", "acceptance", "drafting_seconds",
 ]  # fmt: skip
 
