@@ -93,7 +93,7 @@ class Batch:
             found = self.model.forward_all(list(segments.values()), self._on_part)
         self.passes += 1
         accepted = {each: each.verify(logits) for each, logits in zip(segments, found, strict=True)}
-        if self._session:
+        if self._session and not self.sequences[0].failure:
             self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
         seconds, nbytes = time.perf_counter() - began, self.bytes_read - read

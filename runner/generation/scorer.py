@@ -5,6 +5,7 @@ texts ──> segments of a pass, the last of them cut if it does not fit ──
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from runner.errors import BloomdeskError
 from runner.generation.capacity import MEMORY_TO_DISK
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.scoring import TokenScore, score
+from runner.generation.sequence import no_numbers
 from runner.generation.speculation.cost import SLOPE
 from runner.model.forward import ModelRunner, OnPart
 from runner.model.kv_cache import KVCache, Segment, whole_lanes
@@ -84,6 +86,8 @@ class Scorer:
         found = self.model.forward_all(list(segments.values()), self._on_part) if segments else []
         self.passes += bool(segments)
         for each, logits in zip(segments, found, strict=True):
+            if len(logits) and not math.isfinite(float(logits.max())):
+                raise no_numbers(each.cache)
             for row in logits:
                 token = each.text.ids[each.text.first + len(each.scores)]
                 each.scores.append(score(row, token, 1))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runner.errors import BloomdeskError
 from runner.generation.grammar import Grammar
 from runner.generation.options import GREEDY, Sampling
 from runner.generation.sampling import Sampler
@@ -46,7 +47,8 @@ class Sequence:
     """A prompt's new tokens, and what they took.
 
     `stop_reason` is "eos" if the last of `ids` is one of `eos`, "stop" if it completes a stop text, "grammar" if
-    nothing may follow by the grammar, "length" if `max_new_tokens` was reached, and None while more may come.
+    nothing may follow by the grammar, "length" if `max_new_tokens` was reached, and None while more may come; it is
+    "failed" if the model's numbers give no token, and `failure` says where they end to be numbers.
     `is_valid` is whether a text that ended is one of its grammar. `passes` counts those that carried rows of it;
     `bytes_read`, `seconds` and `drafting_seconds` are its even share of them. `token_seconds` are how long each of this
     run's tokens came after the one before; those of one pass come together. `proposed` counts the draft tokens that
@@ -70,6 +72,7 @@ class Sequence:
     token_seconds: list[float] = field(default_factory=list)
     # Whether draft tokens made numbers overflow; then it gets no more of them.
     is_unsound: bool = False
+    failure: BloomdeskError | None = None
     cache: KVCache | None = None
     # Of the last pass: its first position, its draft tokens, and their place among the new tokens.
     _pass_begin: int = 0
@@ -104,7 +107,7 @@ class Sequence:
     @property
     def is_done(self) -> bool:
         """Whether it needs no pass any more."""
-        return self.stop_reason is not None and self._known == len(self.ids)
+        return self.failure is not None or (self.stop_reason is not None and self._known == len(self.ids))
 
     @property
     def committed(self) -> int:
@@ -180,6 +183,9 @@ class Sequence:
         # The place, among the new tokens, of the token that each row gives.
         for place, row in enumerate(logits, self._known):
             if place == len(self.ids):
+                if not math.isfinite(float(row.max())):
+                    self._fail(is_alone=not draft)
+                    break
                 self._append(self.sampler.choose(row, self.ids))
                 self._force()
             if self.request.sampling.logprobs is not None:
@@ -193,6 +199,13 @@ class Sequence:
         self.accepted += right
         self.rewind()
         return right
+
+    def _fail(self, *, is_alone: bool) -> None:
+        """End the text for want of numbers, unless the pass had draft tokens, whose overflow may be why."""
+        self.is_unsound = True
+        if is_alone:
+            self.stop_reason, self.failure = "failed", no_numbers(self.cache)
+            self.sampler.release()
 
     def restore(self, ids: Ids, scores: collections.abc.Sequence[TokenScore]) -> None:
         """Append the tokens of an earlier run, as far as this request goes."""
@@ -233,6 +246,22 @@ class Sequence:
             self.stop_reason = "stop"
         elif not self.remaining:
             self.stop_reason = "length"
+
+
+def no_numbers(cache: KVCache) -> BloomdeskError:
+    """The error for logits that are not finite, after the pass that filled `cache`."""
+    count, first = len(cache.blocks), cache.first_unsound_block()
+    where = "after the last block"
+    if first is not None:
+        where = (
+            f"from block {first - 1} or {first} of {count} on"
+            if first
+            else "from the embedding or block 0 on"
+        )
+    return BloomdeskError(
+        f"the model's numbers are not finite (NaN or infinity) {where}, so they give no token",
+        "see whether a file is damaged: bloomdesk verify; if all are sound, the checkpoint itself has such weights",
+    )
 
 
 def common_length(one: Ids, other: Ids) -> int:

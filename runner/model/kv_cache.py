@@ -92,6 +92,13 @@ class KVCache:
         self.clear(length, self.length)
         self.length = length
 
+    def first_unsound_block(self) -> int | None:
+        """The first block with a key or a value that is not finite."""
+        for index, block in enumerate(self.blocks):
+            if not (block.keys.isfinite().all() and block.values.isfinite().all()):
+                return index
+        return None
+
     def clear(self, first: int, last: int) -> None:
         """Set positions `first` to `last` of all blocks to zeros."""
         for block in self.blocks:
