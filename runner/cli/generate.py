@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,10 +13,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from runner.cli.guard import note, status_after
-from runner.cli.prompts import Prompt, read_prompts
+from runner.cli.pass_status import PassStatus
+from runner.cli.prompts import Prompt, read_prompt, read_prompts
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
-from runner.generation.options import GREEDY, GenerationOptions, Sampling
+from runner.generation.options import GREEDY, OFF, GenerationOptions, Sampling
 from runner.units import duration, number, parse_size, rate, size
 
 if TYPE_CHECKING:
@@ -34,10 +36,14 @@ Write = Callable[[int, Mapping[str, object]], None]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB"."""
+    """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB".
+
+    The prompt "-" is read from standard input, and that of a `prompt_file` from there.
+    """
 
     directory: Path
     prompt: str | None = None
+    prompt_file: Path | None = None
     prompts: Path | None = None
     out: Path | None = None
     ram: str | None = None
@@ -52,8 +58,15 @@ def generate(options: GenerateOptions) -> int:
 
     Raises `BloomdeskError` for options that cannot be used.
     """
-    if (options.prompt is None) == (options.prompts is None):
-        raise BloomdeskError("give either a PROMPT or a file of --prompts, and not both")
+    given = [options.prompt, options.prompt_file, options.prompts]
+    if sum(each is not None for each in given) != 1:
+        raise BloomdeskError(
+            "give a PROMPT, a --prompt-file or a file of --prompts, and one of them alone",
+            'bloomdesk generate DST "The quick brown fox"; "-" reads the prompt from standard input',
+        )
+    if options.prompt == "-" or options.prompt_file is not None:
+        options = replace(options, prompt=read_prompt(options.prompt_file), prompt_file=None)
+    _name_contradictions(options)
     if options.sampling.logprobs is not None and options.prompts is None and not options.as_json:
         raise BloomdeskError("--logprobs has nowhere to go", "add --json")
     if options.session is not None and (options.prompts is not None or options.sampling.n > 1):
@@ -75,7 +88,12 @@ def generate(options: GenerateOptions) -> int:
         return _generate_one(options)
     given = read_prompts(options.prompts, options.sampling)
     if options.out is None:
-        return _generate_all(options, given, _print_result)
+        for_people = sys.stdout.isatty() and not options.as_json
+        return _generate_all(options, given, _print_text if for_people else _print_result)
+    if options.out.suffix != ".jsonl":
+        raise BloomdeskError(
+            f"--out {options.out}: results are lines of JSON", "give a name that ends in .jsonl"
+        )
     from runner.cli.results import Results  # one prompt starts without it
 
     with Results(options.out, given) as results:
@@ -83,14 +101,39 @@ def generate(options: GenerateOptions) -> int:
             prompt for prompt in given if not prompt.choices <= results.done.get(prompt.index, set())
         )
         if not left:
-            note(f"all {len(given)} prompts are done")
+            print(f"{options.out} has the results of all {len(given)} prompts", file=sys.stderr)
             return 0
         # The seed that an interrupted run drew for all prompts without their own.
         without = [prompt for prompt in given if prompt.sampling.draws and prompt.sampling.seed is None]
         lines = [results.lines.get(prompt.index, {}) for prompt in without]
         if seeds := [line["seed"] for line in lines if "seed" in line]:
             left = tuple(replace(prompt, sampling=prompt.sampling.seeded(seeds[0])) for prompt in left)
-        return _generate_all(options, left, results.append, results.done)
+        status = _generate_all(options, left, results.append, results.done)
+        # A terminal has seen it already, and an interruption says what is done.
+        if status in (0, 1) and not sys.stderr.isatty():
+            whole = sum(prompt.choices <= results.done.get(prompt.index, set()) for prompt in given)
+            print(f"{options.out} has the results of {whole} of {len(given)} prompts", file=sys.stderr)
+        return status
+
+
+def _name_contradictions(options: GenerateOptions) -> None:
+    """Say what is done of options that do not go together."""
+    draft = options.generation.draft
+    if draft is not None and options.generation.speculate == OFF:
+        print(f"--speculate off leaves out n-grams alone: {draft} drafts", file=sys.stderr)
+    if draft is not None and os.path.realpath(draft) == os.path.realpath(options.directory):
+        print(
+            f"{draft} is its own draft, which costs as much as it saves: give a smaller BLOOM",
+            file=sys.stderr,
+        )
+    if options.ram is None:
+        return
+    from runner.system.memory import all_memory  # what has no --ram starts without it
+
+    if parse_size(options.ram) > (there := all_memory()):
+        print(
+            f"--ram {options.ram} is more than this machine has, {size(there)}: it may swap", file=sys.stderr
+        )
 
 
 def _generate_one(options: GenerateOptions) -> int:
@@ -104,7 +147,12 @@ def _generate_one(options: GenerateOptions) -> int:
         session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))
         if session.restored:
             note(f"{session.restored} positions and {len(session.new_ids)} tokens are in {options.session}")
-    generation = model.batch(requests, options.generation, terminal.show_part, Generation, session)
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
+
+    def on_part(part: int, parts: int) -> None:
+        terminal.show(*status_of.of(part, parts, generation.sequence.remaining))
+
+    generation = model.batch(requests, options.generation, on_part, Generation, session)
     note(_setup(generation))
     text = model.stream(generation.sequence)
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
@@ -152,20 +200,26 @@ def _generate_all(
         left = [request for request in found if request.choice not in done.get(prompt.index, ())]
         requests += left
         owners += [prompt] * len(left)
-    line, written = StatusLine(sys.stderr), 0
+    line, written, failed = StatusLine(sys.stderr), 0, 0
 
     def on_part(part: int, parts: int) -> None:
         counts = f"{written} of {len(requests)} {what} done"
         counts += f", {len(batch.active)} in the batch, {len(batch.waiting)} waiting"
-        line.show_part(part, parts, counts)
+        line.show(*(f"{counts} {status}" for status in status_of.of(part, parts)))
 
     what = "prompts" if len(requests) == len(prompts) else "continuations"
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
     batch = model.batch(requests, options.generation, on_part)
     note(_setup(batch))
     start = time.perf_counter()
     try:
         for found in batch.run():
             prompt, sampling = owners[found.index], found.request.sampling
+            if found.failure:
+                line.clear()
+                failed += 1
+                _say_failure(found.failure, options, prompt)
+                continue
             named = {} if prompt.id is None else {"id": prompt.id}
             if sampling.n > 1:
                 named["choice"] = found.request.choice
@@ -181,7 +235,13 @@ def _generate_all(
         line.clear()
     pace = f"{number(batch.tokens / (time.perf_counter() - start))} tokens a second"
     note(f"{written} {what}, {batch.tokens} tokens, {pace}, {_work(batch)}")
-    return 0
+    return 1 if failed else 0
+
+
+def _say_failure(failure: BloomdeskError, options: GenerateOptions, prompt: Prompt) -> None:
+    """Name the prompt that got no text; the others of the batch go on."""
+    where = f"{options.prompts}, line {prompt.line}: " if options.prompts else ""
+    print(BloomdeskError(where + failure.message, failure.hint).worded(), file=sys.stderr)
 
 
 def _seed(sampling: Sampling) -> str:
@@ -196,6 +256,12 @@ def _opened(options: GenerateOptions) -> Model:
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:
     print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
+
+
+def _print_text(index: int, result: Mapping[str, object]) -> None:
+    """A prompt with its text, for people."""
+    choice = f".{result['choice']}" if "choice" in result else ""
+    print(f"[{result.get('id', index)}{choice}] {result['prompt']}{result['text']}", flush=True)
 
 
 def _print_choice(index: int, result: Mapping[str, object]) -> None:
@@ -213,6 +279,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
         **({"seed": sampling.seed} if sampling.draws else {}),
         **({"logprobs": as_json(found.scores)} if sampling.logprobs is not None else {}),
         "seconds_per_token": seconds / tokens if tokens else None,
+        "token_seconds": [round(each, 6) for each in found.token_seconds],
         "passes": found.passes,
         "bytes_read": found.bytes_read,
         "stop_reason": found.stop_reason or "interrupted",

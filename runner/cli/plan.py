@@ -11,7 +11,7 @@ from runner.cli.report import Row, print_rows, rates_row
 from runner.format.hyperparameters import Hyperparameters
 from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.system.disk import UNKNOWN_SPACE
-from runner.units import duration, parse_size, size
+from runner.units import duration, number, parse_size, size
 
 if TYPE_CHECKING:
     from runner.estimate.forecast import Forecast
@@ -57,6 +57,12 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
         },
     )
     disk = f"{size(form.disk_bytes)}, which are there"
+    if found.manifest is not None and (missing := found.manifest.missing):
+        there = sum(record.size for record in found.manifest.records)
+        disk = (
+            f"{size(there)} of {size(form.disk_bytes)} are there; {len(missing)} files are still to be made: "
+        )
+        disk += found.manifest.command(directory)
     if found.name:
         verdict = "it fits" if fits else f"{size(needed - found.free_bytes)} too little"
         disk = f"{size(form.disk_bytes)}, and {size(needed)} while it is prepared; "
@@ -65,6 +71,8 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
     free = found.free_bytes if found.free_bytes < UNKNOWN_SPACE else None
     yield Row("disk", disk, {"free_bytes": free, "bytes_to_prepare": needed, "fits": fits})
     yield rates_row(found.rates)
+    if found.is_busy:
+        yield Row("busy", _busy_words(found.load))
     yield Row("RAM", _memory_words(memory), _form_fields(form))
     read = "all weights stay"
     if memory.streamed_bytes:
@@ -79,6 +87,11 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
         yield Row("lossless", words)
     yield Row(fields={"lossless": other and _form_fields(other), "advice": found.advice})
     yield from _table(found)
+
+
+def _busy_words(load: float) -> str:
+    programs = f"a load of {number(load)} for each core: other programs are at work"
+    return f"{programs}, so rates and times can't be trusted; run it again when they are done"
 
 
 def _memory_words(plan: MemoryPlan) -> str:

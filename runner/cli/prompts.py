@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -15,6 +17,7 @@ from runner.generation.options import GREEDY, SAMPLING_FIELDS, Sampling, with_fi
 
 # Bytes; a longer line is not a prompt.
 LONGEST_LINE = 2**24
+STANDARD_INPUT = Path("-")
 OTHER_FIELDS = {"prompt", "id", "max_new_tokens"}
 # From 0 to 1: how like a field's name an unknown one must be to count as misspelt.
 LIKENESS = 0.8
@@ -50,15 +53,37 @@ class Prompt:
         return ("index", self.index) if self.id is None else ("id", self.id)
 
 
+def read_prompt(path: Path | None) -> str:
+    """The prompt in the file at `path`, or on standard input if that is None, without the end of its last line.
+
+    Raises `BloomdeskError` if it can't be read, is no UTF-8, or is longer than any prompt.
+    """
+    where = "standard input" if path is None else str(path)
+    with reading(Path(where)):
+        data = (sys.stdin.buffer.read if path is None else partial(_read_bytes, path))(LONGEST_LINE + 1)
+    if len(data) > LONGEST_LINE:
+        raise BloomdeskError(f"{where}: longer than {LONGEST_LINE:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BloomdeskError(f"{where}: not valid UTF-8 text") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _read_bytes(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most)
+
+
 def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:
     """All prompts of a file, without its blank lines.
 
-    A line of a `.txt` file is a prompt as it stands. A line of a `.jsonl` file is an object with "prompt", and
-    optionally "id", "max_new_tokens" and the fields of `Sampling`, in place of those of `sampling`; other fields are
-    ignored, unless they look like one of these misspelt. Raises `BloomdeskError` with the number of the line
-    for anything else, and if the file cannot be read, holds no prompt, or has an id twice.
+    A line of a `.txt` file, of standard input ("-") or of another pipe is a prompt as it stands. A line of a `.jsonl`
+    file is an object with "prompt", and optionally "id", "max_new_tokens" and the fields of `Sampling`, in place of
+    those of `sampling`; other fields are ignored, unless they look like one of these misspelt. Raises `BloomdeskError`
+    with the number of the line for anything else, and if the file cannot be read, holds no prompt, or has an id twice.
     """
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix not in (".txt", ".jsonl") and not is_piped(path):
         raise BloomdeskError(
             f"{path} is not a file of prompts: its name must end in .txt or .jsonl",
             "put one prompt on each line of a .txt, or one object with a prompt on each line of a .jsonl",
@@ -76,14 +101,20 @@ def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:
 
 
 def _prompts(path: Path, sampling: Sampling) -> Iterator[Prompt]:
-    parsed = partial(Prompt, sampling=sampling) if path.suffix == ".txt" else partial(_parsed, path, sampling)
+    is_json = path.suffix == ".jsonl"
+    parsed = partial(_parsed, path, sampling) if is_json else partial(Prompt, sampling=sampling)
     filled = ((number, line) for number, line in lines_of(path) if line.strip())
     return (parsed(index, number, line) for index, (number, line) in enumerate(filled))
 
 
+def is_piped(path: Path) -> bool:
+    """Whether the path stands for what another program writes: "-", /dev/stdin, or a pipe of the shell."""
+    return path == STANDARD_INPUT or (not path.suffix and (path.is_fifo() or str(path) == "/dev/stdin"))
+
+
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers, without line ends."""
-    with path.open("rb") as file:
+    with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else path.open("rb") as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
@@ -126,7 +157,18 @@ def parsed_line(where: str, line: str, expected: str) -> tuple[dict[str, Any], s
     identity = given.get("id")
     if not _is_whole_number(identity) and not isinstance(identity, str | None):
         raise BloomdeskError(f'{where}: an "id" is a text or a whole number')
+    if isinstance(identity, str) and not _can_be_written(identity):
+        raise BloomdeskError(f'{where}: the "id" is not valid UTF-8 text', "give one without lone surrogates")
     return given, identity
+
+
+def _can_be_written(text: str) -> bool:
+    """False with half of a pair of surrogates, which JSON can hold and UTF-8 can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_whole_number(value: object) -> bool:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from runner.errors import AGAIN, BloomdeskError, explained
+from runner.errors import AGAIN, BloomdeskError, explained, in_shell
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
@@ -40,6 +40,7 @@ class Results(AbstractContextManager["Results"]):
     def __init__(self, path: Path, items: Sequence[Item]) -> None:
         """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
         self._path = path
+        self.done: dict[int, set[int]] = {}
         self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
             is_new = not path.exists()
@@ -124,7 +125,11 @@ class Results(AbstractContextManager["Results"]):
             yield
         except OSError as error:
             why, step = explained(error, self._path)
-            again = "run the same command again: it resumes, and keeps what is done"
+            if isinstance(error, FileNotFoundError):
+                step = f"make its directory: mkdir -p {in_shell(self._path.parent)}"
+            again = "run the same command again" + (
+                ": it resumes, and keeps what is done" if self.done else ""
+            )
             step = (
                 f"{step.removesuffix(AGAIN).rstrip(' ,;')}; {again}" if step else f"see to it, then {again}"
             )

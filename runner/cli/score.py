@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cli.guard import note, status_after
+from runner.cli.pass_status import PassStatus
 from runner.cli.prompts import lines_of, parsed_line
 from runner.cli.report import Row, print_rows
 from runner.cli.terminal import StatusLine
@@ -238,7 +239,12 @@ def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
         return 0
     line, done = StatusLine(sys.stderr), before
     count = before + len(texts)
-    scorer = model.scorer(texts, lambda part, parts: line.show_part(part, parts, f"{done} of {count} done"))
+    status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
+
+    def on_part(part: int, parts: int) -> None:
+        line.show(*(f"{done} of {count} done {status}" for status in status_of.of(part, parts)))
+
+    scorer = model.scorer(texts, on_part)
     try:
         for found in scorer.run():
             line.clear()

@@ -36,15 +36,16 @@ class StatusLine:
         """Whether a status would be shown now; more of them than an eye can follow are not."""
         return time.monotonic() >= self._next
 
-    def show(self, status: str) -> None:
-        """Show `status`, if one is due."""
+    def show(self, *statuses: str) -> None:
+        """Show the first of `statuses` that fits, if one is due; the last one is cut if it may be."""
         if not self.is_due:
             return
         room = get_terminal_size().columns - self._column - 1
         if self._is_terminal and self._column:
-            status = f" {status}"
-            if len(status) > room:
-                return
+            statuses = tuple(f" {status}" for status in statuses)
+        status = next((status for status in statuses if len(status) <= room), statuses[-1])
+        if self._is_terminal and self._column and len(status) > room:
+            return
         self._put(f"{SAVE}{status[:room]}{ERASE_TO_END}{RESTORE}" if self._is_terminal else f"{status}\n")
         self._is_shown = self._is_terminal
         self._next = time.monotonic() + self._interval

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from runner.errors import BloomdeskError
 from runner.estimate import family, rates
 from runner.estimate.forecast import (
@@ -28,6 +30,8 @@ from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
 
 DEFAULT_MODEL = "bigscience/bloom"
+# Processes that run or wait for the disk, for each core, above which the rates are not the machine's.
+BUSY = 0.5
 OTHER_RAM = tuple(size * 10**9 for size in (1, 2, 4, 8, 16, 32))
 
 
@@ -53,7 +57,8 @@ class Plan:
     """One model on the disk of a directory; sizes in bytes.
 
     `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `lossless`
-    is the other choice, None if there is none.
+    is the other choice, None if there is none. `manifest` is that of the directory, if it holds this model. `load` is
+    what other programs had of each core when the rates were measured.
     """
 
     name: str | None
@@ -62,6 +67,13 @@ class Plan:
     rates: Rates
     form: Form
     lossless: Form | None
+    manifest: Manifest | None = None
+    load: float = 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other programs took so much of the machine that the rates are not its own."""
+        return self.load > BUSY
 
     @property
     def advice(self) -> str:
@@ -87,6 +99,8 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
     place = existing_directory(directory)
+    # Before the rates are measured, which takes all cores itself.
+    load = psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
     # Compiled before the process is measured, so that the kernel's memory counts.
     kernel = rates.compiled(model.dtype)
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
@@ -102,7 +116,7 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
     is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
     lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
-    return Plan(name, model, free_bytes(place), found, own, lossless)
+    return Plan(name, model, free_bytes(place), found, own, lossless, held, load)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:

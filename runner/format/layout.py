@@ -21,7 +21,8 @@ from runner.format.safetensors import Described, Shape, encode_header, tensor_nb
 
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"
-REQUIRED_COMPANIONS = ("config.json", "tokenizer.json")
+TOKENIZER = "tokenizer.json"
+REQUIRED_COMPANIONS = ("config.json", TOKENIZER)
 GENERATION_CONFIG = "generation_config.json"
 # Readers of format versions 1 and 2 do not expect these.
 LATER_COMPANIONS = (GENERATION_CONFIG, "chat_template.jinja")

@@ -98,7 +98,7 @@ class Batch:
             found = self.model.forward_all(segments, self._on_part)[len(prefixes) :]
         self.passes += 1
         accepted = {each: each.verify(logits) for each, logits in zip(own, found, strict=True)}
-        if self._session:
+        if self._session and not self.sequences[0].failure:
             self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
         seconds, nbytes = time.perf_counter() - began, self.bytes_read - read
@@ -106,9 +106,7 @@ class Batch:
             each for each in self.active if each in own or not prefixes.keys().isdisjoint(each.cache.chain)
         ]
         for each in carried:
-            each.passes += 1
-            each.seconds += seconds / len(carried)
-            each.bytes_read += nbytes // len(carried)
+            each.count_pass(seconds, nbytes, len(carried))
         if self.proposer.retire_draft(len(ready), self._stream.streamed_bytes):
             self._arrange(memory_plan(replace(request, draft=0, keep=self.plan.resident)))
         return self._dismiss()

@@ -32,6 +32,8 @@ class Generation(Batch, collections.abc.Iterator[int]):
 
     def __next__(self) -> int:
         while len(self.ids) == len(self.sequence.ids):
+            if self.sequence.failure:
+                raise self.sequence.failure
             if self.sequence.is_done:
                 raise StopIteration
             self.step()

@@ -18,6 +18,7 @@ import torch
 
 from runner.errors import BloomdeskError
 from runner.generation.options import GRAMMAR, JSON_SCHEMA, REGEX, Sampling
+from runner.model.forward import one_thread
 from runner.model.tokenizer import Tokenizer
 from runner.system import memory
 
@@ -129,7 +130,9 @@ class Matcher:
         self._follow(ids)
         mask = self._matcher.compute_logit_bias()
         self._check()
-        found = torch.frombuffer(bytearray(mask), dtype=torch.uint8).nonzero().flatten()
+        # Waiting for other threads takes longer than this.
+        with one_thread():
+            found = torch.frombuffer(bytearray(mask), dtype=torch.uint8).nonzero().flatten()
         if not len(found):
             raise GrammarError(f"no token can follow by the grammar after {len(ids):,} tokens")
         return found

@@ -7,6 +7,7 @@ What several texts begin with is a segment of its own before theirs, and its sco
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from runner.errors import BloomdeskError
 from runner.generation.capacity import MEMORY_TO_DISK
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.scoring import TokenScore, score
+from runner.generation.sequence import no_numbers
 from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.cost import SLOPE
 from runner.model.forward import ModelRunner, OnPart
@@ -104,6 +106,8 @@ class Scorer:
         found = self.model.forward_all(segments, self._on_part) if segments else []
         self.passes += bool(segments)
         for (text, segment), logits in zip(carried, found, strict=True):
+            if len(logits) and not math.isfinite(float(logits.max())):
+                raise no_numbers(segment.cache)
             scores = self._scores[segment.cache]
             for row in logits:
                 scores.found.append(score(row, text.ids[scores.first + len(scores.found)], 1))

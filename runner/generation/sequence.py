@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from runner.errors import BloomdeskError
 from runner.generation.grammar import Grammar
 from runner.generation.options import GREEDY, Sampling
 from runner.generation.sampling import Sampler
@@ -46,9 +47,11 @@ class Sequence:
     """A prompt's new tokens, and what they took.
 
     `stop_reason` is "eos" if the last of `ids` is one of `eos`, "stop" if it completes a stop text, "grammar" if
-    nothing may follow by the grammar, "length" if `max_new_tokens` was reached, and None while more may come.
+    nothing may follow by the grammar, "length" if `max_new_tokens` was reached, and None while more may come; it is
+    "failed" if the model's numbers give no token, and `failure` says where they end to be numbers.
     `is_valid` is whether a text that ended is one of its grammar. `passes` counts those that carried rows of it;
-    `bytes_read`, `seconds` and `drafting_seconds` are its even share of them. `proposed` counts the draft tokens that
+    `bytes_read`, `seconds` and `drafting_seconds` are its even share of them. `token_seconds` are how long each of this
+    run's tokens came after the one before; those of one pass come together. `proposed` counts the draft tokens that
     passes carried, `accepted` those that were right.
     """
 
@@ -66,11 +69,16 @@ class Sequence:
     proposed: int = 0
     accepted: int = 0
     drafting_seconds: float = 0.0
+    token_seconds: list[float] = field(default_factory=list)
     # Whether draft tokens made numbers overflow; then it gets no more of them.
     is_unsound: bool = False
+    failure: BloomdeskError | None = None
     cache: KVCache | None = None
     # Of the last pass: its first position, its draft tokens, and their place among the new tokens.
     _pass_begin: int = 0
+    # Number of tokens of an earlier run, and seconds of passes since the last token.
+    _restored: int = 0
+    _waited: float = 0.0
     _draft_tokens: Ids = ()
     _draft_place: int = 0
 
@@ -99,7 +107,7 @@ class Sequence:
     @property
     def is_done(self) -> bool:
         """Whether it needs no pass any more."""
-        return self.stop_reason is not None and self._known == len(self.ids)
+        return self.failure is not None or (self.stop_reason is not None and self._known == len(self.ids))
 
     @property
     def committed(self) -> int:
@@ -133,6 +141,16 @@ class Sequence:
     def _known(self) -> int:
         """Number of new tokens for which no logits are needed."""
         return len(self.ids if self.request.sampling.logprobs is None else self.scores)
+
+    def count_pass(self, seconds: float, nbytes: int, shared_by: int) -> None:
+        """Count a pass of `seconds` that read `nbytes`, and was shared by so many sequences."""
+        self.passes += 1
+        self.seconds += seconds / shared_by
+        self.bytes_read += nbytes // shared_by
+        self._waited += seconds
+        if new := len(self.ids) - self._restored - len(self.token_seconds):
+            self.token_seconds += [self._waited, *[0.0] * (new - 1)]
+            self._waited = 0.0
 
     def resume(self) -> None:
         """Append what must follow; an interruption may have come before that, or right after a pass."""
@@ -178,6 +196,9 @@ class Sequence:
         # The place, among the new tokens, of the token that each row gives.
         for place, row in enumerate(logits, self._known):
             if place == len(self.ids):
+                if not math.isfinite(float(row.max())):
+                    self._fail(is_alone=not draft)
+                    break
                 self._append(self.sampler.choose(row, self.ids))
                 self._force()
             if self.request.sampling.logprobs is not None:
@@ -192,6 +213,13 @@ class Sequence:
         self.rewind()
         return right
 
+    def _fail(self, *, is_alone: bool) -> None:
+        """End the text for want of numbers, unless the pass had draft tokens, whose overflow may be why."""
+        self.is_unsound = True
+        if is_alone:
+            self.stop_reason, self.failure = "failed", no_numbers(self.cache)
+            self.sampler.release()
+
     def restore(self, ids: Ids, scores: collections.abc.Sequence[TokenScore]) -> None:
         """Append the tokens of an earlier run, as far as this request goes."""
         self._force()
@@ -199,6 +227,7 @@ class Sequence:
             self._append(ids[len(self.ids)])
             self._force()
         self.scores = list(scores[: len(self.ids)])
+        self._restored = len(self.ids)
 
     def _force(self) -> None:
         """Append the tokens that must follow, and end the text if nothing may follow."""
@@ -230,6 +259,22 @@ class Sequence:
             self.stop_reason = "stop"
         elif not self.remaining:
             self.stop_reason = "length"
+
+
+def no_numbers(cache: KVCache) -> BloomdeskError:
+    """The error for logits that are not finite, after the pass that filled `cache`."""
+    count, first = len(cache.blocks), cache.first_unsound_block()
+    where = "after the last block"
+    if first is not None:
+        where = (
+            f"from block {first - 1} or {first} of {count} on"
+            if first
+            else "from the embedding or block 0 on"
+        )
+    return BloomdeskError(
+        f"the model's numbers are not finite (NaN or infinity) {where}, so they give no token",
+        "see whether a file is damaged: bloomdesk verify; if all are sound, the checkpoint itself has such weights",
+    )
 
 
 def common_length(one: Ids, other: Ids) -> int:

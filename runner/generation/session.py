@@ -61,6 +61,8 @@ class Session:
 
     def fill(self, cache: KVCache) -> None:
         """Load the keys and values of all positions into an empty cache."""
+        if not self._files.records:
+            return
         with (self._files.directory / CACHE).open("rb") as file:
             for record in self._files.records:
                 file.seek(record.data[0])

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.errors import BloomdeskError
+from runner.errors import BloomdeskError, explained
 from runner.format.manifest import digest
 from runner.format.safetensors import read_small
 from runner.system.atomic import write_atomically
@@ -119,6 +119,10 @@ class SessionFiles:
         Raises `BloomdeskError` if it holds something else, or its session.json is damaged.
         """
         found = cls(directory)
+        if os.path.lexists(directory) and not directory.is_dir():
+            raise BloomdeskError(
+                f"{directory} is not a directory", "give a new directory, or one of a session"
+            )
         path = directory / SESSION
         try:
             text = read_small(path, LARGEST_REQUEST)
@@ -129,7 +133,8 @@ class SessionFiles:
                 ) from None
             return found
         except OSError as error:
-            raise BloomdeskError(f"{path} cannot be read: {error.strerror}") from error
+            why, step = explained(error, path)
+            raise BloomdeskError(f"{path} cannot be read: {why}", step) from error
         found.request = _decode(text, path)
         if (directory / CACHE).exists():
             found.records = list(_records(directory / CACHE))

@@ -50,7 +50,7 @@ class ModelRunner:
                 raise ValueError("a prefix must be full before its sequences are read")
             lengths[cache] = segment.length
         try:
-            with _one_thread():
+            with one_thread():
                 logits = self._through_parts(segments, on_part)
         except BaseException:
             for segment in segments:
@@ -92,7 +92,7 @@ class ModelRunner:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run torch's small operations between the products on the caller's thread alone.
 
     Torch's other threads would spin between these operations, on cores that the kernel's threads need.

@@ -178,6 +178,13 @@ class KVCache:
         self.clear(length, self.length)
         self.length = length
 
+    def first_unsound_block(self) -> int | None:
+        """The first block with a key or a value that is not finite, of its prefixes too."""
+        for index, blocks in enumerate(zip(*(cache.blocks for cache in self.chain), strict=True)):
+            if not all(block.keys.isfinite().all() and block.values.isfinite().all() for block in blocks):
+                return index
+        return None
+
     def clear(self, first: int, last: int) -> None:
         """Set positions `first` to `last` of all blocks to zeros."""
         for block in self.blocks:

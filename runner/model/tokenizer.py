@@ -21,6 +21,25 @@ BYTE_OF_CHARACTER = {chr(byte): byte for byte in _PRINTABLE} | {
 }
 
 
+def parse_tokenizer(path: Path, data: bytes, hint: str) -> tokenizers.Tokenizer:
+    """The tokenizer of these bytes; `path` only names it.
+
+    Raises `BloomdeskError` with `hint` if it is not of BLOOM's kind.
+    """
+    try:
+        found = tokenizers.Tokenizer.from_buffer(data)
+    except BaseException as error:
+        # The library raises plain Exception, and a BaseException if it panics.
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        reason = str(error)[:200].encode("unicode_escape").decode()
+        raise BloomdeskError(f"{path} is not a tokenizer: {reason}", hint) from None
+    if found.normalizer is not None or not isinstance(found.decoder, ByteLevel):
+        # A chain of replacements can make a text of any length.
+        raise BloomdeskError(f"{path} is not a tokenizer of BLOOM: it rewrites texts", hint)
+    return found
+
+
 class Tokenizer:
     """The tokenizer that the checkpoint came with."""
 
@@ -29,17 +48,7 @@ class Tokenizer:
         repair = f"see what is damaged: bloomdesk verify {in_shell(path.parent)}"
         with reading(path, repair):
             data = read_small(path, LARGEST_TOKENIZER)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except BaseException as error:
-            # The library raises plain Exception, and a BaseException if it panics.
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            reason = str(error)[:200].encode("unicode_escape").decode()
-            raise BloomdeskError(f"{path} is not a tokenizer: {reason}", repair) from None
-        if self._tokenizer.normalizer is not None or not isinstance(self._tokenizer.decoder, ByteLevel):
-            # A chain of replacements can make a text of any length.
-            raise BloomdeskError(f"{path} is not a tokenizer of BLOOM: it rewrites texts", repair)
+        self._tokenizer = parse_tokenizer(path, data, repair)
         # Padding could make a prompt of any length.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -50,9 +59,12 @@ class Tokenizer:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with nothing added. Raises `BloomdeskError` if it is not valid Unicode."""
+        """Token ids of `text`, with what the tokenizer's post-processor adds; BLOOM's adds nothing.
+
+        Raises `BloomdeskError` if it is not valid Unicode.
+        """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return self._tokenizer.encode(text).ids
         except (UnicodeEncodeError, TypeError) as error:
             # The library raises these for a lone surrogate.
             raise BloomdeskError("the prompt is not valid UTF-8 text") from error

@@ -50,6 +50,11 @@ def memory_to_spare() -> int:
     return max(0, spare)
 
 
+def all_memory() -> int:
+    """Bytes of RAM that the machine has."""
+    return psutil.virtual_memory().total
+
+
 def memory_in_use() -> int:
     """Bytes of RAM that this process occupies."""
     return psutil.Process().memory_info().rss

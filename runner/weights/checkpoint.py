@@ -110,7 +110,10 @@ def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:
         file = PartFile.of(path)
     if file.size != record.size:
         raise BloomdeskError(f"{path} has {file.size:,} bytes, expected {record.size:,}", repair)
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except BloomdeskError as error:
+        raise BloomdeskError(error.message, error.hint or repair) from None
     found = [(entry.name, entry.dtype, entry.shape) for entry in header.tensors.values()]
     expected = [tensor.described for tensor in record.tensors]
     if found != expected or header.data_start % DATA_ALIGNMENT:

@@ -3,12 +3,14 @@
     python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--lossless]
     python -m scripts.torture.kill --command convert-delete-source --kills 200
     python -m scripts.torture.kill --command repair --kills 200
+    python -m scripts.torture.kill --command session --kills 200
 
 The command is started, killed with SIGKILL at a random moment, and started again, until it ends by itself; then its
 directory must be, byte for byte, that of an undisturbed run, and the next round begins anew. A local hub serves the
 miniature to `prepare`, and drops, stalls and corrupts its answers; a run that gives up must do so with one clear error.
 After each kill of `convert --delete-source`, every shard must be there or sound parts that name its sha256; after each
-kill of `repair`, every file must be as it was before or as it should be.
+kill of `repair`, every file must be as it was before or as it should be. A generation with `--session` must come to the
+text of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import runner
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.manifest import load_manifest
+from runner.generation.options import Sampling
+from runner.generation.session_files import SessionFiles
 from scripts.fakehub.server import LocalHub, RandomFaults
 from scripts.torture.attempt import BLOOMDESK, REPO, content, environment, prepared, source_of
 from scripts.torture.damage import flip
@@ -41,16 +46,18 @@ TRIES = 500
 class Attack:
     """A command to kill: `begin` makes what it starts from, and `check` raises AssertionError after a kill.
 
-    `longest` is the most seconds before a kill; an undisturbed run takes about as long. `expected` is what it leaves.
+    `longest` is the most seconds before a kill; an undisturbed run takes about as long. `expected` is what it leaves,
+    as `result` sees it.
     """
 
     command: list[str]
     variables: dict[str, str]
     directory: Path
-    expected: dict[str, bytes]
+    expected: object
     longest: float
-    begin: Callable[[], None]
+    begin: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
+    result: Callable[[Path], object] = content
 
 
 def one_round(attack: Attack, chance: random.Random, counts: Counter[str], kills: int) -> None:
@@ -80,11 +87,11 @@ def run(attack: Attack, kills: int, seed: int) -> Counter[str]:
     while counts["kills"] < kills:
         attack.begin()
         one_round(attack, chance, counts, kills)
-        assert content(attack.directory) == attack.expected, (
+        assert attack.result(attack.directory) == attack.expected, (
             "the result differs from that of an undisturbed run"
         )
         shutil.rmtree(attack.directory)
-        print(f"{time.monotonic() - start:.0f} s: {dict(counts)}, all byte-identical", flush=True)
+        print(f"{time.monotonic() - start:.0f} s: {dict(counts)}, all the same", flush=True)
     return counts
 
 
@@ -94,7 +101,7 @@ def attack_prepare(work: Path, lossless: bool, hub: LocalHub) -> Attack:
         expected = prepared(calm, work / "undisturbed", lossless)
     command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), *(["--lossless"] if lossless else [])]
     variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
-    return Attack(command, variables, work / "bloom", expected, 6.0, lambda: None)
+    return Attack(command, variables, work / "bloom", expected, 6.0)
 
 
 def attack_convert(work: Path, lossless: bool, hub: LocalHub) -> Attack:
@@ -152,7 +159,39 @@ def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
     return Attack(command, environment(hub.endpoint), directory, expected, 3.0, begin, check)
 
 
-ATTACKS = {"prepare": attack_prepare, "convert-delete-source": attack_convert, "repair": attack_repair}
+def attack_session(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+    """`generate --session`, whose drawn text is 300 tokens long."""
+    bloom, directory = work / "bloom", work / "session"
+    convert(source_of(work), bloom, form=LOSSLESS if lossless else PLAIN)
+    sampling = Sampling(temperature=0.9, top_p=0.95, seed=5, ignore_eos=True)
+    prompt = "The SQL command to show all the users is:"
+    expected = list(runner.load(bloom).generate(prompt, max_new_tokens=300, sampling=sampling))
+    options = [
+        "--temperature",
+        "0.9",
+        "--top-p",
+        "0.95",
+        "--seed",
+        "5",
+        "--ignore-eos",
+        "--max-new-tokens",
+        "300",
+        "--json",
+    ]
+    command = [*BLOOMDESK, "generate", str(bloom), prompt, "--session", str(directory), *options]
+
+    def text(session: Path) -> list[int]:
+        return list(SessionFiles.load(session).new_ids)
+
+    return Attack(command, environment(hub.endpoint), directory, expected, 4.0, result=text)
+
+
+ATTACKS = {
+    "prepare": attack_prepare,
+    "convert-delete-source": attack_convert,
+    "repair": attack_repair,
+    "session": attack_session,
+}
 
 
 def main() -> None:
@@ -168,7 +207,7 @@ def main() -> None:
         faults = RandomFaults(given.seed, share=0.1, longest_stall=1.0)
         with LocalHub({REPO: work / "source"}, faults=faults) as hub:
             counts = run(ATTACKS[given.command](work, given.lossless, hub), given.kills, given.seed)
-    print(f"{dict(counts)}: every result byte-identical")
+    print(f"{dict(counts)}: every result the same")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -31,6 +32,7 @@ from runner.system.disk import UNKNOWN_SPACE, free_bytes
 from toolkit.cli.line import line_of
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
+    completed_lines,
     damage_lines,
     download_lines,
     downloaded_lines,
@@ -46,11 +48,20 @@ if TYPE_CHECKING:
     from toolkit.commands.verify import VerifyReport
     from toolkit.hub.line import Line
 
+# Set by the script that `bloomdesk --install-completion` gives to a shell.
+COMPLETION = "_BLOOMDESK_COMPLETE"
+DEBUG = "--debug"
+
 
 class _Command(TyperCommand):
-    """A command that refuses an empty argument; PROMPT has a rule of its own."""
+    """A command that refuses an empty argument, but for PROMPT, and takes --debug, as `bloomdesk` itself does."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        # What follows "--" is text.
+        options = args[: args.index("--")] if "--" in args else args
+        if DEBUG in options:
+            args = [*(word for word in options if word != DEBUG), *args[len(options) :]]
+            ctx.obj.debug = True
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         names = {
             param.name: param.metavar if param.param_type_name == "argument" else param.opts[0]
@@ -70,7 +81,6 @@ class _Commands(typer.Typer):
 app = _Commands(
     help="Run BLOOM-176B, or any smaller BLOOM, on a desktop: prepare the checkpoint once, then generate from disk.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # drawing boxes costs more than all the rest of --help
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -138,7 +148,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def common_options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -198,7 +208,7 @@ def prepare(
     plan = plan_preparation(repo, destination, revision, form, connections, _dtype(dtype), line=line)
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
-    print(f"{destination} is complete: {written('parts', _built('preparing', plan, line))}")
+    print_lines(completed_lines(destination, _built("preparing", plan, line)))
 
 
 @app.command()
@@ -223,7 +233,7 @@ def convert(
         dtype=_dtype(dtype),
         adapter=adapter,
     )
-    print(f"{destination} is complete: {written('parts', _built('converting', plan))}")
+    print_lines(completed_lines(destination, _built("converting", plan)))
 
 
 @app.command()
@@ -307,7 +317,12 @@ def info(directory: Prepared, as_json: Json = False) -> None:
 @app.command()
 def generate(
     directory: Prepared,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text to continue is in there.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts in place of PROMPT: .txt with one a line, or .jsonl."),
@@ -426,7 +441,9 @@ def generate(
         **read_constraint(json_schema, regex, grammar),
     )
     return run_generate(
-        GenerateOptions(directory, prompt, prompts, out, ram, as_json, session, generation, sampling)
+        GenerateOptions(
+            directory, prompt, prompt_file, prompts, out, ram, as_json, session, generation, sampling
+        )
     )
 
 
@@ -541,11 +558,15 @@ def _share(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return float(text.removesuffix("%")) / 100
+        share: float | None = float(text.removesuffix("%")) / 100
     except ValueError:
+        share = None
+    # 0.05 may be meant as 5%.
+    if share is None or (share <= 0.01 and not text.endswith("%") and share > 0):
         raise BloomdeskError(
-            f"a sample is a share of the bytes, found {text!r}", "give it as --sample 5%"
-        ) from None
+            f"a sample is a share of the bytes, in percent, found {text!r}", "give it as --sample 5%"
+        )
+    return share
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -553,6 +574,9 @@ def run(arguments: Sequence[str]) -> int:
     guard = Guard()
 
     def invoke() -> int:
+        if COMPLETION in os.environ:
+            # The shell's Tab key: the words come in the environment, too.
+            app(prog_name="bloomdesk")
         try:
             with typer.main.get_command(app).make_context("bloomdesk", list(arguments), obj=guard) as context:
                 return context.command.invoke(context) or 0
@@ -568,7 +592,7 @@ def run(arguments: Sequence[str]) -> int:
     return guard.run(invoke)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command of this process, and end with its exit status."""
     end_process(lambda: run(sys.argv[1:]))
 

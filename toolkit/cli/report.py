@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.report import Row
-from runner.errors import explained
+from runner.errors import explained, in_shell
 from runner.format.coded import PLAIN
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, percent, rate, size
@@ -52,6 +52,12 @@ def written(what: str, done: Summary) -> str:
     if done.received or done.resumed:
         return f"{text}; {fetched(done)}"
     return f"{text}; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else text
+
+
+def completed_lines(destination: Path, done: Summary) -> Iterator[str]:
+    """That a prepared directory is complete, what that took, and the command to try it."""
+    yield f"{destination} is complete: {written('parts', done)}"
+    yield f'  next: bloomdesk generate {in_shell(destination)} "PROMPT"'
 
 
 def download_lines(plan: DownloadPlan) -> Iterator[str]:
@@ -112,7 +118,8 @@ def verify_lines(report: VerifyReport, seconds: float) -> Iterator[str]:
         yield f"{leftover}: left over from an interrupted conversion; the next one replaces it"
     how = f"all of {amount(report.bytes_read, seconds)}"
     if report.sample is not None:
-        how = f"headers and {percent(report.share)} of the bytes at random: {amount(report.bytes_read, seconds)}"
+        how = f"all headers and tensors at random, {percent(report.share)} of the bytes: "
+        how += amount(report.bytes_read, seconds)
     if report.quick:
         how = "sizes and headers"
     checked = f"{report.files_checked} files checked ({how})"
@@ -178,6 +185,13 @@ def info_rows(found: Info) -> Iterator[Row]:
         first = found.unread[0]
         state = f"not known: {len(found.unread)} files can't be looked at, {first.file} first: {first.what}"
     yield Row("state", state)
+    directory = in_shell(found.directory)
+    if found.unread:
+        yield Row("next", f"bloomdesk verify {directory}")
+    elif found.damaged:
+        yield Row("next", f"bloomdesk repair {directory}{'' if source.repo else ' --source SRC'}")
+    elif missing:
+        yield Row("next", f"{manifest.command(found.directory)} resumes where it stopped")
     yield Row("model", f"{number(found.parameters / one)} {unit} parameters, {model.dtype}")
     shape = f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads"
     yield Row("shape", f"{shape}, vocabulary {model.vocab_size:,}")

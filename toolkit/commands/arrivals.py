@@ -121,6 +121,7 @@ class ArrivingShards:
         # Without a record, whatever is there was not brought by this program: shards that are right are used, and stay.
         self._begun = os.path.lexists(self._directory / RECORD)
         self._adopted: dict[str, RecordedFile] = {}
+        self._fetched: set[str] = set()
         self._hashes = ShardHashes()
         # Names of shards that stay in the directory: not from this program, or it can't delete them.
         self._spared: set[str] = set()
@@ -215,15 +216,19 @@ class ArrivingShards:
         path, known = self._directory / name, self._record.files[name]
         if name in self._spared or not name.endswith(SUFFIXES):
             return False
-        # What cannot be looked at or read stays.
-        with suppress(OSError, BloomdeskError):
+        is_from_here = self._begun or name in self._fetched
+        try:
             if path.is_symlink() or not path.is_file():
                 return False
             if known.sound_in(self._directory):
                 return True
             # The run that fetched it may have been ended before it could be recorded.
-            if self._begun and path.stat().st_size == known.size and check(self._directory, known, silent):
+            if is_from_here and path.stat().st_size == known.size and check(self._directory, known, silent):
                 return True
+        except (OSError, BloomdeskError):
+            # What cannot be looked at or read stays; the next run may be told of it.
+            if is_from_here:
+                self._undeletable.add(name)
         self._spared.add(name)
         return False
 
@@ -297,6 +302,7 @@ class ArrivingShards:
             # It is this program's, and of no use.
             path.unlink(missing_ok=True)
             save_record(self._directory, self._record)
+            self._fetched.add(name)
             transfer, self._record = fetch_recorded(
                 self._revision,
                 known,

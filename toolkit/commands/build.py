@@ -28,6 +28,7 @@ from toolkit.parts.manifest_backup import recover_manifest
 from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
 from toolkit.parts.part_writer import check_lm_head, write_part
 from toolkit.parts.release import Release
+from toolkit.parts.zeros import zero_notes
 from toolkit.source.key_map import Assignment
 from toolkit.source.tensor import SourceTensor
 
@@ -171,6 +172,7 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
         (
             *plan.notes,
             *plan.shards.notes,
+            *(zero_notes(whole.parts.values()) if written else ()),
             *(f"{shard} stays: not all of its parts were made from these bytes" for shard in release.spared),
         ),
     )

@@ -8,6 +8,7 @@ record.py draws the directory; place.py says whose a file is; transfer.py fetche
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -291,7 +292,9 @@ def _check_present(
 
 
 def _refuse_prepared(directory: Path) -> None:
-    """Raise `BloomdeskError` if a prepared directory was given."""
+    """Raise `BloomdeskError` if a prepared directory was given, or what is no directory."""
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise BloomdeskError(f"{directory} is not a directory", "give a new directory to write to")
     for name in (MANIFEST, MANIFEST_BACKUP):
         data = read_if_exists(directory / name, LARGEST_MANIFEST)
         if data is not None and not _is_of_others(data):

@@ -100,7 +100,7 @@ def plan_verify(
 ) -> VerifyPlan:
     """What `verify` will read; it reads only the record, and raises what `verify` raises."""
     if sample is not None and not 0 < sample <= 1:
-        raise BloomdeskError(f"a sample must be above 0% and at most 100%, found {sample:.6g}")
+        raise BloomdeskError(f"a sample must be above 0% and at most 100%, found {100 * sample:.6g}%")
     if quick and sample is not None:
         raise BloomdeskError(
             "a quick check reads no tensors, so it takes no sample", "ask for one of the two"

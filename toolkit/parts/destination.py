@@ -20,6 +20,7 @@ from runner.format.layout import (
     MANIFEST,
     MANIFEST_BACKUP,
     REQUIRED_COMPANIONS,
+    TOKENIZER,
     PartSpec,
     part_specs,
 )
@@ -199,6 +200,11 @@ def check_companion(path: Path, data: bytes) -> None:
             data.decode()
     except (ValueError, RecursionError):
         raise BloomdeskError(f"{path} is not {kind}", COMPANION_AGAIN) from None
+    if path.name == TOKENIZER:
+        from runner.model.tokenizer import parse_tokenizer  # of all commands, only two or three need it
+
+        # The runner would refuse it hours later.
+        parse_tokenizer(path, data, COMPANION_AGAIN)
 
 
 def _refuse_foreign(link: Path) -> None:

@@ -6,12 +6,13 @@ import json
 import signal
 import subprocess
 import time
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 
 import runner
-from tests.support.commands import refused, run, screen_of, started
+from tests.support.commands import COMMAND, refused, run, screen_of, started
 from tests.toolkit.cli.test_cli import REPORT_KEYS
 
 WORDS = ("books", "users", "orders", "movies", "students", "cities")
@@ -52,7 +53,11 @@ def by_index(text: str) -> dict[int, dict[str, object]]:
 def test_results_are_those_of_each_prompt_alone(given, wanted: list[list[int]], tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     done = run(*given, "--out", out, "--batch", "4", "--draft", given[1])
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    notes = (
+        f"{given[1]} is its own draft, which costs as much as it saves: give a smaller BLOOM\n"
+        f"{out} has the results of 6 of 6 prompts\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", notes)
     found = by_index(out.read_text())
     assert [found[index]["token_ids"] for index in range(6)] == wanted
     assert list(found[0]) == ["index", *REPORT_KEYS] and list(found[2]) == ["index", "id", *REPORT_KEYS]
@@ -117,14 +122,16 @@ def test_progress_on_a_terminal(given, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "either a PROMPT or a file of --prompts"),
-        (["a", "--prompts", "a.txt"], "either a PROMPT or a file of --prompts"),
+        ([], "a PROMPT, a --prompt-file or a file of --prompts"),
+        (["a", "--prompts", "a.txt"], "a PROMPT, a --prompt-file or a file of --prompts"),
         (["a", "--out", "out.jsonl"], "--out and --batch are for a file of --prompts"),
         (["a", "--batch", "2"], "--out and --batch are for a file of --prompts"),
         (["a", "--batch", "0"], "a batch must be of at least 1 prompt"),
         (["a", "--speculate", "dice"], "unknown --speculate 'dice'"),
         (["a", "--draft", "nowhere"], "nowhere"),
         (["--prompts", "none.txt"], "none.txt is missing"),
+        (["--prompts", "miniature/unseen.jsonl", "--out", "o.txt"], "give a name that ends in .jsonl"),
+        (["--prompts", "miniature/unseen.jsonl", "--out", "no dir/o.jsonl"], "mkdir -p 'no dir'"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(
@@ -138,6 +145,7 @@ def test_options_that_exclude_each_other_are_refused(
     [
         ('{"prompt": ""}', [], "line 2: the prompt has no tokens"),
         ('{"prompt": "\\ud800"}', [], "line 2: the prompt is not valid UTF-8 text"),
+        ('{"prompt": "a", "id": "a\\ud83d"}', [], 'line 2: the "id" is not valid UTF-8 text'),
         ('{"prompt": "a", "max_new_tokens": 90000000}', ["--ram", "3GB"], "for the longest of the prompts"),
     ],
 )
@@ -147,3 +155,52 @@ def test_a_bad_prompt_is_refused_with_its_line(
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "good"}}\n{line}\n')
     assert message in refused("generate", miniature[1], "--prompts", path, *options)
+
+
+def test_options_that_do_not_go_together_are_named(
+    miniature: tuple[Path, Path], draft: tuple[Path, Path]
+) -> None:
+    options = ["--max-new-tokens", "1", "--speculate", "off", "--draft", draft[1], "--ram", "900TB"]
+    done = run("generate", miniature[1], "The", *options)
+    assert done.returncode == 0
+    off, ram = done.stderr.splitlines()
+    assert off == f"--speculate off leaves out n-grams alone: {draft[1]} drafts"
+    assert ram.startswith("--ram 900TB is more than this machine has, ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_prompts_of_standard_input(miniature: tuple[Path, Path], name: str) -> None:
+    command = [*COMMAND, "generate", str(miniature[1]), "--prompts", name, "--max-new-tokens", "2"]
+    done = subprocess.run(command, input=b"The\n\nA\n", capture_output=True, check=True)
+    assert {found["prompt"] for found in map(json.loads, done.stdout.splitlines())} == {"The", "A"}
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_texts_and_no_token_ids(given, wanted: list[list[int]]) -> None:
+    screen = screen_of(*given[:2], "--prompts", given[-1], "--max-new-tokens", "2")
+    assert "[third] The SQL command to list all the" in screen
+    assert "token_ids" not in screen
+
+
+def test_a_prompt_comes_from_a_file_or_from_standard_input(
+    miniature: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, most = "The SQL command to show all the users is:", ("--max-new-tokens", "4", "--json")
+    wanted = json.loads(run("generate", miniature[1], prompt, *most).stdout)["token_ids"]
+    for text in (prompt, f"{prompt}\n", f"\ufeff{prompt}\r\n"):
+        (tmp_path / "prompt.txt").write_bytes(text.encode())
+        found = run("generate", miniature[1], "--prompt-file", tmp_path / "prompt.txt", *most)
+        assert json.loads(found.stdout)["token_ids"] == wanted
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(text.encode())))
+        report = json.loads(run("generate", miniature[1], "-", *most).stdout)
+        assert report["token_ids"] == wanted and report["prompt"] == prompt
+        assert len(report["token_seconds"]) == len(wanted) and min(report["token_seconds"]) >= 0
+    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
+    assert "prompt.txt: not valid UTF-8" in refused(
+        "generate", miniature[1], "--prompt-file", tmp_path / "prompt.txt"
+    )
+    assert "nowhere is missing" in refused("generate", miniature[1], "--prompt-file", tmp_path / "nowhere")
+    assert "one of them alone" in refused(
+        "generate", miniature[1], "a", "--prompt-file", tmp_path / "prompt.txt"
+    )

@@ -18,9 +18,11 @@ from runner.cli.plan import plan as plan_command
 from runner.estimate import bench as bench_module
 from runner.estimate import forecast, rates
 from runner.estimate import plan as plan_module
+from runner.format.manifest import load_manifest
 from runner.generation.model import Model
 from runner.system import files, memory, platform
 from tests.support.commands import started
+from toolkit.parts.destination import write_manifest
 
 RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
 
@@ -195,6 +197,33 @@ def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: P
         assert not form.others[last].memory_plan.streamed_bytes
         assert form.with_ram(last * 2) is form.with_ram(last) is form.others[last]
         assert form.with_ram(10**9) is form.others[10**9]
+
+
+@pytest.mark.parametrize(("load", "is_busy"), [(0.4, False), (1.5, True)])
+def test_a_busy_machine_is_said(
+    quick,
+    prepared,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    load: float,
+    is_busy: bool,
+) -> None:
+    monkeypatch.setattr("psutil.getloadavg", lambda: (4 * load, 0.0, 0.0))
+    monkeypatch.setattr("psutil.cpu_count", lambda: 4)
+    assert plan_command(lambda model: 0, prepared()[1], tokens=4, prompt_tokens=8) == 0
+    said = "a load of 1.5 for each core: other programs are at work, so rates and times can't be trusted"
+    assert (said in capsys.readouterr().out) == is_busy
+
+
+def test_a_plan_for_an_unfinished_directory_says_how_to_go_on(
+    quick, made_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = load_manifest(made_copy)
+    parts = dict(list(manifest.parts.items())[:2])
+    write_manifest(made_copy, replace(manifest, parts=parts))
+    assert plan_command(lambda model: 0, made_copy, tokens=4, prompt_tokens=8) == 0
+    disk = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("disk"))
+    assert "are there; 3 files are still to be made: bloomdesk convert SRC " in disk
 
 
 def test_a_disk_that_cannot_be_written_is_refused(

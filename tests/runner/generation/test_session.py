@@ -211,3 +211,27 @@ def test_a_killed_command_goes_on_to_the_same_text(miniature: tuple[Path, Path],
 def test_no_directory_is_made_for_a_run_without_a_session(tmp_path: Path) -> None:
     assert SessionFiles.load(tmp_path / "absent").records == []
     assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link that leads nowhere"])
+def test_what_is_no_directory_is_no_session(model: Model, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "s"
+    if kind == "a file":
+        path.touch()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(BloomdeskError, match="s is not a directory") as raised:
+        text(model, path)
+    assert raised.value.hint == "give a new directory, or one of a session"
+
+
+def test_a_session_that_can_never_be_written_does_not_end_the_text(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: SessionFiles, *_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    whole = text(model, None, 5)
+    monkeypatch.setattr(SessionFiles, "begin", fail)
+    with pytest.warns(UserWarning, match="not written any more: Permission denied"):
+        assert text(model, tmp_path / "s", 5) == whole

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from runner import BloomdeskError
 from runner.model.tokenizer import Tokenizer
@@ -61,6 +63,24 @@ def test_special_tokens_are_found_in_the_prompt_and_not_shown(tokenizer: Tokeniz
     ids = tokenizer.encode("fox</s>")
     assert ids[-1] == 2
     assert tokenizer.decode(ids) == "fox"
+
+
+def test_a_post_processor_adds_what_it_adds_for_transformers(tmp_path: Path) -> None:
+    files = byte_tokenizer(512)
+    body = json.loads(files["tokenizer.json"])
+    one = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    body["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": one,
+        "pair": one,
+        "special_tokens": special,
+    }
+    for name, data in {**files, "tokenizer.json": json.dumps(body).encode()}.items():
+        (tmp_path / name).write_bytes(data)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("fox", "", "a</s>b"):
+        assert Tokenizer(tmp_path / "tokenizer.json").encode(text) == theirs(text).input_ids
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

@@ -140,3 +140,12 @@ def test_an_incomplete_directory_is_not_opened(directory: Path) -> None:
 def test_a_directory_without_a_manifest_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BloomdeskError, match="is not a prepared checkpoint"):
         Weights.open(tmp_path / name)
+
+
+def test_a_damaged_header_comes_with_the_next_command(directory: Path) -> None:
+    path = directory / "block_01.safetensors"
+    with path.open("r+b") as file:
+        file.write(b"X" * 16)
+    with pytest.raises(BloomdeskError, match="its header claims") as raised:
+        Weights.open(directory)
+    assert raised.value.hint == f"see what is damaged: bloomdesk verify {directory}"

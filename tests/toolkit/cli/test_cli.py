@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,8 @@ def test_a_hub_to_generated_text(miniature: tuple[Path, Path], tmp_path: Path) -
 
 
 REPORT_KEYS = [
-    "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "passes", "bytes_read", "stop_reason",
+    "prompt", "prompt_token_ids", "token_ids", "text", "seconds_per_token", "token_seconds", "passes", "bytes_read",
+    "stop_reason",
     "tokens_per_pass", "proposed", "accepted", "acceptance", "drafting_seconds",
 ]  # fmt: skip
 
@@ -128,7 +130,9 @@ def test_repair_and_export(miniature: tuple[Path, Path], tmp_path: Path) -> None
     assert done.returncode == 0 and "1 parts and 1 small files made anew" in done.stdout, done
     assert content(bloom) == whole
     assert "is sound" in run("verify", bloom, "--sample", "5%").stdout
-    assert "a sample is a share" in refused("verify", bloom, "--sample", "much", status=2)
+    for share in ("much", "0.05"):
+        assert "a sample is a share" in refused("verify", bloom, "--sample", share, status=2)
+    assert "found 150%" in refused("verify", bloom, "--sample", "150", status=2)
     assert "72 shards written" in run("export", bloom, tmp_path / "hub").stdout
 
 
@@ -160,9 +164,15 @@ def test_a_bug_shows_its_traceback_only_with_debug(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("toolkit.commands.info.inspect", broken)
     assert "unexpected RuntimeError: a bug" in refused("info", tmp_path)
-    done = run("--debug", "info", tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr and "RuntimeError: a bug\nerror: unexpected" in done.stderr
+    for command in (
+        ["--debug", "info", tmp_path],
+        ["info", "--debug", tmp_path],
+        ["info", tmp_path, "--debug"],
+    ):
+        done = run(*command)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr and "RuntimeError: a bug\nerror: unexpected" in done.stderr
+    assert "argument(s) (--debug)" in refused("info", tmp_path, "--", "--debug", status=2)
 
 
 @pytest.mark.slow
@@ -193,3 +203,50 @@ def test_what_was_mistyped_is_one_sentence() -> None:
         assert "--help" in refused(*arguments, status=2)
     done = run()
     assert done.returncode == 2 and done.stderr.startswith("Usage: bloomdesk")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_modules_are_imported_says_nothing() -> None:
+    script = """
+import os, signal, sys
+from toolkit.cli import start
+
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupts())
+start.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.slow
+def test_completion(tmp_path: Path) -> None:
+    assert "--show-completion" in run("--help").stdout
+    asked = {"_BLOOMDESK_COMPLETE": "complete_bash", "COMP_WORDS": "bloomdesk verify --sa", "COMP_CWORD": "2"}
+    done = subprocess.run(COMMAND, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "--sample\n", "")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link that leads nowhere"])
+def test_a_place_that_is_no_directory_is_refused_before_the_hub_is_asked(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "a file":
+        path.touch()
+    else:
+        path.symlink_to("nowhere")
+    for command in ("download", "prepare"):
+        said = refused(command, "bigscience/bloom-560m", path, HF_HUB_OFFLINE="1")
+        assert said == f"error: {path} is not a directory\n  next: give a new directory to write to\n"
+
+
+def test_a_complete_directory_comes_with_the_next_command(
+    miniature: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "it's here"
+    said = run("convert", miniature[0], out).stdout
+    assert said.endswith(f"""\n  next: bloomdesk generate {shlex.quote(str(out))} "PROMPT"\n""")

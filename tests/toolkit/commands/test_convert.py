@@ -26,6 +26,7 @@ from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
 from runner.system import atomic as durable
 from scripts.fakehub.checkpoint import Layout, from_state, old_config, write_repo
+from tests.support.commands import refused
 from tests.support.lossless import content, flip, interrupt_at, make
 from tests.toolkit.source.test_shards import LAYOUTS, data, reference
 from toolkit.commands.build import carry_out
@@ -445,3 +446,26 @@ def test_links_are_not_deleted(tmp_path: Path) -> None:
         (cache / file.name).symlink_to(file)
     with pytest.raises(BloomdeskError, match="is a link"):
         plan_conversion(cache, tmp_path / "out", delete_source=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: {**body, "normalizer": {"type": "NFC"}},
+        lambda body: {
+            **body,
+            "decoder": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"},
+        },
+        lambda body: {**body, "decoder": None},
+        lambda body: {},
+    ],
+    ids=["normalizer", "another decoder", "no decoder", "nothing"],
+)
+def test_a_tokenizer_that_the_runner_would_refuse_is_refused_at_once(tmp_path: Path, change) -> None:
+    path = make(tmp_path / "source") / "tokenizer.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    said = refused("convert", path.parent, tmp_path / "out")
+    assert f"{path} is not a tokenizer" in said and "verify" not in said
+    path.write_bytes(b"\xef\xbb\xbf" + (make(tmp_path / "again") / "tokenizer.json").read_bytes())
+    assert f"{path} is not a tokenizer" in refused("convert", path.parent, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

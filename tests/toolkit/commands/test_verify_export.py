@@ -199,7 +199,8 @@ def test_info_looks_at_the_files(made_copy: Path) -> None:
     (made_copy / "tokenizer.json").write_bytes(b"cut")
     found = inspect(made_copy).as_json()
     assert not found["complete"] and found["damaged"] == [BLOCK, "tokenizer.json"]
-    assert "damaged: 2 files" in run("info", made_copy).stdout
+    said = run("info", made_copy).stdout
+    assert "damaged: 2 files" in said and f"next  bloomdesk repair {made_copy} --source SRC" in said
 
 
 @pytest.mark.parametrize("file", [BLOCK, "tokenizer.json"])
@@ -253,5 +254,8 @@ def test_an_unfinished_directory_is_not_called_damaged(made_copy: Path) -> None:
     done = run("verify", made_copy)
     assert done.returncode == 1 and "not complete: 8 of 9 files are made, and these are sound" in done.stdout
     assert f"next: bloomdesk convert SRC {made_copy}" in done.stdout
+    said = run("info", made_copy).stdout
+    assert "not complete: 1 files are still to be made" in said
+    assert f"next  bloomdesk convert SRC {made_copy} resumes where it stopped" in said
     flip(made_copy / "tokenizer.json", 9)
     assert f"next: bloomdesk repair {made_copy}" in run("verify", made_copy).stdout
