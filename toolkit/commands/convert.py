@@ -15,6 +15,7 @@ from runner.format.layout import GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source, SourceShard
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import Schedule, schedule_of
+from toolkit.hub.hub_cache import blob_name, is_blob, snapshot_of
 from toolkit.hub.record import RECORD, load_record
 from toolkit.io.disk import read_errors
 from toolkit.io.hasher import ShardHashes
@@ -60,6 +61,7 @@ class ShardsOnDisk:
     done: set[Path] = field(default_factory=set)
     received: int = 0
     resumed: int = 0
+    cached: int = 0
     notes: tuple[str, ...] = ()
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
@@ -87,6 +89,8 @@ class ShardsOnDisk:
         expected = self.sha256.get(shard, found)
         if found != expected:
             again = "fetch it again with bloomdesk download --check"
+            if blob_name(shard) is not None:
+                again = f"delete {os.path.realpath(shard)}, and fetch it again: hf download"
             if self.place(shard) != shard:
                 again = f"delete {self.place(shard)}, and fetch it again: {fetch_command([shard])}"
             raise BloomdeskError(
@@ -194,6 +198,9 @@ def _plan(
     check_form_dtype(chosen.dtype, form)
     tensors = in_dtype(tensors, assignment.keys if assignment is not None else (), chosen.dtype)
     origin, sha256 = _recorded_source(source, shards, companions)
+    if existing is not None and existing.source.repo is None and load_record(source) is None:
+        # Begun by a version that did not know the cache of the Hub.
+        origin = existing.source
     notes: tuple[str, ...] = ()
     if adapter_path is not None and assignment is not None:
         adapter = read_adapter(adapter_path)
@@ -208,7 +215,7 @@ def _plan(
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend)
-    if mend is None and target.missing_parts(manifest) and origin.repo is None:
+    if mend is None and target.missing_parts(manifest) and load_record(source) is None:
         manifest, notes = _with_samples(destination, manifest, shards, notes)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
@@ -339,7 +346,9 @@ def _recorded_source(
     """Repo and commit, and each shard's sha256, if a download or pointers of Git LFS have recorded them."""
     record = load_record(source)
     if record is None:
-        return Source(), {path: known.sha256 for path, known in shards.objects.items()}
+        if shards.objects:
+            return Source(), {path: known.sha256 for path, known in shards.objects.items()}
+        return _cached_source(source, shards, companions)
     hashes = {}
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
@@ -361,6 +370,22 @@ def _recorded_source(
         elif known.sha256 is not None:
             hashes[path] = known.sha256
     return Source(record.repo, record.commit), hashes
+
+
+def _cached_source(
+    source: Path, shards: ShardList, companions: Mapping[str, bytes]
+) -> tuple[Source, dict[Path, str]]:
+    """Repo and commit, and each shard's sha256, if all files are as a cache of the Hub has them; else none of it.
+
+    The shards are hashed while parts are made from them; here they count by the names of the blobs to which they lead.
+    """
+    snapshot, names = snapshot_of(source), {path: blob_name(path) for path in shards.files}
+    hashes = {path: name for path, name in names.items() if name is not None}
+    if snapshot is None or not shards.files or len(hashes) < len(names):
+        return Source(), {}
+    if not all(is_blob(source / name, data) for name, data in companions.items()):
+        return Source(), {}
+    return Source(*snapshot), hashes
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:

@@ -21,6 +21,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
 from toolkit.hub.failures import offline, offline_error
+from toolkit.hub.hub_cache import cached_file
 from toolkit.hub.line import Line
 from toolkit.hub.place import MOVE, Finding, check, look, set_aside, state_of_file, whose
 from toolkit.hub.record import DownloadRecord, load_record, save_record
@@ -36,11 +37,12 @@ State = Finding | Literal["partial"]
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A needed file, its state, and how many of its bytes are `present`."""
+    """A needed file, its state, and how many of its bytes are `present`; the rest may be in the Hub's cache."""
 
     file: HubFile
     state: State
     present: int
+    is_cached: bool = False
 
     @property
     def to_fetch(self) -> int:
@@ -63,6 +65,11 @@ class DownloadPlan:
     @property
     def to_fetch(self) -> int:
         return sum(planned.to_fetch for planned in self.files)
+
+    @property
+    def to_copy(self) -> int:
+        """Those of `to_fetch` that the Hub's cache has."""
+        return sum(planned.to_fetch for planned in self.files if planned.is_cached)
 
     @property
     def work(self) -> int:
@@ -89,6 +96,7 @@ class DownloadSummary:
 
     Of the `kept` files, the `hashed` ones were read in this run, the others have the size and date that they had when
     an earlier run checked them. `dropped` ones were damaged. `set_aside` has the new paths of files that had changed.
+    `cached` are bytes that were copied from the Hub's cache.
     """
 
     revision: Revision
@@ -99,6 +107,7 @@ class DownloadSummary:
     hashed: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     set_aside: tuple[Path, ...] = ()
+    cached: int = 0
 
 
 def plan_download(
@@ -184,6 +193,7 @@ def carry_out(
         hashed=tuple(name for name in now.names("unchecked") if name not in transfers),
         dropped=left.names("decayed"),
         set_aside=aside,
+        cached=sum(transfer.cached for transfer in transfers.values()),
     )
 
 
@@ -253,7 +263,8 @@ def _plan(
         if state not in ("sound", "unchecked"):
             present = bytes_begun(directory, file, recorded=record is not None)
             state = "partial" if state == "absent" and present else state
-        files.append(PlannedFile(file, state, present))
+        is_cached = present < file.size and cached_file(revision, file) is not None
+        files.append(PlannedFile(file, state, present, is_cached))
     return DownloadPlan(revision, directory, tuple(files), free_bytes(directory), everything)
 
 
@@ -331,7 +342,8 @@ def _refuse_foreign(directory: Path, wanted: str, names: Sequence[str]) -> None:
 
 def _refuse_impossible(plan: DownloadPlan) -> None:
     """Raise `BloomdeskError` if files are missing and offline mode is on, or the disk is too small."""
-    unfinished = plan.unfinished
+    cached = {planned.file.path for planned in plan.files if planned.is_cached}
+    unfinished = tuple(file for file in plan.unfinished if file.path not in cached)
     if unfinished and offline():
         count = f"{len(unfinished)} of {len(plan.files)} files of {plan.revision} are missing"
         raise offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
