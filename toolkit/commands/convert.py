@@ -17,7 +17,7 @@ from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_pa
 from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.hub.hub_cache import blob_name, is_blob, snapshot_of
 from toolkit.hub.record import RECORD, load_record
-from toolkit.io.disk import read_errors
+from toolkit.io.disk import read_errors, require_large_files
 from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
@@ -230,6 +230,7 @@ def _plan(
         raise BloomdeskError(f"{rounding[0]}; with the source the bits would be lost", KEEP_SOURCE)
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
+    require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
     target.require_free_space(destination, peak, schedule.needs, companions)
     on_disk = ShardsOnDisk(parts, sha256, deletable, seen, shards.place)
     return BuildPlan(

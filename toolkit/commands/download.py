@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,10 +28,12 @@ from toolkit.hub.place import MOVE, Finding, check, look, set_aside, state_of_fi
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch, fetch_bytes
-from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
+from toolkit.io.disk import disk_errors, read_if_exists, require_large_files, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts.export_record import EXPORT_RECORD
 
+# What was found out by reading files is recorded after so long.
+SECONDS_OF_HASHING = 5.0
 # A file's place, by place.py, and "partial": no file yet, or one that makes way, and the first bytes have arrived.
 State = Finding | Literal["partial"]
 
@@ -167,6 +170,8 @@ def carry_out(
         if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
             raise _another(directory, earlier, str(chosen))
         now = _plan(chosen, directory, earlier, plan.everything)
+        # Whatever its hash would be.
+        _refuse_foreign(directory, str(chosen), now.names("foreign"))
         left, record = _check_present(now, DownloadRecord.of(chosen, earlier), progress)
         _refuse_foreign(directory, str(chosen), left.names("foreign"))
         _refuse_impossible(left)
@@ -288,7 +293,7 @@ def _check_present(
     plan: DownloadPlan, record: DownloadRecord, progress: Progress
 ) -> tuple[DownloadPlan, DownloadRecord]:
     """The plan after every unchecked file has been hashed, and the record with those whose content is right."""
-    files = []
+    files, saved = [], time.monotonic()
     for planned in plan.files:
         if planned.state == "unchecked":
             known = record.files[planned.file.path]
@@ -298,6 +303,10 @@ def _check_present(
                 planned = PlannedFile(planned.file, whose(plan.directory, known), begun)
             else:
                 record = record.with_file(known.path, *found)
+                if time.monotonic() - saved > SECONDS_OF_HASHING:
+                    # An interruption loses no more than that.
+                    save_record(plan.directory, record)
+                    saved = time.monotonic()
         files.append(planned)
     return replace(plan, files=tuple(files)), record
 
@@ -347,6 +356,7 @@ def _refuse_impossible(plan: DownloadPlan) -> None:
     if unfinished and offline():
         count = f"{len(unfinished)} of {len(plan.files)} files of {plan.revision} are missing"
         raise offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
+    require_large_files(plan.directory, {file.path: file.size for file in plan.unfinished})
     if not plan.fits:
         raise BloomdeskError(
             f"{plan.directory}: {plan.to_fetch:,} bytes are still to come, the disk has {plan.free:,} free",
