@@ -11,13 +11,14 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import GENERATION_CONFIG
+from runner.format.layout import COMPANIONS, GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source, SourceShard
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.hub.hub_cache import blob_name, is_blob, snapshot_of
 from toolkit.hub.record import RECORD, load_record
-from toolkit.io.disk import read_errors, require_large_files
+from toolkit.hub.revision import HubFile
+from toolkit.io.disk import read_errors, read_if_exists, require_large_files
 from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
@@ -176,7 +177,7 @@ def _plan(
     refuse_foreign(source)
     # A wrong architecture is reported before its tensors are.
     model = read_config(source / "config.json", "BF16")
-    companions = target.read_companions(source)
+    companions = _read_companions(source)
     existing = target.load_existing(destination)
     model = with_ends_of_text(model, source / GENERATION_CONFIG, companions.get(GENERATION_CONFIG))
     if mend is not None and existing is not None:
@@ -341,6 +342,27 @@ def _exported_hashes(source: Path, companions: Mapping[str, bytes]) -> dict[str,
     return {tensor.name: tensor.xxh3_128 for shard in record.shards for tensor in shard.tensors}
 
 
+def _read_companions(source: Path) -> dict[str, bytes]:
+    """The source's small files; `BloomdeskError` if one is not what its name says, or not what a download recorded."""
+    try:
+        return target.read_companions(source)
+    except BloomdeskError:
+        # The record knows how to get a damaged one again.
+        record = load_record(source)
+        for name in COMPANIONS if record is not None else ():
+            data = read_if_exists(source / name, target.LARGEST_COMPANION)
+            if data is not None and name in record.files:
+                _check_recorded(source / name, record.files[name], data)
+        raise
+
+
+def _check_recorded(path: Path, known: HubFile, data: bytes) -> None:
+    digest = known.digest()
+    digest.update(data)
+    if wrong := known.difference(digest):
+        raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+
+
 def _recorded_source(
     source: Path, shards: ShardList, companions: Mapping[str, bytes]
 ) -> tuple[Source, dict[Path, str]]:
@@ -364,10 +386,7 @@ def _recorded_source(
                 f"{path} has {size:,} bytes, the download recorded {known.size:,}", FETCH_AGAIN
             )
         if path not in shards.files:
-            digest = known.digest()
-            digest.update(companions[path.name])
-            if wrong := known.difference(digest):
-                raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+            _check_recorded(path, known, companions[path.name])
         elif known.sha256 is not None:
             hashes[path] = known.sha256
     return Source(record.repo, record.commit), hashes
