@@ -10,15 +10,18 @@ from dataclasses import replace
 from runner.generation.memory_plan import MemoryPlan, memory_plan
 from runner.generation.sequence import Request, Sequence
 from runner.generation.session import Session
+from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.proposer import Proposer
 from runner.model.forward import ModelRunner, OnPart
+from runner.model.kv_cache import KVCache, Segment
 
 
 class Batch:
     """Requests in the order given, as many of them in a pass as `plan` has room for, and what they took together.
 
     A sequence that ends makes room, in the passes and in RAM, for the next. The rows of a joining prompt share the pass
-    with the single rows of the others; a very long prompt, or many at once, take several passes.
+    with the single rows of the others; a very long prompt, or many at once, take several passes. What prompts begin
+    with in common is read once, in segments of its own before theirs.
     """
 
     def __init__(
@@ -26,12 +29,14 @@ class Batch:
         model: ModelRunner,
         requests: Iterable[Request],
         plan: MemoryPlan,
+        prefixes: SharedPrefixes,
         proposer: Proposer,
         on_part: OnPart | None = None,
         session: Session | None = None,
     ) -> None:
-        """`session` is that of the only request."""
+        """`prefixes` are those of the prompts, and `session` is that of the only request."""
         self.model = model
+        self._prefixes = prefixes
         eos = model.weights.model.eos_token_ids
         self.sequences = tuple(Sequence(index, request, eos) for index, request in enumerate(requests))
         self.active: list[Sequence] = []
@@ -82,23 +87,26 @@ class Batch:
         # What is forced to its end needs no pass.
         if finished := self._dismiss():
             return finished
-        counts, logit_room = self._unread_rows()
+        prefixes, counts, logit_room = self._unread_rows()
         ready = [each for each, count in counts.items() if each.is_begun and count == each.unread]
-        other_rows = sum(counts.values()) - len(ready)
-        room = min(request.rows - sum(counts.values()), logit_room)
-        drafts = self.proposer.propose(ready, other_rows, max(0, room))
-        segments = {each: each.segment(count, drafts.get(each, ())) for each, count in counts.items()}
-        rows = sum(len(segment.ids) for segment in segments.values())
-        with self.proposer.cost.measure(self._stream, rows):
-            found = self.model.forward_all(list(segments.values()), self._on_part)
+        rows = sum(counts.values()) + sum(len(segment.ids) for segment in prefixes.values())
+        other_rows = rows - len(ready)
+        drafts = self.proposer.propose(ready, other_rows, max(0, min(request.rows - rows, logit_room)))
+        own = {each: each.segment(count, drafts.get(each, ())) for each, count in counts.items()}
+        segments = [*prefixes.values(), *own.values()]
+        with self.proposer.cost.measure(self._stream, sum(len(segment.ids) for segment in segments)):
+            found = self.model.forward_all(segments, self._on_part)[len(prefixes) :]
         self.passes += 1
-        accepted = {each: each.verify(logits) for each, logits in zip(segments, found, strict=True)}
+        accepted = {each: each.verify(logits) for each, logits in zip(own, found, strict=True)}
         if self._session and not self.sequences[0].failure:
             self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
         seconds, nbytes = time.perf_counter() - began, self.bytes_read - read
-        for each in segments:
-            each.count_pass(seconds, nbytes, len(segments))
+        carried = [
+            each for each in self.active if each in own or not prefixes.keys().isdisjoint(each.cache.chain)
+        ]
+        for each in carried:
+            each.count_pass(seconds, nbytes, len(carried))
         if self.proposer.retire_draft(len(ready), self._stream.streamed_bytes):
             self._arrange(memory_plan(replace(request, draft=0, keep=self.plan.resident)))
         return self._dismiss()
@@ -109,10 +117,16 @@ class Batch:
 
     def _admit(self) -> None:
         """Let waiting sequences join in their order, if there is room."""
-        while self.waiting and len(self.active) < self.plan.request.batch:
-            self.waiting[0].cache = self.model.new_cache(self.waiting[0].request.capacity)
+        request = self.plan.request
+        while self.waiting and len(self.active) < request.batch:
+            each, active = self.waiting[0], [other.cache for other in self.active]
+            each.cache = self._prefixes.new_cache(
+                self.model, each.index, each.request.capacity, active, request.positions
+            )
+            if each.cache is None:
+                break
             if self._session:
-                self._session.fill(self.waiting[0].cache)
+                self._session.fill(each.cache)
             self.active.append(self.waiting.popleft())
         for each in self.active:
             each.resume()
@@ -126,16 +140,24 @@ class Batch:
             self.proposer.release(each)
         return finished
 
-    def _unread_rows(self) -> tuple[dict[Sequence, int], int]:
-        """The number of unread rows of each text that the pass carries, and how many more rows may give logits.
+    def _unread_rows(self) -> tuple[dict[KVCache, Segment], dict[Sequence, int], int]:
+        """What the pass carries: segments of prefixes, the number of unread rows of each text; and what is left.
 
-        Each text that has one such row gets it; those with more, of prompts or forced tokens, share what is left.
+        That is how many more rows may give logits. Each text that has one unread row gets it; those with more, of
+        prompts or forced tokens, share what is left.
         """
-        request = self.plan.request
-        counts = {each: 1 for each in self.active if each.unread == 1}
+        request, prefixes = self.plan.request, {}
+        counts = {each: 1 for each in self.active if each.unread == 1 and not each.unread_prefixes}
         room, logit_room = request.rows - len(counts), request.logit_rows - len(self.active)
         for each in self.active:
-            if each in counts or not room:
+            if each in counts:
+                continue
+            for cache in each.unread_prefixes:
+                if room and cache not in prefixes:
+                    prefixes[cache] = each.prefix_segment(cache, room)
+                    room -= len(prefixes[cache].ids)
+            # A prefix takes all the room before it is left unfinished, so with some left they are all read.
+            if not room:
                 continue
             count = min(each.unread, room)
             # Of one row that gives logits there is room for each text.
@@ -144,4 +166,4 @@ class Batch:
             counts[each] = count
             room -= count
             logit_room -= max(0, each.logit_rows(count) - 1)
-        return counts, logit_room
+        return prefixes, counts, logit_room

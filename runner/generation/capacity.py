@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from runner.errors import BloomdeskError
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.sequence import Request
+from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.cost import SLOPE
 from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
 from runner.generation.speculation.proposer import Proposer
+from runner.model.kv_cache import whole_lanes
 
 # More sequences at a time hardly save anything: their pass computes for longer than a disk reads.
 MOST_AT_A_TIME = 64
@@ -28,10 +30,19 @@ class Planner:
     `base` says what all of them need together, in passes without rows; its caches are sorted, the largest first.
     """
 
-    def __init__(self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer) -> None:
-        self._base = base
+    def __init__(
+        self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer, prefixes: SharedPrefixes
+    ) -> None:
         self._prompts = sorted(map(_first_rows, requests), reverse=True)
         self._longest = max(self._prompts[0], *map(_forced_rows, requests))
+        shared = [prefixes.shared(number) for number in range(len(requests))]
+        sharing = zip(requests, shared, strict=True)
+        joined = max((request.capacity for request, count in sharing if count), default=0)
+        self._base = replace(base, joined=joined)
+        self._prefix_positions = prefixes.positions
+        # What the prefixes leave of each prompt and of each cache, the most first.
+        self._rest_rows = _rests(map(_first_rows, requests), shared)
+        self._rest_positions = _rests((whole_lanes(request.capacity) for request in requests), shared)
         self._draft_tokens = proposer.most_tokens(max(request.max_new_tokens for request in requests))
         if any(request.grammar and request.sampling.logprobs is not None for request in requests):
             # Rows of forced tokens give logits then.
@@ -76,7 +87,9 @@ class Planner:
         def is_cheap(rows: int) -> bool:
             return self._request(batch, rows, logit_rows).activations <= room
 
-        rows = _most(logit_rows, max(logit_rows, sum(self._prompts[:batch])), is_cheap)
+        wanted = sum(self._prompts[:batch])
+        wanted -= self._saved(wanted, self._rest_rows[:batch])
+        rows = _most(logit_rows, max(logit_rows, wanted), is_cheap)
         # A prompt that fits into one pass as a whole never takes two.
         whole = max(rows, self._longest)
         rows = _most(logit_rows, whole, lambda rows: self._request(batch, rows, logit_rows).fits)
@@ -85,13 +98,24 @@ class Planner:
     def _request(self, batch: int, rows: int, logit_rows: int) -> MemoryRequest:
         capacities = self._base.capacities[:batch]
         draft = self._draft.nbytes(batch, capacities[0]) if self._draft else 0
-        return replace(self._base, capacities=capacities, rows=rows, logit_rows=logit_rows, draft=draft)
+        shared = self._saved(sum(map(whole_lanes, capacities)), self._rest_positions[:batch])
+        return replace(
+            self._base, capacities=capacities, rows=rows, logit_rows=logit_rows, draft=draft, shared=shared
+        )
+
+    def _saved(self, whole: int, rests: Sequence[int]) -> int:
+        """How much less than `whole` is enough for any texts at a time: all prefixes, and of each text the rest."""
+        return max(0, whole - sum(rests) - self._prefix_positions)
 
 
 def _first_rows(request: Request) -> int:
     """Rows of the prompt and of the tokens that must follow it."""
     forced = request.grammar.forced_tokens if request.grammar else 0
     return min(request.capacity, len(request.prompt_ids) + forced)
+
+
+def _rests(wholes: Iterable[int], shared: Sequence[int]) -> list[int]:
+    return sorted((whole - count for whole, count in zip(wholes, shared, strict=True)), reverse=True)
 
 
 def _forced_rows(request: Request) -> int:

@@ -9,7 +9,7 @@ from runner import units
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.model.activations import activation_bytes
-from runner.model.kv_cache import KVCache
+from runner.model.kv_cache import JoinedValues, KVCache, whole_lanes
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
 from runner.weights.ring import buffer_bytes
@@ -27,7 +27,8 @@ class MemoryRequest:
 
     The matrices of `model` are in chunks of `chunks` bytes, in the order of a pass. There is a cache for each of
     `capacities` positions, and a pass has up to `rows` rows, of which `logit_rows` give logits. `draft` is the bytes
-    of a draft model with its caches. The chunks `keep` are in RAM already, and stay there if they fit.
+    of a draft model with its caches. The chunks `keep` are in RAM already, and stay there if they fit. `shared`
+    positions of the caches are the same memory as others, and sequences of up to `joined` positions share some.
     """
 
     model: Hyperparameters
@@ -39,6 +40,8 @@ class MemoryRequest:
     logit_rows: int = 1
     draft: int = 0
     keep: frozenset[int] = frozenset()
+    shared: int = 0
+    joined: int = 0
 
     @property
     def batch(self) -> int:
@@ -46,16 +49,21 @@ class MemoryRequest:
         return len(self.capacities)
 
     @property
+    def positions(self) -> int:
+        """Positions of all KV caches."""
+        return sum(map(whole_lanes, self.capacities)) - self.shared
+
+    @property
     def cache(self) -> int:
         """Bytes of all KV caches."""
-        dtype = TORCH_DTYPES[self.model.dtype]
-        return sum(KVCache.nbytes(self.model, capacity, dtype) for capacity in self.capacities)
+        return KVCache.nbytes(self.model, self.positions, TORCH_DTYPES[self.model.dtype])
 
     @property
     def activations(self) -> int:
         """Bytes of the activations of one pass."""
-        element_size = TORCH_DTYPES[self.model.dtype].itemsize
-        return activation_bytes(self.model, self.rows, max(self.capacities), element_size, self.logit_rows)
+        dtype, longest = TORCH_DTYPES[self.model.dtype], max(self.capacities)
+        joined = JoinedValues.nbytes(self.model, self.joined, dtype) if self.joined else 0
+        return activation_bytes(self.model, self.rows, longest, dtype.itemsize, self.logit_rows) + joined
 
     @property
     def buffer_nbytes(self) -> int:

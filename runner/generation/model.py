@@ -18,6 +18,7 @@ from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, Genera
 from runner.generation.scorer import Scorer, Text, plan_scoring
 from runner.generation.sequence import Request
 from runner.generation.session import Session, seed_of
+from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.draft_model import DraftModel
 from runner.generation.speculation.proposer import Proposer
 from runner.generation.stops import ScannedText
@@ -126,8 +127,9 @@ class Model(ModelRunner):
         """Continuations of prompts that share their passes, up to `batch` of them at a time.
 
         Yields each sequence as soon as it is done, with its `request.number` among the prompts and, of several
-        continuations, its `request.choice`; its tokens are those of its own run. Without a seed all have the same
-        drawn one. By default `batch` is what the RAM suggests. Raises what `generate` raises, before the first pass.
+        continuations, its `request.choice`; its tokens are those of its own run. What several of them begin with is
+        computed once. Without a seed all have the same drawn one. By default `batch` is what the RAM suggests. Raises
+        what `generate` raises, before the first pass.
         """
         sampling = sampling.seeded()
         requests = [
@@ -155,15 +157,24 @@ class Model(ModelRunner):
             draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
         proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
         capacities = sorted((request.capacity for request in requests), reverse=True)
-        planner = Planner(self.memory_request(capacities, 0), requests, proposer)
-        return kind(self, requests, planner.plan(options.batch), proposer, on_part, session)
+        base = self.memory_request(capacities, 0)
+        prefixes, plan = _shared_if_it_fits(
+            SharedPrefixes([request.prompt_ids for request in requests]),
+            lambda prefixes: Planner(base, requests, proposer, prefixes).plan(options.batch),
+        )
+        return kind(self, requests, plan, prefixes, proposer, on_part, session)
 
     def scorer(self, texts: Sequence[Text], on_part: OnPart | None = None) -> Scorer:
         """Scores texts of token ids, as many in a pass as the RAM has room for.
 
         Raises `BloomdeskError` if the RAM is too little for the longest.
         """
-        return Scorer(self, texts, plan_scoring(self.memory_request([1], 1), texts), on_part)
+        base = self.memory_request([1], 1)
+        prefixes, plan = _shared_if_it_fits(
+            SharedPrefixes([text.ids for text in texts], ahead=1),
+            lambda prefixes: plan_scoring(base, texts, prefixes),
+        )
+        return Scorer(self, texts, plan, on_part, prefixes)
 
     def requests(
         self,
@@ -205,3 +216,16 @@ class Model(ModelRunner):
         if sequence.scanner.end is None:
             return self.tokenizer.decode(sequence.ids)
         return bytes(sequence.scanner.text[: sequence.scanner.end]).decode(errors="replace")
+
+
+def _shared_if_it_fits(
+    prefixes: SharedPrefixes, plan: Callable[[SharedPrefixes], MemoryPlan]
+) -> tuple[SharedPrefixes, MemoryPlan]:
+    """The plan with `prefixes` or, as sharing takes a little RAM for a pass, without any if that is too little."""
+    try:
+        return prefixes, plan(prefixes)
+    except BloomdeskError:
+        if not prefixes.positions:
+            raise
+        prefixes = SharedPrefixes([])
+        return prefixes, plan(prefixes)

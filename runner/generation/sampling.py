@@ -20,6 +20,7 @@ import torch
 from runner.generation.grammar import Grammar
 from runner.generation.noise import exp, gumbel
 from runner.generation.options import Sampling
+from runner.model.forward import one_thread
 
 
 class Sampler:
@@ -46,6 +47,7 @@ class Sampler:
         found._matcher = self._matcher and self._matcher.fork()
         return found
 
+    @one_thread()
     def choose(self, row: torch.Tensor, ids: Sequence[int]) -> int:
         """The token id that follows the new tokens `ids`, by a row of logits [V]."""
         options = self._sampling

@@ -1,20 +1,24 @@
 """Scores of given texts: log-probabilities of their tokens, with as many texts in a pass as the RAM has room for.
 
 texts ──> segments of a pass, the last of them cut if it does not fit ──> logits of the scored rows alone ──> scores
+
+What several texts begin with is a segment of its own before theirs, and its scores are those of each of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 from runner.errors import BloomdeskError
 from runner.generation.capacity import MEMORY_TO_DISK
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.scoring import TokenScore, score
 from runner.generation.sequence import no_numbers
+from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.cost import SLOPE
 from runner.model.forward import ModelRunner, OnPart
 from runner.model.kv_cache import KVCache, Segment, whole_lanes
@@ -41,8 +45,9 @@ class Text:
 
 @dataclass(eq=False)
 class ScoredText:
-    """A text and the scores of its tokens from `text.first` on."""
+    """A text, number `number` of the scorer's, and once it is done the scores of its tokens from `text.first` on."""
 
+    number: int
     text: Text
     scores: list[TokenScore] = field(default_factory=list)
     cache: KVCache | None = None
@@ -58,21 +63,35 @@ class ScoredText:
         return all(each.is_greedy for each in self.scores)
 
 
+@dataclass
+class _CacheScores:
+    """Scores of the tokens that a cache's rows predict, from position `first` of the text on."""
+
+    first: int
+    found: list[TokenScore] = field(default_factory=list)
+
+
 class Scorer:
     """Scores `texts` in their order; each yields its scores as soon as they are known."""
 
     def __init__(
         self,
         model: ModelRunner,
-        texts: Iterable[Text],
+        texts: Sequence[Text],
         plan: MemoryPlan,
         on_part: OnPart | None = None,
+        prefixes: SharedPrefixes | None = None,
     ) -> None:
+        """`prefixes` are those of the texts whose next token is the same as well; by default none."""
         self.model, self.plan = model, plan
-        self.waiting = deque(ScoredText(text) for text in texts)
+        self.texts = texts
+        self.waiting = deque(ScoredText(number, text) for number, text in enumerate(texts))
         self.active: list[ScoredText] = []
         self.passes = 0
         self._on_part = on_part
+        self._prefixes = prefixes or SharedPrefixes([])
+        # Of the caches in use, those of prefixes too.
+        self._scores: WeakKeyDictionary[KVCache, _CacheScores] = WeakKeyDictionary()
         model.weights.stream.arrange(plan.resident, plan.buffers)
 
     def run(self) -> Iterator[ScoredText]:
@@ -82,58 +101,91 @@ class Scorer:
 
     def step(self) -> list[ScoredText]:
         """The texts that are scored with one more pass. After an exception, the next step makes the pass again."""
-        segments = self._segments()
-        found = self.model.forward_all(list(segments.values()), self._on_part) if segments else []
+        carried = self._carried()
+        segments = [segment for _, segment in carried]
+        found = self.model.forward_all(segments, self._on_part) if segments else []
         self.passes += bool(segments)
-        for each, logits in zip(segments, found, strict=True):
+        for (text, segment), logits in zip(carried, found, strict=True):
             if len(logits) and not math.isfinite(float(logits.max())):
-                raise no_numbers(each.cache)
+                raise no_numbers(segment.cache)
+            scores = self._scores[segment.cache]
             for row in logits:
-                token = each.text.ids[each.text.first + len(each.scores)]
-                each.scores.append(score(row, token, 1))
-        finished = [each for each in self.active if each.cache is None or each.cache.length == each.text.rows]
+                scores.found.append(score(row, text.ids[scores.first + len(scores.found)], 1))
+        finished = [each for each in self.active if each.cache is None or each.cache.is_full]
         self.active = [each for each in self.active if each not in finished]
         for each in finished:
+            each.scores = self._scores_of(each)
             each.cache = None
         return finished
 
-    def _segments(self) -> dict[ScoredText, Segment]:
-        """The next rows of texts, in their order, as many as the plan has room for."""
-        request, segments = self.plan.request, {}
-        rows, logit_rows = request.rows, request.logit_rows
-        positions = sum(request.capacities) - sum(_positions(each.text) for each in self.active)
+    def _carried(self) -> list[tuple[Text, Segment]]:
+        """The next rows of texts, in their order, as many as the plan has room for; each with a text that has them."""
+        request, carried = self.plan.request, []
+        rows, logit_rows, place = request.rows, request.logit_rows, 0
         while rows and logit_rows:
-            each = next((each for each in self.active if each not in segments), None)
-            if each is None:
-                if not self.waiting or (self.active and _positions(self.waiting[0].text) > positions):
-                    break
-                each = self.waiting.popleft()
-                each.cache = self.model.new_cache(each.text.rows)
-                positions -= _positions(each.text)
-                self.active.append(each)
-            done, text = each.cache.length, each.text
-            count = min(rows, text.rows - done)
-            # The row before a scored token gives its logits.
-            wanted = min(count, max(0, done + count - (text.first - 1)))
-            if wanted > logit_rows:
-                count, wanted = count - (wanted - logit_rows), logit_rows
-            segments[each] = Segment(text.ids[done : done + count], each.cache, wanted)
-            rows, logit_rows = rows - count, logit_rows - wanted
-        return segments
+            if place == len(self.active) and not self._begin_next():
+                break
+            text, chain = self.active[place].text, self.active[place].cache.chain
+            place += 1
+            seen = {segment.cache for _, segment in carried}
+            for cache in chain:
+                # One that is cut takes all the room, so its texts go no further.
+                if cache.is_full or cache in seen or not (rows and logit_rows):
+                    continue
+                done = cache.length
+                count = min(rows, cache.capacity - done)
+                # The row before a scored token gives its logits.
+                wanted = min(count, max(0, done + count - (self._scores[cache].first - 1)))
+                if wanted > logit_rows:
+                    count, wanted = count - (wanted - logit_rows), logit_rows
+                carried.append((text, Segment(text.ids[done : done + count], cache, wanted)))
+                rows, logit_rows = rows - count, logit_rows - wanted
+        return carried
+
+    def _begin_next(self) -> bool:
+        """Whether there was room for the cache of the next text."""
+        if not self.waiting:
+            return False
+        each, active = self.waiting[0], [other.cache for other in self.active]
+        each.cache = self._prefixes.new_cache(
+            self.model, each.number, each.text.rows, active, self.plan.request.positions
+        )
+        if each.cache is None:
+            return False
+        self.active.append(self.waiting.popleft())
+        for cache in each.cache.chain:
+            texts = self._prefixes.members(each.number, cache.capacity)
+            first = min(self.texts[number].first for number in texts)
+            self._scores.setdefault(cache, _CacheScores(max(first, cache.start + 1)))
+        return True
+
+    def _scores_of(self, each: ScoredText) -> list[TokenScore]:
+        """The scores of a text that was read; a prefix may have more, for a text whose scores begin earlier."""
+        parts = [self._scores[cache] for cache in each.cache.chain]
+        return [found for part in parts for found in part.found[max(0, each.text.first - part.first) :]]
 
 
-def plan_scoring(base: MemoryRequest, texts: Sequence[Text]) -> MemoryPlan:
+def plan_scoring(
+    base: MemoryRequest, texts: Sequence[Text], prefixes: SharedPrefixes | None = None
+) -> MemoryPlan:
     """The memory plan with the most rows a second; `base` says what passes without rows and caches need.
 
-    Raises `BloomdeskError` if the RAM is too little for the longest text.
+    `prefixes` are those of the texts; by default none. Raises `BloomdeskError` if the RAM is too little for the longest
+    text.
     """
     longest = max(_positions(text) for text in texts)
-    everything = sum(_positions(text) for text in texts)
+    prefixes = prefixes or SharedPrefixes([])
+    shared = [prefixes.shared(number) for number in range(len(texts))]
+    everything = prefixes.positions + sum(map(_positions, texts)) - sum(shared)
+    all_rows = prefixes.positions + sum(text.rows for text in texts) - sum(shared)
+    joined = max((text.rows for text, count in zip(texts, shared, strict=True) if count), default=0)
     best, refusal = None, None
     for rows in ROW_COUNTS:
-        rows = min(rows, sum(text.rows for text in texts))
-        capacities = (longest, max(0, min(whole_lanes(rows), everything) - longest))
-        request = replace(base, capacities=capacities, rows=rows, logit_rows=rows)
+        rows = min(rows, all_rows)
+        # Caches are of whole lanes, so a pass needs more positions than it has rows.
+        positions = whole_lanes(-(-rows * everything // all_rows))
+        capacities = (longest, max(0, positions - longest))
+        request = replace(base, capacities=capacities, rows=rows, logit_rows=rows, joined=joined)
         try:
             plan = memory_plan(request)
         except BloomdeskError as error:

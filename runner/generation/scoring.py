@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.generation.noise import exp, log
+from runner.model.forward import one_thread
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def log_probabilities(row: torch.Tensor) -> torch.Tensor:
     return (scores.double() - log(total)).float()
 
 
+@one_thread()
 def score(row: torch.Tensor, token: int, top: int = 0) -> TokenScore:
     """The score of `token` at the place of a row of logits [V], with those of the `top` likeliest tokens.
 

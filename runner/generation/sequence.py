@@ -121,8 +121,21 @@ class Sequence:
 
     @property
     def unread(self) -> int:
-        """Number of rows that the next token needs: the rest of the prompt, forced tokens, the last token."""
+        """Number of rows that the next token needs: the rest of the prompt, forced tokens, the last token.
+
+        Without those of the cache's prefixes.
+        """
         return len(self.prompt_ids) + len(self.ids) - (self.stop_reason is not None) - self.cache.length
+
+    @property
+    def unread_prefixes(self) -> list[KVCache]:
+        """The prefixes of its cache that are not full yet, the first positions first."""
+        return [cache for cache in self.cache.chain[:-1] if not cache.is_full]
+
+    def prefix_segment(self, prefix: KVCache, rows: int) -> Segment:
+        """The next unread rows of a prefix of its cache, up to `rows`."""
+        done = prefix.length
+        return Segment(self.prompt_ids[done : min(done + rows, prefix.capacity)], prefix, 0)
 
     @property
     def _known(self) -> int:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from runner.format.hyperparameters import Hyperparameters
 from runner.model.activations import score_rows
-from runner.model.kv_cache import BlockCache, Segment, whole_lanes
+from runner.model.kv_cache import BlockCache, JoinedValues, Segment, whole_lanes
 from runner.weights.checkpoint import Part
 from runner.weights.linear import Matrix
 
@@ -82,16 +82,20 @@ class AttentionMetadata:
     """Which rows of a pass belong to one sequence, and which positions each of them attends to.
 
     Rows `first` to `last` of x are the sequence's, and its cache stores them from position `start` on. `masks` are
-    [t, S] for groups of t rows, so that the scores of a long prompt are never in memory all at once.
+    [t, S] for groups of t rows, so that the scores of a long prompt are never in memory all at once. `joined` is what
+    a cache with a prefix needs.
     """
 
     first: int
     last: int
     start: int
     masks: tuple[torch.Tensor, ...]
+    joined: JoinedValues | None = None
 
     @classmethod
-    def of(cls, segment: Segment, first: int, n_head: int, dtype: torch.dtype) -> AttentionMetadata:
+    def of(
+        cls, segment: Segment, first: int, n_head: int, dtype: torch.dtype, joined: JoinedValues | None = None
+    ) -> AttentionMetadata:
         """The metadata of `segment`, whose rows begin at row `first` of the pass."""
         rows, start = len(segment.ids), segment.cache.length
         step = score_rows(n_head, segment.length)
@@ -100,7 +104,7 @@ class AttentionMetadata:
             count = min(step, rows - done)
             length = start + done + count
             masks.append(causal_mask(count, length, whole_lanes(length), dtype))
-        return cls(first, first + rows, start, tuple(masks))
+        return cls(first, first + rows, start, tuple(masks), joined)
 
 
 def attend(
@@ -119,7 +123,8 @@ def attend(
         products = cache.scores(q[:, done : done + t], S) * (1.0 / math.sqrt(D))  # [H, t, S]
         scores = products.add_(alibi[:, :, :S]).to(fused.dtype) + mask
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(fused.dtype)
-        contexts.append(cache.context(weights).to(fused.dtype).transpose(0, 1).reshape(t, -1))
+        context = cache.context(weights, attended.joined).to(fused.dtype)
+        contexts.append(context.transpose(0, 1).reshape(t, -1))
         done += t
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.model import bloom
-from runner.model.kv_cache import KVCache, Segment, whole_lanes
+from runner.model.kv_cache import JoinedValues, KVCache, Segment, whole_lanes
 from runner.weights.checkpoint import Weights
 
 # Called after each part of a pass with the number of parts done and of all parts.
@@ -22,9 +22,9 @@ class ModelRunner:
 
     weights: Weights
 
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty KV cache for `capacity` positions; its memory must be in the plan already."""
-        return KVCache(self.weights.model, capacity, self.weights.dtype, self.weights.kernel)
+    def new_cache(self, capacity: int, prefix: KVCache | None = None) -> KVCache:
+        """An empty KV cache for `capacity` positions, the first of them `prefix`'s; its memory must be in the plan."""
+        return KVCache(self.weights.model, capacity, self.weights.dtype, self.weights.kernel, prefix)
 
     def forward(
         self, ids: Sequence[int], cache: KVCache, *, all_rows: bool = False, on_part: OnPart | None = None
@@ -36,13 +36,19 @@ class ModelRunner:
     def forward_all(self, segments: Sequence[Segment], on_part: OnPart | None = None) -> list[torch.Tensor]:
         """Logits [n, V] of each segment, in the model's dtype; its ids are appended to its cache.
 
-        They have the bits that the sequence's own pass would give. A pass that ends with an exception has changed no
-        cache. Raises ValueError if a cache is too small, and `BloomdeskError` if a part cannot be read or was changed
-        since it was opened.
+        They have the bits that the sequence's own pass would give. A segment that fills a prefix stands before those
+        of the sequences that share it. A pass that ends with an exception has changed no cache. Raises ValueError if a
+        cache is too small or its prefix is not full, and `BloomdeskError` if a part cannot be read or was changed since
+        it was opened.
         """
+        lengths: dict[KVCache, int] = {}
         for segment in segments:
-            if segment.length > segment.cache.capacity:
-                raise ValueError(f"{segment.length} positions do not fit a cache of {segment.cache.capacity}")
+            cache, prefix = segment.cache, segment.cache.prefix
+            if segment.length > cache.capacity:
+                raise ValueError(f"{segment.length} positions do not fit a cache of {cache.capacity}")
+            if prefix and lengths.get(prefix, prefix.length) != prefix.capacity:
+                raise ValueError("a prefix must be full before its sequences are read")
+            lengths[cache] = segment.length
         try:
             with one_thread():
                 logits = self._through_parts(segments, on_part)
@@ -58,9 +64,12 @@ class ModelRunner:
         model, weights = self.weights.model, self.weights
         longest = max(segment.length for segment in segments)
         alibi = bloom.alibi_bias(model.n_head, whole_lanes(longest), weights.dtype)
+        sharing = [segment.length for segment in segments if segment.cache.prefix]
+        joined = JoinedValues(model, max(sharing), weights.dtype) if sharing else None
         attended, last = [], 0
         for segment in segments:
-            attended.append(bloom.AttentionMetadata.of(segment, last, model.n_head, weights.dtype))
+            metadata = bloom.AttentionMetadata.of(segment, last, model.n_head, weights.dtype, joined)
+            attended.append(metadata)
             last += len(segment.ids)
         x = bloom.embed([i for segment in segments for i in segment.ids], weights.embedding, model)
         blocks = zip(weights.blocks, *(segment.cache.blocks for segment in segments), strict=True)

@@ -1,4 +1,10 @@
-"""The KV cache: keys and values of all positions so far in memory that is reserved once, and products with them."""
+"""The KV cache: keys and values of all positions so far in memory that is reserved once, and products with them.
+
+Sequences that begin with the same tokens share the cache of these, a prefix; a prefix may have one itself:
+
+    positions    0 ........ start ........ capacity
+                 `prefix`   own keys and values
+"""
 
 from __future__ import annotations
 
@@ -17,12 +23,15 @@ LEAST_POSITIONS = 16
 class BlockCache:
     """One block's keys [H, capacity, D] and values [H, D, capacity], so that both are rows of a product.
 
-    Positions that were never written hold zeros, so that products may include them.
+    Positions that were never written hold zeros, so that products may include them. The first of them is position
+    `start` of the sequence; `prefix` has those before it.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     kernel: Kernel
+    start: int = 0
+    prefix: BlockCache | None = None
 
     @property
     def n_head(self) -> int:
@@ -34,23 +43,59 @@ class BlockCache:
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
         """Store [H, T, D] each, from position `start` on."""
-        end = start + keys.shape[1]
-        self.keys[:, start:end] = keys
-        self.values[:, :, start:end] = values.transpose(1, 2)
+        first, last = start - self.start, start - self.start + keys.shape[1]
+        self.keys[:, first:last] = keys
+        self.values[:, :, first:last] = values.transpose(1, 2)
 
     def scores(self, queries: torch.Tensor, length: int) -> torch.Tensor:
         """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
-        out = torch.zeros(H, T, length)
-        self.kernel.accumulate(queries.float().contiguous(), self.keys[:, :length], out)
+        queries, out = queries.float().contiguous(), torch.zeros(H, T, length)
+        block, end = self, length
+        while block:
+            keys = block.keys[:, : end - block.start]
+            self.kernel.accumulate(queries, keys, out[:, :, block.start : end])
+            block, end = block.prefix, block.start
         return out
 
-    def context(self, weights: torch.Tensor) -> torch.Tensor:
-        """The values of the first S positions summed with weights [H, T, S] -> [H, T, D] float32."""
+    def context(self, weights: torch.Tensor, joined: JoinedValues | None = None) -> torch.Tensor:
+        """The values of the first S positions summed with weights [H, T, S] -> [H, T, D] float32.
+
+        A cache with a prefix needs `joined`: a sum over positions has one order, so these must lie side by side.
+        """
         H, T, S = weights.shape
         out = torch.zeros(H, T, self.head_dim)
-        self.kernel.accumulate(weights.float(), self.values[:, :, :S], out)
+        values = joined.of(self, S) if self.prefix else self.values[:, :, :S]
+        self.kernel.accumulate(weights.float(), values, out)
         return out
+
+
+class JoinedValues:
+    """Memory for one block's values of a sequence with those of its prefix before them, [H, D, `capacity`].
+
+    What it has of a prefix serves all sequences in turn that share it, so only their own values are copied for each.
+    It is of one pass: a prefix must not change between two of its sequences.
+    """
+
+    def __init__(self, model: Hyperparameters, capacity: int, dtype: torch.dtype) -> None:
+        self._values = torch.empty(model.n_head, model.head_dim, whole_lanes(capacity), dtype=dtype)
+        self._prefix: BlockCache | None = None
+
+    def of(self, block: BlockCache, length: int) -> torch.Tensor:
+        """The values of the first `length` positions of `block`, which has a prefix: [H, D, S], until the next call."""
+        if self._prefix is not block.prefix:
+            each, end = block.prefix, block.start
+            while each:
+                self._values[:, :, each.start : end] = each.values[:, :, : end - each.start]
+                each, end = each.prefix, each.start
+            self._prefix = block.prefix
+        self._values[:, :, block.start : length] = block.values[:, :, : length - block.start]
+        return self._values[:, :, :length]
+
+    @staticmethod
+    def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:
+        """Bytes for sequences of up to `capacity` positions."""
+        return whole_lanes(capacity) * model.hidden_size * dtype.itemsize
 
 
 class KVCache:
@@ -59,25 +104,66 @@ class KVCache:
     The memory is reserved at once; the system provides its pages as it fills. `length` is the number of valid
     positions: a pass adds its rows to it at its end, so that an interrupted pass can simply be run again.
     The memory is freed with the last reference to the cache.
+
+    With a `prefix`, the positions before its capacity are those of the prefix, and count in `length` from the start: a
+    pass may carry rows for this cache once the prefix is full, or carries the rows that fill it first.
     """
 
-    def __init__(self, model: Hyperparameters, capacity: int, dtype: torch.dtype, kernel: Kernel) -> None:
-        H, D, room = model.n_head, model.head_dim, whole_lanes(capacity)
+    def __init__(
+        self,
+        model: Hyperparameters,
+        capacity: int,
+        dtype: torch.dtype,
+        kernel: Kernel,
+        prefix: KVCache | None = None,
+    ) -> None:
+        """Raises ValueError if the prefix does not end at a whole number of lanes."""
+        self.start = prefix.capacity if prefix else 0
+        if self.start % LANES:
+            raise ValueError(f"a prefix of {self.start} positions is no multiple of {LANES}")
+        H, D, room = model.n_head, model.head_dim, whole_lanes(capacity) - self.start
         self.blocks = tuple(
-            BlockCache(torch.zeros(H, room, D, dtype=dtype), torch.zeros(H, D, room, dtype=dtype), kernel)
-            for _ in range(model.n_layer)
+            BlockCache(
+                torch.zeros(H, room, D, dtype=dtype),
+                torch.zeros(H, D, room, dtype=dtype),
+                kernel,
+                self.start,
+                before,
+            )
+            for before in (prefix.blocks if prefix else [None] * model.n_layer)
         )
+        self.prefix = prefix
         self.capacity = capacity
-        self.length = 0
+        self.length = self.start
+
+    @property
+    def chain(self) -> tuple[KVCache, ...]:
+        """The prefixes, the first positions first, and this cache."""
+        return (*self.prefix.chain, self) if self.prefix else (self,)
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that memory is reserved for, without those of the prefix."""
+        return whole_lanes(self.capacity) - self.start
+
+    @property
+    def is_full(self) -> bool:
+        return self.length == self.capacity
 
     def stored(self, first: int, last: int) -> torch.Tensor:
         """Keys and values of positions `first` to `last`: [n_layer, 2, H, T, D], contiguous."""
-        return torch.stack(
-            [
-                torch.stack([block.keys[:, first:last], block.values[:, :, first:last].transpose(1, 2)])
-                for block in self.blocks
-            ]
-        )
+        first_block = self.blocks[0]
+        H, D, dtype = first_block.n_head, first_block.head_dim, first_block.keys.dtype
+        out = torch.empty(len(self.blocks), 2, H, last - first, D, dtype=dtype)
+        for cache in self.chain:
+            begin, end = max(first, cache.start), min(last, cache.capacity)
+            for (keys, values), block in zip(
+                out[:, :, :, begin - first : end - first], cache.blocks, strict=True
+            ):
+                if begin < end:
+                    keys.copy_(block.keys[:, begin - cache.start : end - cache.start])
+                    values.copy_(block.values[:, :, begin - cache.start : end - cache.start].transpose(1, 2))
+        return out
 
     def load(self, stored: torch.Tensor) -> None:
         """Append positions as `stored` gave them, [n_layer, 2, H, T, D]."""
@@ -86,24 +172,24 @@ class KVCache:
         self.length += stored.shape[3]
 
     def rewind(self, length: int) -> None:
-        """Forget all positions from `length` on. Raises ValueError if the cache has fewer."""
-        if not 0 <= length <= self.length:
+        """Forget all positions from `length` on. Raises ValueError if the cache has fewer, or they are its prefix's."""
+        if not self.start <= length <= self.length:
             raise ValueError(f"a cache of {self.length} positions cannot go back to {length}")
         self.clear(length, self.length)
         self.length = length
 
     def first_unsound_block(self) -> int | None:
-        """The first block with a key or a value that is not finite."""
-        for index, block in enumerate(self.blocks):
-            if not (block.keys.isfinite().all() and block.values.isfinite().all()):
+        """The first block with a key or a value that is not finite, of its prefixes too."""
+        for index, blocks in enumerate(zip(*(cache.blocks for cache in self.chain), strict=True)):
+            if not all(block.keys.isfinite().all() and block.values.isfinite().all() for block in blocks):
                 return index
         return None
 
     def clear(self, first: int, last: int) -> None:
         """Set positions `first` to `last` of all blocks to zeros."""
         for block in self.blocks:
-            block.keys[:, first:last] = 0
-            block.values[:, :, first:last] = 0
+            block.keys[:, first - self.start : last - self.start] = 0
+            block.values[:, :, first - self.start : last - self.start] = 0
 
     @staticmethod
     def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:

@@ -27,7 +27,7 @@ from toolkit.parts.export_record import load_export_record, not_as_exported
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
-from toolkit.source.adapter import read_adapter
+from toolkit.source.adapter import CONFIG, read_adapter
 from toolkit.source.config import read_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
 from toolkit.source.index import NoWeights, ShardList, find_shards, refuse_foreign
@@ -203,8 +203,10 @@ def _plan(
         # Begun by a version that did not know the cache of the Hub.
         origin = existing.source
     notes: tuple[str, ...] = ()
+    others: tuple[Path, ...] = ()
     if adapter_path is not None and assignment is not None:
         adapter = read_adapter(adapter_path)
+        others = (adapter.path / CONFIG, adapter.file)
         tensors = adapter.applied(tensors, assignment.plain_names(model))
         seen[adapter.file] = state_of(adapter.file)
         notes = (f"{adapter.path} is merged into the weights; it was trained on {adapter.base}",)
@@ -216,8 +218,10 @@ def _plan(
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend)
-    if mend is None and target.missing_parts(manifest) and load_record(source) is None:
-        manifest, notes = _with_samples(destination, manifest, shards, notes)
+    # A cache of the Hub has no record either: only its directory's name says the commit.
+    is_unrecorded = origin.repo is None or load_record(source) is None
+    if mend is None and target.missing_parts(manifest) and is_unrecorded:
+        manifest, notes = _with_samples(destination, manifest, shards, others, notes)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
         manifest, shards, assignment, {path.name: size for path, (size, *_) in seen.items()}, mend
@@ -273,14 +277,18 @@ def _find_shards(
 
 
 def _with_samples(
-    destination: Path, manifest: Manifest, shards: ShardList, notes: tuple[str, ...]
+    destination: Path,
+    manifest: Manifest,
+    shards: ShardList,
+    others: tuple[Path, ...],
+    notes: tuple[str, ...],
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest with samples of the source's shards, and `notes` for the user, perhaps with one more.
+    """The manifest with samples of the source's shards and `others`, and `notes` for the user, perhaps with one more.
 
     While all shards are there, what the parts were made from is compared with them; later only the samples tell that
     the rest is of the same checkpoint. Raises `BloomdeskError` if it is not.
     """
-    samples = {path.name: sample(shards.place(path)) for path in shards.files}
+    samples = {path.name: sample(shards.place(path)) for path in (*shards.files, *others)}
     gone = sorted({*(shards.weight_map or {}).values()} - samples.keys())
     if not gone or not manifest.parts:
         return replace(manifest, samples=samples), notes
@@ -290,13 +298,14 @@ def _with_samples(
             f"{gone[0]} is gone, and parts were made from it by a version of bloomdesk that recorded nothing of the "
             "other shards: they were not compared with what they were then",
         )
-    for name, found in samples.items():
-        if found != manifest.samples.get(name):
-            raise BloomdeskError(
-                f"{destination} was made from another state of the source: {name} is not what it was when {gone[0]} "
-                "was still there",
-                "give the checkpoint that the directory was begun from; for this one, give a new directory",
-            )
+    begun = {name: found for name, found in manifest.samples.items() if name not in gone}
+    if differing := sorted(name for name, _ in samples.items() ^ begun.items()):
+        raise BloomdeskError(
+            f"{destination} was made from another state of the source: {differing[0]} is not what it was when "
+            f"{gone[0]} was still there",
+            "give the checkpoint that the directory was begun from, and the --adapter if one was merged; for these, "
+            "give a new directory",
+        )
     return manifest, notes
 
 

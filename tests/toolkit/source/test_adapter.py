@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.format.manifest import load_manifest
 from tests.support.commands import refused, run
-from tests.support.lossless import content, flip, make
+from tests.support.lossless import content, flip, interrupt_at, make
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.repair import repair
@@ -121,6 +121,22 @@ def test_lossless_resumed_and_repaired(tmp_path: Path) -> None:
     assert "another state of the source" in refused("convert", source, out, "--lossless")
     assert run("convert", source, out, "--lossless", "--adapter", adapter).returncode == 0
     assert content(out) == right
+
+
+def test_another_adapter_is_not_mixed_in_when_shards_are_gone(tmp_path: Path) -> None:
+    """Nothing is left to compare the first block with."""
+    source = make(tmp_path / "source")
+    mine, other = make_adapter(source, tmp_path / "mine"), make_adapter(source, tmp_path / "other", r=4)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", interrupt_at("block_01.safetensors"), adapter=mine)
+    for number in (1, 2):
+        (source / f"pytorch_model_{number:05d}-of-00005.bin").unlink()
+    before = content(tmp_path / "out")
+    for given in ([], ["--adapter", str(other)]):
+        assert "another state of the source" in refused("convert", source, tmp_path / "out", *given)
+        assert content(tmp_path / "out") == before
+    assert run("convert", source, tmp_path / "out", "--adapter", mine).returncode == 0
+    assert verify(tmp_path / "out").sound
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200, 300])
