@@ -11,12 +11,14 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import GENERATION_CONFIG
+from runner.format.layout import COMPANIONS, GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source, SourceShard
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import Schedule, schedule_of
+from toolkit.hub.hub_cache import blob_name, is_blob, snapshot_of
 from toolkit.hub.record import RECORD, load_record
-from toolkit.io.disk import read_errors
+from toolkit.hub.revision import HubFile
+from toolkit.io.disk import read_errors, read_if_exists, require_large_files
 from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
@@ -61,6 +63,7 @@ class ShardsOnDisk:
     done: set[Path] = field(default_factory=set)
     received: int = 0
     resumed: int = 0
+    cached: int = 0
     notes: tuple[str, ...] = ()
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
@@ -88,6 +91,8 @@ class ShardsOnDisk:
         expected = self.sha256.get(shard, found)
         if found != expected:
             again = "fetch it again with bloomdesk download --check"
+            if blob_name(shard) is not None:
+                again = f"delete {os.path.realpath(shard)}, and fetch it again: hf download"
             if self.place(shard) != shard:
                 again = f"delete {self.place(shard)}, and fetch it again: {fetch_command([shard])}"
             raise BloomdeskError(
@@ -173,7 +178,7 @@ def _plan(
     refuse_foreign(source)
     # A wrong architecture is reported before its tensors are.
     model = read_config(source / "config.json", "BF16")
-    companions = target.read_companions(source)
+    companions = _read_companions(source)
     existing = target.load_existing(destination)
     model = with_ends_of_text(model, source / GENERATION_CONFIG, companions.get(GENERATION_CONFIG))
     if mend is not None and existing is not None:
@@ -195,6 +200,9 @@ def _plan(
     check_form_dtype(chosen.dtype, form)
     tensors = in_dtype(tensors, assignment.keys if assignment is not None else (), chosen.dtype)
     origin, sha256 = _recorded_source(source, shards, companions)
+    if existing is not None and existing.source.repo is None and load_record(source) is None:
+        # Begun by a version that did not know the cache of the Hub.
+        origin = existing.source
     notes: tuple[str, ...] = ()
     others: tuple[Path, ...] = ()
     if adapter_path is not None:
@@ -216,7 +224,9 @@ def _plan(
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend)
-    if mend is None and target.missing_parts(manifest) and origin.repo is None:
+    # A cache of the Hub has no record either: only its directory's name says the commit.
+    is_unrecorded = origin.repo is None or load_record(source) is None
+    if mend is None and target.missing_parts(manifest) and is_unrecorded:
         manifest, notes = _with_samples(destination, manifest, shards, others, notes)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
@@ -233,6 +243,7 @@ def _plan(
         raise BloomdeskError(f"the weights of {source} can't be had back from merged ones", KEEP_SOURCE)
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
+    require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
     target.require_free_space(destination, peak, schedule.needs, companions)
     on_disk = ShardsOnDisk(parts, sha256, deletable, seen, shards.place)
     return BuildPlan(
@@ -348,13 +359,36 @@ def _exported_hashes(source: Path, companions: Mapping[str, bytes]) -> dict[str,
     return {tensor.name: tensor.xxh3_128 for shard in record.shards for tensor in shard.tensors}
 
 
+def _read_companions(source: Path) -> dict[str, bytes]:
+    """The source's small files; `BloomdeskError` if one is not what its name says, or not what a download recorded."""
+    try:
+        return target.read_companions(source)
+    except BloomdeskError:
+        # The record knows how to get a damaged one again.
+        record = load_record(source)
+        for name in COMPANIONS if record is not None else ():
+            data = read_if_exists(source / name, target.LARGEST_COMPANION)
+            if data is not None and name in record.files:
+                _check_recorded(source / name, record.files[name], data)
+        raise
+
+
+def _check_recorded(path: Path, known: HubFile, data: bytes) -> None:
+    digest = known.digest()
+    digest.update(data)
+    if wrong := known.difference(digest):
+        raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+
+
 def _recorded_source(
     source: Path, shards: ShardList, companions: Mapping[str, bytes]
 ) -> tuple[Source, dict[Path, str]]:
     """Repo and commit, and each shard's sha256, if a download or pointers of Git LFS have recorded them."""
     record = load_record(source)
     if record is None:
-        return Source(), {path: known.sha256 for path, known in shards.objects.items()}
+        if shards.objects:
+            return Source(), {path: known.sha256 for path, known in shards.objects.items()}
+        return _cached_source(source, shards, companions)
     hashes = {}
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
@@ -369,13 +403,26 @@ def _recorded_source(
                 f"{path} has {size:,} bytes, the download recorded {known.size:,}", FETCH_AGAIN
             )
         if path not in shards.files:
-            digest = known.digest()
-            digest.update(companions[path.name])
-            if wrong := known.difference(digest):
-                raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+            _check_recorded(path, known, companions[path.name])
         elif known.sha256 is not None:
             hashes[path] = known.sha256
     return Source(record.repo, record.commit), hashes
+
+
+def _cached_source(
+    source: Path, shards: ShardList, companions: Mapping[str, bytes]
+) -> tuple[Source, dict[Path, str]]:
+    """Repo and commit, and each shard's sha256, if all files are as a cache of the Hub has them; else none of it.
+
+    The shards are hashed while parts are made from them; here they count by the names of the blobs to which they lead.
+    """
+    snapshot, names = snapshot_of(source), {path: blob_name(path) for path in shards.files}
+    hashes = {path: name for path, name in names.items() if name is not None}
+    if snapshot is None or not shards.files or len(hashes) < len(names):
+        return Source(), {}
+    if not all(is_blob(source / name, data) for name, data in companions.items()):
+        return Source(), {}
+    return Source(*snapshot), hashes
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:
