@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from toolkit.parts.check import Damage, Unread, check
 from toolkit.parts.export_record import ExportRecord, load_export_record
 from toolkit.parts.manifest_backup import find_manifest
 from toolkit.parts.regions import FileRecord, Region, choose, regions_of
+
+# What readers of a checkpoint look for first.
+STRAY = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,15 @@ def carry_out(plan: VerifyPlan, progress: Progress = silent, threads: int = READ
     if isinstance(record, Manifest):
         missing, command = record.missing, f"bloomdesk repair {in_shell(directory)}"
     found = check(directory, records, plan.regions, progress, threads)
+    strays = ()
+    if not isinstance(record, Manifest) and os.path.lexists(directory / STRAY):
+        what = "it is not of this export, and readers take it in place of the shards: move it away"
+        strays = (Damage(STRAY, None, what),)
     never_made = tuple(Damage(file, None, "it has not been made yet") for file in missing)
     report = VerifyReport(
         directory,
         plan.quick,
-        (*plan.manifest_damage, *never_made, *found.damage),
+        (*plan.manifest_damage, *never_made, *strays, *found.damage),
         len(records),
         found.bytes_read,
         tuple(sorted(path.name for path in directory.glob(f"*{TEMPORARY_SUFFIX}") if path.is_file())),

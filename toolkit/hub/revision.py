@@ -205,6 +205,9 @@ def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFi
     gaps = []
     for index_name, single_name, suffix in FORMS:
         index, single = revision.find(index_name), revision.find(single_name)
+        if single is not None:
+            # As transformers does it, also beside an index.
+            return [single]
         if index is not None:
             if index.size > LARGEST_INDEX:
                 raise BloomdeskError(
@@ -219,7 +222,5 @@ def _weights(revision: Revision, read: Callable[[HubFile], bytes]) -> list[HubFi
             gaps.append(
                 f"{index_name} names {absent[0]}, which is not there ({len(absent)} of {len(names)} missing)"
             )
-        if single is not None:
-            return [single]
     why = "; ".join(gaps) or "neither safetensors nor .bin files by their usual names"
     raise BloomdeskError(f"{revision} holds no whole set of weights: {why}", "choose another --revision")

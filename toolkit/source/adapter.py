@@ -85,6 +85,14 @@ class Adapter:
             raise self._wrong(f"{module} has a product of rank {rank}, which {CONFIG} does not say")
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
+    def _is_meant(self, module: str) -> bool:
+        """Whether the config has peft change the module, as far as it says so without regular expressions."""
+        targets, blocks = self.fields.get("target_modules"), self.fields.get("layers_to_transform")
+        if isinstance(targets, list) and not any(f".{module}".endswith(f".{target}") for target in targets):
+            return False
+        numbers = [int(part) for part in module.split(".") if part.isdecimal()]
+        return blocks is None or bool({*numbers} & {*(blocks if isinstance(blocks, list) else [blocks])})
+
     def _of_module(self, patterns: str, name: str, module: str) -> Any:
         for pattern, value in (self.fields.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -101,6 +109,8 @@ class Adapter:
 
         Raises `BloomdeskError` if the adapter changes anything else.
         """
+        if not self.tensors:
+            raise self._wrong(f"{self.file.name} holds no tensors")
         changes: dict[str, dict[str, SourceTensor]] = {}
         found = dict(tensors)
         for key, tensor in self.tensors.items():
@@ -116,7 +126,11 @@ class Adapter:
             if (base := tensors.get(keys[name])) is not None:
                 self._check_shape(tensor, base.shape)
                 found[keys[name]] = replace(tensor, key=base.key).read_as(base.dtype)
+        if len({module.removeprefix(PREFIX) for module in changes}) < len(changes):
+            raise self._wrong(f"it changes a module twice, with and without {PREFIX!r}")
         for module, parts in changes.items():
+            if not self._is_meant(module):
+                raise self._wrong(f"it has tensors of {module[:120]}, and {CONFIG} does not name that")
             self._apply(module, parts, found, keys)
         return found
 

@@ -66,6 +66,12 @@ def find_shards(directory: Path, spared: Collection[str] = ()) -> ShardList:
         if index.is_file():
             weight_map = parse_index(read_small_file(index, LARGEST_INDEX) or b"", suffix, str(index))
             files = [directory / name for name in sorted(set(weight_map.values()))]
+            if (directory / single).is_file() and directory / single not in files:
+                raise BloomdeskError(
+                    f"{directory} holds two checkpoints, {single} and the shards of {index_name}; transformers would "
+                    f"load {single}",
+                    "move the one that you don't want out of the directory",
+                )
             missing = [file.name for file in files if not file.is_file() and file.name not in spared]
             if not missing:
                 there = tuple(file for file in files if file.is_file())

@@ -152,6 +152,16 @@ def test_what_is_wrong_and_cannot_be_read_whole_is_not_replaced(
     assert content(out) == before
 
 
+def test_a_file_that_readers_take_in_place_of_the_shards_is_damage(exported: Path, tmp_path: Path) -> None:
+    (exported / "model.safetensors").write_bytes(b"another's")
+    done = run("verify", exported)
+    assert done.returncode == 1 and "readers take it in place of the shards: move it away" in done.stdout
+    said = refused("convert", exported, tmp_path / "new")
+    assert "holds two checkpoints, model.safetensors and the shards of" in said
+    (exported / "model.safetensors").unlink()
+    assert run("verify", exported).returncode == 0
+
+
 def test_another_programs_index_and_files_are_kept(made: Path, exported: Path, tmp_path: Path) -> None:
     """The same names and weight map, as after save_pretrained into the directory."""
     other = json.loads((exported / INDEX).read_text())

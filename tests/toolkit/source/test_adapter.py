@@ -207,6 +207,17 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         rewrite(lambda tensors: tensors.update({FIRST: torch.ones(8, 60)})),
         "expected [8, 64]",
     ),
+    "no tensors": (lambda adapter: save_file({}, adapter / WEIGHTS), "holds no tensors"),
+    "modules that are not meant": (configure(target_modules=["dense"]), "does not name that"),
+    "blocks that are not meant": (configure(layers_to_transform=[1]), "does not name that"),
+    "a module twice": (
+        rewrite(
+            lambda tensors: tensors.update(
+                {key.replace("transformer.", ""): tensor.clone() for key, tensor in tensors.items()}
+            )
+        ),
+        "a module twice",
+    ),
     "integers": (
         rewrite(lambda tensors: tensors.update({FIRST: torch.ones(8, 64, dtype=torch.int8)})),
         "is I8",
