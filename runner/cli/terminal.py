@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import unicodedata
 from shutil import get_terminal_size
@@ -24,7 +25,7 @@ class StatusLine:
         self, notes: TextIO, out: TextIO | None = None, *, seconds_between_lines: float = math.inf
     ) -> None:
         self._notes, self._out = notes, out
-        self._is_terminal = notes.isatty()
+        self._is_terminal = is_screen(notes)
         self._counts_columns = out is not None and out.isatty()
         self._interval = SECONDS_BETWEEN_STATUSES if self._is_terminal else seconds_between_lines
         self._next = 0.0 if self._is_terminal else time.monotonic() + self._interval
@@ -43,7 +44,8 @@ class StatusLine:
         room = get_terminal_size().columns - self._column - 1
         if self._is_terminal and self._column:
             statuses = tuple(f" {status}" for status in statuses)
-        status = next((status for status in statuses if len(status) <= room), statuses[-1])
+        fitting = (status for status in statuses if len(status) <= room or not self._is_terminal)
+        status = next(fitting, statuses[-1])
         if self._is_terminal and self._column and len(status) > room:
             return
         self._put(f"{SAVE}{status[:room]}{ERASE_TO_END}{RESTORE}" if self._is_terminal else f"{status}\n")
@@ -72,6 +74,11 @@ class StatusLine:
     def _put(self, text: str) -> None:
         self._notes.write(text)
         self._notes.flush()
+
+
+def is_screen(stream: TextIO) -> bool:
+    """Whether a line on the terminal `stream` can be replaced by another one; a dumb terminal gets lines, as a log."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def column_after(text: str, column: int, width: int) -> int:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.torture.combinations import Trial, World, combinations, scratch, sequence
+from scripts.torture.combinations import Trial, World, combinations, scratch
 
 pytest_plugins = ("tests.support.world",)
 
 CHUNKS = 16
-SEQUENCES = 320
 
 
 @pytest.mark.slow
@@ -22,11 +21,3 @@ def test_every_command_on_every_state_with_every_source(world: World, chunk: int
     for state, command in combinations()[chunk::CHUNKS]:
         with tempfile.TemporaryDirectory(dir=scratch()) as directory:
             Trial(world, state, Path(directory)).run(command)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", range(CHUNKS // 4))
-def test_commands_one_after_another(world: World, chunk: int) -> None:
-    for seed in range(chunk, SEQUENCES, CHUNKS // 4):
-        with tempfile.TemporaryDirectory(dir=scratch()) as directory:
-            sequence(world, seed, Path(directory))

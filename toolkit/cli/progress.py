@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import TextIO
 
-from runner.cli.terminal import ERASE_TO_END, StatusLine
+from runner.cli.terminal import ERASE_TO_END, StatusLine, is_screen
 from runner.units import duration, rate, size
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -47,7 +47,7 @@ class WorkProgress(AbstractContextManager["WorkProgress"]):
         self._samples = deque([(time.monotonic(), 0 if received is None else received())])
         self._lock = threading.Lock()
         notes = notes or sys.stderr
-        self._is_terminal, self._shown = notes.isatty(), -1
+        self._is_terminal, self._shown = is_screen(notes), -1
         self._line = StatusLine(notes, seconds_between_lines=SECONDS_BETWEEN_LINES)
 
     def __exit__(self, *_: object) -> None:
@@ -63,18 +63,26 @@ class WorkProgress(AbstractContextManager["WorkProgress"]):
             all_done = sum(self._done_by_file.values())
             # While nothing comes, a log needs no lines; on a terminal the rate falls.
             if self._line.is_due and (self._is_terminal or all_done != self._shown):
-                self._line.show(f"{self._verb}: {self._status(all_done, file)}")
+                self._line.show(*self._statuses(all_done, file))
                 self._shown = all_done
 
-    def _status(self, done: int, file: str) -> str:
+    def _statuses(self, done: int, file: str) -> tuple[str, ...]:
+        """What is done, the longest text first: a narrow terminal gets the figures that matter."""
         then, before = self._samples[0]
         seconds = max(time.monotonic() - then, 1e-9)
         pace = ((done if self._received is None else self._received()) - before) / seconds
         share = done / self._total if self._total else 1.0
-        text = f"{size(done)} of {size(self._total)} ({share:.0%}), {file}, {rate(pace)}"
         is_known = seconds >= LATE_SECONDS or (seconds >= EARLY_SECONDS and share >= EARLY_SHARE)
         left = max(0, self._total - done)
-        return f"{text}, {duration(round(left / pace))} left" if pace and is_known else text
+        to_come = f", {duration(round(left / pace))} left" if pace and is_known else ""
+        figures = f"{size(done)} of {size(self._total)} ({share:.0%})"
+        return (
+            f"{self._verb}: {figures}, {file}, {rate(pace)}{to_come}",
+            f"{figures}, {rate(pace)}{to_come}",
+            f"{figures}{to_come}",
+            f"{share:.0%}{to_come}",
+            f"{share:.0%}",
+        )
 
     def _sample(self, received: int) -> None:
         now, samples = time.monotonic(), self._samples
@@ -90,4 +98,4 @@ class WorkProgress(AbstractContextManager["WorkProgress"]):
 
 def print_above_status(text: str) -> None:
     """Print a line on standard error in the place of a status, which comes again below it."""
-    print(f"\r{ERASE_TO_END}{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    print(f"\r{ERASE_TO_END}{text}" if is_screen(sys.stderr) else text, file=sys.stderr, flush=True)

@@ -39,7 +39,8 @@ def amount(nbytes: int, seconds: float) -> str:
 def fetched(done: Summary | DownloadSummary) -> str:
     """ "352 GB fetched, 1.2 GB were there already"."""
     there = f", {size(done.resumed)} were there already" if done.resumed else ""
-    return f"{size(done.received)} fetched{there}"
+    copied = f", {size(done.cached)} copied from the Hub's cache" if done.cached else ""
+    return f"{size(done.received)} fetched{copied}{there}"
 
 
 def written(what: str, done: Summary) -> str:
@@ -49,7 +50,7 @@ def written(what: str, done: Summary) -> str:
         text += f" ({amount(done.bytes_written, done.seconds)})"
     text += f", {len(done.kept)} kept"
     # Shards that prepare fetched are its own, and the user had no source.
-    if done.received or done.resumed:
+    if done.received or done.resumed or done.cached:
         return f"{text}; {fetched(done)}"
     return f"{text}; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else text
 
@@ -63,13 +64,17 @@ def completed_lines(destination: Path, done: Summary) -> Iterator[str]:
 def download_lines(plan: DownloadPlan) -> Iterator[str]:
     """What a download has to fetch, and whether the disk has free space for it."""
     for planned in plan.files:
-        yield f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}"
+        cached = "  (in the Hub's cache)" if planned.is_cached else ""
+        yield f"{planned.file.size:>15,}  {planned.file.path}{_STATES[planned.state]}{cached}"
     yield f"{plan.revision.total:>15,}  bytes in {len(plan.files)} files of {plan.revision}"
+    still = f"still to fetch: {size(plan.to_fetch - plan.to_copy)}"
+    if plan.to_copy:
+        still += f", to copy from the Hub's cache: {size(plan.to_copy)}"
     if plan.free >= UNKNOWN_SPACE:
-        yield f"still to fetch: {size(plan.to_fetch)}, what is free in {plan.directory} is not known"
+        yield f"{still}, what is free in {plan.directory} is not known"
         return
     verdict = "it fits" if plan.fits else f"it does not fit: {size(plan.to_fetch - plan.free)} too little"
-    yield f"still to fetch: {size(plan.to_fetch)}, free in {plan.directory}: {size(plan.free)}: {verdict}"
+    yield f"{still}, free in {plan.directory}: {size(plan.free)}: {verdict}"
 
 
 def downloaded_lines(done: DownloadSummary, directory: Path) -> Iterator[str]:

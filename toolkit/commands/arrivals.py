@@ -107,7 +107,7 @@ class ArrivingShards:
         why: str = "",
     ) -> None:
         """`index` says which shard has each key, or names the single file; `why` tensors are rounded, if any are."""
-        self.received = self.resumed = 0
+        self.received = self.resumed = self.cached = 0
         self.notes: tuple[str, ...] = ()
         self._destination = destination
         self._manifest, self._schedule, self._revision = manifest, schedule, revision
@@ -145,6 +145,7 @@ class ArrivingShards:
                     transfer = self._fetch(name, _checking(lambda: _raise_failure(making), progress))
                     self.received += transfer.received
                     self.resumed += transfer.resumed
+                    self.cached += transfer.cached
                     with self._changed:
                         self._sha256[name] = transfer.sha256
                         self._changed.notify_all()

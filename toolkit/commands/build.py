@@ -34,13 +34,14 @@ from toolkit.source.tensor import SourceTensor
 
 
 class Shards(Protocol):
-    """The source's shards while parts are made from them; `received` and `resumed` are bytes from the Hub.
+    """The source's shards while parts are made from them; `received`, `resumed` and `cached` are bytes from the Hub.
 
     `notes` are sentences for the summary.
     """
 
     received: int
     resumed: int
+    cached: int
     notes: tuple[str, ...]
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
@@ -100,7 +101,8 @@ class BuildPlan:
 class Summary:
     """What a command did: the files that it wrote, and kept from earlier runs, in the order of a pass.
 
-    `bytes_deleted` are those of source shards; of the Hub's, `received` came now and `resumed` in earlier runs.
+    `bytes_deleted` are those of source shards; of the Hub's, `received` came now and `resumed` in earlier runs, and
+    `cached` were copied from its cache.
     `notes` are sentences about what else the user should know.
     """
 
@@ -112,6 +114,7 @@ class Summary:
     received: int = 0
     resumed: int = 0
     notes: tuple[str, ...] = ()
+    cached: int = 0
 
 
 def plan_source_part(
@@ -175,6 +178,7 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
             *(zero_notes(whole.parts.values()) if written else ()),
             *(f"{shard} stays: not all of its parts were made from these bytes" for shard in release.spared),
         ),
+        plan.shards.cached,
     )
 
 

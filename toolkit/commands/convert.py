@@ -11,12 +11,14 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import GENERATION_CONFIG
+from runner.format.layout import COMPANIONS, GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source, SourceShard
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import Schedule, schedule_of
+from toolkit.hub.hub_cache import blob_name, is_blob, snapshot_of
 from toolkit.hub.record import RECORD, load_record
-from toolkit.io.disk import read_errors
+from toolkit.hub.revision import HubFile
+from toolkit.io.disk import read_errors, read_if_exists, require_large_files
 from toolkit.io.hasher import ShardHashes
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
@@ -25,7 +27,7 @@ from toolkit.parts.export_record import load_export_record, not_as_exported
 from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
-from toolkit.source.adapter import read_adapter
+from toolkit.source.adapter import CONFIG, read_adapter
 from toolkit.source.config import read_config, with_ends_of_text
 from toolkit.source.dtype import choose_dtype, in_dtype, rounding_notes
 from toolkit.source.index import NoWeights, ShardList, find_shards, refuse_foreign
@@ -34,6 +36,7 @@ from toolkit.source.lfs import fetch_command
 from toolkit.source.sample import sample
 from toolkit.source.shards import read_listed
 from toolkit.source.tensor import SourceTensor
+from toolkit.source.torch_zip import names_beside_state
 
 FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
 CHECK_AGAIN = "run the same bloomdesk download again with --check: it fetches what is wrong and nothing else"
@@ -60,6 +63,7 @@ class ShardsOnDisk:
     done: set[Path] = field(default_factory=set)
     received: int = 0
     resumed: int = 0
+    cached: int = 0
     notes: tuple[str, ...] = ()
 
     def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
@@ -87,6 +91,8 @@ class ShardsOnDisk:
         expected = self.sha256.get(shard, found)
         if found != expected:
             again = "fetch it again with bloomdesk download --check"
+            if blob_name(shard) is not None:
+                again = f"delete {os.path.realpath(shard)}, and fetch it again: hf download"
             if self.place(shard) != shard:
                 again = f"delete {self.place(shard)}, and fetch it again: {fetch_command([shard])}"
             raise BloomdeskError(
@@ -172,7 +178,7 @@ def _plan(
     refuse_foreign(source)
     # A wrong architecture is reported before its tensors are.
     model = read_config(source / "config.json", "BF16")
-    companions = target.read_companions(source)
+    companions = _read_companions(source)
     existing = target.load_existing(destination)
     model = with_ends_of_text(model, source / GENERATION_CONFIG, companions.get(GENERATION_CONFIG))
     if mend is not None and existing is not None:
@@ -194,9 +200,19 @@ def _plan(
     check_form_dtype(chosen.dtype, form)
     tensors = in_dtype(tensors, assignment.keys if assignment is not None else (), chosen.dtype)
     origin, sha256 = _recorded_source(source, shards, companions)
+    if existing is not None and existing.source.repo is None and load_record(source) is None:
+        # Begun by a version that did not know the cache of the Hub.
+        origin = existing.source
     notes: tuple[str, ...] = ()
-    if adapter_path is not None and assignment is not None:
+    others: tuple[Path, ...] = ()
+    if adapter_path is not None:
         adapter = read_adapter(adapter_path)
+        if assignment is None:
+            raise BloomdeskError(
+                f"{source} has no shards any more, so nothing can be compared with {destination}, nor merged",
+                "leave out --adapter",
+            )
+        others = (adapter.path / CONFIG, adapter.file)
         tensors = adapter.applied(tensors, assignment.plain_names(model))
         seen[adapter.file] = state_of(adapter.file)
         notes = (f"{adapter.path} is merged into the weights; it was trained on {adapter.base}",)
@@ -208,8 +224,10 @@ def _plan(
         origin, sha256 = existing.source, {}
     fresh = Manifest(model, origin, form=form)
     manifest = target.resume(destination, existing, fresh, companions, mend)
-    if mend is None and target.missing_parts(manifest) and origin.repo is None:
-        manifest, notes = _with_samples(destination, manifest, shards, notes)
+    # A cache of the Hub has no record either: only its directory's name says the commit.
+    is_unrecorded = origin.repo is None or load_record(source) is None
+    if mend is None and target.missing_parts(manifest) and is_unrecorded:
+        manifest, notes = _with_samples(destination, manifest, shards, others, notes)
     known = known_parts(destination, existing) if existing is not None else {}
     schedule = schedule_of(
         manifest, shards, assignment, {path.name: size for path, (size, *_) in seen.items()}, mend
@@ -221,8 +239,11 @@ def _plan(
     rounding = rounding_notes(tensors.values(), chosen.why)
     if delete_source and rounding:
         raise BloomdeskError(f"{rounding[0]}; with the source the bits would be lost", KEEP_SOURCE)
+    if delete_source and adapter_path is not None:
+        raise BloomdeskError(f"the weights of {source} can't be had back from merged ones", KEEP_SOURCE)
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
+    require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
     target.require_free_space(destination, peak, schedule.needs, companions)
     on_disk = ShardsOnDisk(parts, sha256, deletable, seen, shards.place)
     return BuildPlan(
@@ -264,14 +285,18 @@ def _find_shards(
 
 
 def _with_samples(
-    destination: Path, manifest: Manifest, shards: ShardList, notes: tuple[str, ...]
+    destination: Path,
+    manifest: Manifest,
+    shards: ShardList,
+    others: tuple[Path, ...],
+    notes: tuple[str, ...],
 ) -> tuple[Manifest, tuple[str, ...]]:
-    """The manifest with samples of the source's shards, and `notes` for the user, perhaps with one more.
+    """The manifest with samples of the source's shards and `others`, and `notes` for the user, perhaps with one more.
 
     While all shards are there, what the parts were made from is compared with them; later only the samples tell that
     the rest is of the same checkpoint. Raises `BloomdeskError` if it is not.
     """
-    samples = {path.name: sample(shards.place(path)) for path in shards.files}
+    samples = {path.name: sample(shards.place(path)) for path in (*shards.files, *others)}
     gone = sorted({*(shards.weight_map or {}).values()} - samples.keys())
     if not gone or not manifest.parts:
         return replace(manifest, samples=samples), notes
@@ -281,13 +306,14 @@ def _with_samples(
             f"{gone[0]} is gone, and parts were made from it by a version of bloomdesk that recorded nothing of the "
             "other shards: they were not compared with what they were then",
         )
-    for name, found in samples.items():
-        if found != manifest.samples.get(name):
-            raise BloomdeskError(
-                f"{destination} was made from another state of the source: {name} is not what it was when {gone[0]} "
-                "was still there",
-                "give the checkpoint that the directory was begun from; for this one, give a new directory",
-            )
+    begun = {name: found for name, found in manifest.samples.items() if name not in gone}
+    if differing := sorted(name for name, _ in samples.items() ^ begun.items()):
+        raise BloomdeskError(
+            f"{destination} was made from another state of the source: {differing[0]} is not what it was when "
+            f"{gone[0]} was still there",
+            "give the checkpoint that the directory was begun from, and the --adapter if one was merged; for these, "
+            "give a new directory",
+        )
     return manifest, notes
 
 
@@ -333,13 +359,36 @@ def _exported_hashes(source: Path, companions: Mapping[str, bytes]) -> dict[str,
     return {tensor.name: tensor.xxh3_128 for shard in record.shards for tensor in shard.tensors}
 
 
+def _read_companions(source: Path) -> dict[str, bytes]:
+    """The source's small files; `BloomdeskError` if one is not what its name says, or not what a download recorded."""
+    try:
+        return target.read_companions(source)
+    except BloomdeskError:
+        # The record knows how to get a damaged one again.
+        record = load_record(source)
+        for name in COMPANIONS if record is not None else ():
+            data = read_if_exists(source / name, target.LARGEST_COMPANION)
+            if data is not None and name in record.files:
+                _check_recorded(source / name, record.files[name], data)
+        raise
+
+
+def _check_recorded(path: Path, known: HubFile, data: bytes) -> None:
+    digest = known.digest()
+    digest.update(data)
+    if wrong := known.difference(digest):
+        raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+
+
 def _recorded_source(
     source: Path, shards: ShardList, companions: Mapping[str, bytes]
 ) -> tuple[Source, dict[Path, str]]:
     """Repo and commit, and each shard's sha256, if a download or pointers of Git LFS have recorded them."""
     record = load_record(source)
     if record is None:
-        return Source(), {path: known.sha256 for path, known in shards.objects.items()}
+        if shards.objects:
+            return Source(), {path: known.sha256 for path, known in shards.objects.items()}
+        return _cached_source(source, shards, companions)
     hashes = {}
     for path in (*shards.files, *(source / name for name in companions)):
         known = record.files.get(path.name)
@@ -354,13 +403,26 @@ def _recorded_source(
                 f"{path} has {size:,} bytes, the download recorded {known.size:,}", FETCH_AGAIN
             )
         if path not in shards.files:
-            digest = known.digest()
-            digest.update(companions[path.name])
-            if wrong := known.difference(digest):
-                raise BloomdeskError(f"{path} is damaged or has changed: {wrong}", CHECK_AGAIN)
+            _check_recorded(path, known, companions[path.name])
         elif known.sha256 is not None:
             hashes[path] = known.sha256
     return Source(record.repo, record.commit), hashes
+
+
+def _cached_source(
+    source: Path, shards: ShardList, companions: Mapping[str, bytes]
+) -> tuple[Source, dict[Path, str]]:
+    """Repo and commit, and each shard's sha256, if all files are as a cache of the Hub has them; else none of it.
+
+    The shards are hashed while parts are made from them; here they count by the names of the blobs to which they lead.
+    """
+    snapshot, names = snapshot_of(source), {path: blob_name(path) for path in shards.files}
+    hashes = {path: name for path, name in names.items() if name is not None}
+    if snapshot is None or not shards.files or len(hashes) < len(names):
+        return Source(), {}
+    if not all(is_blob(source / name, data) for name, data in companions.items()):
+        return Source(), {}
+    return Source(*snapshot), hashes
 
 
 def _deletable(shards: ShardList) -> tuple[Path, ...]:
@@ -369,6 +431,13 @@ def _deletable(shards: ShardList) -> tuple[Path, ...]:
             f"{next(iter(shards.objects))} is a pointer of Git LFS, whose object other branches may need",
             "convert without --delete-source, and delete the clone afterwards",
         )
+    for path in shards.files:
+        others = names_beside_state(path) if path.suffix == ".bin" else ()
+        if others:
+            raise BloomdeskError(
+                f"{path} also holds {', '.join(others[:3])} beside the weights, which would be lost",
+                KEEP_SOURCE,
+            )
     links = [path for path in shards.files if path.is_symlink()]
     if links:
         raise BloomdeskError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,26 +22,30 @@ from runner.system.atomic import TEMPORARY_SUFFIX
 from runner.system.disk import free_bytes
 from toolkit.hub import revision as hub
 from toolkit.hub.failures import offline, offline_error
+from toolkit.hub.hub_cache import cached_file
 from toolkit.hub.line import Line
 from toolkit.hub.place import MOVE, Finding, check, look, set_aside, state_of_file, whose
 from toolkit.hub.record import DownloadRecord, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import CONNECTIONS, Transfer, fetch, fetch_bytes
-from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
+from toolkit.io.disk import disk_errors, read_if_exists, require_large_files, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts.export_record import EXPORT_RECORD
 
+# What was found out by reading files is recorded after so long.
+SECONDS_OF_HASHING = 5.0
 # A file's place, by place.py, and "partial": no file yet, or one that makes way, and the first bytes have arrived.
 State = Finding | Literal["partial"]
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A needed file, its state, and how many of its bytes are `present`."""
+    """A needed file, its state, and how many of its bytes are `present`; the rest may be in the Hub's cache."""
 
     file: HubFile
     state: State
     present: int
+    is_cached: bool = False
 
     @property
     def to_fetch(self) -> int:
@@ -63,6 +68,11 @@ class DownloadPlan:
     @property
     def to_fetch(self) -> int:
         return sum(planned.to_fetch for planned in self.files)
+
+    @property
+    def to_copy(self) -> int:
+        """Those of `to_fetch` that the Hub's cache has."""
+        return sum(planned.to_fetch for planned in self.files if planned.is_cached)
 
     @property
     def work(self) -> int:
@@ -89,6 +99,7 @@ class DownloadSummary:
 
     Of the `kept` files, the `hashed` ones were read in this run, the others have the size and date that they had when
     an earlier run checked them. `dropped` ones were damaged. `set_aside` has the new paths of files that had changed.
+    `cached` are bytes that were copied from the Hub's cache.
     """
 
     revision: Revision
@@ -99,6 +110,7 @@ class DownloadSummary:
     hashed: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     set_aside: tuple[Path, ...] = ()
+    cached: int = 0
 
 
 def plan_download(
@@ -158,6 +170,8 @@ def carry_out(
         if earlier is not None and (earlier.repo, earlier.commit) != (chosen.repo, chosen.commit):
             raise _another(directory, earlier, str(chosen))
         now = _plan(chosen, directory, earlier, plan.everything)
+        # Whatever its hash would be.
+        _refuse_foreign(directory, str(chosen), now.names("foreign"))
         left, record = _check_present(now, DownloadRecord.of(chosen, earlier), progress)
         _refuse_foreign(directory, str(chosen), left.names("foreign"))
         _refuse_impossible(left)
@@ -184,6 +198,7 @@ def carry_out(
         hashed=tuple(name for name in now.names("unchecked") if name not in transfers),
         dropped=left.names("decayed"),
         set_aside=aside,
+        cached=sum(transfer.cached for transfer in transfers.values()),
     )
 
 
@@ -253,7 +268,8 @@ def _plan(
         if state not in ("sound", "unchecked"):
             present = bytes_begun(directory, file, recorded=record is not None)
             state = "partial" if state == "absent" and present else state
-        files.append(PlannedFile(file, state, present))
+        is_cached = present < file.size and cached_file(revision, file) is not None
+        files.append(PlannedFile(file, state, present, is_cached))
     return DownloadPlan(revision, directory, tuple(files), free_bytes(directory), everything)
 
 
@@ -277,7 +293,7 @@ def _check_present(
     plan: DownloadPlan, record: DownloadRecord, progress: Progress
 ) -> tuple[DownloadPlan, DownloadRecord]:
     """The plan after every unchecked file has been hashed, and the record with those whose content is right."""
-    files = []
+    files, saved = [], time.monotonic()
     for planned in plan.files:
         if planned.state == "unchecked":
             known = record.files[planned.file.path]
@@ -287,6 +303,10 @@ def _check_present(
                 planned = PlannedFile(planned.file, whose(plan.directory, known), begun)
             else:
                 record = record.with_file(known.path, *found)
+                if time.monotonic() - saved > SECONDS_OF_HASHING:
+                    # An interruption loses no more than that.
+                    save_record(plan.directory, record)
+                    saved = time.monotonic()
         files.append(planned)
     return replace(plan, files=tuple(files)), record
 
@@ -331,10 +351,12 @@ def _refuse_foreign(directory: Path, wanted: str, names: Sequence[str]) -> None:
 
 def _refuse_impossible(plan: DownloadPlan) -> None:
     """Raise `BloomdeskError` if files are missing and offline mode is on, or the disk is too small."""
-    unfinished = plan.unfinished
+    cached = {planned.file.path for planned in plan.files if planned.is_cached}
+    unfinished = tuple(file for file in plan.unfinished if file.path not in cached)
     if unfinished and offline():
         count = f"{len(unfinished)} of {len(plan.files)} files of {plan.revision} are missing"
         raise offline_error(f"{plan.directory}: {count} ({unfinished[0].path} first)")
+    require_large_files(plan.directory, {file.path: file.size for file in plan.unfinished})
     if not plan.fits:
         raise BloomdeskError(
             f"{plan.directory}: {plan.to_fetch:,} bytes are still to come, the disk has {plan.free:,} free",

@@ -32,7 +32,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import refuse_download
 from toolkit.hub.place import set_aside
-from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
+from toolkit.io.disk import disk_errors, read_if_exists, require_large_files, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.check import check, quick_check
@@ -136,6 +136,7 @@ def plan_export(directory: Path, destination: Path) -> ExportPlan:
     small = {EXPORT_RECORD: record.to_json().encode(), **small}
     plan = ExportPlan(directory, destination, record, small, shards, to_write)
     size = sum(shard.record.size for shard in to_write)
+    require_large_files(destination, {shard.file: shard.record.size for shard in to_write})
     require_free_space(destination, size, [shard.file for shard in to_write], small)
     return plan
 

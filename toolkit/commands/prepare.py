@@ -26,7 +26,7 @@ from toolkit.hub.line import Line
 from toolkit.hub.record import load_record
 from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import CONNECTIONS, read_range
-from toolkit.io.disk import read_if_exists
+from toolkit.io.disk import read_if_exists, require_large_files
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.manifest_backup import known_parts
@@ -117,6 +117,8 @@ def plan_preparation(
     load_staging(destination, chosen, schedule.shards)
     peak = schedule.peak_bytes
     to_come = peak - staged_bytes(destination, schedule.shards)
+    large = {file: schedule.part_sizes[file] for file in schedule.needs}
+    require_large_files(destination, large | {shard: sizes[shard] for shard in schedule.shards})
     target.require_free_space(destination, to_come, schedule.needs, companions)
     shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, line, choice.why)
     return BuildPlan(

@@ -8,6 +8,7 @@ Its two states in a directory:
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
 from toolkit.hub.client import Location, locate, stream
 from toolkit.hub.connection import Unranged
 from toolkit.hub.failures import IncompleteAnswer, Resource, endpoint, network_errors
+from toolkit.hub.hub_cache import blocks_of, cached_bytes, cached_file
 from toolkit.hub.line import Line
 from toolkit.hub.partial_file import Damaged, PartialFile
 from toolkit.hub.ranges import MOST_CONNECTIONS, Ahead, range_size
@@ -29,11 +31,12 @@ CONNECTIONS = 8
 
 @dataclass(frozen=True)
 class Transfer:
-    """A file that came: its sha256, the bytes that an earlier run had left, and those over the network."""
+    """A file that came: its sha256, and its bytes: of an earlier run, over the network, and out of the Hub's cache."""
 
     sha256: str
     resumed: int
     received: int
+    cached: int = 0
 
 
 def fetch(
@@ -49,19 +52,40 @@ def fetch(
     A file of more than one range comes over several `connections` at a time, 1 to 32. What has come stays for
     the next run, also after a kill: at most 64 MiB, the window of `ranges`, is fetched twice. Every 64 MiB
     are synced, so that a power loss costs little more; if it leaves a wrong tail, the hash at the end shows it.
+    What huggingface_hub's cache has of the file is copied from there.
 
     Raises `BloomdeskError` if the Hub refuses, cannot be reached, or sends something else, and `OSError` if
     the disk does not take it. What is wrong is deleted.
     """
     if not 1 <= connections <= MOST_CONNECTIONS:
         raise BloomdeskError(f"{connections} connections at a time", f"choose from 1 to {MOST_CONNECTIONS}")
+    cached = cached_file(revision, file)
+    if cached is not None:
+        # What is not right in the cache has gone again, and comes over the network.
+        with suppress(Damaged):
+            return _fetch(revision, file, directory, progress, connections, line, cached)
+    return _fetch(revision, file, directory, progress, connections, line)
+
+
+def _fetch(
+    revision: Revision,
+    file: HubFile,
+    directory: Path,
+    progress: Progress,
+    connections: int,
+    line: Line | None,
+    cached: Path | None = None,
+) -> Transfer:
     line, path = line or Line(), directory / file.path
     incomplete = path.with_name(path.name + TEMPORARY_SUFFIX)
     resource = Resource(revision.repo, revision.commit, file.path)
     try:
         with PartialFile(incomplete, file, FileProgress(progress, file.path, file.size)) as partial:
             resumed = partial.position
-            if connections > 1 and file.size - resumed > range_size(connections):
+            for block in blocks_of(cached, resumed) if cached is not None else ():
+                partial.write(block)
+            copied = partial.position - resumed
+            if connections > 1 and file.size - partial.position > range_size(connections):
                 _receive_ranges(resource, file, partial, connections, line)
             _receive_rest(resource, file, partial, line)
             partial.finish()
@@ -72,7 +96,7 @@ def fetch(
         incomplete.unlink(missing_ok=True)
         raise
     replace_file(incomplete, path)
-    return Transfer(partial.digest.sha256, resumed, partial.received)
+    return Transfer(partial.digest.sha256, resumed, partial.received, copied)
 
 
 def _receive_ranges(
@@ -147,6 +171,8 @@ def _refuse_other(resource: Resource, file: HubFile, location: Location) -> None
 
 def fetch_bytes(revision: Revision, file: HubFile, line: Line | None = None) -> bytes:
     """All bytes of a small file of `revision`, checked; raises `BloomdeskError` as `fetch` does."""
+    if (known := cached_bytes(revision, file)) is not None:
+        return known
     data, digest = read_range(revision, file, 0, file.size, line), file.digest()
     digest.update(data)
     difference = file.difference(digest)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import AGAIN, BloomdeskError, explained
 from runner.format.safetensors import read_small
+from runner.system.disk import largest_file
 from runner.system.lock import sole_writer
 
 
@@ -51,6 +52,20 @@ def sole_writer_of(destination: Path) -> Iterator[None]:
         destination.mkdir(parents=True, exist_ok=True)
     with sole_writer(destination):
         yield
+
+
+def require_large_files(directory: Path, sizes: Mapping[str, int]) -> None:
+    """Raise `BloomdeskError` if the file system, or a limit, takes no file as large as the largest of `sizes`."""
+    name = max(sizes, key=sizes.__getitem__, default="")
+    most, why = largest_file(directory)
+    if name and sizes[name] > most:
+        step = "give a directory on another file system: exFAT, NTFS, ext4 or APFS"
+        if why != "FAT":
+            step = f"raise the limit: {why} unlimited"
+        raise BloomdeskError(
+            f"{directory} takes no file of more than {most:,} bytes ({why}), and {name} has {sizes[name]:,}",
+            step,
+        )
 
 
 @contextmanager

@@ -88,3 +88,12 @@ def test_a_status_elsewhere_is_a_line_now_and_then() -> None:
 )
 def test_the_column_after_text_counts_cells(text: str, column: int) -> None:
     assert column_after(text, 0, 40) == column
+
+
+def test_a_dumb_terminal_gets_lines_as_a_log_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Tty()
+    line = StatusLine(screen, seconds_between_lines=0.0)
+    line.show("a status that is longer than the forty columns of the terminal", "short")
+    line.clear()
+    assert screen.getvalue() == "a status that is longer than the forty columns of the terminal\n"

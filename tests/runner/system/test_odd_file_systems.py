@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from runner.system.disk import UNKNOWN_SPACE, free_bytes
 from runner.system.lock import sole_writer
 from tests.support.commands import run
 from tests.support.lossless import make
+from toolkit.io.disk import require_large_files
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
@@ -124,3 +126,32 @@ def fail(number: int) -> None:
 
 def _is_directory(descriptor: int) -> bool:
     return Path(f"/proc/self/fd/{descriptor}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "why", "step"),
+    [
+        ("vfat", None, "4,294,967,295 bytes (FAT)", "exFAT, NTFS, ext4 or APFS"),
+        ("ext4", 10_000, "10,000 bytes (ulimit -f)", "raise the limit: ulimit -f unlimited"),
+        ("ext4", None, "", ""),
+    ],
+)
+def test_the_largest_file_is_known_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limit: int | None, why: str, step: str
+) -> None:
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="btrfs"),
+        SimpleNamespace(mountpoint=str(tmp_path), fstype=kind),
+    ]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    most = resource.RLIM_INFINITY if limit is None else limit
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (most, most))
+    sizes = {"config.json": 10, "block_69.safetensors": 5 * 10**9}
+    if not why:
+        require_large_files(tmp_path / "new", sizes)
+        return
+    with pytest.raises(BloomdeskError) as raised:
+        require_large_files(tmp_path / "new", sizes)
+    said = f"takes no file of more than {why}, and block_69.safetensors has 5,000,000,000"
+    assert said in raised.value.message and step in raised.value.hint
+    require_large_files(tmp_path / "new", {"config.json": 10})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -111,3 +112,26 @@ def test_a_word_takes_the_place_of_the_status(
     monkeypatch.setattr("sys.stderr", errors)
     print_above_status("a word")
     assert errors.getvalue() == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (120, "converting: 6 GB of 400 GB (2%), block_00, 2 GB/s, 3 min 17 s left"),
+        (60, "6 GB of 400 GB (2%), 2 GB/s, 3 min 17 s left"),
+        (40, "6 GB of 400 GB (2%), 3 min 17 s left"),
+        (20, "2%, 3 min 17 s left"),
+        (10, "2%"),
+    ],
+)
+def test_a_narrow_terminal_gets_the_figures(columns: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("runner.cli.terminal.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setenv("TERM", "xterm")
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    work = WorkProgress("converting", 400 * 10**9, screen)
+    clock[0] += 3.0
+    work("block_00", 6 * 10**9, 10**10)
+    assert screen.getvalue() == f"\x1b7{text}\x1b[K\x1b8"

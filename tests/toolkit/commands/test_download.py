@@ -309,3 +309,20 @@ def test_offline_with_something_missing(local, pins, target, monkeypatch, name):
         BloomdeskError, match=rf"1 of 8 files .* missing \({VICTIM} first\): offline mode is on"
     ):
         download(name, target)
+
+
+def test_an_interruption_keeps_what_was_hashed(local, repo, target, monkeypatch):
+    """Files that came otherwise are read from the first only once."""
+    shutil.copytree(repo, target)
+    monkeypatch.setattr("toolkit.commands.download.SECONDS_OF_HASHING", 0.0)
+
+    def stop(file, done, total):
+        if file == SHARDS[2]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(NAME, target, progress=stop)
+    read = []
+    done = download(NAME, target, progress=lambda file, *_: read.append(file))
+    assert set(read) == {SHARDS[2]} and done.hashed == (SHARDS[2],)
+    assert load_record(target).missing_in(target) == ()

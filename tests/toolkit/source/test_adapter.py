@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from runner.format.manifest import load_manifest
 from tests.support.commands import refused, run
-from tests.support.lossless import content, flip, make
+from tests.support.lossless import content, flip, interrupt_at, make
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.repair import repair
@@ -121,6 +121,36 @@ def test_lossless_resumed_and_repaired(tmp_path: Path) -> None:
     assert "another state of the source" in refused("convert", source, out, "--lossless")
     assert run("convert", source, out, "--lossless", "--adapter", adapter).returncode == 0
     assert content(out) == right
+
+
+def test_what_merging_makes_of_the_weights_does_not_replace_them(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    adapter, before = make_adapter(source, tmp_path / "adapter"), content(source)
+    said = refused("convert", source, tmp_path / "out", "--adapter", adapter, "--delete-source")
+    assert "can't be had back from merged ones" in said
+    assert content(source) == before and not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", adapter=adapter)
+    for path in [*source.glob("*.bin"), *source.glob("*.index.json")]:
+        path.unlink()
+    assert "nor merged" in refused("convert", source, tmp_path / "out", "--adapter", adapter)
+    assert "is no adapter" in refused("convert", source, tmp_path / "out", "--adapter", tmp_path)
+    assert run("convert", source, tmp_path / "out").returncode == 0
+
+
+def test_another_adapter_is_not_mixed_in_when_shards_are_gone(tmp_path: Path) -> None:
+    """Nothing is left to compare the first block with."""
+    source = make(tmp_path / "source")
+    mine, other = make_adapter(source, tmp_path / "mine"), make_adapter(source, tmp_path / "other", r=4)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", interrupt_at("block_01.safetensors"), adapter=mine)
+    for number in (1, 2):
+        (source / f"pytorch_model_{number:05d}-of-00005.bin").unlink()
+    before = content(tmp_path / "out")
+    for given in ([], ["--adapter", str(other)]):
+        assert "another state of the source" in refused("convert", source, tmp_path / "out", *given)
+        assert content(tmp_path / "out") == before
+    assert run("convert", source, tmp_path / "out", "--adapter", mine).returncode == 0
+    assert verify(tmp_path / "out").sound
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200, 300])
