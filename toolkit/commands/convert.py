@@ -36,6 +36,7 @@ from toolkit.source.lfs import fetch_command
 from toolkit.source.sample import sample
 from toolkit.source.shards import read_listed
 from toolkit.source.tensor import SourceTensor
+from toolkit.source.torch_zip import names_beside_state
 
 FETCH_AGAIN = "run the same bloomdesk download again: it fetches what is wrong and nothing else"
 CHECK_AGAIN = "run the same bloomdesk download again with --check: it fetches what is wrong and nothing else"
@@ -204,8 +205,13 @@ def _plan(
         origin = existing.source
     notes: tuple[str, ...] = ()
     others: tuple[Path, ...] = ()
-    if adapter_path is not None and assignment is not None:
+    if adapter_path is not None:
         adapter = read_adapter(adapter_path)
+        if assignment is None:
+            raise BloomdeskError(
+                f"{source} has no shards any more, so nothing can be compared with {destination}, nor merged",
+                "leave out --adapter",
+            )
         others = (adapter.path / CONFIG, adapter.file)
         tensors = adapter.applied(tensors, assignment.plain_names(model))
         seen[adapter.file] = state_of(adapter.file)
@@ -233,6 +239,8 @@ def _plan(
     rounding = rounding_notes(tensors.values(), chosen.why)
     if delete_source and rounding:
         raise BloomdeskError(f"{rounding[0]}; with the source the bits would be lost", KEEP_SOURCE)
+    if delete_source and adapter_path is not None:
+        raise BloomdeskError(f"the weights of {source} can't be had back from merged ones", KEEP_SOURCE)
     deletable = _deletable(shards) if delete_source else ()
     peak = schedule.growth(frozenset(path.name for path in deletable))
     require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
@@ -423,6 +431,13 @@ def _deletable(shards: ShardList) -> tuple[Path, ...]:
             f"{next(iter(shards.objects))} is a pointer of Git LFS, whose object other branches may need",
             "convert without --delete-source, and delete the clone afterwards",
         )
+    for path in shards.files:
+        others = names_beside_state(path) if path.suffix == ".bin" else ()
+        if others:
+            raise BloomdeskError(
+                f"{path} also holds {', '.join(others[:3])} beside the weights, which would be lost",
+                KEEP_SOURCE,
+            )
     links = [path for path in shards.files if path.is_symlink()]
     if links:
         raise BloomdeskError(

@@ -56,6 +56,6 @@ def compare(destination: Path, comparisons: Sequence[Comparison], progress: Prog
                 raise BloomdeskError(
                     f"{destination} was made from another state of the source: {tensor.key} in {tensor.file} is not "
                     f"what {comparison.part} was made from",
-                    "for the weights as they are now, give a new directory, or delete this one; "
-                    "if they should not have changed, fetch or copy the shard again",
+                    "for the weights as they are now, give a new directory; if they should not have changed, fetch or "
+                    "copy the shard again; if an adapter was merged, give the same --adapter",
                 )

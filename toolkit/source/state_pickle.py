@@ -86,14 +86,9 @@ def read_state(data: bytes) -> dict[str, StoredTensor]:
     Raises `NotWeights` if it names anything but what a state dict needs, and `ValueError` if it is no
     sound pickle, or describes something else than tensors under printable keys.
     """
-    if len(data) > LARGEST_PICKLE:
-        raise ValueError(
-            f"its data.pkl has {len(data):,} bytes, no BLOOM's is larger than {LARGEST_PICKLE:,}"
-        )
-    state = _Reader().read(data)
-    if not isinstance(state, dict):
-        raise ValueError("it does not hold a table of tensors")
-    state = _unwrapped(state)
+    state = _read(data)
+    wrapper = _wrapper(state)
+    state = state[wrapper] if wrapper else state
     for key, value in state.items():
         if not isinstance(value, StoredTensor) or not isinstance(key, str):
             raise ValueError(f"under {str(key)[:120]!r} it holds no tensor")
@@ -102,14 +97,33 @@ def read_state(data: bytes) -> dict[str, StoredTensor]:
     return state
 
 
-def _unwrapped(state: dict[Any, Any]) -> dict[Any, Any]:
-    """The table of tensors that `state` holds under one of `WRAPPERS`, else `state` itself."""
+def names_beside_state(data: bytes) -> tuple[str, ...]:
+    """What else the pickle holds, as an optimizer's state, if the state stands under one of `WRAPPERS`.
+
+    Raises as `read_state` does.
+    """
+    state = _read(data)
+    wrapper = _wrapper(state)
+    return tuple(str(name)[:60] for name in state if wrapper and name != wrapper)
+
+
+def _read(data: bytes) -> dict[Any, Any]:
+    if len(data) > LARGEST_PICKLE:
+        raise ValueError(
+            f"its data.pkl has {len(data):,} bytes, no BLOOM's is larger than {LARGEST_PICKLE:,}"
+        )
+    state = _Reader().read(data)
+    if not isinstance(state, dict):
+        raise ValueError("it does not hold a table of tensors")
+    return state
+
+
+def _wrapper(state: dict[Any, Any]) -> str | None:
+    """The one of `WRAPPERS` under which `state` holds the table of tensors, or None if it is that table."""
     wrapped = [name for name in WRAPPERS if isinstance(state.get(name), dict)]
-    if not wrapped or any(isinstance(value, StoredTensor) for value in state.values()):
-        return state
     if len(wrapped) > 1:
         raise ValueError(f"it holds a table under {wrapped[0]!r} and one under {wrapped[1]!r}")
-    return state[wrapped[0]]
+    return wrapped[0] if wrapped else None
 
 
 class _Reader:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from runner.errors import BloomdeskError
 from runner.format.safetensors import open_regular
 from toolkit.io.disk import read_errors, reason
+from toolkit.source import state_pickle
 from toolkit.source.state_pickle import LARGEST_PICKLE, NotWeights, StoredTensor, read_state
 from toolkit.source.tensor import SourceTensor
 
@@ -23,13 +24,22 @@ LARGEST_DIRECTORY = 4 * 2**20
 
 def read_torch_zip(path: Path) -> dict[str, SourceTensor]:
     """The tensors of a `.bin` shard, by key; `BloomdeskError` if it can't be read or is not sound."""
-    try:
-        with read_errors(path), open_regular(path) as file:
-            records, description = _read_zip(path, file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        raise _unsound(path, reason(error)) from None
+    records, description = _read_directory(path)
     state = _read_pickle(path, description)
     return {key: _locate(path, key, tensor, records) for key, tensor in state.items()}
+
+
+def names_beside_state(path: Path) -> tuple[str, ...]:
+    """What else a `.bin` that can be read holds beside the table of its tensors."""
+    return state_pickle.names_beside_state(_read_directory(path)[1])
+
+
+def _read_directory(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
+    try:
+        with read_errors(path), open_regular(path) as file:
+            return _read_zip(path, file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise _unsound(path, reason(error)) from None
 
 
 def read_head(path: Path, head: bytes) -> dict[str, StoredTensor]:

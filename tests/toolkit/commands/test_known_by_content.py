@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
@@ -358,6 +359,23 @@ def test_bits_that_rounding_loses_are_not_deleted_with_the_source(tmp_path: Path
     said = refused("convert", source, tmp_path / "out", "--delete-source", "--dtype", "f16")
     assert "with the source the bits would be lost" in said
     assert content(source) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "others", [{"optimizer": {"step": 3}}, {"ema": "itself"}, {"rng": torch.ones(5, dtype=torch.uint8)}]
+)
+def test_a_training_state_is_not_deleted_with_its_weights(tmp_path: Path, others: dict[str, object]) -> None:
+    source, out = make(tmp_path / "source", LAYOUTS["single bin"]), tmp_path / "out"
+    path = source / "pytorch_model.bin"
+    state = torch.load(path)
+    torch.save(
+        {"model": state, **{name: state if each == "itself" else each for name, each in others.items()}}, path
+    )
+    before = content(source)
+    said = refused("convert", source, out, "--delete-source")
+    assert f"also holds {next(iter(others))} beside the weights, which would be lost" in said
+    assert content(source) == before and not out.exists()
+    assert run("convert", source, out).returncode == 0 and verify(out).sound
 
 
 def test_a_small_file_that_somebody_changed_is_not_written_over(tmp_path: Path) -> None:

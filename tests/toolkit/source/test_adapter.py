@@ -123,6 +123,20 @@ def test_lossless_resumed_and_repaired(tmp_path: Path) -> None:
     assert content(out) == right
 
 
+def test_what_merging_makes_of_the_weights_does_not_replace_them(tmp_path: Path) -> None:
+    source = make(tmp_path / "source")
+    adapter, before = make_adapter(source, tmp_path / "adapter"), content(source)
+    said = refused("convert", source, tmp_path / "out", "--adapter", adapter, "--delete-source")
+    assert "can't be had back from merged ones" in said
+    assert content(source) == before and not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", adapter=adapter)
+    for path in [*source.glob("*.bin"), *source.glob("*.index.json")]:
+        path.unlink()
+    assert "nor merged" in refused("convert", source, tmp_path / "out", "--adapter", adapter)
+    assert "is no adapter" in refused("convert", source, tmp_path / "out", "--adapter", tmp_path)
+    assert run("convert", source, tmp_path / "out").returncode == 0
+
+
 def test_another_adapter_is_not_mixed_in_when_shards_are_gone(tmp_path: Path) -> None:
     """Nothing is left to compare the first block with."""
     source = make(tmp_path / "source")
