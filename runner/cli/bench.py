@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.cli.ram import ram_of
 from runner.cli.report import Row, print_rows, rates_row
 from runner.cli.terminal import StatusLine
-from runner.units import duration, number, parse_size, percent, rate, size
+from runner.units import duration, number, percent, rate, size
 
 if TYPE_CHECKING:
     from runner.estimate.bench import Bench
@@ -31,7 +32,7 @@ def bench(
 
     line = StatusLine(sys.stderr)
     try:
-        found = bench(directory, parse_size(ram) if ram else None, tokens, prompt_tokens, line.show_part)
+        found = bench(directory, ram_of(ram), tokens, prompt_tokens, line.show_part)
     finally:
         line.clear()
     print_rows(_rows(directory, found), as_json=as_json)

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from runner.cli.guard import note, status_after
 from runner.cli.pass_status import PassStatus
 from runner.cli.prompts import Prompt, read_prompt, read_prompts
+from runner.cli.ram import ram_of
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
 from runner.generation.options import GREEDY, OFF, GenerationOptions, Sampling
-from runner.units import duration, number, parse_size, rate, size
+from runner.units import duration, number, rate, size
 
 if TYPE_CHECKING:
     from runner.generation import Batch
@@ -125,14 +126,6 @@ def _name_contradictions(options: GenerateOptions) -> None:
         print(
             f"{draft} is its own draft, which costs as much as it saves: give a smaller BLOOM",
             file=sys.stderr,
-        )
-    if options.ram is None:
-        return
-    from runner.system.memory import all_memory  # what has no --ram starts without it
-
-    if parse_size(options.ram) > (there := all_memory()):
-        print(
-            f"--ram {options.ram} is more than this machine has, {size(there)}: it may swap", file=sys.stderr
         )
 
 
@@ -251,7 +244,7 @@ def _seed(sampling: Sampling) -> str:
 def _opened(options: GenerateOptions) -> Model:
     import runner
 
-    return runner.load(options.directory, parse_size(options.ram) if options.ram else None)
+    return runner.load(options.directory, ram_of(options.ram))
 
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:

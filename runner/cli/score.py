@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from runner.cli.guard import note, status_after
 from runner.cli.pass_status import PassStatus
 from runner.cli.prompts import lines_of, parsed_line
+from runner.cli.ram import ram_of
 from runner.cli.report import Row, print_rows
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError, reading
-from runner.units import duration, number, parse_size
+from runner.units import duration, number
 
 if TYPE_CHECKING:
     from runner.cli.results import Results
@@ -262,4 +263,4 @@ def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
 def _opened(options: ScoreOptions) -> Model:
     import runner
 
-    return runner.load(options.directory, parse_size(options.ram) if options.ram else None)
+    return runner.load(options.directory, ram_of(options.ram))

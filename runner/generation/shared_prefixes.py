@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from runner.generation.sequence import Ids, common_length
-from runner.kernel.matmul import LANES
 from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, whole_lanes
 
@@ -88,7 +87,7 @@ class SharedPrefixes:
         cache = None
         for prefix in chain:
             if prefix.cache is None:
-                prefix.cache = model.new_cache(prefix.end, cache)
+                prefix.cache = model.new_cache(prefix.end, cache, is_prefix=True)
                 self._kept.append(prefix)
             cache = prefix.cache
         cache = model.new_cache(capacity, cache)
@@ -140,6 +139,5 @@ def _tree(texts: Sequence[Ids], ahead: int) -> Iterator[Prefix]:
 
 
 def _shareable(one: Ids, other: Ids, ahead: int) -> int:
-    """Number of positions that two texts share, in whole lanes of the kernel."""
-    common = min(common_length(one, other), len(one) - 1, len(other) - 1) - ahead
-    return max(0, common) // LANES * LANES
+    """Number of positions that two texts share."""
+    return max(0, min(common_length(one, other), len(one) - 1, len(other) - 1) - ahead)

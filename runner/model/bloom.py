@@ -83,7 +83,7 @@ class AttentionMetadata:
 
     Rows `first` to `last` of x are the sequence's, and its cache stores them from position `start` on. `masks` are
     [t, S] for groups of t rows, so that the scores of a long prompt are never in memory all at once. `joined` is what
-    a cache with a prefix needs.
+    a prefix needs, and a cache with one.
     """
 
     first: int

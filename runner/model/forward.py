@@ -22,9 +22,10 @@ class ModelRunner:
 
     weights: Weights
 
-    def new_cache(self, capacity: int, prefix: KVCache | None = None) -> KVCache:
+    def new_cache(self, capacity: int, prefix: KVCache | None = None, *, is_prefix: bool = False) -> KVCache:
         """An empty KV cache for `capacity` positions, the first of them `prefix`'s; its memory must be in the plan."""
-        return KVCache(self.weights.model, capacity, self.weights.dtype, self.weights.kernel, prefix)
+        weights = self.weights
+        return KVCache(weights.model, capacity, weights.dtype, weights.kernel, prefix, is_prefix=is_prefix)
 
     def forward(
         self, ids: Sequence[int], cache: KVCache, *, all_rows: bool = False, on_part: OnPart | None = None
@@ -64,11 +65,12 @@ class ModelRunner:
         model, weights = self.weights.model, self.weights
         longest = max(segment.length for segment in segments)
         alibi = bloom.alibi_bias(model.n_head, whole_lanes(longest), weights.dtype)
-        sharing = [segment.length for segment in segments if segment.cache.prefix]
+        sharing = [segment.length for segment in segments if segment.cache.is_joined]
         joined = JoinedValues(model, max(sharing), weights.dtype) if sharing else None
         attended, last = [], 0
         for segment in segments:
-            metadata = bloom.AttentionMetadata.of(segment, last, model.n_head, weights.dtype, joined)
+            values = joined if segment.cache.is_joined else None
+            metadata = bloom.AttentionMetadata.of(segment, last, model.n_head, weights.dtype, values)
             attended.append(metadata)
             last += len(segment.ids)
         x = bloom.embed([i for segment in segments for i in segment.ids], weights.embedding, model)

@@ -54,18 +54,19 @@ class BlockCache:
         block, end = self, length
         while block:
             keys = block.keys[:, : end - block.start]
-            self.kernel.accumulate(queries, keys, out[:, :, block.start : end])
+            self.kernel.accumulate(queries, keys, out[:, :, block.start : block.start + keys.shape[1]])
             block, end = block.prefix, block.start
         return out
 
     def context(self, weights: torch.Tensor, joined: JoinedValues | None = None) -> torch.Tensor:
         """The values of the first S positions summed with weights [H, T, S] -> [H, T, D] float32.
 
-        A cache with a prefix needs `joined`: a sum over positions has one order, so these must lie side by side.
+        A prefix, and a cache with one, needs `joined`: a sum over positions has one order, so these must lie side by
+        side, and end with a whole number of lanes.
         """
         H, T, S = weights.shape
         out = torch.zeros(H, T, self.head_dim)
-        values = joined.of(self, S) if self.prefix else self.values[:, :, :S]
+        values = joined.of(self, S) if joined else self.values[:, :, :S]
         self.kernel.accumulate(weights.float(), values, out)
         return out
 
@@ -82,14 +83,20 @@ class JoinedValues:
         self._prefix: BlockCache | None = None
 
     def of(self, block: BlockCache, length: int) -> torch.Tensor:
-        """The values of the first `length` positions of `block`, which has a prefix: [H, D, S], until the next call."""
+        """The values of the first S = `length` positions of `block`, with zeros after the last: [H, D, S].
+
+        The next call overwrites them.
+        """
         if self._prefix is not block.prefix:
             each, end = block.prefix, block.start
             while each:
                 self._values[:, :, each.start : end] = each.values[:, :, : end - each.start]
                 each, end = each.prefix, each.start
             self._prefix = block.prefix
-        self._values[:, :, block.start : length] = block.values[:, :, : length - block.start]
+        own = block.values[:, :, : length - block.start]
+        end = block.start + own.shape[2]
+        self._values[:, :, block.start : end] = own
+        self._values[:, :, end:length] = 0
         return self._values[:, :, :length]
 
     @staticmethod
@@ -106,7 +113,8 @@ class KVCache:
     The memory is freed with the last reference to the cache.
 
     With a `prefix`, the positions before its capacity are those of the prefix, and count in `length` from the start: a
-    pass may carry rows for this cache once the prefix is full, or carries the rows that fill it first.
+    pass may carry rows for this cache once the prefix is full, or carries the rows that fill it first. One that
+    `is_prefix` itself ends anywhere: its sequences have the rest of its last lanes.
     """
 
     def __init__(
@@ -116,12 +124,13 @@ class KVCache:
         dtype: torch.dtype,
         kernel: Kernel,
         prefix: KVCache | None = None,
+        *,
+        is_prefix: bool = False,
     ) -> None:
-        """Raises ValueError if the prefix does not end at a whole number of lanes."""
         self.start = prefix.capacity if prefix else 0
-        if self.start % LANES:
-            raise ValueError(f"a prefix of {self.start} positions is no multiple of {LANES}")
-        H, D, room = model.n_head, model.head_dim, whole_lanes(capacity) - self.start
+        # Number of positions that memory is reserved for, without those of the prefix.
+        self.positions = (capacity if is_prefix else whole_lanes(capacity)) - self.start
+        H, D, room = model.n_head, model.head_dim, self.positions
         self.blocks = tuple(
             BlockCache(
                 torch.zeros(H, room, D, dtype=dtype),
@@ -132,7 +141,7 @@ class KVCache:
             )
             for before in (prefix.blocks if prefix else [None] * model.n_layer)
         )
-        self.prefix = prefix
+        self.prefix, self.is_prefix = prefix, is_prefix
         self.capacity = capacity
         self.length = self.start
 
@@ -142,9 +151,9 @@ class KVCache:
         return (*self.prefix.chain, self) if self.prefix else (self,)
 
     @property
-    def positions(self) -> int:
-        """Number of positions that memory is reserved for, without those of the prefix."""
-        return whole_lanes(self.capacity) - self.start
+    def is_joined(self) -> bool:
+        """Whether attention needs `JoinedValues`."""
+        return self.is_prefix or self.prefix is not None
 
     @property
     def is_full(self) -> bool:

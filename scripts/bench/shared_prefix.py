@@ -40,7 +40,7 @@ from scripts.bench.turns import machine, say
 SEQUENCES = 16
 COLUMNS = (
     Column("", "what"),
-    Column("without", "without", ".2f"),
+    Column("a second, without", "without", ".2f"),
     Column("shared", "shared", ".2f"),
     Column("times", "times", ".2f"),
     Column("range of rounds", "rounds", ".2f"),
@@ -99,14 +99,14 @@ def measure(model: Model, given: argparse.Namespace) -> list[dict[str, object]]:
     lines = [[*beginning, *random_ids(model, given.own, seed + 1)] for seed in range(given.lines)]
     choices = Sampling(temperature=1.0, seed=1, n=SEQUENCES)
     works: dict[str, Callable[[], Measured]] = {
-        "score, lines/s": partial(scored, model, lines, given.shared),
-        "score, whole lines, lines/s": partial(scored, model, lines, 1),
-        "prompts/s": partial(answered, model, lines, Sampling()),
-        "choices/s": partial(answered, model, [beginning], choices),
-        "decoding, passes/s": partial(decoded, model, lines[:SEQUENCES], 16),
+        "score": partial(scored, model, lines, given.shared),
+        "score, whole lines": partial(scored, model, lines, 1),
+        "prompts": partial(answered, model, lines, Sampling()),
+        "choices": partial(answered, model, [beginning], choices),
+        "decoding": partial(decoded, model, lines[:SEQUENCES], 16),
     }
     rows = []
-    for name, work in works.items():
+    for name, work in [list(works.items())[int(number)] for number in given.works.split(",")]:
         say(name)
         ways = {"shared": work, "without": partial(without, work)}
         turns = interleaved(ways, given.rounds, warm_up=1)
@@ -128,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shared", type=int, default=200, metavar="N", help="tokens of the beginning")
     parser.add_argument("--own", type=int, default=10, metavar="N", help="tokens of each line besides")
     parser.add_argument("--lines", type=int, default=64, metavar="N")
+    parser.add_argument("--works", default="0,1,2,3,4", metavar="0,1,...", help="which of the five")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--json", type=Path, metavar="OUT")
     given = parser.parse_args(arguments)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, PartRecord, UnsoundManifest, read_manifest
+from runner.format.manifest import LARGEST_MANIFEST, Manifest, PartRecord, UnsoundManifest, read_manifest
+from toolkit.io.disk import read_if_exists
 from toolkit.parts.destination import write_manifest
 
 
@@ -35,8 +36,10 @@ def recover_manifest(directory: Path) -> Manifest:
 
     Raises `BloomdeskError` if neither can be trusted or the disk fails.
     """
-    manifest, _ = find_manifest(directory)
-    write_manifest(directory, manifest)
+    manifest, wrong = find_manifest(directory)
+    # While parts are missing, there need be no backup yet.
+    if wrong or not manifest.missing or (directory / MANIFEST_BACKUP).exists():
+        write_manifest(directory, manifest)
     return manifest
 
 
@@ -87,4 +90,6 @@ def _backup_damage(directory: Path, manifest: Manifest) -> str | None:
         return "it is missing" if not manifest.missing else None
     if not _are_of_one_checkpoint(manifest, copy):
         return f"it is of another checkpoint than {MANIFEST}"
-    return None
+    # An earlier state is none that differs.
+    texts = {read_if_exists(path, LARGEST_MANIFEST) for path in (directory / MANIFEST, backup)}
+    return f"it differs from {MANIFEST}" if copy == manifest and len(texts) > 1 else None

@@ -20,14 +20,14 @@ from tests.support.prompts import DTYPES, tokens
 def test_sequences_that_share_prefixes_have_their_own_bits(prepared, dtype: str, seed: int) -> None:
     """Two prefixes, one behind the other, with a sequence behind each; read in the same pass or in several."""
     model, source = runner.load(prepared(dtype=dtype)[1]), random.Random(seed)
-    first, second = sorted(source.sample(range(8, 200, 8), 2))
+    first, second = sorted(source.sample(range(1, 200), 2))
     text = tokens(second, seed)
     texts = [text[:first], text]
     for before in (first, first, second, second):
         texts.append(text[:before] + tokens(source.randint(1, 30), source.randrange(2**32)))
     alone = [model.forward(ids, model.cache(len(ids)), all_rows=True) for ids in texts]
-    outer = model.new_cache(first)
-    inner = model.new_cache(second, outer)
+    outer = model.new_cache(first, is_prefix=True)
+    inner = model.new_cache(second, outer, is_prefix=source.random() < 0.8)
     prefixes = [None, outer, outer, outer, inner, inner]
     caches = [outer, inner, *(model.new_cache(len(texts[place]), prefixes[place]) for place in range(2, 6))]
     while not all(cache.is_full for cache in caches):
@@ -46,14 +46,14 @@ def test_sequences_that_share_prefixes_have_their_own_bits(prepared, dtype: str,
             assert torch.equal(logits, expected)
     whole = model.new_cache(len(texts[5]))
     model.forward(texts[5], whole)
-    for begin, end in ((0, len(texts[5])), (first - 3, second + 1), (second, second + 1), (1, 2)):
+    for begin, end in ((0, len(texts[5])), (first - 1, second + 1), (second, second + 1), (0, 1)):
         assert torch.equal(caches[5].stored(begin, end), whole.stored(begin, end))
 
 
 @pytest.fixture
 def shared(prepared) -> tuple[Model, KVCache, KVCache]:
     model = runner.load(prepared()[1])
-    prefix = model.new_cache(16)
+    prefix = model.new_cache(13, is_prefix=True)
     return model, prefix, model.new_cache(30, prefix)
 
 
@@ -63,25 +63,23 @@ def test_a_prefix_takes_no_memory_twice(shared: tuple[Model, KVCache, KVCache]) 
     held = [block.keys.nbytes + block.values.nbytes for each in (prefix, cache) for block in each.blocks]
     assert sum(held) == whole
     assert prefix.positions + cache.positions == 32
-    assert (cache.start, cache.length, cache.chain) == (16, 16, (prefix, cache))
+    assert (cache.start, cache.length, cache.chain) == (13, 13, (prefix, cache))
 
 
 def test_a_prefix_must_be_full(shared: tuple[Model, KVCache, KVCache]) -> None:
     model, prefix, cache = shared
     for segments in (
         [Segment([5], cache)],
-        [Segment(tokens(15, 1), prefix), Segment([5], cache)],
-        [Segment([5], cache), Segment(tokens(16, 1), prefix)],
+        [Segment(tokens(12, 1), prefix), Segment([5], cache)],
+        [Segment([5], cache), Segment(tokens(13, 1), prefix)],
     ):
         with pytest.raises(ValueError, match="must be full"):
             model.forward_all(segments)
-    model.forward_all([Segment(tokens(16, 1), prefix), Segment([5], cache)])
-    assert (prefix.length, cache.length) == (16, 17)
-    with pytest.raises(ValueError, match="cannot go back to 15"):
-        cache.rewind(15)
-    cache.rewind(16)
-    with pytest.raises(ValueError, match="no multiple of 8"):
-        model.new_cache(30, model.new_cache(20))
+    model.forward_all([Segment(tokens(13, 1), prefix), Segment([5], cache)])
+    assert (prefix.length, cache.length) == (13, 14)
+    with pytest.raises(ValueError, match="cannot go back to 12"):
+        cache.rewind(12)
+    cache.rewind(13)
 
 
 def test_an_interrupted_pass_leaves_prefixes_as_they_were(shared: tuple[Model, KVCache, KVCache]) -> None:
@@ -91,12 +89,12 @@ def test_an_interrupted_pass_leaves_prefixes_as_they_were(shared: tuple[Model, K
         raise KeyboardInterrupt
 
     ids = tokens(30, 1)
-    segments = [Segment(ids[:16], prefix), Segment(ids[16:], cache, 14)]
+    segments = [Segment(ids[:13], prefix), Segment(ids[13:], cache, 17)]
     with pytest.raises(KeyboardInterrupt):
         model.forward_all(segments, interrupt)
-    assert (prefix.length, cache.length) == (0, 16)
+    assert (prefix.length, cache.length) == (0, 13)
     assert not any(
         block.keys.any() or block.values.any() for each in (prefix, cache) for block in each.blocks
     )
     expected = model.forward(ids, model.cache(30), all_rows=True)
-    assert torch.equal(model.forward_all(segments)[1], expected[16:])
+    assert torch.equal(model.forward_all(segments)[1], expected[13:])
