@@ -10,6 +10,7 @@ made (arrivals.py). Every step survives a kill: the same command run again keeps
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest, PartRecord, SourceShard
 from toolkit.commands.schedule import Schedule
+from toolkit.hub.place import set_aside
 from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
@@ -68,7 +70,8 @@ class BuildPlan:
     records of all parts that the destination has or had: made again, they must have the same tensors. `comparisons`
     are of the kept parts with the source. `companions` are the small files' bytes. `shards` serve one run.
     `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert` beyond what is taken now.
-    `bytes_to_fetch` are those of all needed shards of the Hub. `notes` are sentences for the summary.
+    `bytes_to_fetch` are those of all needed shards of the Hub. `notes` are sentences for the summary. Only a repair
+    replaces files that hold something else than is recorded; it has read them whole.
     """
 
     destination: Path
@@ -82,6 +85,7 @@ class BuildPlan:
     bytes_to_fetch: int = 0
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
+    is_repair: bool = False
 
     @property
     def bytes_to_write(self) -> int:
@@ -159,7 +163,8 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
     else:
         recover_manifest(plan.destination)
     release = Release(plan.destination)
-    whole = plan.shards.run(lambda report: _make_parts(plan, manifest, release, report), progress)
+    aside: list[Path] = []
+    whole = plan.shards.run(lambda report: _make_parts(plan, manifest, release, aside, report), progress)
     written = tuple(plan.schedule.needs)
     kept = tuple(file for file in whole.parts if file not in written)
     size = sum(whole.parts[file].size for file in written)
@@ -176,6 +181,7 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
             *plan.notes,
             *plan.shards.notes,
             *(zero_notes(whole.parts.values()) if written else ()),
+            *(f"{path} holds what was there, and is no part of this checkpoint" for path in aside),
             *(f"{shard} stays: not all of its parts were made from these bytes" for shard in release.spared),
         ),
         plan.shards.cached,
@@ -190,8 +196,10 @@ def _has_companions(plan: BuildPlan) -> bool:
     )
 
 
-def _make_parts(plan: BuildPlan, manifest: Manifest, release: Release, progress: Progress) -> Manifest:
-    """The manifest with every part, each recorded as soon as it is in place."""
+def _make_parts(
+    plan: BuildPlan, manifest: Manifest, release: Release, aside: list[Path], progress: Progress
+) -> Manifest:
+    """The manifest with every part, each recorded as soon as it is in place; `aside` gets the files that made way."""
 
     def delete(shard: Path, sha256: str | None) -> None:
         release.delete(shard, sha256, manifest)
@@ -200,9 +208,11 @@ def _make_parts(plan: BuildPlan, manifest: Manifest, release: Release, progress:
     shards, place = plan.shards, _place(plan.destination)
     shards.release(frozenset(plan.schedule.shards), delete)
     for file in plan.schedule.needs:
-        record = write_part(
-            shards.part(file), plan.destination, shards.checked, progress, plan.known.get(file)
-        )
+        part, path = shards.part(file), plan.destination / file
+        if file in plan.known and not plan.is_repair and os.path.lexists(path):
+            # It has another size or header than the recorded part: cut off, or somebody's work.
+            aside.append(_set_aside(path))
+        record = write_part(part, plan.destination, shards.checked, progress, plan.known.get(file))
         if record.decoded:
             release.trust(record)
         manifest = manifest.with_part(record)
@@ -221,3 +231,14 @@ def _place(directory: Path) -> tuple[int, int]:
     with disk_errors(directory):
         found = directory.stat()
     return found.st_dev, found.st_ino
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename what is in the place of a part; its new path. Raises `BloomdeskError` for a link that leads nowhere."""
+    if not path.exists():
+        raise BloomdeskError(
+            f"{path} is a link to {os.path.realpath(path)}, which is not there",
+            "mount what it leads to, or delete the link; then run the same command again",
+        )
+    with disk_errors(path):
+        return set_aside(path)

@@ -85,7 +85,7 @@ def repair(
         if parts or files & manifest.companions.keys():
             mending = _plan(directory, manifest, frozenset(parts), source, connections, line, adapter)
             small = {name: data for name, data in mending.companions.items() if name in files}
-            mending = replace(mending, companions=small)
+            mending = replace(mending, companions=small, is_repair=True)
             with work("repairing", mending.work) as progress:
                 build(mending, progress)
         if report.unchecked:

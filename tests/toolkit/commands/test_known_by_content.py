@@ -378,6 +378,26 @@ def test_a_training_state_is_not_deleted_with_its_weights(tmp_path: Path, others
     assert run("convert", source, out).returncode == 0 and verify(out).sound
 
 
+@pytest.mark.parametrize("data", [b"mine", b""])
+def test_what_is_in_the_place_of_a_recorded_part_makes_way_and_is_kept(tmp_path: Path, data: bytes) -> None:
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+    right = content(out)
+    (out / BLOCK).write_bytes(data)
+    done = run("convert", source, out)
+    assert done.returncode == 0 and f"{BLOCK}.changed holds what was there" in done.stderr
+    assert content(out) == {**right, f"{BLOCK}.changed": data}
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced(tmp_path: Path) -> None:
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    convert(source, out)
+    (out / BLOCK).unlink()
+    (out / BLOCK).symlink_to(tmp_path / "disk" / BLOCK)
+    assert f"is a link to {tmp_path / 'disk' / BLOCK}, which is not there" in refused("convert", source, out)
+    assert (out / BLOCK).is_symlink()
+
+
 def test_a_small_file_that_somebody_changed_is_not_written_over(tmp_path: Path) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     convert(source, out)
