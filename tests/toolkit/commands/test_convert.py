@@ -312,6 +312,14 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(source: Path, out: Path)
     assert summary.written == tuple(f"block_0{number}.safetensors" for number in range(3))
     assert summary.kept == ("embedding.safetensors", "final_layernorm.safetensors")
     (out / "embedding.safetensors.incomplete").unlink()
+    # What had their names may be somebody's work.
+    for number, data in (
+        (1, before["block_01.safetensors"] + b"x"),
+        (2, bytes(len(before["block_02.safetensors"]))),
+    ):
+        aside = out / f"block_0{number}.safetensors.changed"
+        assert aside.read_bytes() == data
+        aside.unlink()
     assert content(out) == before
 
 
