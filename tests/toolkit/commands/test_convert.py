@@ -318,7 +318,7 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(source: Path, out: Path)
         (2, bytes(len(before["block_02.safetensors"]))),
     ):
         aside = out / f"block_0{number}.safetensors.changed"
-        assert aside.read_bytes() == data
+        assert aside.read_bytes() == found
         aside.unlink()
     assert content(out) == before
 

@@ -258,6 +258,10 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(coded: tuple[Path, Path]
     (out / f"{BLOCK}.incomplete").write_bytes(b"half")
     summary = convert(source, out, form=LOSSLESS)
     assert summary.written == tuple(f"block_0{number}.safetensors" for number in range(3))
+    aside = sorted(out.glob("*.changed"))
+    assert [path.name for path in aside] == [f"{BLOCK}.changed", "block_02.safetensors.changed"]
+    for path in aside:
+        path.unlink()
     assert content(out) == before
 
 
