@@ -204,15 +204,18 @@ def _make_parts(
     def delete(shard: Path, sha256: str | None) -> None:
         release.delete(shard, sha256, manifest)
 
+    def make_way(path: Path) -> None:
+        # It has another size or header than the recorded part: cut off, or somebody's work.
+        if not plan.is_repair:
+            aside.append(set_aside(path))
+
     # An earlier run may have made the parts of a shard and ended before it deleted the shard.
     shards, place = plan.shards, _place(plan.destination)
     shards.release(frozenset(plan.schedule.shards), delete)
     for file in plan.schedule.needs:
-        part, path = shards.part(file), plan.destination / file
-        if file in plan.known and not plan.is_repair and os.path.lexists(path):
-            # It has another size or header than the recorded part: cut off, or somebody's work.
-            aside.append(_set_aside(path))
-        record = write_part(part, plan.destination, shards.checked, progress, plan.known.get(file))
+        _refuse_lost_link(plan.destination / file)
+        known = plan.known.get(file)
+        record = write_part(shards.part(file), plan.destination, shards.checked, progress, known, make_way)
         if record.decoded:
             release.trust(record)
         manifest = manifest.with_part(record)
@@ -233,12 +236,10 @@ def _place(directory: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename what is in the place of a part; its new path. Raises `BloomdeskError` for a link that leads nowhere."""
-    if not path.exists():
+def _refuse_lost_link(path: Path) -> None:
+    """Raise `BloomdeskError` for a link that leads nowhere: what it leads to may be on a disk that is not mounted."""
+    if path.is_symlink() and not path.exists():
         raise BloomdeskError(
             f"{path} is a link to {os.path.realpath(path)}, which is not there",
             "mount what it leads to, or delete the link; then run the same command again",
         )
-    with disk_errors(path):
-        return set_aside(path)

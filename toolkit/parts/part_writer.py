@@ -38,11 +38,13 @@ def write_part(
     sha256: Callable[[Path], SourceShard],
     progress: Progress,
     known: PartRecord | None = None,
+    make_way: Callable[[Path], object] = lambda path: None,
 ) -> PartRecord:
     """The manifest's record of a part, written into `destination` whole or not at all.
 
     `sha256` gives a source shard's checked hash and raises if it is wrong; it is called once the bytes are
-    written, before the rename. `known` is the record of a part that is made again. Raises `BloomdeskError` if a shard
+    written, before the rename. `known` is the record of a part that is made again; what has its name then is given to
+    `make_way`, right before it is replaced. Raises `BloomdeskError` if a shard
     or the disk fails, coded tensors do not read back from the disk as the bits of the source, the source's tensors are
     not the recorded ones, or a file that nobody recorded is in the way.
     """
@@ -62,6 +64,8 @@ def write_part(
             record = replace(record, sources=known.sources)
         if os.path.lexists(path):
             _check_replacement(path, Path(file.name), record, recorded=known is not None)
+            if known is not None:
+                make_way(path)
     return record
 
 

@@ -313,10 +313,8 @@ def test_a_rerun_keeps_what_is_sound_and_makes_the_rest(source: Path, out: Path)
     assert summary.kept == ("embedding.safetensors", "final_layernorm.safetensors")
     (out / "embedding.safetensors.incomplete").unlink()
     # What had their names may be somebody's work.
-    for number, data in (
-        (1, before["block_01.safetensors"] + b"x"),
-        (2, bytes(len(before["block_02.safetensors"]))),
-    ):
+    spoilt = {1: before["block_01.safetensors"] + b"x", 2: bytes(len(before["block_02.safetensors"]))}
+    for number, found in spoilt.items():
         aside = out / f"block_0{number}.safetensors.changed"
         assert aside.read_bytes() == found
         aside.unlink()
