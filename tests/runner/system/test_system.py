@@ -62,7 +62,7 @@ def test_the_miniature_gives_the_same_tokens_without_linux_calls(
 
 
 ELSEWHERE = """
-import faulthandler, mmap, os, sys
+import dataclasses, faulthandler, mmap, os, sys
 faulthandler.dump_traceback_later(50, exit=True)
 import psutil, tokenizers, torch  # they are those of this system
 from runner.kernel.library import load_kernel
@@ -83,7 +83,7 @@ runner.weights.chunks.LARGEST_CHUNK = 20000
 model = runner.load(sys.argv[1])
 print(list(model.generate([5, 6, 7], max_new_tokens=5)))
 small = runner.load(sys.argv[1], ram=model.process_nbytes + model.weights.nbytes * 3 // 4)
-small = type(small)(small.weights, small.tokenizer, small.ram, model.process_nbytes)
+small = dataclasses.replace(small, process_nbytes=model.process_nbytes)
 generation = small.generate([5, 6, 7], max_new_tokens=5)
 assert generation.streamed_bytes_per_pass
 print(list(generation))

@@ -383,8 +383,16 @@ def test_a_conversion_writes_through_no_link(tmp_path: Path, precious: Path) -> 
     for name in ("tokenizer.json", "block_01.safetensors"):
         (out / name).unlink()
         (out / name).symlink_to("/dev/null")
+    with pytest.raises(BloomdeskError, match=r"tokenizer.json: cannot be read: it is not a regular file"):
+        convert(source, out)
+    (out / "tokenizer.json").unlink()
     convert(source, out)
     assert precious.read_bytes() == b"the only copy"
+    aside = sorted(out.glob("*.changed"))
+    assert [path.name for path in aside] == ["block_00.safetensors.changed", "block_01.safetensors.changed"]
+    for path in aside:
+        assert path.is_symlink()
+        path.unlink()
     # The manifest is right and is not written again, so this name stays what it was.
     (out / "manifest.json.incomplete").unlink()
     assert content(out) == sound
