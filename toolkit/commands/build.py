@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -238,8 +239,14 @@ def _place(directory: Path) -> tuple[int, int]:
 
 def _refuse_lost_link(path: Path) -> None:
     """Raise `BloomdeskError` for a link that leads nowhere: what it leads to may be on a disk that is not mounted."""
-    if path.is_symlink() and not path.exists():
-        raise BloomdeskError(
-            f"{path} is a link to {os.path.realpath(path)}, which is not there",
-            "mount what it leads to, or delete the link; then run the same command again",
-        )
+    if not path.is_symlink():
+        return
+    # Of a link that leads back to itself the system says something else.
+    with suppress(OSError):
+        try:
+            path.stat()
+        except FileNotFoundError:
+            raise BloomdeskError(
+                f"{path} is a link to {os.path.realpath(path)}, which is not there",
+                "mount what it leads to, or delete the link; then run the same command again",
+            ) from None
