@@ -27,7 +27,8 @@ from typing import Any
 from unittest.mock import patch
 
 from scripts.fakehub.server import LocalHub
-from scripts.torture.combinations import Command, Content, Trial, World, content, make_world, scratch
+from scripts.torture.trial import Command, Trial
+from scripts.torture.world import Content, World, content, make_world, scratch
 from toolkit.hub.record import RECORD
 from toolkit.io import reader
 

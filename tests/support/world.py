@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.fakehub.server import LocalHub
-from scripts.torture.combinations import World, make_world, scratch
+from scripts.torture.world import World, make_world, scratch
 from toolkit.hub import retry
 from toolkit.io import reader
 

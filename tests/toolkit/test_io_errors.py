@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.torture.combinations import World
 from scripts.torture.io_errors import CASES, Case
+from scripts.torture.world import World
 
 pytest_plugins = ("tests.support.world",)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.torture.combinations import Trial, World, combinations, scratch
+from scripts.torture.combinations import combinations
+from scripts.torture.trial import Trial
+from scripts.torture.world import World, scratch
 
 pytest_plugins = ("tests.support.world",)
 

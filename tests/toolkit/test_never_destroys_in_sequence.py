@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.torture.combinations import World, scratch, sequence
+from scripts.torture.combinations import sequence
+from scripts.torture.world import World, scratch
 
 pytest_plugins = ("tests.support.world",)
 

@@ -8,8 +8,7 @@
 
     weight + (B @ A) * lora_alpha / r, the product and the sum in float32, rounded once
 
-The product is made of some rows at a time: torch sums each element in the same order however many rows there are, but
-for a few. Source: peft/tuners/lora/layer.py.
+merge.py computes it. Source: peft/tuners/lora/layer.py.
 """
 
 from __future__ import annotations
@@ -77,6 +76,11 @@ class Adapter:
     base: str
     fields: Mapping[str, Any]
     tensors: Mapping[str, SourceTensor] = field(repr=False)
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The files that a merge depends on."""
+        return self.path / CONFIG, self.file
 
     def scaling(self, module: str, rank: int) -> float:
         """What the product is multiplied by."""

@@ -1,0 +1,92 @@
+"""Options and arguments that commands share, each declared once, and what their texts mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runner.errors import BloomdeskError
+from runner.format.coded import LOSSLESS, PLAIN
+
+Repo = Annotated[str, typer.Argument(metavar="REPO", help="A BLOOM or BLOOMZ on the Hub: bigscience/bloom.")]
+Prepared = Annotated[Path, typer.Argument(metavar="DST", help="A prepared directory.")]
+NewDirectory = Annotated[Path, typer.Argument(metavar="DST", help="The prepared directory to make.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R", help="Branch, tag or commit.", show_default="for bigscience/bloom, the pinned commit"
+    ),
+]
+Connections = Annotated[
+    int, typer.Option(metavar="N", min=1, max=32, help="Ranges of a file fetched at a time.")
+]
+DEFAULT_CONNECTIONS = 8
+Patience = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME",
+        help="Wait out outages of the network or the Hub up to this long, like 90min; 0 ends after a few tries.",
+    ),
+]
+DEFAULT_PATIENCE = "12h"
+LimitRate = Annotated[
+    str | None,
+    typer.Option(
+        "--limit-rate",
+        metavar="RATE",
+        help="Fetch no faster than this, like 20MB/s.",
+        show_default="no limit",
+    ),
+]
+Lossless = Annotated[
+    bool,
+    typer.Option("--lossless", help="Store bfloat16 weights in two thirds of the bytes, every bit the same."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="bf16|f16|f32",
+        help="Round the weights to this.",
+        show_default="what transformers would choose",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A LoRA adapter to merge into the weights.", show_default="none"),
+]
+Ram = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="RAM to use, like 12GB.", show_default="what is free")
+]
+PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def form_of(lossless: bool) -> str:
+    return LOSSLESS if lossless else PLAIN
+
+
+def dtype_of(name: str | None) -> str | None:
+    """ "bf16" is BF16. Raises `BloomdeskError` for a name that is no dtype's."""
+    from toolkit.source.dtype import OPTIONS
+
+    if name is not None and name not in OPTIONS:
+        raise BloomdeskError(f"unknown --dtype {name!r}", f"give one of {', '.join(OPTIONS)}")
+    return OPTIONS[name] if name is not None else None
+
+
+def share_of(text: str | None) -> float | None:
+    """ "5%" is 0.05. Raises `BloomdeskError` for anything but a number of percent."""
+    if text is None:
+        return None
+    try:
+        share: float | None = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = None
+    # 0.05 may be meant as 5%.
+    if share is None or (share <= 0.01 and not text.endswith("%") and share > 0):
+        raise BloomdeskError(
+            f"a sample is a share of the bytes, in percent, found {text!r}", "give it as --sample 5%"
+        )
+    return share

@@ -1,0 +1,210 @@
+"""The commands that run a model, or say what running it would take. Heavy imports wait inside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runner.cli import bench as bench_command
+from runner.cli import plan as plan_command
+from runner.cli.constraint import read_constraint
+from runner.cli.generate import GenerateOptions
+from runner.cli.generate import generate as run_generate
+from runner.cli.score import ScoreOptions
+from runner.cli.score import score as run_score
+from runner.generation.options import GenerationOptions, Sampling, read_biases
+from toolkit.cli.options import Json, Prepared, PromptTokens, Ram
+
+
+def generate(
+    directory: Prepared,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - reads standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text to continue is in there.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts in place of PROMPT: .txt with one a line, or .jsonl."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Results of --prompts, one a line; run again, it resumes."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="The most new tokens of a prompt.")
+    ] = GenerationOptions.max_new_tokens,
+    ram: Ram = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Prompts that share a pass.", show_default="what the RAM suggests"),
+    ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."
+        ),
+    ] = GenerationOptions.speculate,
+    draft: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T", help="Draw tokens; higher is more daring.", show_default="the likeliest token"
+        ),
+    ] = Sampling.temperature,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw among the K likeliest tokens.", show_default="all")
+    ] = Sampling.top_k,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among the likeliest tokens that have this probability together."
+        ),
+    ] = Sampling.top_p,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P", help="Draw among tokens of this fraction of the likeliest one's probability."
+        ),
+    ] = Sampling.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1: less likely are tokens that prompt or text have.")
+    ] = Sampling.repetition_penalty,
+    presence_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from the logits of tokens that the text has.")
+    ] = Sampling.presence_penalty,
+    frequency_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Taken from them as often as the text has them.")
+    ] = Sampling.frequency_penalty,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=X", help="Added to the logit of a token id. Repeatable.")
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Makes a drawn text repeatable.", show_default="drawn and reported"),
+    ] = None,
+    n: Annotated[int, typer.Option(metavar="N", help="Continuations of each prompt.")] = Sampling.n,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ends the text, and is no part of it. Repeatable."),
+    ] = None,
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens before the text may end by itself.")
+    ] = Sampling.min_new_tokens,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="The end-of-text token ends nothing.")
+    ] = Sampling.ignore_eos,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Report log-probabilities, also of the N likeliest tokens; with --json.",
+        ),
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output is JSON that fits this schema.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The output matches this regular expression.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The output follows this Lark grammar.")
+    ] = None,
+    session: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
+    generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        read_biases(logit_bias or ()),
+        seed,
+        n,
+        tuple(stop or ()),
+        min_new_tokens,
+        ignore_eos,
+        logprobs,
+        **read_constraint(json_schema, regex, grammar),
+    )
+    return run_generate(
+        GenerateOptions(
+            directory, prompt, prompt_file, prompts, out, ram, as_json, session, generation, sampling
+        )
+    )
+
+
+def score(
+    directory: Prepared,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .txt, one long text, or a .jsonl of texts.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
+    ] = ScoreOptions.context,
+    stride: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+    ] = None,
+    ram: Ram = None,
+    as_json: Json = False,
+) -> int:
+    """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
+
+
+def bench(
+    directory: Prepared,
+    ram: Ram = None,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to time.")
+    ] = bench_command.DEFAULT_TOKENS,
+    prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
+    as_json: Json = False,
+) -> int:
+    """Time a few tokens. They are compared with the least that this machine's disk and memory allow."""
+    return bench_command.bench(directory, ram, tokens, prompt_tokens, as_json=as_json)
+
+
+def plan(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DST", help="A prepared directory, or any on the disk in question.")
+    ] = Path(),
+    ram: Ram = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of the family, like bloom-7b1.",
+            show_default="what DST holds, or bigscience/bloom",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to generate.")
+    ] = GenerationOptions.max_new_tokens,
+    prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
+    as_json: Json = False,
+) -> int:
+    """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
+    from toolkit.commands.schedule import space_to_prepare
+
+    return plan_command.plan(space_to_prepare, directory, ram, model, tokens, prompt_tokens, as_json=as_json)
