@@ -18,7 +18,7 @@ import torch
 
 from runner.errors import BloomdeskError
 from runner.generation.options import GRAMMAR, JSON_SCHEMA, REGEX, Sampling
-from runner.model.forward import one_thread
+from runner.kernel.threads import one_thread
 from runner.model.tokenizer import Tokenizer
 from runner.system import memory
 

@@ -20,7 +20,7 @@ import torch
 from runner.generation.grammar import Grammar
 from runner.generation.noise import exp, gumbel
 from runner.generation.options import Sampling
-from runner.model.forward import one_thread
+from runner.kernel.threads import one_thread
 
 
 class Sampler:

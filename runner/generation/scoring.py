@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from runner.generation.noise import exp, log
-from runner.model.forward import one_thread
+from runner.kernel.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class Sequence:
         return len(self.ids if self.request.sampling.logprobs is None else self.scores)
 
     def count_pass(self, seconds: float, nbytes: int, shared_by: int) -> None:
-        """Count a pass of `seconds` that read `nbytes`, and was shared by so many sequences."""
+        """Count a pass: `shared_by` sequences share its `seconds`, and the `nbytes` that it read."""
         self.passes += 1
         self.seconds += seconds / shared_by
         self.bytes_read += nbytes // shared_by

@@ -22,7 +22,8 @@ import atexit
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
@@ -153,3 +154,17 @@ def _scratch() -> int:
     if not hasattr(_of_thread, "memory"):
         _of_thread.memory = torch.empty(SCRATCH_NBYTES, dtype=torch.uint8)
     return _of_thread.memory.data_ptr()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's small operations between the products on the caller's thread alone.
+
+    Torch's other threads would spin between these operations, on cores that the kernel's threads need.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from runner.kernel.threads import one_thread
 from runner.model import bloom
 from runner.model.kv_cache import JoinedValues, KVCache, Segment, whole_lanes
 from runner.weights.checkpoint import Weights
@@ -91,17 +91,3 @@ class ModelRunner:
         if on_part:
             on_part(parts, parts)
         return list(logits.split(counts))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch's small operations between the products on the caller's thread alone.
-
-    Torch's other threads would spin between these operations, on cores that the kernel's threads need.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)

@@ -16,6 +16,8 @@ NAME = "someone/bloom-small"
 BLOOM = "bigscience/bloom"
 COMMIT = "2a3d62e072b65c210f519263339144a9428db0f4"
 SHARD = 300_000
+# The only file of a small repository.
+FILE = "model.safetensors"
 RANGE, WINDOW = 16_384, 131_072
 SHARDS = tuple(f"pytorch_model_0000{number}-of-00003.bin" for number in (1, 2, 3))
 SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

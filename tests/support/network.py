@@ -10,7 +10,17 @@ import threading
 import pytest
 
 from scripts.fakehub.server import LocalHub, Repo
-from tests.support.bloom_repos import BLOOM, COMMIT, NAME, RANGE, WINDOW, write_bin_repo, write_pins
+from tests.support.bloom_repos import (
+    BLOOM,
+    COMMIT,
+    FILE,
+    NAME,
+    RANGE,
+    WINDOW,
+    noise,
+    write_bin_repo,
+    write_pins,
+)
 from toolkit.hub import ranges, retry
 from toolkit.hub import revision as hub
 
@@ -64,6 +74,22 @@ def local(repo, monkeypatch):
 def pins(repo, tmp_path, monkeypatch):
     write_pins(tmp_path / "pins", repo, BLOOM, COMMIT)
     monkeypatch.setattr(hub, "PINS", tmp_path / "pins")
+
+
+@pytest.fixture(scope="module")
+def single(request, tmp_path_factory):
+    """A repository of one file, FILE, with as many bytes as the module's SIZE says."""
+    directory = tmp_path_factory.mktemp("single")
+    (directory / FILE).write_bytes(noise(FILE, request.module.SIZE))
+    return directory
+
+
+@pytest.fixture
+def one(single, monkeypatch):
+    """A hub with that repository."""
+    with LocalHub({NAME: single}) as started:
+        monkeypatch.setenv("HF_ENDPOINT", started.endpoint)
+        yield started
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ CHECK_AGAIN = "run the same bloomdesk download again with --check: it fetches wh
 class Vouched:
     """What is known of a source before its bytes are read: repo and commit, and hashes.
 
-    `shards` are the sha256 of shards, `tensors` the xxh3-128 of tensors by key. `is_recorded` if a download has recorded
-    every file.
+    `shards` are the sha256 of shards, `tensors` the xxh3-128 of tensors by key. It `is_recorded` if a download has
+    recorded every file.
     """
 
     origin: Source = field(default_factory=Source)

@@ -259,7 +259,7 @@ def spoil_index(source: Path) -> None:
 NOT_WHOLE: dict[str, Callable[[Path], object]] = {
     "an index that is none": lambda source: (source / "pytorch_model.bin.index.json").write_text("{"),
     "an index that names others": spoil_index,
-    "a download that goes on": lambda source: (source / f"{SHARD}.aria2").touch(),
+    "an unfinished download": lambda source: (source / f"{SHARD}.aria2").touch(),
     "a pointer": lambda source: (source / SHARD).write_text(
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"
     ),

@@ -1,4 +1,4 @@
-"""The cache of huggingface_hub: what is there is copied and hashed, never fetched, linked, changed or deleted."""
+"""The cache of huggingface_hub: a download copies and hashes its files, and changes nothing in it."""
 
 from __future__ import annotations
 

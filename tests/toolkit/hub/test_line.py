@@ -16,7 +16,7 @@ TIME = r"\d\d:\d\d:\d\d"
 
 
 class Steps(Clock):
-    """A clock for one thread, which moves only when somebody waits, who then wakes up so many seconds `late`."""
+    """A clock for one thread. It moves only when the thread waits, and wakes it `late` seconds too late."""
 
     def __init__(self, late: float = 0.0) -> None:
         self.now, self._late = 1000.0, late

@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 
 from runner.errors import BloomdeskError
-from scripts.fakehub.server import Fault, LocalHub
-from tests.support.bloom_repos import NAME, WINDOW, noise
+from scripts.fakehub.server import Fault
+from tests.support.bloom_repos import FILE, NAME, WINDOW
 from tests.support.clocks import FastClock
 from toolkit.hub import retry, transfer
 from toolkit.hub import revision as hub
@@ -22,28 +22,19 @@ from toolkit.io.progress import silent
 pytest_plugins = ("tests.support.network",)
 pytestmark = pytest.mark.usefixtures("client", "surroundings", "small_ranges", "no_thread_is_left")
 
-FILE = "model.safetensors"
 SIZE = 3_000_000
 HALF_A_DAY = 12 * 3600.0
 TIME = r"\d\d:\d\d:\d\d"
 PAUSES = retry.BACKOFF
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("single")
-    (directory / FILE).write_bytes(noise(FILE, SIZE))
-    return directory
-
-
 @pytest.fixture
-def one(single, monkeypatch):
-    with LocalHub({NAME: single}) as started:
-        monkeypatch.setenv("HF_ENDPOINT", started.endpoint)
-        monkeypatch.setattr(retry, "BACKOFF", PAUSES)
-        monkeypatch.setattr("toolkit.io.progress.SECONDS_BETWEEN_REPORTS", 0.0)
-        started.rate = 2_000_000
-        yield started
+def one(one, monkeypatch):
+    """A slow hub, of which everything is reported, with the real pauses."""
+    monkeypatch.setattr(retry, "BACKOFF", PAUSES)
+    monkeypatch.setattr("toolkit.io.progress.SECONDS_BETWEEN_REPORTS", 0.0)
+    one.rate = 2_000_000
+    return one
 
 
 @pytest.fixture
@@ -72,7 +63,7 @@ def assert_came(single, target):
 
 
 def outages(local, line, number, seconds, seed=0):
-    """A progress with which the hub goes so many times, each for `seconds` of the line's clock, once something came."""
+    """A progress: once something came, the hub goes away `number` times, for `seconds` of the line's clock each."""
     at_random, came, over = random.Random(seed), threading.Event(), threading.Event()
 
     def progress(file, done, total):

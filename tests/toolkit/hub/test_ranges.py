@@ -12,8 +12,8 @@ import time
 import pytest
 
 from runner.errors import BloomdeskError
-from scripts.fakehub.server import Fault, LocalHub, RandomFaults
-from tests.support.bloom_repos import NAME, RANGE, WINDOW, noise, wait_for_bytes
+from scripts.fakehub.server import Fault, RandomFaults
+from tests.support.bloom_repos import FILE, NAME, RANGE, WINDOW, wait_for_bytes
 from toolkit.hub import ranges, transfer
 from toolkit.hub import revision as hub
 from toolkit.io import writer
@@ -22,22 +22,7 @@ from toolkit.io.progress import silent
 pytest_plugins = ("tests.support.network",)
 pytestmark = pytest.mark.usefixtures("client", "surroundings", "small_ranges", "no_thread_is_left")
 
-FILE = "model.safetensors"
 SIZE = 600_000
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("single")
-    (directory / FILE).write_bytes(noise(FILE, SIZE))
-    return directory
-
-
-@pytest.fixture
-def one(single, monkeypatch):
-    with LocalHub({NAME: single}) as started:
-        monkeypatch.setenv("HF_ENDPOINT", started.endpoint)
-        yield started
 
 
 def fetch(directory, connections=4, progress=silent):

@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -49,7 +50,7 @@ def test_a_page_in_place_of_a_file_is_refused_before_a_byte_is_kept(
     fault = PAGES[name]
     if begun:
         local.fail(VICTIM, Fault(drop_after=SHARD // 2, times=1))
-    local.fail(VICTIM, Fault(**{**vars(fault), "since": int(begun)}))
+    local.fail(VICTIM, fault)
     with pytest.raises(BloomdeskError, match=f"{VICTIM} of {NAME} does not come: ") as caught:
         download(NAME, target, connections=connections, line=Line(patience=1e6))
     assert "127.0.0.1" in caught.value.message and fault.kind in caught.value.message
@@ -128,31 +129,34 @@ def test_header_bytes_that_trickle_in_are_not_waited_for(
     assert time.monotonic() - began < 5
 
 
+@contextmanager
+def answering(answer):
+    """The port of a server that has `answer` answer each connection, and the connections so far."""
+    accepted = []
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                accepted.append(connection)
+                with connection, suppress(OSError):
+                    answer(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1], accepted
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 @pytest.fixture
-def distrusted(monkeypatch):
+def distrusted():
     """The address of a server with a certificate that nobody has signed, and the connections to it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)
-    accepted = []
-
-    def serve(listener):
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            accepted.append(connection)
-            try:
-                context.wrap_socket(connection, server_side=True).close()
-            except OSError:
-                connection.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-        yield f"https://localhost:{listener.getsockname()[1]}", accepted
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
+    with answering(lambda each: context.wrap_socket(each, server_side=True).close()) as (port, accepted):
+        yield f"https://localhost:{port}", accepted
 
 
 @pytest.mark.parametrize("who", ["the Hub", "its store"])
@@ -191,27 +195,13 @@ def test_a_commit_that_nobody_has_named_is_not_blamed_on_an_option(local, pins, 
 
 @pytest.mark.parametrize("answer", ["407 Proxy Authentication Required", "403 Forbidden"])
 def test_a_proxy_that_refuses_is_not_asked_again(local, target, answer, monkeypatch):
-    asked = []
+    def refuse(connection):
+        connection.recv(4096)
+        connection.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
 
-    def serve(listener):
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                asked.append(connection.recv(4096))
-                connection.sendall(
-                    f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
-                )
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,))
-        thread.start()
-        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    with answering(refuse) as (port, accepted):
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
         with pytest.raises(BloomdeskError, match=f"the proxy refuses hub.example: .*{answer[:3]}") as caught:
             download(NAME, target)
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
-    assert "HTTPS_PROXY" in caught.value.hint and len(asked) == 1
+    assert "HTTPS_PROXY" in caught.value.hint and len(accepted) == 1

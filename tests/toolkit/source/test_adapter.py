@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from toolkit.commands.export import export
 from toolkit.commands.repair import repair
 from toolkit.commands.verify import verify
 from toolkit.source import merge
+from toolkit.source.shards import read_shard
+from toolkit.source.tensor import Addition
+from toolkit.source.tensor_reader import TensorReader, slices_of
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -155,16 +160,22 @@ def test_another_adapter_is_not_mixed_in_when_shards_are_gone(tmp_path: Path) ->
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200, 300])
 @pytest.mark.parametrize("rank", [1, 3, 8, 64])
-def test_a_product_has_the_same_bits_in_tiles(rows: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_has_the_same_bits_in_tiles(
+    tmp_path: Path, rows: int, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor of zeros, so that the sum is the product; read in blocks that end within rows."""
     monkeypatch.setattr(merge, "TILE", 1)
     torch.manual_seed(rows)
     left, right = torch.randn(rows, rank), torch.randn(rank, 50)
-    ends = [
-        rows * (index + 1) // max(1, rows // merge.FEWEST) for index in range(max(1, rows // merge.FEWEST))
-    ]
-    starts = [0, *ends[:-1]]
-    tiles = [left[start:end] @ right for start, end in zip(starts, ends, strict=True)]
-    assert torch.equal(torch.cat(tiles), left @ right)
+    path = tmp_path / "x.safetensors"
+    save_file({"left": left, "right": right, "base": torch.zeros(rows, 50)}, path)
+    tensors = read_shard(path)
+    base = replace(tensors["base"], addition=Addition(tensors["left"], tensors["right"], 1.5))
+    with TensorReader(slices_of(base, 4 * 77)) as reader:
+        found = b"".join(bytes(reader.whole(index)) for index in range(len(reader.slices)))
+    assert torch.equal(
+        torch.frombuffer(bytearray(found), dtype=torch.float32).view(rows, 50), left @ right * 1.5
+    )
 
 
 def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
@@ -243,8 +254,6 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_what_is_not_known_is_refused_in_one_sentence(
     adapted: tuple[Path, Path], tmp_path: Path, spoil: Callable[[Path], object], said: str
 ) -> None:
-    import shutil
-
     source, adapter = adapted
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     spoil(copy)
