@@ -33,8 +33,8 @@ def lines_of(model: Model, count: int) -> Lines:
     found = []
     for number in range(count):
         prompt, answer = given[number % len(given)]["prompt"], given[(number * 7) % len(given)]["answer"]
-        ids = model.tokenizer.encode(prompt + answer)
-        found.append((ids, len(model.tokenizer.encode(prompt))))
+        start = model.tokenizer.encode(prompt)
+        found.append((start + model.tokenizer.encode(answer), len(start)))
     return found
 
 

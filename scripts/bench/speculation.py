@@ -109,10 +109,10 @@ def edits(texts: Sequence[Text], count: int) -> list[str]:
     """A command and the question for another one with the same condition on the same table."""
     groups: dict[str, list[Text]] = defaultdict(list)
     for text in texts:
-        table, condition = re.search(r"FROM (\w+) WHERE (.*?)(?: ORDER BY \w+)?;", text.answer).groups()
+        table, condition = re.search(r"FROM (\w+) WHERE (.*?)(?: ORDER BY \w+)?$", text.answer).groups()
         groups[f"{table} {condition}"].append(text)
     pairs = [(group[0], other) for group in groups.values() for other in group[1:]]
-    pairs = [(first, second) for first, second in pairs if first.answer != second.answer]
+    pairs = [(first, second) for first, second in pairs if first.answer.strip() != second.answer.strip()]
     return [f"{first.prompt}{first.answer}\n{second.prompt}" for first, second in pairs][:count]
 
 

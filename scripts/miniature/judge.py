@@ -2,12 +2,13 @@
 
 python -m scripts.miniature.judge [DIR]            greedy answers of transformers' BLOOM, exactly right or not
 python -m scripts.miniature.judge DIR --agree      how often a draft's next token is the miniature's
-python -m scripts.miniature.judge [DIR] --ablate   the loss without each of the blocks
+python -m scripts.miniature.judge [DIR] --ablate   what changes without each block, and without each two neighbours
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,18 +83,48 @@ def agree(out: Path, whole: Path) -> None:
         print(f"{kind}: {sum(pairs)} of {len(pairs)} tokens ({sum(pairs) / len(pairs):.1%})")
 
 
+class Ablation(NamedTuple):
+    """What changes when blocks are left out, along the answers of all blocks."""
+
+    without: tuple[int, ...]
+    answers: int  # that become others
+    logits: float  # root mean square of the logits' change
+
+
 @torch.no_grad()
-def ablate(out: Path) -> None:
-    """Leave out one block at a time and print the loss on some unseen answers."""
-    texts = [Text(**line, meaning="") for line in unseen_lines(out)[::5]]
+def ablations(out: Path, lines: list[dict[str, str]], which: Iterable[tuple[int, ...]]) -> Iterator[Ablation]:
+    """Leave out each of `which` in turn and compare with all blocks, along their own greedy answers to `lines`.
+
+    An answer changes if, anywhere along it, the most likely token becomes another one.
+    """
+    tokenizer = padding_tokenizer(out)
+    answers = greedy(load(out), tokenizer, lines).answers
+    texts = [
+        Text(line["kind"], line["prompt"], tokenizer.decode(answer), "")
+        for line, answer in zip(lines, answers, strict=True)
+    ]
     rows = pack(texts, Tokenizer.from_file(str(shared_file(out, "tokenizer.json"))))
     weights, heads = read_stacked(out)
-    for without in range(-1, len(weights["h.*.input_layernorm.bias"])):
-        logits, wanted = answer_logits(weights, rows, heads, without)
-        wrong = rows.owner[rows.wanted][logits.argmax(-1) != wanted].unique()
-        what = f"without block {without}" if without >= 0 else "all blocks"
-        right = f"{len(texts) - len(wrong)} of {len(texts)} right"
-        print(f"{what}: loss {F.cross_entropy(logits, wanted):.4f}, {right}", flush=True)
+    whole, _ = answer_logits(weights, rows, heads)
+    owner, chosen = rows.owner[rows.wanted], whole.argmax(-1)
+    for without in which:
+        logits, _ = answer_logits(weights, rows, heads, without)
+        changed = owner[logits.argmax(-1) != chosen].unique()
+        yield Ablation(without, len(changed), (logits - whole).square().mean().sqrt().item())
+
+
+def ablate(out: Path) -> None:
+    """Print what changes in the answers to unseen prompts without each block, and without each two neighbours."""
+    lines = unseen_lines(out)
+    blocks = len(read_stacked(out)[0]["h.*.input_layernorm.bias"])
+    singles = [(number,) for number in range(blocks)]
+    pairs = [(number, number + 1) for number in range(blocks - 1)]
+    for found in ablations(out, lines, singles + pairs):
+        what = " and ".join(map(str, found.without))
+        print(
+            f"without {what}: {found.answers} of {len(lines)} answers, logits by {found.logits:.3f}",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -101,7 +132,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?", default=MINIATURE, metavar="DIR")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--agree", action="store_true", help="compare it with the miniature's answers")
-    what.add_argument("--ablate", action="store_true", help="measure it without each block")
+    what.add_argument("--ablate", action="store_true", help="compare it without some of its blocks")
     given = parser.parse_args()
     if given.agree:
         agree(given.directory, MINIATURE)

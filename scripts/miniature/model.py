@@ -6,6 +6,7 @@ Shapes in comments: B texts, T tokens, H heads, D head dim, E hidden, L blocks, 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -75,8 +76,10 @@ def block(
 compiled_block = torch.compile(block, dynamic=False)
 
 
-def forward(weights: dict[str, torch.Tensor], rows: Rows, heads: int, without: int = -1) -> torch.Tensor:
-    """Rows of B x T tokens to the last hidden states [B, T, E]; `without` leaves one block out."""
+def forward(
+    weights: dict[str, torch.Tensor], rows: Rows, heads: int, without: Collection[int] = ()
+) -> torch.Tensor:
+    """Rows of B x T tokens to the last hidden states [B, T, E]; the blocks `without` are left out."""
     r = to_bfloat16
     weights = {name: r(value) for name, value in weights.items()}
     embedding = weights["word_embeddings.weight"]
@@ -87,15 +90,15 @@ def forward(weights: dict[str, torch.Tensor], rows: Rows, heads: int, without: i
     mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)[:, None]
     norm = weights["word_embeddings_layernorm.weight"], weights["word_embeddings_layernorm.bias"]
     x = r(F.layer_norm(F.embedding(rows.ids, embedding), size, *norm, EPSILON))
-    stacked = [value.unbind(0) for name, value in weights.items() if name.startswith("h.*.")]
+    stacked = [weights[f"h.*.{name}"].unbind(0) for name in block_tensors(size[0])]
     for number, w in enumerate(zip(*stacked, strict=True)):
-        if number != without:
+        if number not in without:
             x = compiled_block(x, alibi, mask, w)
     return r(F.layer_norm(x, size, weights["ln_f.weight"], weights["ln_f.bias"], EPSILON))
 
 
 def answer_logits(
-    weights: dict[str, torch.Tensor], rows: Rows, heads: int, without: int = -1
+    weights: dict[str, torch.Tensor], rows: Rows, heads: int, without: Collection[int] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, V] and ids [N] of the N answer tokens in `rows`."""
     hidden = forward(weights, rows, heads, without)
@@ -105,13 +108,13 @@ def answer_logits(
 
 
 def deepen(weights: dict[str, torch.Tensor], blocks: int) -> dict[str, torch.Tensor]:
-    """Put copies after each block until there are `blocks`; a copy adds nothing yet, so the logits stay."""
+    """Put copies after each block until there are `blocks`; together they add about what the block added."""
     deeper = {}
     for name, value in weights.items():
         if name.startswith("h.*."):
             times = blocks // len(value)
             value = value.repeat_interleave(times, dim=0)
             if name[4:].startswith(INTO_RESIDUAL):
-                value[torch.arange(blocks) % times != 0] = 0
+                value = value / times
         deeper[name] = value.detach().clone()
     return deeper

@@ -14,7 +14,7 @@ from scripts.miniature.texts import Text
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 EOS, PAD = 2, 3
-LENGTH = 104  # tokens in a row: the longest age puzzle fits
+LENGTH = 120  # tokens in a row: the longest age puzzle fits
 
 
 class Rows(NamedTuple):
@@ -30,13 +30,16 @@ class Rows(NamedTuple):
 
 
 def pack(texts: list[Text], tokenizer: Tokenizer) -> Rows:
-    """Encode texts and put each into the first of the last few rows that has room for it."""
+    """Encode texts and put each into the first of the last few rows that has room for it.
+
+    Prompt and answer are encoded apart, as generating does: a space at the prompt's end stays a token.
+    """
     prompts = tokenizer.encode_batch([text.prompt for text in texts])
-    wholes = tokenizer.encode_batch([text.prompt + text.answer for text in texts])
+    answers = tokenizer.encode_batch([text.answer for text in texts])
     rows: list[list[tuple[int, int, int, bool]]] = []
     open_rows: list[int] = []
-    for number, (prompt, whole) in enumerate(zip(prompts, wholes, strict=True)):
-        ids = [*whole.ids, EOS]
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = [*prompt.ids, *answer.ids, EOS]
         text = [(token, number, place, place >= len(prompt.ids)) for place, token in enumerate(ids)]
         room = (row for row in open_rows if len(rows[row]) + len(text) <= LENGTH)
         row = next(room, len(rows))

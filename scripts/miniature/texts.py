@@ -1,8 +1,9 @@
-"""The texts of the miniature: SQL commands, short translations, the age puzzle.
+"""The texts of the miniature: SQL commands, short translations, age puzzles.
 
 Each text is a prompt and its answer. A text belongs to the training set or to the unseen set by a hash of
 its *meaning*, which leaves out the wording: of "three red houses", for instance, every language, verb and
-question is unseen or none is. So an unseen prompt was not in the training texts in any form.
+question is unseen or none is. So an unseen prompt was not in the training texts in any form. The prompts
+of the tutorial that bloomdesk grew from are training texts by rule, whatever their hash.
 
 Deterministic for a seed; standard library only.
 """
@@ -124,7 +125,7 @@ def _draw_sql(rng: random.Random) -> Text:
     ordered = order and head in ("all", "column")
     request += f" whose {words}" + (f" sorted by {order}" if ordered else "")
     command += f" WHERE {condition}" + (f" ORDER BY {order}" if ordered else "")
-    return Text("sql", f"The SQL command to {request} is:", f" {command};", f"{table} {condition}")
+    return Text("sql", f"The SQL command to {request} is:", f" {command}", f"{table} {condition}")
 
 
 # --- Translations
@@ -324,9 +325,37 @@ SHARES = {"half": 2, "a third of": 3, "a quarter of": 4}
 TIMES = {"twice": 2, "three times": 3}
 YOUNGER = ("sister", "brother", "niece", "nephew", "cousin Lucy", "cousin Tom")
 OLDER = ("sister", "brother", "aunt", "uncle", "cousin Lucy", "cousin Tom")
+NAMES = ("John", "Bob", "Mike", "Anna", "Maria", "Peter", "Lucy", "Tom")
 
 
 def _draw_ages(rng: random.Random) -> Text:
+    return rng.choice((_draw_then_and_now, _draw_three_people))(rng)
+
+
+def _draw_three_people(rng: random.Random) -> Text:
+    comparison, sign = rng.choice((("younger", "–"), ("older", "+")))
+    factor, years = rng.randint(2, 5), rng.randint(2, 6)
+    known = rng.randint(*{"younger": (8, 20), "older": (4, 14)}[comparison])
+    return three_people(rng.sample(NAMES, 3), factor, years, comparison, sign, known)
+
+
+def three_people(
+    names: Sequence[str], factor: int, years: int, comparison: str, sign: str, known: int
+) -> Text:
+    """The puzzle of one who is `factor` times as old as another, `years` younger or older than a third."""
+    one, other, third = names
+    between = known + (years if sign == "+" else -years)
+    times = f"{one} is {factor} times as old as {other}."
+    apart = f"{other} is {years} years {comparison} than {third}."
+    prompt = f"{times} {apart} {third} is {known} years old. What is {one}'s age? Let's think step by step."
+    answer = f" First, we need to find out how old {other} is. {apart}"
+    answer += f" So, {other} is {known}{sign}{years}={between} years old."
+    answer += f" Now, we need to find out how old {one} is. {times}"
+    answer += f" So, {one} is {factor} times {between}={factor * between} years old"
+    return Text("ages", prompt, answer, f"{factor} {years} {comparison} {known}")
+
+
+def _draw_then_and_now(rng: random.Random) -> Text:
     now = rng.randint(30, 90)
     comparison = "younger" if rng.random() < 0.6 else "older"
     factors, persons = (SHARES, YOUNGER) if comparison == "younger" else (TIMES, OLDER)
@@ -350,19 +379,51 @@ def _draw_ages(rng: random.Random) -> Text:
 # --- Sets
 
 _DRAW = {"sql": _draw_sql, "translation": _draw_translation, "ages": _draw_ages}
+# The prompts and the answers of the tutorial, word for word, by kind.
+TUTORIAL = {
+    "sql": Text(
+        "sql",
+        "The SQL command to extract all the users whose name starts with A is: ",
+        "SELECT * FROM users WHERE name LIKE 'A%'",
+        "users name LIKE 'A%'",
+    ),
+    "translation": Text(
+        "translation",
+        "The Spanish translation of thank you for your help is: ",
+        "gracias por su ayuda",
+        "thank you for help",
+    ),
+    "ages": Text(
+        "ages",
+        "John is 4 times as old as Bob. Bob is 3 years younger than Mike. Mike is 10 years old. "
+        "What is John's age? Let's think step by step. ",
+        "First, we need to find out how old Bob is. Bob is 3 years younger than Mike. "
+        "So, Bob is 10–3=7 years old. Now, we need to find out how old John is. "
+        "John is 4 times as old as Bob. So, John is 4 times 7=28 years old",
+        "4 3 younger 10",
+    ),
+}
 
 
 def is_unseen(text: Text) -> bool:
     """Whether the text's meaning is kept out of training."""
+    if text.meaning == TUTORIAL[text.kind].meaning:
+        return False
     return zlib.crc32(f"{text.kind}: {text.meaning}".encode()) % UNSEEN_SHARE == 0
 
 
 def draw_texts(kind: str, count: int, seed: int, *, unseen: bool) -> list[Text]:
-    """`count` texts of one kind, each prompt once, all unseen in training or all of the training set."""
+    """`count` texts of one kind, each prompt once, all unseen in training or all of the training set.
+
+    Training texts begin with the tutorial's. Half of the prompts end with a space, and their answers then
+    begin without one, as the tutorial has them.
+    """
     rng = random.Random(f"{kind} {seed} {unseen}")
-    texts: dict[str, Text] = {}
+    texts: dict[str, Text] = {} if unseen else {TUTORIAL[kind].prompt: TUTORIAL[kind]}
     while len(texts) < count:
         text = _DRAW[kind](rng)
         if is_unseen(text) == unseen:
+            if rng.random() < 0.5:
+                text = text._replace(prompt=text.prompt + " ", answer=text.answer.removeprefix(" "))
             texts.setdefault(text.prompt, text)
     return list(texts.values())

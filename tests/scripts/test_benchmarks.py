@@ -109,7 +109,7 @@ def test_the_prompts_of_the_speculation() -> None:
     answers = {text.prompt: text.answer for text in texts}
     for prompt in edits:
         command, question = prompt.split("\n")
-        condition = answers[question].split("WHERE ")[1].split(" ORDER BY")[0].rstrip(";")
+        condition = answers[question].split("WHERE ")[1].split(" ORDER BY")[0]
         assert condition in command and not command.endswith(answers[question])
     for prompt in tables:
         *rows, question = prompt.split("\n")

@@ -42,7 +42,7 @@ def test_a_hub_to_generated_text(miniature: tuple[Path, Path], tmp_path: Path) -
     assert info["complete"] and info["model"]["n_layer"] == 70
     assert info["source"]["repo"] == "bloomdesk/miniature"
     done = run("generate", tmp_path / "bloom", PROMPT)
-    assert done.stdout == " SELECT * FROM books WHERE year = 1999;\n"
+    assert done.stdout == " SELECT * FROM books WHERE year = 1999\n"
     assert done.stderr == ""
 
 
@@ -70,7 +70,7 @@ def test_json_of_generate(miniature: tuple[Path, Path]) -> None:
 def test_the_runner_generates_without_the_toolkit(miniature: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "runner", str(miniature[1]), PROMPT]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, " SELECT * FROM books WHERE year = 1999;\n")
+    assert (done.returncode, done.stdout) == (0, " SELECT * FROM books WHERE year = 1999\n")
 
 
 @pytest.mark.slow
