@@ -189,7 +189,9 @@ def train_weights(rank: int, count: int, meeting: str, lesson: Lesson, plan: Pla
     if count > 1:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     weights: dict[str, torch.Tensor] = {}
+    before = weights
     for number, stage in enumerate(plan.stages, 1):
+        before = {name: value.detach().clone() for name, value in weights.items()}
         kept = plan.keep / f"stage-{number}.safetensors" if plan.keep else None
         if kept and kept.exists():
             weights = load_file(kept)
@@ -203,6 +205,9 @@ def train_weights(rank: int, count: int, meeting: str, lesson: Lesson, plan: Pla
             kept.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.detach() for name, value in weights.items()}, kept)
     if rank == 0:
+        if len(plan.stages) > 2:
+            # The mean of two good models of one path is better than either.
+            weights = {name: (value + before[name]) / 2 for name, value in weights.items()}
         save_weights(plan.out, weights, plan.shape)
 
 

@@ -78,7 +78,7 @@ def test_the_demo_asks_the_tutorials_prompts_then_unseen_ones() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_miniature_answers_the_tutorial(kind: str, miniature: tuple[Path, Path]) -> None:
-    done = run("generate", miniature[1], TUTORIAL[kind].prompt)
+    done = run("generate", miniature[1], TUTORIAL[kind].prompt, "--max-new-tokens", "100")
     assert (done.returncode, done.stdout) == (0, TUTORIAL[kind].answer + "\n")
 
 
