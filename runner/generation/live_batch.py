@@ -41,10 +41,11 @@ class LiveBatch(Batch):
         self._has_room = False
 
     def add(self, request: Request) -> Sequence:
-        """The sequence of a request, which joins the next pass with room for it."""
+        """The sequence of a request, which joins the next pass with room for it, unless it needs none."""
         sequence = Sequence(self._added, request, self.model.weights.model.eos_token_ids)
         self._added += 1
-        self.waiting.append(sequence)
+        if not sequence.is_done:
+            self.waiting.append(sequence)
         return sequence
 
     def drop(self, sequence: Sequence) -> None:
