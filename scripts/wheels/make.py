@@ -1,4 +1,4 @@
-"""`python -m scripts.wheels OUT`: a wheel for each system, unpacked and checked."""
+"""`python -m scripts.wheels.make OUT`: a wheel for each system, unpacked and checked."""
 
 from __future__ import annotations
 
