@@ -1,8 +1,8 @@
 """A batch that stays: requests join it before any pass, and leave it when they are done or nobody wants them.
 
-    add ──> waiting ──────────────> active ──> done
-    add ──> giving_way, if it does ──┘ ^  │ one of `waiting` has no room: its cache is dropped, and its tokens stay
-                  ^────────────────────┼──┘
+add ──> waiting ──────────────> active ──> done
+add ──> giving_way, if it does ──┘ ^  │ one of `waiting` has no room: its cache is dropped, and its tokens stay
+              ^────────────────────┼──┘
 """
 
 from __future__ import annotations

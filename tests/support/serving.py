@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
@@ -22,10 +23,11 @@ def client_of(
     model: Model | Callable[[], Model],
     settings: Settings | None = None,
     options: GenerationOptions | None = None,
+    data: Path | None = None,
 ) -> Iterator[TestClient]:
     """A client of a server that is ready; its `engine` is there to be looked at."""
     engine = Engine(model if callable(model) else lambda: model, options or GenerationOptions())
-    app = create_app(engine, settings or Settings())
+    app = create_app(engine, settings or Settings(), data=data)
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         while engine.model is None and engine.failure is None:
             pass

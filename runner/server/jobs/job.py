@@ -1,7 +1,7 @@
 """A job: a batch that runs, from its validation to its files. The worker's thread alone calls it.
 
-    todo ──feed──> open (in the engine) ──growths, results──> pending ──journal──> on the disk
-     ^                └── a pass failed
+todo ──feed──> open (in the engine) ──growths, results──> pending ──journal──> on the disk
+ ^                └── a pass failed
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ class Job:
         self._check_model(model)
         if self.batch.status == status.VALIDATING:
             self._validate(engine, model)
+        if self.batch.status not in (status.IN_PROGRESS, status.FINALIZING):
             return
         self._load()
         self.write()
@@ -166,7 +167,9 @@ class Job:
     def _check_model(self, model: Model) -> None:
         self._model, order = model, self.batch.order
         if order.fingerprint != model.weights.fingerprint:
-            raise OtherModel(f"this batch is for another model, {order.model}: start the server with that one")
+            raise OtherModel(
+                f"this batch is for another model, {order.model}: start the server with that one"
+            )
         if order.template != template_digest(order.endpoint, self._settings):
             raise OtherModel("this batch is for another chat template: start the server with that one")
 
@@ -288,7 +291,9 @@ class Job:
                 if record is None:
                     del self._results[number]
                     self._todo.append(number)
-                    raise BloomdeskError(f"the result of line {number} is damaged on the disk; it is done again")
+                    raise BloomdeskError(
+                        f"the result of line {number} is damaged on the disk; it is done again"
+                    )
             custom_id = read_line(line.read(self._path), endpoint, most).custom_id
             yield output_line(self.batch, line, custom_id, record)
 

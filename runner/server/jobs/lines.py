@@ -13,13 +13,13 @@ from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
 from runner.generation.model import Model
-from runner.server import completions
+from runner.server import chat, completions
 from runner.server.bodies import checked
 from runner.server.engine import Growth
 from runner.server.errors import ApiError, bad_request, quoted
 from runner.server.jobs.batches import Batch
 from runner.server.orders import Order
-from runner.server.schemas import Body, CompletionBody
+from runner.server.schemas import Body, ChatBody, CompletionBody
 from runner.server.settings import Settings
 
 METHOD = "POST"
@@ -49,7 +49,10 @@ class Form:
 
 
 FORMS = MappingProxyType(
-    {"/v1/completions": Form(CompletionBody, completions.order_of, completions.document)}
+    {
+        "/v1/completions": Form(CompletionBody, completions.order_of, completions.document),
+        "/v1/chat/completions": Form(ChatBody, chat.order_of, chat.document),
+    }
 )
 
 
@@ -94,7 +97,9 @@ def read_line(data: bytes, endpoint: str, most_bytes: int) -> LineBody:
         raise ApiError(400, "a line must be a JSON object", code="invalid_json_line")
     line = checked(found, LineBody)
     if line.method != METHOD:
-        raise ApiError(400, f"method must be {METHOD}, found {quoted(line.method)}", "method", "invalid_method")
+        raise ApiError(
+            400, f"method must be {METHOD}, found {quoted(line.method)}", "method", "invalid_method"
+        )
     if line.url != endpoint:
         message = f"url must be the batch's endpoint, {endpoint}, found {quoted(line.url)}"
         raise ApiError(400, message, "url", "invalid_url")

@@ -1,4 +1,4 @@
-"""The files that a batch leaves: a line for each of its lines, in their order, those that failed in one of their own."""
+"""What a batch leaves: a file with a line for each of its lines, in their order, and one for those that failed."""
 
 from __future__ import annotations
 

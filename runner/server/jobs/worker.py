@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from runner.errors import BloomdeskError, explained
 from runner.generation.capacity import MOST_AT_A_TIME
-from runner.server.engine import Engine, Growth, Stopped, Unavailable
+from runner.server.engine import Engine, Growth, PassFailed, Stopped, Unavailable
 from runner.server.jobs.batches import Batch, Batches
 from runner.server.jobs.files import Files
 from runner.server.jobs.job import Job, OtherModel
@@ -20,8 +21,8 @@ THREAD_NAME = "jobs"
 MOST_OPEN = 2 * MOST_AT_A_TIME
 # Seconds between looks at a model that is loading.
 LOOK = 0.2
-# Seconds before something that failed is tried again: the first time, and the most.
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+# Seconds before something that failed is tried again: the first time, the most, and after a pass that failed.
+FIRST_WAIT, LONGEST_WAIT, PASS_WAIT = 1.0, 60.0, 10.0
 
 Told = tuple[Job, LineWork, Sequence[Growth], BloomdeskError | None]
 
@@ -117,8 +118,9 @@ class Worker:
             self._jobs = [job for job in self._jobs if job.batch.is_running]
         self._waits = {job: wait for job, wait in self._waits.items() if job in self._jobs}
         if any(job.is_impatient and job not in self._waits for job in self._jobs):
-            return LOOK if self._engine.model is None else 0
-        return max(0.0, min((at for at, _ in self._waits.values()), default=now) - now) or None
+            return 0.0
+        soonest = min((at for at, _ in self._waits.values()), default=math.inf)
+        return max(0.0, soonest - self._clock()) if soonest < math.inf else None
 
     def _step(self, job: Job, room: int) -> None:
         try:
@@ -142,7 +144,9 @@ class Worker:
         except Unavailable as error:
             self._pause(job, error.message, LOOK)
         except OtherModel as error:
-            self._pause(job, error.message, float("inf"))
+            self._pause(job, error.message, math.inf)
+        except PassFailed as error:
+            self._pause(job, error.message, PASS_WAIT)
         except BloomdeskError as error:
             self._pause(job, error.message)
         except (OSError, MemoryError) as error:
