@@ -70,7 +70,7 @@ def create_app(
     `write_line` gets a line of the log for each request. Jobs are kept in the directory `data`, which this process
     holds. Raises `BloomdeskError` if something in there is damaged.
     """
-    api = Api(engine, settings, clock, JobsApi(engine, settings, data))
+    api = Api(engine, settings, clock, JobsApi(engine, settings, data) if data else None)
     described = [*_routes(api), *routes_of(api.jobs)]
     document = description(described)
     routes = [route for route, _ in described]
@@ -114,7 +114,9 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
 class Api:
     """The handlers, and what they share."""
 
-    def __init__(self, engine: Engine, settings: Settings, clock: Callable[[], float], jobs: JobsApi) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, clock: Callable[[], float], jobs: JobsApi | None
+    ) -> None:
         self.engine, self.settings, self.jobs = engine, settings, jobs
         self.metrics = Metrics(engine)
         self.answers = SharedAnswers(engine, settings.keep_results, clock)
@@ -122,7 +124,7 @@ class Api:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.engine.start()
-        async with self.jobs.lifespan():
+        async with self.jobs.lifespan() if self.jobs else contextlib.nullcontext():
             try:
                 yield
             finally:

@@ -97,6 +97,8 @@ class _Task:
     ids: int = 0
     scores: int = 0
     prompt_scores: int = 0
+    # How many of its tokens were made here, or counted as such.
+    counted: int = 0
 
     def growth(self) -> Growth | None:
         """What is new since the last call, or None."""
@@ -264,9 +266,10 @@ class Engine:
         return not self._is_stopping
 
     def _begun(self, work: Work, place: int) -> _Task:
-        found = self._batch.add(work.requests[place], work.earlier[place] if work.earlier else None)
+        earlier = work.earlier[place] if work.earlier else Restored()
+        found = self._batch.add(work.requests[place], earlier)
         self.totals.prompt_tokens += len(found.prompt_ids)
-        return _Task(work, place, found, self.model.stream(found))
+        return _Task(work, place, found, self.model.stream(found), counted=len(earlier.ids))
 
     def _counts(self) -> tuple[int, int]:
         return len(self._batch.active), len(self._batch.waiting)
@@ -282,7 +285,9 @@ class Engine:
         self.seconds_a_pass = (1 - NEWEST) * mean + NEWEST * seconds
         for work, tasks in list(self._tasks.items()):
             growths = [growth for task in tasks if (growth := task.growth())]
-            self.totals.new_tokens += sum(len(growth.ids) for growth in growths)
+            for task in tasks:
+                self.totals.new_tokens += max(0, task.ids - task.counted)
+                task.counted = max(task.ids, task.counted)
             failures = [task.sequence.failure for task in tasks if task.sequence.failure]
             tasks[:] = [task for task in tasks if not task.sequence.is_done]
             if failures or not tasks:

@@ -47,29 +47,24 @@ LOOK = 0.01
 
 
 class JobsApi:
-    """Jobs in the data directory `data`, or none if that is None."""
+    """Jobs in the data directory `data`."""
 
     def __init__(
         self,
         engine: Engine,
         settings: Settings,
-        data: Path | None,
+        data: Path,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Raises `BloomdeskError` if something in the directory is damaged."""
-        self._engine, self._settings, self._has_data = engine, settings, data is not None
-        if data is not None:
-            self.files, self.batches = Files(data / FILES, now), Batches(data / BATCHES, now)
-            self.worker = Worker(engine, self.files, self.batches, settings)
-        self._now = now
+        self._engine, self._settings, self._now = engine, settings, now
+        self.files, self.batches = Files(data / FILES, now), Batches(data / BATCHES, now)
+        self.worker = Worker(engine, self.files, self.batches, settings)
         self._uploads = 0
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Run batches until the block ends; the engine has ended by then."""
-        if not self._has_data:
-            yield
-            return
         self.worker.start()
         try:
             yield
@@ -79,7 +74,6 @@ class JobsApi:
                 await asyncio.sleep(LOOK)
 
     async def upload(self, request: Request) -> Response:
-        self._needs_data()
         if len(self.files.all()) >= self._settings.most_files:
             raise bad_request(f"there are {self._settings.most_files:,} files already: delete some", "file")
         if self._uploads >= self._settings.most_uploads:
@@ -108,7 +102,6 @@ class JobsApi:
             yield block
 
     async def list_files(self, request: Request) -> Response:
-        self._needs_data()
         given = _query(request, ("after", "limit", "order", "purpose"))
         files = [file for file in self.files.all() if given.get("purpose") in (None, file.purpose)]
         if given.get("order") not in (None, "asc", "desc"):
@@ -138,7 +131,6 @@ class JobsApi:
         return reply({"id": file.id, "object": "file", "deleted": True})
 
     async def create_batch(self, request: Request) -> Response:
-        self._needs_data()
         body = checked(await read_object(request, self._settings), BatchBody)
         try:
             model = self._engine.opened()
@@ -175,7 +167,6 @@ class JobsApi:
         return reply(self.batches.document(batch))
 
     async def list_batches(self, request: Request) -> Response:
-        self._needs_data()
         given = _query(request, ("after", "limit"))
         newest_first = self.batches.all()[::-1]
         return reply(_page(newest_first, given, BATCHES_LISTED, self.batches.document))
@@ -192,18 +183,10 @@ class JobsApi:
         self.worker.wake()
         return reply(self.batches.document(batch))
 
-    def _needs_data(self) -> None:
-        if not self._has_data:
-            raise ApiError(
-                HTTPStatus.NOT_FOUND, "this server keeps no jobs: start it with --data DIR", code="no_data"
-            )
-
     def _file(self, request: Request) -> StoredFile:
-        self._needs_data()
         return _known(self.files.get, "file", request.path_params["file_id"])
 
     def _batch(self, request: Request) -> Batch:
-        self._needs_data()
         return _known(self.batches.get, "batch", request.path_params["batch_id"])
 
 

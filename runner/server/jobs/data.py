@@ -87,7 +87,7 @@ def _mark(path: Path) -> None:
 
 def write_record(path: Path, body: Mapping[str, Any]) -> None:
     """Replace the record at `path`. Raises `OSError` if the disk fails; then it is as it was."""
-    write_atomically(path, json.dumps({**body, "sha256": digest(dict(body))}).encode() + b"\n")
+    write_atomically(path, json.dumps({**body, "checksum": digest(dict(body))}).encode() + b"\n")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def read_record(path: Path) -> dict[str, Any]:
         data = read_small(path, LARGEST_RECORD)
     try:
         body = json.loads(data)
-        if body.pop("sha256") != digest(body):
+        if body.pop("checksum") != digest(body):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BloomdeskError(f"{path} is not sound: it was edited or damaged", hint) from None
