@@ -235,12 +235,7 @@ class Engine:
             began = self._clock()
             try:
                 # What needs no pass may be all there is.
-<<<<<<< HEAD
                 if any(self._counts()) or self._batch.giving_way:
-                    self.progress = self._watch.begin(*self._counts())
-=======
-                if any(self._counts()):
->>>>>>> server
                     self._batch.step()
             except Exception as error:
                 # As when the disk fails: the next request may find it well again.

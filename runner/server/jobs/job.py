@@ -99,6 +99,9 @@ class Job:
             self._close_lines(engine)
             self._finish(status.CANCELLED)
             return
+        if self.batch.status == status.FINALIZING and self._has_all():
+            self._finish(status.COMPLETED)
+            return
         model = engine.opened()
         self._check_model(model)
         if self.batch.status == status.VALIDATING:
@@ -108,7 +111,7 @@ class Job:
         self._load()
         self.write()
         self._feed(engine, model, room)
-        if len(self._results) == len(self._lines):
+        if self._has_all():
             self.batch = self._batches.to(self.batch, status.FINALIZING, {status.IN_PROGRESS})
             if self.batch.status == status.FINALIZING:
                 self._finish(status.COMPLETED)
@@ -219,6 +222,11 @@ class Job:
         if earlier is None or earlier.digest != record["prompt"]:
             earlier = self._earlier[number] = Earlier(record["prompt"], {})
         earlier.texts.setdefault(record["place"], Text()).add(record)
+
+    def _has_all(self) -> bool:
+        """Whether all results are on the disk."""
+        self._load()
+        return len(self._results) == len(self._lines)
 
     def _feed(self, engine: Engine, model: Model, room: int) -> None:
         while self._todo and room > 0:

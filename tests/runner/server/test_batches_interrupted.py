@@ -53,6 +53,10 @@ class Whole:
                 batch = openai_of(client).batches.retrieve(batch.id)
             self.output = openai_of(client).files.content(batch.output_file_id).content
 
+    @property
+    def middle(self) -> Path:
+        return self.states[len(self.states) // 2]
+
     @staticmethod
     def _moment(data: Path) -> int:
         return sum(path.stat().st_size for path in (data / "batches").glob("*.journal"))
@@ -147,14 +151,14 @@ def test_other_options_of_the_server_change_no_byte(model: Model, whole: Whole, 
     for number, options in enumerate(
         [GenerationOptions(batch=1, speculate="off"), GenerationOptions(batch=16)]
     ):
-        data = Path(shutil.copytree(whole.states[len(whole.states) // 2], tmp_path / f"{number}"))
+        data = Path(shutil.copytree(whole.middle, tmp_path / f"{number}"))
         assert finished(model, data, whole.batch, options) == whole.output
 
 
 def test_another_model_leaves_the_batch_for_its_own(
     model: Model, whole: Whole, prepared: Any, tmp_path: Path
 ) -> None:
-    data = Path(shutil.copytree(whole.states[-1], tmp_path / "data"))
+    data = Path(shutil.copytree(whole.middle, tmp_path / "data"))
     other = runner.load(prepared(blocks=2)[1])
     with client_of(other, data=data) as client:
         wait_for_pause(openai_of(client), whole.batch, "another model, bloom")
@@ -165,7 +169,7 @@ def test_another_model_leaves_the_batch_for_its_own(
 
 
 def test_a_batch_of_another_model_can_be_cancelled(whole: Whole, prepared: Any, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(whole.states[-1], tmp_path / "data"))
+    data = Path(shutil.copytree(whole.middle, tmp_path / "data"))
     with client_of(runner.load(prepared(blocks=2)[1]), data=data) as client:
         openai_of(client).batches.cancel(whole.batch.id)
         assert ended(openai_of(client), whole.batch).status == "cancelled"
@@ -216,7 +220,7 @@ def test_a_pass_that_fails_fails_no_line(
 def test_a_damaged_input_is_named_and_nothing_is_made_of_it(
     model: Model, whole: Whole, tmp_path: Path
 ) -> None:
-    data = Path(shutil.copytree(whole.states[-1], tmp_path / "data"))
+    data = Path(shutil.copytree(whole.middle, tmp_path / "data"))
     path = data / "files" / f"{whole.batch.input_file_id}.data"
     path.write_bytes(path.read_bytes().replace(b"Line", b"Lime"))
     with client_of(model, data=data) as client:
@@ -226,7 +230,7 @@ def test_a_damaged_input_is_named_and_nothing_is_made_of_it(
 def test_less_ram_pauses_a_batch_and_says_so(
     model: Model, whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = Path(shutil.copytree(whole.states[len(whole.states) // 2], tmp_path / "data"))
+    data = Path(shutil.copytree(whole.middle, tmp_path / "data"))
 
     def little(_: LiveBatch, request: object) -> None:
         raise BloomdeskError("1 MB of RAM are too little")
