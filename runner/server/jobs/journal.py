@@ -74,12 +74,7 @@ class Journal:
 
     def records(self) -> Iterator[tuple[Place, dict[str, Any]]]:
         """All sound records with their places."""
-        offset = 0
-        with Path(self._file.name).open("rb") as file:
-            for line in file:
-                if (record := _record(line)) is not None:
-                    yield Place(offset, len(line)), record
-                offset += len(line)
+        return records(Path(self._file.name))
 
     def _cut(self) -> None:
         """Remove what follows the last whole line."""
@@ -96,6 +91,16 @@ class Journal:
             self._file.truncate(end)
             os.fsync(self._file.fileno())
             self._length = end
+
+
+def records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """All sound records of a journal with their places; nothing is changed."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            if (record := _record(line)) is not None:
+                yield Place(offset, len(line)), record
+            offset += len(line)
 
 
 def _line(record: dict[str, Any]) -> bytes:
