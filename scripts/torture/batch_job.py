@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 from runner.cli.serve import ServeOptions, serve
@@ -70,13 +71,24 @@ class Watch:
     def begin(self) -> None:
         self._seen = b""
 
+    def has_grown(self) -> bool:
+        """Whether the journal has more than at the last kill."""
+        return len(self._content()) > len(self._seen)
+
+    def _content(self) -> bytes:
+        """The whole lines of the journal."""
+        for journal in (self._data / BATCHES).glob(f"*{JOURNAL}"):
+            with suppress(FileNotFoundError):
+                content = journal.read_bytes()
+                return content[: content.rfind(b"\n") + 1]
+        return b""
+
     def check(self) -> str:
         """When the kill came. Raises AssertionError if something on the disk is lost, wrong or there twice."""
         journals = list((self._data / BATCHES).glob(f"*{JOURNAL}"))
         if not journals:
             return "kills before the first token or after the last"
-        content = journals[0].read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = self._content()
         assert whole.startswith(self._seen), "something that was on the disk is gone"
         is_new, self._seen = len(whole) > len(self._seen), whole
         counts, results = defaultdict(lambda: [0, 0, 0]), set()

@@ -44,16 +44,17 @@ from toolkit.parts.release import file_hash
 
 # Runs of one round before it counts as stuck.
 TRIES = 500
-# Seconds after which a server is killed; it takes some of them to start.
-KILL_SERVER = 4.0, 16.0
+# Seconds between looks at whether a command has begun, and those of a server's work before it is killed.
+LOOK = 0.02
+LONGEST_SERVED = 4.0
 
 
 @dataclass(frozen=True)
 class Attack:
     """A command to kill: `begin` makes what it starts from, and `check` raises AssertionError after a kill.
 
-    A kill comes after `shortest` to `longest` seconds; `check` may name what is counted then. `expected` is what an
-    undisturbed run leaves, as `result` sees it.
+    A kill comes `shortest` to `longest` seconds after `is_begun` says so; `check` may name what is counted then.
+    `expected` is what an undisturbed run leaves, as `result` sees it.
     """
 
     command: list[str]
@@ -65,26 +66,46 @@ class Attack:
     check: Callable[[], str | None] = lambda: None
     result: Callable[[Path], object] = content
     shortest: float = 0.3
+    is_begun: Callable[[], bool] = lambda: True
+
+
+def run_once(attack: Attack, kill_after: float | None) -> tuple[int, str] | None:
+    """Exit status and standard error of the command, or None if it was killed."""
+    with subprocess.Popen(
+        attack.command, env=attack.variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        is_begun = False
+        while True:
+            timeout = LOOK if kill_after is not None and not is_begun else kill_after
+            try:
+                errors = process.communicate(timeout=timeout)[1]
+                return process.returncode, errors
+            except subprocess.TimeoutExpired:
+                if is_begun:
+                    process.kill()
+                    process.communicate()
+                    return None
+                is_begun = attack.is_begun()
+            except BaseException:
+                process.kill()
+                raise
 
 
 def one_round(attack: Attack, chance: random.Random, counts: Counter[str], kills: int) -> None:
     """Run the command until it ends well; kill it on the way while fewer than `kills` have been counted."""
     for _ in range(TRIES):
         kill_after = chance.uniform(attack.shortest, attack.longest) if counts["kills"] < kills else None
-        try:
-            # At the timeout, `run` sends SIGKILL.
-            done = subprocess.run(
-                attack.command, env=attack.variables, capture_output=True, text=True, timeout=kill_after
-            )
-        except subprocess.TimeoutExpired:
+        done = run_once(attack, kill_after)
+        if done is None:
             counts["kills"] += 1
             if what := attack.check():
                 counts[what] += 1
             continue
-        if done.returncode == 0:
+        status, errors = done
+        if status == 0:
             counts["rounds"] += 1
             return
-        assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done
+        assert status == 1 and "error: " in errors and "Traceback" not in errors, done
         counts["gave up with a clear error"] += 1
     raise AssertionError(f"not finished after {TRIES} runs")
 
@@ -219,11 +240,12 @@ def attack_serve(work: Path, lossless: bool, hub: LocalHub) -> Attack:
         variables,
         data,
         batch_job.output(calm),
-        KILL_SERVER[1],
+        LONGEST_SERVED,
         begin,
         watch.check,
         batch_job.output,
-        KILL_SERVER[0],
+        0.0,
+        watch.has_grown,
     )
 
 
