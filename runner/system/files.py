@@ -63,8 +63,8 @@ def read_uncached(
                 if not count:
                     raise OSError(errno.EIO, "the file ends too early", str(path))
                 done += count
-            if not past_the_cache:
-                forget(file, start, wanted)
+            # Reading ahead for something else may have left it there, even if this read went past it.
+            forget(file, start, wanted)
 
     past_the_cache_if_possible(read)
 

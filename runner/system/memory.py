@@ -60,11 +60,10 @@ def page_in(address: int, start: int, nbytes: int) -> bool:
 
 
 def drop_pages(mapping: mmap.mmap, start: int, nbytes: int) -> None:
-    """Take the whole pages in a range of a mapped file out of this process; if used, they come from the file again."""
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if platform.LINUX_CALLS and length > 0:
-        mapping.madvise(mmap.MADV_DONTNEED, first, length)
+    """Take the pages of a range of a mapped file out of this process; whoever uses one has it from the file again."""
+    first = start - start % mmap.PAGESIZE
+    if platform.LINUX_CALLS:
+        mapping.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
 
 
 @cache

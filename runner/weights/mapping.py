@@ -37,5 +37,5 @@ class Mapping:
         return memory.page_in(self._bytes.data_ptr(), start, nbytes)
 
     def drop(self, start: int, nbytes: int) -> None:
-        """Take the whole pages in this range out of this process."""
+        """Take the pages of this range out of this process."""
         memory.drop_pages(self._memory, start, nbytes)

@@ -17,6 +17,9 @@ from runner.errors import BloomdeskError, in_shell, reading
 from runner.system import files, platform
 from runner.weights.mapping import Mapping
 
+# Bytes of the largest page that the page cache has on most systems.
+LARGE_PAGE = 2**21
+
 
 @dataclass(eq=False)
 class PartFile:
@@ -89,7 +92,9 @@ class PartFile:
             self._mapping.drop(start, nbytes)
         # What is no longer there takes no RAM.
         with suppress(OSError), files.open_for_rows(self.path) as file:
-            files.forget(file, start, nbytes)
+            # Large pages reach beyond it; of what lies there nothing goes that is mapped.
+            first = max(0, start - LARGE_PAGE)
+            files.forget(file, first, start + nbytes + LARGE_PAGE - first)
 
     def _whole_mapping(self) -> Mapping:
         """The mapping of the file, made by the first reader that needs it."""
