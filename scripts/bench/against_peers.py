@@ -69,6 +69,7 @@ COLUMNS = (
     Column("limit s", "limit", ".3f"),
     Column("x bloomdesk", "times_own"),
     Column("x limit", "times_limit"),
+    Column("load s", "load_seconds"),
     Column("prompt s", "prompt_seconds"),
     Column("GB read a token", "read_bytes", ".2f", 1e9),
     Column("group's peak GB", "group_peak", ".2f", 1e9),
