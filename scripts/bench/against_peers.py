@@ -158,6 +158,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     failed = sum(turn.point == point.name for turn in run.turns) - len(done)
     return {
         **passes,
+        "load_seconds": median(turn.report["load_seconds"] for turn in done),
         "times_own": passes["seconds"] / median(own) if own else None,
         "limit": least,
         "times_limit": passes["seconds"] / least if least else None,

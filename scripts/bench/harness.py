@@ -321,7 +321,6 @@ def pass_facts(done: Sequence[Turn]) -> Row:
     return {
         "seconds": median(second for turn in done for second in turn.steps),
         "rounds": [median(turn.steps) for turn in done],
-        "load_seconds": median(turn.report["load_seconds"] for turn in done),
         "prompt_seconds": median(turn.report["seconds"][0] for turn in done),
         "read_bytes": median(count for turn in done for count in turn.report["read_bytes"][1:]),
         "peak_rss": max(turn.report["peak_rss"] for turn in done),
