@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import runner
 from runner.generation.model import Model
-from tests.support.oracle import use_own_products
+from tests.support.oracle import use_own_arithmetic
 
 STEPS = 64
 ORDERS = 2  # further orders of summation in which the reference is computed
@@ -81,8 +81,8 @@ def spread(model: BloomForCausalLM, ids: list[int], expected: list[torch.Tensor]
 
 
 @pytest.fixture
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_products(monkeypatch)
+def own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_arithmetic(monkeypatch)
 
 
 def compare_exactly(source: Path, directory: Path, dtype: torch.dtype, ids: list[int]) -> list[int]:
@@ -130,8 +130,8 @@ def test_logits_and_tokens_are_those_of_transformers(prepared, dtype: str, heads
 
 @pytest.mark.parametrize("heads", [6, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_but_the_order_of_sums_is_that_of_transformers(
-    prepared, own_products, dtype: str, heads: int
+def test_all_but_sums_and_functions_is_that_of_transformers(
+    prepared, own_arithmetic, dtype: str, heads: int
 ) -> None:
     check_synthetic(prepared, dtype, heads, compare_exactly)
 
@@ -154,13 +154,13 @@ def test_miniature(miniature) -> None:
 
 
 @pytest.mark.slow
-def test_miniature_exactly(miniature, own_products) -> None:
+def test_miniature_exactly(miniature, own_arithmetic) -> None:
     source, directory = miniature
     ids = runner.load(directory).tokenizer.encode(MINIATURE_PROMPT)
     compare_exactly(source, directory, torch.bfloat16, ids)
 
 
-def test_residual_after_layernorm(prepared, own_products, tmp_path: Path) -> None:
+def test_residual_after_layernorm(prepared, own_arithmetic, tmp_path: Path) -> None:
     """`apply_residual_connection_post_layernorm` changes the result as it does in transformers."""
     from toolkit.commands.convert import convert
 
