@@ -54,6 +54,9 @@ class BlockCache:
         """queries [H, T, D] float32 times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
         out = torch.empty(H, T, length)
+        # A prefix may have no memory for the last lanes.
+        if self.start + self.keys.shape[1] < length:
+            out[:, :, self.start + self.keys.shape[1] :] = 0
         block, end = self, length
         while block:
             keys = block.keys[:, : end - block.start]
