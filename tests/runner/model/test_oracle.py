@@ -62,10 +62,18 @@ def spread(model: BloomForCausalLM, ids: list[int], expected: list[torch.Tensor]
     """Largest difference between the reference's logits in some orders of summation.
 
     The columns of every weight matrix, and the inputs that they are multiplied with, are permuted. So the products are
-    the same but for the order in which the processor sums them, which is what the runner does, too.
+    the same but for the order in which the processor sums them, and LayerNorm and softmax are those of float64, rounded
+    once: which is what the runner does, too.
     """
     runs = [torch.cat(expected).float()]
-    linear = F.linear
+    linear, layer_norm, softmax = F.linear, F.layer_norm, F.softmax
+
+    def exact_layer_norm(x: torch.Tensor, shape, weight: torch.Tensor, bias: torch.Tensor, epsilon: float):
+        return layer_norm(x.double(), shape, weight.double(), bias.double(), epsilon).to(x.dtype)
+
+    def exact_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return softmax(scores.double(), dim).to(dtype)
+
     for seed in range(ORDERS):
 
         def permuted(
@@ -76,6 +84,8 @@ def spread(model: BloomForCausalLM, ids: list[int], expected: list[torch.Tensor]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "linear", permuted)
+            patch.setattr(F, "layer_norm", exact_layer_norm)
+            patch.setattr(F, "softmax", exact_softmax)
             runs.append(torch.cat(reference_steps(model, ids, tokens)).float())
     return max(float((one - other).abs().max()) for one, other in combinations(runs, 2))
 
