@@ -194,7 +194,12 @@ class Sampling:
         """These options with `seed`, or else a new one, if they draw tokens and have none of their own."""
         if not self.draws or self.seed is not None:
             return self
-        return replace(self, seed=secrets.randbits(DRAWN_BITS) if seed is None else seed)
+        return replace(self, seed=drawn_seed() if seed is None else seed)
+
+
+def drawn_seed() -> int:
+    """A seed that nobody gave."""
+    return secrets.randbits(DRAWN_BITS)
 
 
 _KINDS = {
