@@ -26,10 +26,12 @@ from runner.server.bodies import checked, key_of, read_object
 from runner.server.engine import Engine
 from runner.server.errors import ApiError, explained
 from runner.server.orders import Order, model_named
+from runner.server.page_files import page_routes
 from runner.server.routing import on_any_error, on_api_error, on_http_error, reply
 from runner.server.schemas import CompletionBody
 from runner.server.settings import Settings
 from runner.server.streams import Document, EventStream
+from runner.server.watch import watch
 
 OWNER = "bloomdesk"
 
@@ -43,6 +45,8 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
         Route("/v1/completions", api.completions, methods=["POST"]),
+        Route("/progress", watch(engine, settings)),
+        *page_routes(),
     ]
     handlers = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_any_error}
     gate = Middleware(Gate, keys=settings.keys, hosts=settings.hosts)
