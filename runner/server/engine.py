@@ -145,6 +145,7 @@ class Engine:
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
+        self._watch = PassWatch(lambda: self.bytes_read, clock)
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         # These are replaced as a whole, so other threads may read them at any time.
         self.model: Model | None = None
@@ -165,6 +166,11 @@ class Engine:
     @property
     def is_stopping(self) -> bool:
         return self._is_stopping
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that passes needed from the files."""
+        return self.model.weights.stream.traffic.bytes_read if self.model else 0
 
     @property
     def waiting(self) -> int:
@@ -242,8 +248,9 @@ class Engine:
     def _run(self) -> None:
         try:
             model = self._open_model()
+            # Later, passes would take RAM at the same time, so that it couldn't be measured.
+            model.grammars.prepare()
             self._batch = model.live_batch(self._options, self._on_part)
-            self._watch = PassWatch(lambda: model.weights.stream.traffic.bytes_read, self._clock)
             self.model = model
         except Exception as error:
             self.failure = _worded(error)

@@ -11,11 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from runner.errors import BloomdeskError
+from runner.server.answers import Answer
 from runner.server.engine import Engine, Work
 from runner.server.routing import reply
 from runner.server.settings import Settings
 from runner.server.streams import STREAM_HEADERS, event
 
+EVENTS = "text/event-stream"
 # Seconds between two looks at the engine.
 INTERVAL = 0.2
 # Of the requests that run or wait, so many are listed; all are counted.
@@ -26,7 +28,7 @@ def watch(engine: Engine, settings: Settings) -> Callable[[Request], Any]:
     """The endpoint. A stream ends when the server does, so that it holds up no shutdown."""
 
     async def answer(request: Request) -> Response:
-        if "text/event-stream" not in request.headers.get("accept", ""):
+        if request.method == "HEAD" or EVENTS not in request.headers.get("accept", ""):
             return reply(state_of(engine, settings))
         return StreamingResponse(_states(engine, settings), headers=STREAM_HEADERS)
 
@@ -94,4 +96,4 @@ def _status(engine: Engine) -> tuple[str, str | None, int]:
 
 def _id_of(work: Work) -> str | None:
     """The id of the order that a client waits for; a line of a job has none."""
-    return getattr(getattr(work.listener, "order", None), "id", None)
+    return work.listener.order.id if isinstance(work.listener, Answer) else None

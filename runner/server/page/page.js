@@ -22,6 +22,7 @@ let server = null;
 let spoken = "";
 
 settings.restore(kept.fields);
+byId("settings").open = matchMedia("(min-width: 60rem)").matches;
 onChange();
 act(() => run.resume());
 watchProgress(onState);
