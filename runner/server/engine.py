@@ -141,7 +141,8 @@ class Engine:
         self._open_model, self._options, self._clock = open_model, options, clock
         self._changed = threading.Condition()
         self._joining: list[Work] = []
-        self._leaving: list[Work] = []
+        # With whom to tell when they are forgotten.
+        self._leaving: dict[Work, Callable[[], None]] = {}
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
@@ -227,11 +228,16 @@ class Engine:
             self._joining.append(work)
             self._changed.notify()
 
-    def cancel(self, work: Work) -> None:
-        """Forget the work before the next pass; its listener hears nothing more after that."""
+    def cancel(self, work: Work, on_forgotten: Callable[[], None] = lambda: None) -> None:
+        """Forget the work before the next pass; its listener hears nothing more after `on_forgotten`."""
         with self._changed:
-            self._leaving.append(work)
+            self._leaving[work] = on_forgotten
             self._changed.notify()
+
+    def recall(self, work: Work) -> bool:
+        """Undo `cancel`. False if the work is forgotten already."""
+        with self._changed:
+            return self._leaving.pop(work, None) is not None
 
     def stop(self) -> None:
         """End after the pass that runs; whoever waits is told `Stopped`."""
@@ -277,13 +283,14 @@ class Engine:
                     self.progress = Progress(self.progress.number)
                     self._changed.wait()
                 joining, self._joining = self._joining, []
-                leaving, self._leaving = set(self._leaving), []
+                leaving, self._leaving = self._leaving, {}
             for work in joining:
                 if work not in leaving:
                     self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]
-            for work in leaving:
+            for work, tell in leaving.items():
                 for task in self._tasks.pop(work, ()):
                     self._batch.drop(task.sequence)
+                tell()
             if self._tasks:
                 break
         return not self._is_stopping

@@ -102,6 +102,7 @@ export class Run {
 
   async #follow() {
     const body = this.#body;
+    this.#tell("");
     for (let failures = 0; this.#follows(body); ) {
       const abort = (this.#abort = new AbortController());
       try {
