@@ -256,7 +256,7 @@ class Engine:
             model = self._open_model()
             # Later, passes would take RAM at the same time, so that it couldn't be measured.
             model.grammars.prepare()
-            self._batch = model.live_batch(self._options, self._on_part)
+            self._batch = model.live_batch(self._options, self._on_part, self._on_begin)
             self.model = model
         except Exception as error:
             self.failure = _worded(error)
@@ -266,7 +266,6 @@ class Engine:
             try:
                 # What needs no pass may be all there is.
                 if any(self._counts()):
-                    self.progress = self._watch.begin(*self._counts())
                     self._batch.step()
             except Exception as error:
                 # As when the disk fails: the next request may find it well again.
@@ -302,6 +301,9 @@ class Engine:
 
     def _counts(self) -> tuple[int, int]:
         return len(self._batch.active), len(self._batch.waiting)
+
+    def _on_begin(self) -> None:
+        self.progress = self._watch.begin(*self._counts())
 
     def _on_part(self, part: int, parts: int) -> None:
         self.progress = self._watch.after(part, parts, *self._counts())
