@@ -44,9 +44,7 @@ def test_requests_are_listed_by_the_id_that_their_clients_know_and_without_their
 def test_events_tell_what_changes_and_end_with_the_server(gated: GatedModel) -> None:
     async def test() -> None:
         async with serving(gated) as (app, engine):
-            watching = Exchange(
-                app, "/progress", None, method="GET", headers={"accept": "text/event-stream"}
-            )
+            watching = Exchange(app, "/progress", None, method="GET", headers={"accept": "text/event-stream"})
             await soon(lambda: events(watching.text))
             request = Exchange(app, "/v1/completions", BODY)
             await soon(lambda: events(watching.text)[-1]["active"] == 1)
