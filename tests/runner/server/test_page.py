@@ -13,7 +13,8 @@ import runner
 from runner.generation.model import Model
 from runner.generation.options import Sampling
 from runner.server.settings import Settings
-from tests.support.browser import CHROMIUM, Desk, Served, chromium, desk, served, until
+from scripts.bench.paced_server import Served, served, until
+from tests.support.browser import CHROMIUM, Desk, chromium, desk
 from tests.support.cable import cable
 
 pytestmark = [
