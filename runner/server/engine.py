@@ -146,6 +146,8 @@ class Engine:
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
+        # The most positions of a text that was found to fit.
+        self._fitting = 0
         self._watch = PassWatch(lambda: self.bytes_read, clock)
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         # These are replaced as a whole, so other threads may read them at any time.
@@ -217,7 +219,11 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `BloomdeskError`, with the figures, if the RAM is too little for this request alone."""
         self.opened()
+        # It depends on the positions alone, and on what grammars take.
+        if request.grammar is None and request.capacity <= self._fitting:
+            return
         self._batch.check(request)
+        self._fitting = max(self._fitting, request.capacity)
 
     def submit(self, work: Work) -> None:
         """Have the requests join the next pass with room for them. Raises what `opened` raises."""
