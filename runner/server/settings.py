@@ -46,6 +46,12 @@ class Settings:
     most_stops: int = 16
     most_logprobs: int = 100
     most_waiting: int = 4096
+    # Bounds of jobs: bytes of a file, files, files that come at a time, lines of a batch, batches that are not done.
+    most_file_bytes: int = 200 * MEGABYTE
+    most_files: int = 10_000
+    most_uploads: int = 4
+    most_lines: int = 50_000
+    most_batches: int = 1000
     # What a line of the log is, and whether prompts are in it.
     log_json: bool = False
     log_prompts: bool = False
