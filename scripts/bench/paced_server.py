@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 
@@ -44,11 +45,17 @@ class Served:
 
 @contextmanager
 def served(
-    model: Callable[[], Model], settings: Settings | None = None, most: int | None = None
+    model: Callable[[], Model],
+    settings: Settings | None = None,
+    most: int | None = None,
+    data: Path | None = None,
 ) -> Iterator[Served]:
-    """A server at a free port of loopback until the end of the block; `most` texts share a pass."""
+    """A server at a free port of loopback until the end of the block.
+
+    `most` texts share a pass; jobs are kept in `data`.
+    """
     engine = PacedEngine(model, GenerationOptions(speculate="off", batch=most))
-    app = create_app(engine, settings or Settings())
+    app = create_app(engine, settings or Settings(), data=data)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

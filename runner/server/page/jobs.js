@@ -41,7 +41,8 @@ async function show() {
   }
 }
 
-const told = (job) => JSON.stringify([job.status, job.request_counts, job.output_file_id, job.error_file_id]);
+const told = (job) =>
+  JSON.stringify([job.status, job.paused, job.request_counts, job.output_file_id, job.error_file_id]);
 
 function rowOf(job) {
   const { total = 0, completed = 0, failed = 0 } = job.request_counts ?? {};
@@ -55,7 +56,7 @@ function rowOf(job) {
     element("span", { class: "figure" }, `${job.status.replaceAll("_", " ")}, ${counts}`),
     bar,
   );
-  const why = job.errors?.data?.[0]?.message;
+  const why = job.paused ?? job.errors?.data?.[0]?.message;
   if (why) row.append(element("p", { class: "error" }, why));
   row.append(element("div", { class: "actions" }, ...buttonsOf(job)));
   return row;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from runner.server.settings import Settings
 from scripts.bench.paced_server import Served, served, until
 from tests.support.browser import CHROMIUM, Desk, chromium, desk
 from tests.support.cable import cable
+from tests.support.jobs import line, new_data
+from tests.support.jobs import text_of as lines_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -310,6 +313,51 @@ def test_a_drawn_text_survives_a_broken_connection(browser: Browser, server: Ser
         server.engine.pause = 0.0
         found.wait_for_end()
         assert found.text == text_of(UNSURE, 9, temperature=1, seed=seed)
+
+
+def test_jobs_are_added_watched_cancelled_and_their_results_fetched(
+    browser: Browser, model: Model, tmp_path: Path
+) -> None:
+    pytest.importorskip("python_multipart")
+    quick, slow = tmp_path / "quick.jsonl", tmp_path / "slow.jsonl"
+    quick.write_bytes(lines_of([line(number, prompt=KNOWN, max_tokens=2) for number in range(3)]))
+    slow.write_bytes(
+        lines_of([line(number, prompt=KNOWN, max_tokens=200, ignore_eos=True) for number in range(2)])
+    )
+    with (
+        served(lambda: model, data=new_data(tmp_path / "data")) as server,
+        desk(browser, server.address) as found,
+    ):
+        found.open()
+        rows = found.page.locator("#job-list li")
+        found.page.set_input_files("#job-file", quick)
+        expect(rows.first).to_contain_text("completed, 3 of 3", timeout=20_000)
+        with found.page.expect_download() as download:
+            rows.first.get_by_role("button", name="Results").click()
+        results = [json.loads(each) for each in download.value.path().read_text().splitlines()]
+        assert [each["custom_id"] for each in results] == ["id-0", "id-1", "id-2"]
+        server.engine.pause = SLOW
+        found.page.set_input_files("#job-file", slow)
+        expect(rows).to_have_count(2, timeout=20_000)
+        expect(found.page.locator("#queue")).to_contain_text("a job's line")
+        rows.first.get_by_role("button", name="Cancel").click()
+        server.engine.pause = 0.0
+        expect(rows.first).to_contain_text("cancelled", timeout=20_000)
+        found.page.set_input_files("#job-file", _wrong(tmp_path))
+        expect(rows.first).to_contain_text("failed", timeout=20_000)
+        expect(rows.first.locator(".error")).not_to_be_empty()
+        assert not found.complaints
+
+
+def _wrong(folder: Path) -> Path:
+    """A file of a line that is none."""
+    (folder / "wrong.jsonl").write_text("<b>this is no request</b>\n")
+    return folder / "wrong.jsonl"
+
+
+def test_without_a_data_directory_there_are_no_jobs(at_desk: Desk) -> None:
+    expect(at_desk.page.locator("#status")).to_have_text("ready")
+    expect(at_desk.page.locator("#jobs")).to_be_hidden()
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab_alone(browser: Browser, model: Model) -> None:
