@@ -8,6 +8,7 @@ import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -28,15 +29,19 @@ from runner.server.auth import Gate
 from runner.server.bodies import checked, key_of, read_object
 from runner.server.engine import Engine, Growth
 from runner.server.errors import ApiError, explained
+from runner.server.jobs.api import JobsApi
+from runner.server.jobs.routes import routes_of
 from runner.server.logs import Log, WriteLine, log_of
 from runner.server.metrics import CONTENT_TYPE, Counted, Metrics
 from runner.server.openapi import Description, description
 from runner.server.orders import Order, model_named
+from runner.server.page_files import page_routes
 from runner.server.routing import on_any_error, on_api_error, on_http_error, reply
 from runner.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from runner.server.settings import Settings
 from runner.server.streams import Chunks, Document, EventStream
 from runner.server.tokens import detokenized, tokenized, tokenizer_info
+from runner.server.watch import watch
 
 OWNER = "bloomdesk"
 EVENTS = "text/event-stream"
@@ -60,16 +65,18 @@ def create_app(
     settings: Settings,
     write_line: WriteLine | None = None,
     clock: Callable[[], float] = time.monotonic,
+    data: Path | None = None,
 ) -> Starlette:
     """The ASGI application for an engine, which it starts, and stops at its end.
 
-    `write_line` gets a line of the log for each request.
+    `write_line` gets a line of the log for each request. Jobs are kept in the directory `data`, which this process
+    holds. Raises `BloomdeskError` if something in there is damaged.
     """
-    api = Api(engine, settings, clock)
-    described = list(_routes(api))
+    api = Api(engine, settings, clock, JobsApi(engine, settings, data) if data else None)
+    described = [*_routes(api), *routes_of(api.jobs)]
     document = description(described)
     routes = [route for route, _ in described]
-    routes.append(Route("/openapi.json", lambda _: reply(document)))
+    routes += [Route("/openapi.json", lambda _: reply(document)), *page_routes()]
     handlers = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_any_error}
     middleware = [
         Middleware(Counted, metrics=api.metrics),
@@ -101,6 +108,10 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
         Description("The text of token ids", DetokenizeBody),
     )
     yield Route("/tokenizer_info", api.tokenizer_info), Description("What the tokenizer's file says")
+    yield (
+        Route("/progress", watch(api.engine, api.settings)),
+        Description("The pass and the queue; with Accept: text/event-stream, as they change"),
+    )
     yield Route("/health", api.health), Description("Whether the model is there")
     yield Route("/metrics", api.metrics_text), Description("Numbers for Prometheus", None, ("text/plain",))
     yield Route("/version", api.version), Description("The version")
@@ -109,20 +120,23 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
 class Api:
     """The handlers, and what they share."""
 
-    def __init__(self, engine: Engine, settings: Settings, clock: Callable[[], float]) -> None:
-        self.engine, self.settings = engine, settings
+    def __init__(
+        self, engine: Engine, settings: Settings, clock: Callable[[], float], jobs: JobsApi | None
+    ) -> None:
+        self.engine, self.settings, self.jobs = engine, settings, jobs
         self.metrics = Metrics(engine)
         self.answers = SharedAnswers(engine, settings.keep_results, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.engine.start()
-        try:
-            yield
-        finally:
-            self.engine.stop()
-            while not self.engine.join(0):
-                await asyncio.sleep(LOOK)
+        async with self.jobs.lifespan() if self.jobs else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                self.engine.stop()
+                while not self.engine.join(0):
+                    await asyncio.sleep(LOOK)
 
     async def health(self, _: Request) -> Response:
         try:

@@ -17,7 +17,7 @@ from runner.generation.live_batch import LiveBatch
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from runner.generation.scoring import TokenScore
-from runner.generation.sequence import Request
+from runner.generation.sequence import Request, Restored
 from runner.generation.stops import ScannedText
 from runner.model.tokenizer import TextStream
 from runner.server.progress import PassWatch, Progress
@@ -32,6 +32,10 @@ class Stopped(BloomdeskError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down", "send the request again when it is back")
+
+
+class PassFailed(BloomdeskError):
+    """A pass could not be made, as when the disk fails; a later one may be."""
 
 
 class Unavailable(BloomdeskError):
@@ -72,10 +76,24 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Requests that are answered together, and who hears of them."""
+    """Requests that are answered together, who hears of them, and what an `earlier` run has given each, if any has.
+
+    The first growths have what is restored.
+    """
 
     requests: tuple[Request, ...]
     listener: Listener
+    earlier: tuple[Restored, ...] = ()
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A request that is not done: whether it is in the pass, its `tokens` so far, and the most it may get."""
+
+    work: Work
+    is_active: bool
+    tokens: int
+    most_tokens: int
 
 
 @dataclass(eq=False)
@@ -89,6 +107,8 @@ class _Task:
     ids: int = 0
     scores: int = 0
     prompt_scores: int = 0
+    # How many of its tokens were made here, or counted as such.
+    counted: int = 0
 
     def growth(self) -> Growth | None:
         """What is new since the last call, or None."""
@@ -131,10 +151,13 @@ class Engine:
         self._open_model, self._options, self._clock = open_model, options, clock
         self._changed = threading.Condition()
         self._joining: list[Work] = []
-        self._leaving: list[Work] = []
+        # With whom to tell when they are forgotten.
+        self._leaving: dict[Work, Callable[[], None]] = {}
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
+        # The most positions of a text that was found to fit.
+        self._fitting = 0
         self._watch = PassWatch(lambda: self.bytes_read, clock)
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         # These are replaced as a whole, so other threads may read them at any time.
@@ -164,10 +187,34 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that are in no pass yet."""
+        """Number of requests that are in no pass yet, without those that give way."""
         with self._changed:
-            joining = sum(len(work.requests) for work in self._joining)
+            joining = sum(not request.gives_way for work in self._joining for request in work.requests)
         return joining + (len(self._batch.waiting) if self._batch else 0)
+
+    def queue(self) -> list[Queued]:
+        """The requests that are not done, those of the pass first, then in the order in which they join."""
+        with self._changed:
+            joining = list(self._joining)
+        tasks = [task for tasks in list(self._tasks.values()) for task in list(tasks)]
+        active = set(self._batch.active) if self._batch else set()
+        found = [
+            Queued(
+                task.work,
+                task.sequence in active,
+                len(task.sequence.ids),
+                task.sequence.request.max_new_tokens,
+            )
+            for task in tasks
+        ]
+        known = {task.work for task in tasks}
+        found += [
+            Queued(work, False, 0, request.max_new_tokens)
+            for work in joining
+            if work not in known
+            for request in work.requests
+        ]
+        return sorted(found, key=lambda each: not each.is_active)
 
     def opened(self) -> Model:
         """The model. Raises `Unavailable` if it isn't there yet, or never will be, and `Stopped` at the end."""
@@ -182,7 +229,11 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `BloomdeskError`, with the figures, if the RAM is too little for this request alone."""
         self.opened()
+        # It depends on the positions alone, and on what grammars take.
+        if request.grammar is None and request.capacity <= self._fitting:
+            return
         self._batch.check(request)
+        self._fitting = max(self._fitting, request.capacity)
 
     def submit(self, work: Work) -> None:
         """Have the requests join the next pass with room for them. Raises what `opened` raises."""
@@ -193,11 +244,16 @@ class Engine:
             self._joining.append(work)
             self._changed.notify()
 
-    def cancel(self, work: Work) -> None:
-        """Forget the work before the next pass; its listener hears nothing more after that."""
+    def cancel(self, work: Work, on_forgotten: Callable[[], None] = lambda: None) -> None:
+        """Forget the work before the next pass; its listener hears nothing more after `on_forgotten`."""
         with self._changed:
-            self._leaving.append(work)
+            self._leaving[work] = on_forgotten
             self._changed.notify()
+
+    def recall(self, work: Work) -> bool:
+        """Undo `cancel`. False if the work is forgotten already."""
+        with self._changed:
+            return self._leaving.pop(work, None) is not None
 
     def stop(self) -> None:
         """End after the pass that runs; whoever waits is told `Stopped`."""
@@ -225,11 +281,12 @@ class Engine:
             began = self._clock()
             try:
                 # What needs no pass may be all there is.
-                if any(self._counts()):
+                if any(self._counts()) or self._batch.giving_way:
                     self._batch.step()
             except Exception as error:
                 # As when the disk fails: the next request may find it well again.
-                self._fail_all(_worded(error))
+                why = _worded(error)
+                self._fail_all(PassFailed(why.message, why.hint))
                 continue
             self._publish(self._clock() - began)
         self._fail_all(Stopped())
@@ -242,21 +299,23 @@ class Engine:
                     self.progress = Progress(self.progress.number)
                     self._changed.wait()
                 joining, self._joining = self._joining, []
-                leaving, self._leaving = set(self._leaving), []
+                leaving, self._leaving = self._leaving, {}
             for work in joining:
                 if work not in leaving:
                     self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]
-            for work in leaving:
+            for work, tell in leaving.items():
                 for task in self._tasks.pop(work, ()):
                     self._batch.drop(task.sequence)
+                tell()
             if self._tasks:
                 break
         return not self._is_stopping
 
     def _begun(self, work: Work, place: int) -> _Task:
-        found = self._batch.add(work.requests[place])
+        earlier = work.earlier[place] if work.earlier else Restored()
+        found = self._batch.add(work.requests[place], earlier)
         self.totals.prompt_tokens += len(found.prompt_ids)
-        return _Task(work, place, found, self.model.stream(found))
+        return _Task(work, place, found, self.model.stream(found), counted=len(earlier.ids))
 
     def _counts(self) -> tuple[int, int]:
         return len(self._batch.active), len(self._batch.waiting)
@@ -275,7 +334,9 @@ class Engine:
         self.seconds_a_pass = (1 - NEWEST) * mean + NEWEST * seconds
         for work, tasks in list(self._tasks.items()):
             growths = [growth for task in tasks if (growth := task.growth())]
-            self.totals.new_tokens += sum(len(growth.ids) for growth in growths)
+            for task in tasks:
+                self.totals.new_tokens += max(0, task.ids - task.counted)
+                task.counted = max(task.ids, task.counted)
             failures = [task.sequence.failure for task in tasks if task.sequence.failure]
             tasks[:] = [task for task in tasks if not task.sequence.is_done]
             if failures or not tasks:

@@ -36,9 +36,12 @@ class Chunk:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, view: memoryview, stays: bool) -> None:
-        """Read the pages that the chunk lies in into the page-aligned `view`; see `PartFile.read_pages`."""
-        self.file.read_pages(self.start, self.nbytes, view, stays=stays)
+    def read(self, view: memoryview | None) -> None:
+        """Read the pages that the chunk lies in into the page-aligned `view`; without one page in the mapped file."""
+        if view is None:
+            self.file.page_in(self.start, self.nbytes)
+        else:
+            self.file.read_pages(self.start, self.nbytes, view)
 
 
 def row_ranges(rows: int, nbytes: int) -> list[tuple[int, int]]:
