@@ -88,6 +88,16 @@ class Work:
     earlier: tuple[Restored, ...] = ()
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A request that is not done: whether it is in the pass, its `tokens` so far, and the most it may get."""
+
+    work: Work
+    is_active: bool
+    tokens: int
+    most_tokens: int
+
+
 @dataclass(eq=False)
 class _Task:
     """One request of a work in the batch, and how much of it was told."""
@@ -183,6 +193,30 @@ class Engine:
             joining = sum(not request.gives_way for work in self._joining for request in work.requests)
         return joining + (len(self._batch.waiting) if self._batch else 0)
 
+    def queue(self) -> list[Queued]:
+        """The requests that are not done, those of the pass first, then in the order in which they join."""
+        with self._changed:
+            joining = list(self._joining)
+        tasks = [task for tasks in list(self._tasks.values()) for task in list(tasks)]
+        active = set(self._batch.active) if self._batch else set()
+        found = [
+            Queued(
+                task.work,
+                task.sequence in active,
+                len(task.sequence.ids),
+                task.sequence.request.max_new_tokens,
+            )
+            for task in tasks
+        ]
+        known = {task.work for task in tasks}
+        found += [
+            Queued(work, False, 0, request.max_new_tokens)
+            for work in joining
+            if work not in known
+            for request in work.requests
+        ]
+        return sorted(found, key=lambda each: not each.is_active)
+
     def opened(self) -> Model:
         """The model. Raises `Unavailable` if it isn't there yet, or never will be, and `Stopped` at the end."""
         if self._is_stopping:
@@ -211,8 +245,8 @@ class Engine:
             self._joining.append(work)
             self._changed.notify()
 
-    def cancel(self, work: Work) -> None:
-        """Forget the work before the next pass; its listener hears nothing more after that."""
+    def cancel(self, work: Work, on_forgotten: Callable[[], None] = lambda: None) -> None:
+        """Forget the work before the next pass; its listener hears nothing more after `on_forgotten`."""
         with self._changed:
             self._leaving.add(work)
             self._changed.notify()
