@@ -34,7 +34,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     chat_template: ChatTemplate | None = None
     chat_max_tokens: int = 256
-    first_byte: float = 0.5
+    first_byte: float = 0.3
     keep_alive: float = 15.0
     keep_results: float = 3600.0
     read_body: float = 60.0

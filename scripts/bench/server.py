@@ -2,10 +2,9 @@
 
     python -m scripts.bench.server --work WORK [--clients 16,64] [--tokens 32] [--rounds 5] [--model DIR] [--json FILE]
 
-A file's prompts run in a process of their own by `bloomdesk generate --prompts`, and as many clients ask a server for
-the same texts at the same time; both have the same RAM, take turns, and count tokens a second from the first pass to
-the last token, without opening the model. Texts must be equal. For the first byte, 100 clients ask a server whose pass
-lasts: its disk is made slow with `--slow-pass SECONDS`, by a reader that waits before every read.
+`generate_all` continues prompts as those of a file, and as many clients ask a server for the same texts at the same
+time. Both have the same RAM, have read their weights, and take turns; texts must be equal. For the first byte, 100
+clients ask a server whose pass lasts, since each of its parts waits.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -23,6 +20,10 @@ from typing import Any
 
 import httpx2
 
+import runner
+from runner.generation.model import Model
+from runner.generation.options import Sampling
+from runner.units import parse_size
 from scripts.bench.harness import Column, interleaved, save, table
 from scripts.bench.serving import miniature, running_server
 
@@ -64,12 +65,13 @@ def main() -> None:
 
 
 def _compared(directory: Path, count: int, options: argparse.Namespace) -> dict[str, Any]:
+    model = runner.load(directory, parse_size(options.ram))
     prompts = (PROMPTS * (1 + count // len(PROMPTS)))[:count]
     with running_server(directory, options.work, "--ram", options.ram) as (url, _):
         texts: dict[str, list[str]] = {}
 
         def as_file() -> float:
-            rate, texts["file"] = _as_file(directory, prompts, options)
+            rate, texts["file"] = _as_file(model, prompts, options.tokens)
             return rate
 
         def of_clients() -> float:
@@ -84,27 +86,14 @@ def _compared(directory: Path, count: int, options: argparse.Namespace) -> dict[
     return {"clients": count, **rates, "share": median(shares), "rounds": found}
 
 
-def _as_file(directory: Path, prompts: list[str], options: argparse.Namespace) -> tuple[float, list[str]]:
-    """Tokens a second of `bloomdesk generate`, by the times of its tokens, and its texts."""
-    with tempfile.TemporaryDirectory() as place:
-        given, out = Path(place) / "prompts.jsonl", Path(place) / "out.jsonl"
-        lines = [json.dumps({"prompt": prompt, "ignore_eos": True}) for prompt in prompts]
-        given.write_text("\n".join(lines) + "\n")
-        command = [
-            sys.executable,
-            "-m",
-            "toolkit.cli.app",
-            "generate",
-            str(directory),
-            "--prompts",
-            str(given),
-        ]
-        command += ["--out", str(out), "--max-new-tokens", str(options.tokens), "--ram", options.ram]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-        found = sorted(map(json.loads, out.read_text().splitlines()), key=lambda each: each["index"])
-    # They all begin together, so the one that took longest says how long all took.
-    seconds = max(sum(each["token_seconds"]) for each in found)
-    return sum(len(each["token_ids"]) for each in found) / seconds, [each["text"] for each in found]
+def _as_file(model: Model, prompts: list[str], tokens: int) -> tuple[float, list[str]]:
+    """Tokens a second of prompts that share passes from the start, and their texts."""
+    began = time.perf_counter()
+    sampling = Sampling(ignore_eos=True)
+    found = list(model.generate_all(prompts, max_new_tokens=tokens, sampling=sampling))
+    seconds = time.perf_counter() - began
+    texts = {each.request.number: model.text(each) for each in found}
+    return sum(len(each.ids) for each in found) / seconds, [texts[number] for number in sorted(texts)]
 
 
 async def _of_clients(url: str, model: str, prompts: list[str], tokens: int) -> tuple[float, list[str]]:
