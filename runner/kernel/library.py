@@ -26,6 +26,8 @@ _FUNCTIONS = {
     "multiply": (None, _ADDRESS, _ADDRESS),
     "decode_rows": (_NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
     "encode_rows": (None, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS),
+    "encode_quantised": (_NUMBER, _NUMBER, _NUMBER, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
+    "decode_quantised": (None, *[_NUMBER] * 2, *[_ADDRESS] * 2, *[_NUMBER] * 2, *[_ADDRESS] * 2),
     "scratch_bytes_of_decoder": (_NUMBER,),
     "scratch_bytes_of_encoder": (_NUMBER,),
 }

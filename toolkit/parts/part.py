@@ -74,9 +74,9 @@ def plan_part(
 
 def part_size(spec: PartSpec, dtype: str, form: str = PLAIN) -> int:
     """Bytes of a part's file, or the expected most if tensors are coded."""
-    decoded = spec.decoded(form)
+    decoded = spec.decoded(form, dtype)
     coded = {name: int(CODED_SHARE * tensor_nbytes(of, shape)) for name, of, shape in decoded}
-    stored = spec.stored(dtype, coded)
+    stored = spec.stored(dtype, coded, form)
     return len(part_header(stored, decoded)) + sum(tensor_nbytes(of, shape) for _, of, shape in stored)
 
 
@@ -92,7 +92,7 @@ def check_form_dtype(dtype: str, form: str) -> None:
         raise BloomdeskError(
             f"the weights are {dtype}, and only {CODED_DTYPE} has a lossless form: coding the exponents of {dtype} "
             f"would leave {share} of the bytes at best, against 0.67",
-            "run the same command without --lossless",
+            "run the same command with another --form: plain, int8 or int4",
         )
 
 

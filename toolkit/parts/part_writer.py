@@ -16,8 +16,10 @@ from typing import BinaryIO
 import xxhash
 
 from runner.errors import BloomdeskError
+from runner.format.coded import PLAIN
 from runner.format.layout import part_header
 from runner.format.manifest import PartRecord, SourceShard, TensorRecord
+from runner.format.quantised import QUANTISED_FORMS
 from runner.system.atomic import atomic_file
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
@@ -26,6 +28,7 @@ from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.export_record import not_as_exported
 from toolkit.parts.part import PlannedPart
+from toolkit.parts.quantised_part import write_quantised
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
 from toolkit.source.tensor import SourceTensor
@@ -49,7 +52,9 @@ def write_part(
     not the recorded ones, or a file that nobody recorded is in the way.
     """
     path = destination / part.spec.file
-    write = write_coded if part.spec.decoded(part.form) else _write
+    write = _write
+    if part.spec.matrices and part.form != PLAIN:
+        write = write_quantised if part.form in QUANTISED_FORMS else write_coded
     with disk_errors(path), atomic_file(path) as file:
         record = write(part, file, progress)
         file.flush()
