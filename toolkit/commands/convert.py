@@ -12,6 +12,7 @@ from runner.format.coded import PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source
+from runner.format.quantised import QUANTISED_FORMS
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
 from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.commands.shards_on_disk import KEEP_SOURCE, ShardsOnDisk, deletable, state_of
@@ -132,7 +133,7 @@ def _plan(asked: _Asked) -> BuildPlan:
         comparisons = comparisons_of(manifest, assignment, tensors) if mend is None else ()
     to_delete = ()
     if asked.delete_source:
-        _refuse_loss(source, tensors.values(), adapter, chosen.why)
+        _refuse_loss(asked, tensors.values(), adapter, chosen.why)
         to_delete = deletable(shards)
     peak = schedule.growth(frozenset(path.name for path in to_delete))
     require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
@@ -206,8 +207,11 @@ def _notes(
     return tuple(found)
 
 
-def _refuse_loss(source: Path, tensors: Iterable[SourceTensor], adapter: Adapter | None, why: str) -> None:
+def _refuse_loss(asked: _Asked, tensors: Iterable[SourceTensor], adapter: Adapter | None, why: str) -> None:
     """Raise `BloomdeskError` if the source could not be had back from what is made of it."""
+    source = asked.source
+    if asked.form in QUANTISED_FORMS:
+        raise BloomdeskError(f"the weights of {source} can't be had back from {asked.form}", KEEP_SOURCE)
     if rounding := rounding_notes(tensors, why):
         raise BloomdeskError(f"{rounding[0]}; with the source the bits would be lost", KEEP_SOURCE)
     if adapter is not None:
