@@ -10,6 +10,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
+from runner.format.manifest import SourceShard
 from runner.format.safetensors import open_regular, tensor_nbytes
 from toolkit.io.disk import read_errors
 from toolkit.io.reader import NO_FILE, retried
@@ -24,7 +25,8 @@ class PlannedPart:
     """A part to write: its source tensors in the order of `spec`, and the form in which it stores them.
 
     `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first. `hashes` are
-    the xxh3-128 of source tensors, by key, that a record of the source vouches for.
+    the xxh3-128 of source tensors, by key, that a record of the source vouches for. `made_from` are the shards of the
+    part of a prepared directory that it is made from, else None.
     """
 
     spec: PartSpec
@@ -32,6 +34,7 @@ class PlannedPart:
     form: str = PLAIN
     lm_head: SourceTensor | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
+    made_from: tuple[SourceShard, ...] | None = None
 
     @property
     def dtype(self) -> str:

@@ -28,6 +28,7 @@ from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.export_record import not_as_exported
 from toolkit.parts.part import PlannedPart
+from toolkit.parts.prepared_tensors import damaged_part
 from toolkit.parts.quantised_part import write_quantised
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
@@ -60,7 +61,10 @@ def write_part(
         file.flush()
         # Shards may still be hashed meanwhile.
         os.fsync(file.fileno())
-        record = replace(record, sources=tuple(sha256(shard) for shard in part.sources))
+        sources = part.made_from
+        if sources is None:
+            sources = tuple(sha256(shard) for shard in part.sources)
+        record = replace(record, sources=sources)
         if known is None:
             _check_hashes(part, record)
         else:
@@ -91,6 +95,8 @@ def _check_hashes(part: PlannedPart, made: PartRecord) -> None:
     for tensor, found in zip(part.tensors, made.source_tensors, strict=True):
         is_copied = tensor.stored == tensor.dtype and tensor.addition is None
         if is_copied and part.hashes.get(tensor.key, found.xxh3_128) != found.xxh3_128:
+            if part.made_from is not None:
+                raise damaged_part(tensor.file, f"{tensor.key} is not what the manifest records")
             raise not_as_exported(tensor.file, tensor.key)
 
 
