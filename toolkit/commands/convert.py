@@ -45,7 +45,8 @@ def convert(
 ) -> Summary:
     """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
-    The source may be a prepared directory itself, plain or lossless. The LoRA adapter in the directory `adapter` is merged into the weights as peft's merge_and_unload does it.
+    The source may be a prepared directory itself, plain or lossless. The LoRA adapter in the directory `adapter` is
+    merged into the weights as peft's merge_and_unload does it.
 
     Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM, the adapter can't
     be merged, or the destination can't take it; and later if a shard is not what the download recorded, or the disk
