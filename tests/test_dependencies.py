@@ -37,7 +37,9 @@ def imported(*folders: str) -> set[str]:
 def test_the_product_imports_what_it_declares_and_nothing_else() -> None:
     extras = PROJECT["optional-dependencies"]
     integrations, grammar = declared(extras["transformers"]), declared(extras["grammar"])
-    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"]) | integrations | grammar
+    serve = declared(extras["serve"])
+    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"]) | integrations | grammar | serve
+    assert imported("runner/server") & serve == serve - {"uvicorn"}  # which the command starts
     assert imported("runner/integrations") & integrations == integrations
     assert imported("runner/generation") & grammar == grammar
 

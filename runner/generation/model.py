@@ -13,6 +13,7 @@ from runner.generation.batch import Batch
 from runner.generation.capacity import Planner
 from runner.generation.decode import Generation
 from runner.generation.grammar import Grammars
+from runner.generation.live_batch import LiveBatch
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, default_total, memory_plan
 from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, GenerationOptions, Sampling
 from runner.generation.scorer import Scorer, Text, plan_scoring
@@ -152,10 +153,7 @@ class Model(ModelRunner):
 
         Raises what `generate` raises.
         """
-        draft = None
-        if options.draft:
-            draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
-        proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
+        proposer = self._proposer(options)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         base = self.memory_request(capacities, 0)
         prefixes, plan = _shared_if_it_fits(
@@ -163,6 +161,20 @@ class Model(ModelRunner):
             lambda prefixes: Planner(base, requests, proposer, prefixes).plan(options.batch),
         )
         return kind(self, requests, plan, prefixes, proposer, on_part, session)
+
+    def live_batch(self, options: GenerationOptions, on_part: OnPart | None = None) -> LiveBatch:
+        """A batch without requests, which come and go; up to `options.batch` at a time.
+
+        Raises `BloomdeskError` for an unsuitable draft, or too little RAM.
+        """
+        proposer = self._proposer(options)
+        return LiveBatch(self, lambda: self.memory_request([1], 0), proposer, options.batch, on_part)
+
+    def _proposer(self, options: GenerationOptions) -> Proposer:
+        draft = None
+        if options.draft:
+            draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
+        return Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
 
     def scorer(self, texts: Sequence[Text], on_part: OnPart | None = None) -> Scorer:
         """Scores texts of token ids, as many in a pass as the RAM has room for.

@@ -18,7 +18,7 @@ ENVIRONMENT = "BLOOMDESK_KERNEL"
 
 _ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 # What each function returns and takes.
-_FUNCTIONS = {
+FUNCTIONS = {
     "processor_level": (_NUMBER,),
     "open_task": (None, _ADDRESS),
     "close_task": (None, _ADDRESS, _ADDRESS),
@@ -68,7 +68,7 @@ def _opened(variant: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BloomdeskError(f"the kernel cannot be loaded: {error}", "install bloomdesk again") from error
-    for name, (result, *arguments) in _FUNCTIONS.items():
+    for name, (result, *arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library

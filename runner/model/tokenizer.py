@@ -80,6 +80,10 @@ class Tokenizer:
             return b""
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
 
+    def token_name(self, token_id: int) -> str | None:
+        """The token as tokenizer.json names it: "</s>", or bytes as printable characters; None without a token."""
+        return self._tokenizer.id_to_token(token_id)
+
     def to_json(self) -> str:
         """The tokenizer as tokenizer.json has it."""
         return self._tokenizer.to_str()

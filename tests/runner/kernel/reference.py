@@ -17,7 +17,9 @@ def float32(value: Fraction) -> float:
     exponent -= abs(value) < Fraction(2) ** exponent
     unit = Fraction(2) ** (max(exponent, -126) - 23)
     nearest = round(value / unit) * unit
-    return float(nearest) if abs(nearest) < 2**128 else math.copysign(math.inf, nearest)
+    size = float(abs(nearest)) if abs(nearest) < 2**128 else math.inf
+    # A fraction has no sign if it is zero, and what underflows has.
+    return math.copysign(size, value)
 
 
 def fused(a: float, b: float, c: float) -> float:

@@ -1,0 +1,122 @@
+"""The command `serve`: one model over HTTP, until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from runner.cli.ram import ram_of
+from runner.errors import BloomdeskError, refused
+from runner.generation.options import GenerationOptions
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from runner.server.engine import Engine
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+KEY_VARIABLE = "BLOOMDESK_API_KEY"
+# Connections beyond this get a 503 at once.
+MOST_CONNECTIONS = 1024
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, where, and to whom."""
+
+    directory: Path
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    ram: str | None = None
+    keys: tuple[str, ...] = ()
+    no_auth: bool = False
+    model_name: str | None = None
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+
+
+def serve(options: ServeOptions) -> int:
+    """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
+    keys = options.keys or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
+    if not (options.host in LOOPBACK_NAMES or keys or options.no_auth):
+        raise BloomdeskError(
+            f"--host {options.host} lets others in, and there is no key",
+            f"give --api-key KEY, set {KEY_VARIABLE}, or say --no-auth",
+        )
+    try:
+        import uvicorn
+
+        from runner.server.app import create_app
+        from runner.server.engine import Engine
+        from runner.server.settings import Settings
+    except ImportError as error:
+        raise BloomdeskError(
+            f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
+        ) from None
+    import runner
+    from runner.format.manifest import load_manifest
+
+    # What is wrong with the directory is said before anything listens.
+    load_manifest(options.directory)
+    ram = ram_of(options.ram)
+    engine = Engine(lambda: runner.load(options.directory, ram), options.generation)
+    name = options.model_name or options.directory.resolve().name
+    settings = Settings(model_name=name, keys=keys, hosts=() if keys else LOOPBACK_NAMES)
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        access_log=False,
+        log_level="warning",
+        limit_concurrency=MOST_CONNECTIONS,
+        server_header=False,
+    )
+    with _listening(options.host, options.port) as listener:
+        host, port = listener.getsockname()[:2]
+        print(
+            f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1",
+            file=sys.stderr,
+            flush=True,
+        )
+        _server(config, engine).run([listener])
+    if engine.failure:
+        raise engine.failure
+    return 0
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int):
+    """A socket that listens there. Raises `BloomdeskError` if the port is taken."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        why = refused(error).message
+        raise BloomdeskError(f"cannot listen at {host}, port {port}: {why}", "give another --port") from None
+    with listener:
+        yield listener
+
+
+def _server(config: uvicorn.Config, engine: Engine) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Ends after the pass that runs; at the second signal at once."""
+
+        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                os._exit(128 + number)
+            print(
+                f"{signal.Signals(number).name}: ending after this pass; once more ends at once",
+                file=sys.stderr,
+                flush=True,
+            )
+            engine.stop()
+            self.should_exit = True
+
+    return Server(config)

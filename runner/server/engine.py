@@ -1,0 +1,297 @@
+"""The engine: one thread that owns the model and makes passes. Other threads hand it work, and are told what came.
+
+submit, cancel ──> inbox ──between passes──> LiveBatch ──pass──> growths ──> the work's listener
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from runner.errors import BloomdeskError, refused
+from runner.generation import sequence
+from runner.generation.live_batch import LiveBatch
+from runner.generation.model import Model
+from runner.generation.options import GenerationOptions
+from runner.generation.scoring import TokenScore
+from runner.generation.sequence import Request
+from runner.generation.stops import ScannedText
+from runner.model.tokenizer import TextStream
+from runner.server.progress import PassWatch, Progress
+
+THREAD_NAME = "engine"
+# Weight of the newest pass in the mean of their seconds.
+NEWEST = 0.3
+
+
+class Stopped(BloomdeskError):
+    """The server ends before the work is done."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down", "send the request again when it is back")
+
+
+class Unavailable(BloomdeskError):
+    """The model isn't there: it is still loading, or it couldn't be opened."""
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a text ended, as `Sequence.stop_reason` says it, and whether it is one of its grammar."""
+
+    reason: str
+    is_valid: bool | None = None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a pass gave request number `place` of a work: token `ids`, and the `text` that is certain by them.
+
+    `scores` may come later than the ids that they are of; `prompt_scores` are those of the prompt's tokens from the
+    second on. The last growth has the `end`.
+    """
+
+    place: int
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    scores: tuple[TokenScore, ...] = ()
+    prompt_scores: tuple[TokenScore, ...] = ()
+    end: End | None = None
+
+
+class Listener(Protocol):
+    """Hears of a work, in the engine's thread: it must return at once. After a failure nothing more comes."""
+
+    def grown(self, growths: Sequence[Growth]) -> None: ...
+
+    def failed(self, failure: BloomdeskError) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Requests that are answered together, and who hears of them."""
+
+    requests: tuple[Request, ...]
+    listener: Listener
+
+
+@dataclass(eq=False)
+class _Task:
+    """One request of a work in the batch, and how much of it was told."""
+
+    work: Work
+    place: int
+    sequence: sequence.Sequence
+    text: TextStream | ScannedText
+    ids: int = 0
+    scores: int = 0
+    prompt_scores: int = 0
+
+    def growth(self) -> Growth | None:
+        """What is new since the last call, or None."""
+        found, end = self.sequence, None
+        new_ids = tuple(found.ids[self.ids :])
+        scores = tuple(found.scores[self.scores :])
+        prompt_scores = tuple(found.prompt_scores[self.prompt_scores :])
+        text = "".join(map(self.text.push, new_ids))
+        if found.is_done:
+            end = End(found.stop_reason or "", found.is_valid)
+            text += self.text.finish()
+        elif not (new_ids or scores or prompt_scores):
+            return None
+        self.ids += len(new_ids)
+        self.scores += len(scores)
+        self.prompt_scores += len(prompt_scores)
+        return Growth(self.place, new_ids, text, scores, prompt_scores, end)
+
+
+@dataclass
+class Totals:
+    """What the engine has done since it started."""
+
+    passes: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    pass_seconds: float = 0.0
+
+
+class Engine:
+    """Makes passes as long as there is work. `submit`, `cancel` and `stop` may be called from any thread."""
+
+    def __init__(
+        self,
+        open_model: Callable[[], Model],
+        options: GenerationOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`options` has the draft, the speculation and the largest batch; `open_model` runs in the engine's thread."""
+        self._open_model, self._options, self._clock = open_model, options, clock
+        self._changed = threading.Condition()
+        self._joining: list[Work] = []
+        self._leaving: list[Work] = []
+        self._is_stopping = False
+        self._batch: LiveBatch | None = None
+        self._tasks: dict[Work, list[_Task]] = {}
+        self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
+        # These are replaced as a whole, so other threads may read them at any time.
+        self.model: Model | None = None
+        self.failure: BloomdeskError | None = None
+        self.progress = Progress()
+        self.totals = Totals()
+        # Mean seconds of the last passes, and until the first active sequence is done.
+        self.seconds_a_pass = 0.0
+        self.seconds_to_room = 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.model is not None and not self._is_stopping
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that are in no pass yet."""
+        with self._changed:
+            joining = sum(len(work.requests) for work in self._joining)
+        return joining + (len(self._batch.waiting) if self._batch else 0)
+
+    def opened(self) -> Model:
+        """The model. Raises `Unavailable` if it isn't there yet, or never will be, and `Stopped` at the end."""
+        if self._is_stopping:
+            raise Stopped
+        if self.failure:
+            raise Unavailable(self.failure.message, self.failure.hint)
+        if self.model is None:
+            raise Unavailable("the model is still loading", "try again in a few seconds")
+        return self.model
+
+    def check(self, request: Request) -> None:
+        """Raise `BloomdeskError`, with the figures, if the RAM is too little for this request alone."""
+        self.opened()
+        self._batch.check(request)
+
+    def submit(self, work: Work) -> None:
+        """Have the requests join the next pass with room for them. Raises what `opened` raises."""
+        self.opened()
+        with self._changed:
+            if self._is_stopping:
+                raise Stopped
+            self._joining.append(work)
+            self._changed.notify()
+
+    def cancel(self, work: Work) -> None:
+        """Forget the work before the next pass; its listener hears nothing more after that."""
+        with self._changed:
+            self._leaving.append(work)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End after the pass that runs; whoever waits is told `Stopped`."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Whether the thread has ended, after waiting up to `timeout` seconds for it."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            model = self._open_model()
+            self._batch = model.live_batch(self._options, self._on_part)
+            self._watch = PassWatch(lambda: model.weights.stream.traffic.bytes_read, self._clock)
+            self.model = model
+        except Exception as error:
+            self.failure = _worded(error)
+            return
+        while self._take():
+            began = self._clock()
+            try:
+                # What needs no pass may be all there is.
+                if any(self._counts()):
+                    self.progress = self._watch.begin(*self._counts())
+                    self._batch.step()
+            except Exception as error:
+                # As when the disk fails: the next request may find it well again.
+                self._fail_all(_worded(error))
+                continue
+            self._publish(self._clock() - began)
+        self._fail_all(Stopped())
+
+    def _take(self) -> bool:
+        """Whether there is a pass to make, after those who join and leave were taken; waits until there is."""
+        while not self._is_stopping:
+            with self._changed:
+                while not (self._joining or self._leaving or self._tasks or self._is_stopping):
+                    self.progress = Progress(self.progress.number)
+                    self._changed.wait()
+                joining, self._joining = self._joining, []
+                leaving, self._leaving = set(self._leaving), []
+            for work in joining:
+                if work not in leaving:
+                    self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]
+            for work in leaving:
+                for task in self._tasks.pop(work, ()):
+                    self._batch.drop(task.sequence)
+            if self._tasks:
+                break
+        return not self._is_stopping
+
+    def _begun(self, work: Work, place: int) -> _Task:
+        found = self._batch.add(work.requests[place])
+        self.totals.prompt_tokens += len(found.prompt_ids)
+        return _Task(work, place, found, self.model.stream(found))
+
+    def _counts(self) -> tuple[int, int]:
+        return len(self._batch.active), len(self._batch.waiting)
+
+    def _on_part(self, part: int, parts: int) -> None:
+        self.progress = self._watch.after(part, parts, *self._counts())
+
+    def _publish(self, seconds: float) -> None:
+        """Tell every work what the pass gave it."""
+        self.totals.passes = self._batch.passes
+        self.totals.pass_seconds += seconds
+        mean = self.seconds_a_pass or seconds
+        self.seconds_a_pass = (1 - NEWEST) * mean + NEWEST * seconds
+        for work, tasks in list(self._tasks.items()):
+            growths = [growth for task in tasks if (growth := task.growth())]
+            self.totals.new_tokens += sum(len(growth.ids) for growth in growths)
+            failures = [task.sequence.failure for task in tasks if task.sequence.failure]
+            tasks[:] = [task for task in tasks if not task.sequence.is_done]
+            if failures or not tasks:
+                del self._tasks[work]
+            if failures:
+                for task in tasks:
+                    self._batch.drop(task.sequence)
+                work.listener.failed(failures[0])
+            elif growths:
+                work.listener.grown(growths)
+        remaining = min((each.remaining for each in self._batch.active), default=0)
+        self.seconds_to_room = remaining * self.seconds_a_pass
+
+    def _fail_all(self, failure: BloomdeskError) -> None:
+        with self._changed:
+            joining, self._joining = self._joining, []
+        for work in [*self._tasks, *joining]:
+            for task in self._tasks.pop(work, ()):
+                self._batch.drop(task.sequence)
+            work.listener.failed(failure)
+
+
+def _worded(error: Exception) -> BloomdeskError:
+    if isinstance(error, BloomdeskError):
+        return error
+    if isinstance(error, OSError | MemoryError):
+        return refused(error)
+    return BloomdeskError(f"unexpected {type(error).__name__}: {error}", "report it")

@@ -1,0 +1,43 @@
+"""What a server is told when it starts, and its bounds on what clients may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server answers; all times are in seconds.
+
+    model_name       what clients call the model
+    keys             those that clients may come with; without any, everybody may
+    hosts            names by which clients without a key may call the server; empty for any
+    chat_template    Jinja text, or None if the model has none
+    chat_max_tokens  new tokens of a chat that says no number
+    first_byte       a client has headers by then
+    keep_alive       a client that waits hears something this often
+    keep_results     a request that comes again within this time of its end gets the same result
+    read_body        a client may take as long as this to send a request
+    send             a client that reads nothing for as long as this is gone
+    """
+
+    model_name: str = "bloom"
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    chat_template: str | None = None
+    chat_max_tokens: int = 256
+    first_byte: float = 0.7
+    keep_alive: float = 15.0
+    keep_results: float = 3600.0
+    read_body: float = 60.0
+    send: float = 300.0
+    # Bounds: bytes of a body, prompts and continuations of a request, stop texts, requests that wait for a pass.
+    most_body_bytes: int = 16 * MEGABYTE
+    most_prompts: int = 2048
+    most_choices: int = 128
+    most_stops: int = 16
+    most_logprobs: int = 100
+    most_waiting: int = 4096
+    log_prompts: bool = False
