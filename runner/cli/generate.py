@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,11 +20,13 @@ from runner.cli.ram import ram_of
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
 from runner.generation.options import GREEDY, OFF, GenerationOptions, Sampling
+from runner.system.lock import sole_writer
 from runner.units import duration, number, rate, size
 
 if TYPE_CHECKING:
     from runner.generation import Batch
     from runner.generation.model import Model
+    from runner.generation.sequence import Request
     from runner.generation.sequence import Sequence as TextSequence
 
 _ENDS = {
@@ -130,11 +133,31 @@ def _name_contradictions(options: GenerateOptions) -> None:
 
 
 def _generate_one(options: GenerateOptions) -> int:
+    model = _opened(options)
+    requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
+    with _sole_user(options.session):
+        return _generate_text(options, model, requests)
+
+
+@contextmanager
+def _sole_user(session: Path | None) -> Iterator[None]:
+    """Keep other processes from the session. Raises `BloomdeskError` if one has it.
+
+    A directory that cannot be made is no session, as is said where it is to be written.
+    """
+    with ExitStack() as held:
+        if session is not None:
+            with suppress(OSError):
+                session.mkdir(parents=True, exist_ok=True)
+            if session.is_dir():
+                held.enter_context(sole_writer(session))
+        yield
+
+
+def _generate_text(options: GenerateOptions, model: Model, requests: Sequence[Request]) -> int:
     from runner.generation.decode import Generation
 
     terminal = StatusLine(sys.stderr, sys.stdout)
-    model = _opened(options)
-    requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
     session = None
     if options.session is not None:
         session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from runner.server.engine import Engine
+    from runner.server.settings import Settings
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -39,13 +41,17 @@ class ServeOptions:
     keys: tuple[str, ...] = ()
     no_auth: bool = False
     model_name: str | None = None
+    chat_template: Path | None = None
+    max_waiting: int | None = None
+    log_json: bool = False
+    log_prompts: bool = False
     generation: GenerationOptions = field(default_factory=GenerationOptions)
 
 
 def serve(options: ServeOptions) -> int:
     """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
     keys = options.keys or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
-    if not (options.host in LOOPBACK_NAMES or keys or options.no_auth):
+    if not (_is_loopback(options.host) or keys or options.no_auth):
         raise BloomdeskError(
             f"--host {options.host} lets others in, and there is no key",
             f"give --api-key KEY, set {KEY_VARIABLE}, or say --no-auth",
@@ -55,22 +61,17 @@ def serve(options: ServeOptions) -> int:
 
         from runner.server.app import create_app
         from runner.server.engine import Engine
-        from runner.server.settings import Settings
     except ImportError as error:
         raise BloomdeskError(
             f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
         ) from None
     import runner
-    from runner.format.manifest import load_manifest
 
-    # What is wrong with the directory is said before anything listens.
-    load_manifest(options.directory)
     ram = ram_of(options.ram)
     engine = Engine(lambda: runner.load(options.directory, ram), options.generation)
-    name = options.model_name or options.directory.resolve().name
-    settings = Settings(model_name=name, keys=keys, hosts=() if keys else LOOPBACK_NAMES)
+    settings = _settings(options, keys)
     config = uvicorn.Config(
-        create_app(engine, settings),
+        create_app(engine, settings, _say),
         access_log=False,
         log_level="warning",
         limit_concurrency=MOST_CONNECTIONS,
@@ -78,15 +79,43 @@ def serve(options: ServeOptions) -> int:
     )
     with _listening(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(
-            f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         _server(config, engine).run([listener])
     if engine.failure:
         raise engine.failure
     return 0
+
+
+def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
+    """Raises `BloomdeskError` for what is wrong with the directory, before anything listens."""
+    from runner.format.manifest import load_manifest
+    from runner.server.chat_template import load_template, tokenizer_config
+    from runner.server.settings import Settings
+
+    load_manifest(options.directory)
+    waiting = {} if options.max_waiting is None else {"most_waiting": options.max_waiting}
+    return Settings(
+        model_name=options.model_name or options.directory.resolve().name,
+        tokenizer_config=tokenizer_config(options.directory),
+        chat_template=load_template(options.directory, options.chat_template),
+        keys=keys,
+        # A key keeps out pages in a browser, too.
+        hosts=() if keys or not _is_loopback(options.host) else (*LOOPBACK_NAMES, options.host),
+        log_json=options.log_json,
+        log_prompts=options.log_prompts,
+        **waiting,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the name."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -111,12 +140,12 @@ def _server(config: uvicorn.Config, engine: Engine) -> uvicorn.Server:
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
             if self.should_exit:
                 os._exit(128 + number)
-            print(
-                f"{signal.Signals(number).name}: ending after this pass; once more ends at once",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"{signal.Signals(number).name}: ending after this pass; once more ends at once")
             engine.stop()
             self.should_exit = True
+
+        async def on_tick(self, counter: int) -> bool:
+            # Without a model there is nothing to serve.
+            return await super().on_tick(counter) or engine.failure is not None
 
     return Server(config)

@@ -31,11 +31,15 @@ class LiveBatch(Batch):
         proposer: Proposer,
         most: int | None = None,
         on_part: OnPart | None = None,
+        on_begin: Callable[[], None] | None = None,
     ) -> None:
-        """Raises `BloomdeskError` if the RAM is too little for a single position."""
+        """`on_begin` is called before each pass, when those who join it are active.
+
+        Raises `BloomdeskError` if the RAM is too little for a single position.
+        """
         plan = memory_plan(replace(base(), capacities=(1,), rows=1))
         super().__init__(model, (), plan, SharedPrefixes([]), proposer, on_part)
-        self._base, self._most = base, most
+        self._base, self._most, self._on_begin = base, most, on_begin
         self._added = 0
         # Whether somebody has left since the last plan.
         self._has_room = False
@@ -77,6 +81,8 @@ class LiveBatch(Batch):
             each.cache = prefixes.new_cache(self.model, number, capacity, active, most)
             self.active.append(each)
         self._resume()
+        if self._on_begin:
+            self._on_begin()
 
     def _dismiss(self) -> list[Sequence]:
         finished = super()._dismiss()

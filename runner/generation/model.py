@@ -162,13 +162,19 @@ class Model(ModelRunner):
         )
         return kind(self, requests, plan, prefixes, proposer, on_part, session)
 
-    def live_batch(self, options: GenerationOptions, on_part: OnPart | None = None) -> LiveBatch:
+    def live_batch(
+        self,
+        options: GenerationOptions,
+        on_part: OnPart | None = None,
+        on_begin: Callable[[], None] | None = None,
+    ) -> LiveBatch:
         """A batch without requests, which come and go; up to `options.batch` at a time.
 
-        Raises `BloomdeskError` for an unsuitable draft, or too little RAM.
+        `on_begin` is called before each pass. Raises `BloomdeskError` for an unsuitable draft, or too little RAM.
         """
         proposer = self._proposer(options)
-        return LiveBatch(self, lambda: self.memory_request([1], 0), proposer, options.batch, on_part)
+        base = lambda: self.memory_request([1], 0)  # noqa: E731
+        return LiveBatch(self, base, proposer, options.batch, on_part, on_begin)
 
     def _proposer(self, options: GenerationOptions) -> Proposer:
         draft = None

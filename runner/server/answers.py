@@ -49,6 +49,11 @@ class Answer:
     def is_finished(self) -> bool:
         return not self._open or self.failure is not None
 
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens that came so far."""
+        return sum(len(growth.ids) for growth in self.growths)
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Count as a reader."""
@@ -145,5 +150,5 @@ class SharedAnswers:
 def _tokens(answer: Answer) -> int:
     """Tokens that an answer holds, those that it names beside others too."""
     beside = 1 + (answer.order.logprobs or 0)
-    new = sum(len(growth.ids) + len(growth.prompt_scores) for growth in answer.growths)
-    return answer.order.prompt_tokens + beside * new
+    scored = sum(len(growth.prompt_scores) for growth in answer.growths)
+    return answer.order.prompt_tokens + beside * (answer.new_tokens + scored)

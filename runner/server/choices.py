@@ -6,9 +6,11 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from runner.generation.model import Model
 from runner.generation.scoring import TokenScore
 from runner.model.tokenizer import Tokenizer
 from runner.server.engine import End, Growth
+from runner.server.orders import Order
 
 # What OpenAI calls the ends of a text.
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "grammar": "stop", "length": "length"}
@@ -101,6 +103,44 @@ class Choice:
         if token not in dict(score.top):
             top.append((name, score.logprob))
         return ShownToken(name, offset, score.logprob, tuple(top))
+
+
+class Grown:
+    """The choices of an order as they grow."""
+
+    def __init__(self, order: Order, model: Model) -> None:
+        self._order = order
+        self.choices = [
+            Choice(
+                model.tokenizer,
+                shows_tokens=order.logprobs is not None,
+                **({"echo": prompt.text, "echo_ids": prompt.ids} if order.echo else {}),
+            )
+            for prompt in order.prompts
+            for _ in range(order.best_of)
+        ]
+
+    def add(self, growth: Growth) -> tuple[int, str, list[ShownToken]]:
+        """The choice that has grown, its new text, and its tokens that have come to be certain."""
+        return growth.place, *self.choices[growth.place].grow(growth)
+
+    @property
+    def chosen(self) -> list[int]:
+        """The places of those that are given back: of each prompt the likeliest, by the mean of its tokens."""
+        order, found = self._order, []
+        for first in range(0, len(self.choices), order.best_of):
+            places = range(first, first + order.best_of)
+            found += places if order.best_of == order.n else sorted(places, key=self._unlikely)[: order.n]
+        return found
+
+    def _unlikely(self, place: int) -> float:
+        return -self.choices[place].logprob / max(1, self.choices[place].new_tokens)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens read and made."""
+        prompt, new = self._order.prompt_tokens, sum(choice.new_tokens for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

@@ -135,6 +135,7 @@ class Engine:
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
+        self._watch = PassWatch(lambda: self.bytes_read, clock)
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         # These are replaced as a whole, so other threads may read them at any time.
         self.model: Model | None = None
@@ -155,6 +156,11 @@ class Engine:
     @property
     def is_stopping(self) -> bool:
         return self._is_stopping
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that passes needed from the files."""
+        return self.model.weights.stream.traffic.bytes_read if self.model else 0
 
     @property
     def waiting(self) -> int:
@@ -208,8 +214,9 @@ class Engine:
     def _run(self) -> None:
         try:
             model = self._open_model()
-            self._batch = model.live_batch(self._options, self._on_part)
-            self._watch = PassWatch(lambda: model.weights.stream.traffic.bytes_read, self._clock)
+            # Later, passes would take RAM at the same time, so that it couldn't be measured.
+            model.grammars.prepare()
+            self._batch = model.live_batch(self._options, self._on_part, self._on_begin)
             self.model = model
         except Exception as error:
             self.failure = _worded(error)
@@ -219,7 +226,6 @@ class Engine:
             try:
                 # What needs no pass may be all there is.
                 if any(self._counts()):
-                    self.progress = self._watch.begin(*self._counts())
                     self._batch.step()
             except Exception as error:
                 # As when the disk fails: the next request may find it well again.
@@ -254,6 +260,9 @@ class Engine:
 
     def _counts(self) -> tuple[int, int]:
         return len(self._batch.active), len(self._batch.waiting)
+
+    def _on_begin(self) -> None:
+        self.progress = self._watch.begin(*self._counts())
 
     def _on_part(self, part: int, parts: int) -> None:
         self.progress = self._watch.after(part, parts, *self._counts())

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
@@ -51,6 +52,19 @@ class Order:
     @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
+
+    def head(self, kind: str, name: str) -> dict[str, Any]:
+        """What all documents of the answer begin with."""
+        # A seed that was drawn can be given again.
+        seed = {"seed": self.sampling.seed} if self.sampling.draws else {}
+        return {
+            "id": f"{kind}-{self.id}",
+            "object": name,
+            "created": self.created,
+            "model": self.model_name,
+            "system_fingerprint": self.fingerprint[:16],
+            **seed,
+        }
 
 
 def model_named(name: str | None, settings: Settings) -> str:
@@ -127,6 +141,13 @@ def requests_of(
         )
     except BloomdeskError as error:
         raise explained(error, _param_of(error.message)) from None
+
+
+def includes_usage(body: GenerationBody) -> bool:
+    """Whether a stream ends with what it took. Raises `ApiError` if there is no stream."""
+    if body.stream_options and not body.stream:
+        raise bad_request("stream_options is for a stream", "stream_options")
+    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def _param_of(message: str) -> str | None:

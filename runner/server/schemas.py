@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+MOST_NEW_TOKENS = 2**31 - 1
 Count = Annotated[int, Field(ge=1)]
+NewTokens = Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -65,7 +67,7 @@ class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MOST_NEW_TOKENS)] | None = None
     best_of: Count | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -80,6 +82,31 @@ class CompletionBody(GenerationBody):
             raise ValueError(
                 "expected a text, a list of texts, a list of token ids, or a list of lists of token ids"
             ) from None
+
+
+class TextPart(Body):
+    """A part of a message; BLOOM reads text alone."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """What somebody said."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: NewTokens | None = None
+    max_completion_tokens: NewTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
 class TokenizeBody(Body):

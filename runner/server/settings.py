@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.server.chat_template import ChatTemplate
 
 MEGABYTE = 2**20
 
@@ -12,9 +16,10 @@ class Settings:
     """How a server answers; all times are in seconds.
 
     model_name       what clients call the model
+    tokenizer_config what the tokenizer's own file says of it
     keys             those that clients may come with; without any, everybody may
     hosts            names by which clients without a key may call the server; empty for any
-    chat_template    Jinja text, or None if the model has none
+    chat_template    of the model, or None if it has none
     chat_max_tokens  new tokens of a chat that says no number
     first_byte       a client has headers by then
     keep_alive       a client that waits hears something this often
@@ -24,9 +29,10 @@ class Settings:
     """
 
     model_name: str = "bloom"
+    tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    chat_template: str | None = None
+    chat_template: ChatTemplate | None = None
     chat_max_tokens: int = 256
     first_byte: float = 0.7
     keep_alive: float = 15.0
@@ -40,4 +46,6 @@ class Settings:
     most_stops: int = 16
     most_logprobs: int = 100
     most_waiting: int = 4096
+    # What a line of the log is, and whether prompts are in it.
+    log_json: bool = False
     log_prompts: bool = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -41,8 +41,11 @@ class Chunks(Protocol):
 class Delivery:
     """An ASGI response that reads an answer until it is finished, or until its client has gone."""
 
-    def __init__(self, answer: Answer, engine: Engine, settings: Settings) -> None:
-        self._answer, self._engine, self._settings = answer, engine, settings
+    def __init__(
+        self, answer: Answer, engine: Engine, settings: Settings, log: MutableMapping[str, Any]
+    ) -> None:
+        """`log` is told how many tokens came."""
+        self._answer, self._engine, self._settings, self._log = answer, engine, settings, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._answer.reading():
@@ -55,6 +58,9 @@ class Delivery:
                     if not task.done():
                         task.cancel()
                 await asyncio.gather(gone, sent, return_exceptions=True)
+                self._log["new_tokens"] = self._answer.new_tokens
+                if self._answer.failure:
+                    self._log["failure"] = self._answer.failure.message
         if not sent.cancelled() and (error := sent.exception()) and not isinstance(error, ClientGone):
             raise error
 
@@ -93,8 +99,15 @@ class _Sender:
 class EventStream(Delivery):
     """Chunks as server-sent events, with comments that say where the pass is."""
 
-    def __init__(self, answer: Answer, engine: Engine, settings: Settings, chunks: Chunks) -> None:
-        super().__init__(answer, engine, settings)
+    def __init__(
+        self,
+        answer: Answer,
+        engine: Engine,
+        settings: Settings,
+        log: MutableMapping[str, Any],
+        chunks: Chunks,
+    ) -> None:
+        super().__init__(answer, engine, settings, log)
         self._chunks = chunks
 
     async def _deliver(self, sender: _Sender) -> None:
@@ -124,9 +137,14 @@ class Document(Delivery):
     """One JSON document; if it takes a while, after headers and whitespace. An error then comes in the body."""
 
     def __init__(
-        self, answer: Answer, engine: Engine, settings: Settings, document: Callable[[], dict[str, Any]]
+        self,
+        answer: Answer,
+        engine: Engine,
+        settings: Settings,
+        log: MutableMapping[str, Any],
+        document: Callable[[], dict[str, Any]],
     ) -> None:
-        super().__init__(answer, engine, settings)
+        super().__init__(answer, engine, settings, log)
         self._document = document
 
     async def _deliver(self, sender: _Sender) -> None:

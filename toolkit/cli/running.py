@@ -212,11 +212,38 @@ def serve(
             metavar="NAME", help="What clients call the model.", show_default="the directory's name"
         ),
     ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja template of chats.", show_default="the tokenizer's"),
+    ] = None,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Texts that may wait for a pass; more get a 429.", show_default="4096"
+        ),
+    ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Each line of the log is a JSON object.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts are in the log.")] = False,
 ) -> int:
     """Answer OpenAI's protocol over HTTP, for one model. Requests share passes, and join and leave between them."""
     generation = GenerationOptions(speculate=speculate, draft=draft, batch=max_batch)
     return run_serve(
-        ServeOptions(directory, host, port, ram, tuple(api_key or ()), no_auth, model_name, generation)
+        ServeOptions(
+            directory,
+            host,
+            port,
+            ram,
+            tuple(api_key or ()),
+            no_auth,
+            model_name,
+            chat_template,
+            max_waiting,
+            log_json,
+            log_prompts,
+            generation,
+        )
     )
 
 

@@ -25,8 +25,8 @@ from runner.format.layout import (
 )
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
+from runner.system.clutter import is_clutter
 from runner.system.disk import free_bytes
-from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
 from toolkit.source.dtype import Choice

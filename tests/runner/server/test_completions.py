@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from starlette.testclient import TestClient
 
-import runner
 from runner.generation.model import Model
 from runner.generation.options import Sampling
 from runner.generation.scorer import Text
 from tests.support.prompts import tokens
-from tests.support.serving import client_of, comments, events
-
-
-@pytest.fixture(scope="module")
-def model(prepared) -> Model:
-    return runner.load(prepared()[1])
-
-
-@pytest.fixture(scope="module")
-def client(model: Model) -> Iterator[TestClient]:
-    with client_of(model) as client:
-        yield client
+from tests.support.serving import comments, events
 
 
 def complete(client: TestClient, **fields: object) -> dict:
