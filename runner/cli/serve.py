@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from runner.cli.ram import ram_of
 from runner.errors import BloomdeskError, refused
 from runner.generation.options import GenerationOptions
+from runner.units import parse_size
 
 if TYPE_CHECKING:
     import uvicorn
@@ -45,6 +46,9 @@ class ServeOptions:
     max_waiting: int | None = None
     log_json: bool = False
     log_prompts: bool = False
+    data: Path | None = None
+    max_file_size: str | None = None
+    max_lines: int | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
 
 
@@ -70,14 +74,14 @@ def serve(options: ServeOptions) -> int:
     ram = ram_of(options.ram)
     engine = Engine(lambda: runner.load(options.directory, ram), options.generation)
     settings = _settings(options, keys)
-    config = uvicorn.Config(
-        create_app(engine, settings, _say),
-        access_log=False,
-        log_level="warning",
-        limit_concurrency=MOST_CONNECTIONS,
-        server_header=False,
-    )
-    with _listening(options.host, options.port) as listener:
+    with _data(options.data), _listening(options.host, options.port) as listener:
+        config = uvicorn.Config(
+            create_app(engine, settings, _say, data=options.data),
+            access_log=False,
+            log_level="warning",
+            limit_concurrency=MOST_CONNECTIONS,
+            server_header=False,
+        )
         host, port = listener.getsockname()[:2]
         _say(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         _server(config, engine).run([listener])
@@ -93,7 +97,11 @@ def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
     from runner.server.settings import Settings
 
     load_manifest(options.directory)
-    waiting = {} if options.max_waiting is None else {"most_waiting": options.max_waiting}
+    bounds = {
+        "most_waiting": options.max_waiting,
+        "most_file_bytes": options.max_file_size and parse_size(options.max_file_size),
+        "most_lines": options.max_lines,
+    }
     return Settings(
         model_name=options.model_name or options.directory.resolve().name,
         tokenizer_config=tokenizer_config(options.directory),
@@ -103,8 +111,15 @@ def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
         hosts=() if keys or not _is_loopback(options.host) else (*LOOPBACK_NAMES, options.host),
         log_json=options.log_json,
         log_prompts=options.log_prompts,
-        **waiting,
+        **{name: most for name, most in bounds.items() if most is not None},
     )
+
+
+def _data(directory: Path | None) -> contextlib.AbstractContextManager[object]:
+    """Holds the data directory, if there is one."""
+    from runner.server.jobs.data import data_directory
+
+    return data_directory(directory) if directory else contextlib.nullcontext()
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from runner.generation.grammar import GrammarError
 from runner.generation.memory_plan import MemoryPlan, memory_plan
-from runner.generation.sequence import Request, Sequence
+from runner.generation.sequence import Request, Restored, Sequence
 from runner.generation.session import Session
 from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.proposer import Proposer
@@ -51,7 +51,7 @@ class Batch:
         self._read_before = self._stream.traffic.bytes_read
         self._session = session
         if session:
-            self.sequences[0].restore(session.new_ids, session.scores)
+            self.sequences[0].restore(Restored(session.new_ids, session.scores))
         self._arrange(plan)
 
     @property

@@ -26,7 +26,8 @@ class Request:
 
     It is choice number `choice` for the prompt number `number`. `token_bytes` gives what a token stands for, if
     `sampling` has stop texts; `grammar` is that of its constraint. With `scores_prompt` the prompt's tokens have
-    log-probabilities too, as many beside each as `sampling` says; then there may be no new token at all.
+    log-probabilities too, as many beside each as `sampling` says; then there may be no new token at all. One that
+    `gives_way` leaves its place in a batch that stays to those that don't, and goes on later.
     """
 
     prompt_ids: Ids
@@ -37,11 +38,21 @@ class Request:
     token_bytes: Callable[[int], bytes] | None = None
     grammar: Grammar | None = None
     scores_prompt: bool = False
+    gives_way: bool = False
 
     @property
     def capacity(self) -> int:
         """Positions of the cache; the last token is never fed back, so it needs none."""
         return max(1, len(self.prompt_ids) + self.max_new_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What an earlier run came to: new tokens, and the log-probabilities of the first of these and of the prompt's."""
+
+    ids: Ids = ()
+    scores: collections.abc.Sequence[TokenScore] = ()
+    prompt_scores: collections.abc.Sequence[TokenScore] = ()
 
 
 @dataclass(eq=False)
@@ -249,13 +260,14 @@ class Sequence:
         if is_alone:
             self.fail(no_numbers(self.cache))
 
-    def restore(self, ids: Ids, scores: collections.abc.Sequence[TokenScore]) -> None:
+    def restore(self, earlier: Restored) -> None:
         """Append the tokens of an earlier run, as far as this request goes."""
+        self.prompt_scores = list(earlier.prompt_scores)
         self._force()
-        while len(self.ids) < len(ids) and not self.stop_reason:
-            self._append(ids[len(self.ids)])
+        while len(self.ids) < len(earlier.ids) and not self.stop_reason:
+            self._append(earlier.ids[len(self.ids)])
             self._force()
-        self.scores = list(scores[: len(self.ids)])
+        self.scores = list(earlier.scores[: len(self.ids)])
         self._restored = len(self.ids)
 
     def _force(self) -> None:

@@ -1,5 +1,5 @@
-// The machine code of bloomdesk: products with plain and losslessly coded weights, the decoder and the encoder of the
-// lossless form, and the epoch barrier of the threads. One file in plain C with clang's vector types, compiled once for
+// The machine code of bloomdesk: products with plain and losslessly coded weights, what a pass computes between them, the
+// decoder and the encoder of the lossless form, and the epoch barrier of the threads. One file in plain C with clang's vector types, compiled once for
 // each kind of processor; runner/kernel/compiler.py lists them, tests/runner/kernel/reference.py says in Python what
 // each function computes, and docs/format.md describes the bytes of a coded panel.
 //
@@ -1016,6 +1016,289 @@ static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_
     return 1;
 }
 
+
+// ------------------------------------------------------------------------------ between the products (operations.py)
+//
+// Activations are float32 numbers that the model's dtype has, too: whatever is computed of them is rounded to it at the
+// places at which the reference implementation rounds. Sums, exponentials and roots are those of float64 in one order,
+// without fused multiplications, so that they have the same bits on every processor.
+
+typedef VECTOR(uint32_t, LANES) lane_bits;
+typedef VECTOR(double, LANES) lane_doubles;
+typedef VECTOR(int64_t, LANES) lane_longs;
+
+// The nearest numbers of the dtype, ties to even.
+INLINE lanes rounded(enum kind kind, lanes values) {
+    if (kind == FLOAT32) return values;
+    if (kind == FLOAT16) return __builtin_convertvector(__builtin_convertvector(values, float16_lanes), lanes);
+    lane_bits bits = (lane_bits)values, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    lane_bits is_number = (lane_bits)(values == values);
+    return (lanes)((nearest & is_number) | (bits & ~is_number));
+}
+
+// Up to 8 numbers, and zeros after them.
+INLINE lanes load_lanes(const float *values, int64_t count) {
+    if (count >= LANES) return *(const lanes *)values;
+    lanes found = {0};
+    for (int lane = 0; lane < count; lane++) found[lane] = values[lane];
+    return found;
+}
+
+INLINE lanes load_lanes_of(enum kind kind, const uint8_t *values, int64_t index, int64_t count) {
+    const uint8_t *place = values + index * (kind == FLOAT32 ? 4 : 2);
+    if (count >= LANES) {
+        if (kind == FLOAT32) return *(const lanes *)place;
+        if (kind == FLOAT16) return __builtin_convertvector(*(const float16_lanes *)place, lanes);
+        return (lanes)(__builtin_convertvector(*(const halves *)place, lane_bits) << 16);
+    }
+    lanes found = {0};
+    for (int lane = 0; lane < count; lane++) found[lane] = load_weight(kind, place + lane * (kind == FLOAT32 ? 4 : 2));
+    return found;
+}
+
+INLINE void store_lanes(float *place, lanes values, int64_t count) {
+    if (count >= LANES)
+        *(lanes *)place = values;
+    else
+        for (int lane = 0; lane < count; lane++) place[lane] = values[lane];
+}
+
+INLINE double sum_of_lanes(lane_doubles sum) {
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// `value`, or `bound` where that is less; NaN stays.
+INLINE lane_doubles bounded(lane_doubles value, double bound) {
+    lane_longs is_above = value > bound;
+    return (lane_doubles)(((lane_longs)value & ~is_above) | ((lane_longs)((lane_doubles){0} + bound) & is_above));
+}
+
+// 2^n * (1 + rest) is e to the power of x, for |x| up to 700; the rest has 40 good bits, even close to zero.
+struct power {
+    lane_doubles scale, rest;
+};
+
+INLINE struct power power_of_e(lane_doubles x) {
+    static const double factorials[] = {1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800};
+    enum { TERMS = sizeof factorials / sizeof *factorials };
+    // So large that a number which is added to it loses its fraction, and has its whole part in the lowest bits.
+    const double whole = 0x1.8p52, ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+    lane_doubles shifted = x * 0x1.71547652b82fep0 + whole, n = shifted - whole;
+    lane_doubles r = (x - n * ln2_high) - n * ln2_low, sum = {0};
+    UNROLLED for (int term = TERMS; term > 0; term--) sum = (sum + 1 / factorials[term - 1]) * r;
+    return (struct power){(lane_doubles)(((lane_longs)shifted << 52) + (1023LL << 52)), sum};
+}
+
+INLINE lane_doubles exponential(lane_doubles x) {
+    // Less than this is zero in float32.
+    struct power power = power_of_e(-bounded(-x, 150));
+    return power.scale + power.scale * power.rest;
+}
+
+INLINE lanes hyperbolic_tangent(lanes values) {
+    lane_bits signs = (lane_bits)values & 0x80000000u;
+    lane_doubles size = __builtin_convertvector((lanes)((lane_bits)values ^ signs), lane_doubles);
+    // From 20 on it is 1. e^-2x - 1, whose bits near zero are those of the rest.
+    struct power power = power_of_e(-2 * bounded(size, 20));
+    lane_doubles less = power.scale * power.rest + (power.scale - 1);
+    lanes found = __builtin_convertvector(-less / (less + 2), lanes);
+    return (lanes)((lane_bits)found | signs);
+}
+
+// The tanh approximation in the grouping of the reference implementation.
+INLINE lanes gelu(enum kind kind, lanes x) {
+    lanes cube = rounded(kind, rounded(kind, x * 0.044715f) * x);
+    lanes inner = rounded(kind, rounded(kind, x * 0.79788456f) * rounded(kind, cube + 1));
+    lanes outer = rounded(kind, rounded(kind, hyperbolic_tangent(inner)) + 1);
+    return rounded(kind, rounded(kind, x * 0.5f) * outer);
+}
+
+// What becomes of the sums of a product: nothing, or they are rounded, GELU is taken, and a residual added.
+struct finish {
+    // Whether the sums begin with the bias or zero, and not with what stands in their place.
+    int64_t begins;
+    // The model's dtype.
+    int64_t kind;
+    // Vector of outputs, or none.
+    uint8_t *bias;
+    int64_t rounds, activates;
+    // Rows of float32 at a stride of elements, or none.
+    uint8_t *residual;
+    int64_t residual_stride;
+};
+
+static void begin_sums(const struct finish *f, struct matrix out, int64_t T, int64_t first, int64_t N) {
+    for (int64_t t = 0; t < T; t++) {
+        float *row = (float *)(out.data + t * out.stride);
+        if (!f->bias)
+            memset(row, 0, N * sizeof *row);
+        else
+            for (int64_t n = 0; n < N; n += LANES)
+                store_lanes(row + n, load_lanes_of((enum kind)f->kind, f->bias, first + n, N - n), N - n);
+    }
+}
+
+INLINE void finish_sums(enum kind kind, const struct finish *f, struct matrix out, int64_t T, int64_t first, int64_t N) {
+    for (int64_t t = 0; t < T; t++) {
+        float *row = (float *)(out.data + t * out.stride);
+        const float *residual = f->residual ? (const float *)f->residual + t * f->residual_stride + first : 0;
+        for (int64_t n = 0; n < N; n += LANES) {
+            lanes values = rounded(kind, load_lanes(row + n, N - n));
+            if (f->activates) values = gelu(kind, values);
+            if (residual) values = rounded(kind, load_lanes(residual + n, N - n) + values);
+            store_lanes(row + n, values, N - n);
+        }
+    }
+}
+
+static void finish_rows(const struct finish *f, struct matrix out, int64_t T, int64_t first, int64_t N) {
+    if (f->kind == BFLOAT16) finish_sums(BFLOAT16, f, out, T, first, N);
+    if (f->kind == FLOAT16) finish_sums(FLOAT16, f, out, T, first, N);
+    if (f->kind == FLOAT32) finish_sums(FLOAT32, f, out, T, first, N);
+}
+
+// LayerNorm of `rows` rows of `columns` columns, as arguments of a task. Strides are in elements, vectors of the dtype.
+struct norm {
+    int64_t kind;
+    const float *x;
+    int64_t x_stride;
+    float *out;
+    int64_t out_stride;
+    const uint8_t *weight, *bias;
+    int64_t rows, columns;
+    double epsilon;
+};
+
+static void normalise(const struct norm *p, const float *x, float *out) {
+    enum kind kind = (enum kind)p->kind;
+    lane_doubles sum = {0}, squares = {0};
+    for (int64_t k = 0; k < p->columns; k += LANES)
+        sum += __builtin_convertvector(load_lanes(x + k, p->columns - k), lane_doubles);
+    double mean = sum_of_lanes(sum) / (double)p->columns;
+    for (int64_t k = 0; k < p->columns; k += LANES) {
+        lane_doubles far = __builtin_convertvector(load_lanes(x + k, p->columns - k), lane_doubles) - mean;
+        for (int64_t lane = p->columns - k; lane < LANES; lane++) far[lane] = 0;
+        squares += far * far;
+    }
+    double scale = 1 / __builtin_sqrt(sum_of_lanes(squares) / (double)p->columns + p->epsilon);
+    for (int64_t k = 0; k < p->columns; k += LANES) {
+        int64_t count = p->columns - k;
+        lane_doubles far = __builtin_convertvector(load_lanes(x + k, count), lane_doubles) - mean;
+        lane_doubles weight = __builtin_convertvector(load_lanes_of(kind, p->weight, k, count), lane_doubles);
+        lane_doubles bias = __builtin_convertvector(load_lanes_of(kind, p->bias, k, count), lane_doubles);
+        store_lanes(out + k, rounded(kind, __builtin_convertvector(far * scale * weight + bias, lanes)), count);
+    }
+}
+
+EXPORT void layer_norm(struct task *task, uint8_t *scratch) {
+    struct norm p;
+    memcpy(&p, task->arguments, sizeof p);
+    (void)scratch;
+    for (int64_t row; (row = atomic_fetch_add(&task->share, 1)) < p.rows;)
+        normalise(&p, p.x + row * p.x_stride, p.out + row * p.out_stride);
+}
+
+// Products of queries and keys become the weights of the values, as arguments of a task: [H, T, S] float32, dense, S a
+// multiple of the lanes. Row t attends to the positions up to `start` + t.
+struct attention {
+    int64_t kind;
+    float *products;
+    const float *alibi;
+    int64_t alibi_stride, H, T, S, start;
+    double scale;
+};
+
+static void weigh(enum kind kind, float *row, const float *alibi, int64_t S, int64_t last, float scale) {
+    const float lowest = kind == FLOAT16 ? -65504.0f : kind == BFLOAT16 ? -0x1.fep127f : -__FLT_MAX__;
+    lanes most = {0};
+    for (int64_t s = 0; s < S; s += LANES) {
+        lanes scores = rounded(kind, *(lanes *)(row + s) * scale + *(const lanes *)(alibi + s));
+        // The mask of the reference implementation: zero, or the lowest number.
+        lanes mask = {0};
+        for (int64_t lane = last + 1 - s < 0 ? 0 : last + 1 - s; lane < LANES; lane++) mask[lane] = lowest;
+        scores = rounded(kind, scores + mask);
+        *(lanes *)(row + s) = scores;
+        // The larger one; scores that are no numbers make all weights NaN below.
+        lane_bits is_more = s ? (lane_bits)(scores > most) : ~(lane_bits){0};
+        most = (lanes)(((lane_bits)scores & is_more) | ((lane_bits)most & ~is_more));
+    }
+    float highest = most[0];
+    for (int lane = 1; lane < LANES; lane++) highest = most[lane] > highest ? most[lane] : highest;
+    lane_doubles sum = {0};
+    for (int64_t s = 0; s < S; s += LANES) {
+        lanes powers = __builtin_convertvector(
+            exponential(__builtin_convertvector(*(lanes *)(row + s), lane_doubles) - highest), lanes);
+        *(lanes *)(row + s) = powers;
+        sum += __builtin_convertvector(powers, lane_doubles);
+    }
+    double part = 1 / sum_of_lanes(sum);
+    for (int64_t s = 0; s < S; s += LANES) {
+        lanes *place = (lanes *)(row + s);
+        *place = rounded(kind, __builtin_convertvector(__builtin_convertvector(*place, lane_doubles) * part, lanes));
+    }
+}
+
+EXPORT void attend(struct task *task, uint8_t *scratch) {
+    struct attention p;
+    memcpy(&p, task->arguments, sizeof p);
+    (void)scratch;
+    for (int64_t mine; (mine = atomic_fetch_add(&task->share, 1)) < p.H * p.T;) {
+        const float *alibi = p.alibi + mine / p.T * p.alibi_stride;
+        weigh((enum kind)p.kind, p.products + mine * p.S, alibi, p.S, p.start + mine % p.T, (float)p.scale);
+    }
+}
+
+// Keys and values of T rows go to the cache, as arguments of a task: `fused` has rows of [H, 3, D] float32 that the dtype
+// has, `keys` are [H, capacity, D] and `values` [H, D, capacity] of the dtype, strides in elements over heads, and for
+// values over D.
+struct storing {
+    int64_t kind;
+    const float *fused;
+    int64_t fused_stride;
+    uint8_t *keys;
+    int64_t keys_step;
+    uint8_t *values;
+    int64_t values_step, values_stride, first, H, T, D;
+};
+
+INLINE void store_one(enum kind kind, uint8_t *values, int64_t index, float value) {
+    if (kind == FLOAT32) {
+        memcpy(values + 4 * index, &value, 4);
+    } else if (kind == FLOAT16) {
+        _Float16 half = (_Float16)value;
+        memcpy(values + 2 * index, &half, 2);
+    } else {
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        uint16_t half = (uint16_t)(bits >> 16);
+        memcpy(values + 2 * index, &half, 2);
+    }
+}
+
+INLINE void store_head(enum kind kind, const struct storing *p, int64_t h) {
+    for (int64_t t = 0; t < p->T; t++) {
+        const float *key = p->fused + t * p->fused_stride + (3 * h + 1) * p->D;
+        for (int64_t d = 0; d < p->D; d++) {
+            store_one(kind, p->keys, h * p->keys_step + (p->first + t) * p->D + d, key[d]);
+            store_one(kind, p->values, h * p->values_step + d * p->values_stride + p->first + t, key[p->D + d]);
+        }
+    }
+}
+
+EXPORT void store(struct task *task, uint8_t *scratch) {
+    struct storing p;
+    memcpy(&p, task->arguments, sizeof p);
+    (void)scratch;
+    for (int64_t h; (h = atomic_fetch_add(&task->share, 1)) < p.H;) {
+        if (p.kind == BFLOAT16) store_head(BFLOAT16, &p, h);
+        if (p.kind == FLOAT16) store_head(FLOAT16, &p, h);
+        if (p.kind == FLOAT32) store_head(FLOAT32, &p, h);
+    }
+}
+
+
+// --------------------------------------------------------------------------------------------- the task of a product
+
 // B products at once, as arguments of a task. Strides are in elements, over b and over rows. Of coded weights, B is 1 and
 // the second stride is the address of their offsets, or of the scales of weights in fewer bits, whose coding stands above
 // the two bits of their kind. A thread takes `share` outputs at a time.
@@ -1027,6 +1310,7 @@ struct product {
     int64_t x_step, x_stride;
     uint8_t *out;
     int64_t out_step, out_stride, B, T, N, K, share;
+    struct finish finish;
 };
 
 EXPORT int64_t scratch_bytes_of_decoder(void) { return DECODER_SCRATCH; }
@@ -1051,8 +1335,11 @@ EXPORT void multiply(struct task *task, uint8_t *scratch) {
             weight = (struct matrix){p.weight + (b * p.weight_step + n * p.weight_stride) * size, p.weight_stride * size};
         struct matrix x = {p.x + b * p.x_step * 4, p.x_stride * 4};
         struct matrix out = {p.out + (b * p.out_step + n) * 4, p.out_stride * 4};
-        if (!multiply_on_thread(kind, weight, offsets, coding, scales, x, out, p.T, least(p.share, p.N - n), p.K, scratch))
+        int64_t outputs = least(p.share, p.N - n);
+        if (p.finish.begins) begin_sums(&p.finish, out, p.T, n, outputs);
+        if (!multiply_on_thread(kind, weight, offsets, coding, scales, x, out, p.T, outputs, p.K, scratch))
             atomic_store(&task->failed, 1);
+        if (p.finish.rounds) finish_rows(&p.finish, out, p.T, n, outputs);
     }
 }
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -28,6 +29,8 @@ from runner.server.auth import Gate
 from runner.server.bodies import checked, key_of, read_object
 from runner.server.engine import Engine, Growth
 from runner.server.errors import ApiError, explained
+from runner.server.jobs.api import JobsApi
+from runner.server.jobs.routes import routes_of
 from runner.server.logs import Log, WriteLine, log_of
 from runner.server.metrics import CONTENT_TYPE, Counted, Metrics
 from runner.server.openapi import Description, description
@@ -60,13 +63,15 @@ def create_app(
     settings: Settings,
     write_line: WriteLine | None = None,
     clock: Callable[[], float] = time.monotonic,
+    data: Path | None = None,
 ) -> Starlette:
     """The ASGI application for an engine, which it starts, and stops at its end.
 
-    `write_line` gets a line of the log for each request.
+    `write_line` gets a line of the log for each request. Jobs are kept in the directory `data`, which this process
+    holds. Raises `BloomdeskError` if something in there is damaged.
     """
-    api = Api(engine, settings, clock)
-    described = list(_routes(api))
+    api = Api(engine, settings, clock, JobsApi(engine, settings, data) if data else None)
+    described = [*_routes(api), *routes_of(api.jobs)]
     document = description(described)
     routes = [route for route, _ in described]
     routes.append(Route("/openapi.json", lambda _: reply(document)))
@@ -109,20 +114,23 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
 class Api:
     """The handlers, and what they share."""
 
-    def __init__(self, engine: Engine, settings: Settings, clock: Callable[[], float]) -> None:
-        self.engine, self.settings = engine, settings
+    def __init__(
+        self, engine: Engine, settings: Settings, clock: Callable[[], float], jobs: JobsApi | None
+    ) -> None:
+        self.engine, self.settings, self.jobs = engine, settings, jobs
         self.metrics = Metrics(engine)
         self.answers = SharedAnswers(engine, settings.keep_results, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.engine.start()
-        try:
-            yield
-        finally:
-            self.engine.stop()
-            while not self.engine.join(0):
-                await asyncio.sleep(LOOK)
+        async with self.jobs.lifespan() if self.jobs else contextlib.nullcontext():
+            try:
+                yield
+            finally:
+                self.engine.stop()
+                while not self.engine.join(0):
+                    await asyncio.sleep(LOOK)
 
     async def health(self, _: Request) -> Response:
         try:

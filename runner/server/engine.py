@@ -17,7 +17,7 @@ from runner.generation.live_batch import LiveBatch
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from runner.generation.scoring import TokenScore
-from runner.generation.sequence import Request
+from runner.generation.sequence import Request, Restored
 from runner.generation.stops import ScannedText
 from runner.model.tokenizer import TextStream
 from runner.server.progress import PassWatch, Progress
@@ -32,6 +32,10 @@ class Stopped(BloomdeskError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down", "send the request again when it is back")
+
+
+class PassFailed(BloomdeskError):
+    """A pass could not be made, as when the disk fails; a later one may be."""
 
 
 class Unavailable(BloomdeskError):
@@ -72,10 +76,14 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Requests that are answered together, and who hears of them."""
+    """Requests that are answered together, who hears of them, and what an `earlier` run has given each, if any has.
+
+    The first growths have what is restored.
+    """
 
     requests: tuple[Request, ...]
     listener: Listener
+    earlier: tuple[Restored, ...] = ()
 
 
 @dataclass(eq=False)
@@ -89,6 +97,8 @@ class _Task:
     ids: int = 0
     scores: int = 0
     prompt_scores: int = 0
+    # How many of its tokens were made here, or counted as such.
+    counted: int = 0
 
     def growth(self) -> Growth | None:
         """What is new since the last call, or None."""
@@ -135,6 +145,8 @@ class Engine:
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
+        # The most positions of a text that was found to fit.
+        self._fitting = 0
         self._watch = PassWatch(lambda: self.bytes_read, clock)
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         # These are replaced as a whole, so other threads may read them at any time.
@@ -164,9 +176,9 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Number of requests that are in no pass yet."""
+        """Number of requests that are in no pass yet, without those that give way."""
         with self._changed:
-            joining = sum(len(work.requests) for work in self._joining)
+            joining = sum(not request.gives_way for work in self._joining for request in work.requests)
         return joining + (len(self._batch.waiting) if self._batch else 0)
 
     def opened(self) -> Model:
@@ -182,7 +194,11 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raise `BloomdeskError`, with the figures, if the RAM is too little for this request alone."""
         self.opened()
+        # It depends on the positions alone, and on what grammars take.
+        if request.grammar is None and request.capacity <= self._fitting:
+            return
         self._batch.check(request)
+        self._fitting = max(self._fitting, request.capacity)
 
     def submit(self, work: Work) -> None:
         """Have the requests join the next pass with room for them. Raises what `opened` raises."""
@@ -225,11 +241,12 @@ class Engine:
             began = self._clock()
             try:
                 # What needs no pass may be all there is.
-                if any(self._counts()):
+                if any(self._counts()) or self._batch.giving_way:
                     self._batch.step()
             except Exception as error:
                 # As when the disk fails: the next request may find it well again.
-                self._fail_all(_worded(error))
+                why = _worded(error)
+                self._fail_all(PassFailed(why.message, why.hint))
                 continue
             self._publish(self._clock() - began)
         self._fail_all(Stopped())
@@ -254,9 +271,10 @@ class Engine:
         return not self._is_stopping
 
     def _begun(self, work: Work, place: int) -> _Task:
-        found = self._batch.add(work.requests[place])
+        earlier = work.earlier[place] if work.earlier else Restored()
+        found = self._batch.add(work.requests[place], earlier)
         self.totals.prompt_tokens += len(found.prompt_ids)
-        return _Task(work, place, found, self.model.stream(found))
+        return _Task(work, place, found, self.model.stream(found), counted=len(earlier.ids))
 
     def _counts(self) -> tuple[int, int]:
         return len(self._batch.active), len(self._batch.waiting)
@@ -275,7 +293,9 @@ class Engine:
         self.seconds_a_pass = (1 - NEWEST) * mean + NEWEST * seconds
         for work, tasks in list(self._tasks.items()):
             growths = [growth for task in tasks if (growth := task.growth())]
-            self.totals.new_tokens += sum(len(growth.ids) for growth in growths)
+            for task in tasks:
+                self.totals.new_tokens += max(0, task.ids - task.counted)
+                task.counted = max(task.ids, task.counted)
             failures = [task.sequence.failure for task in tasks if task.sequence.failure]
             tasks[:] = [task for task in tasks if not task.sequence.is_done]
             if failures or not tasks:

@@ -42,11 +42,15 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a route does, in one line; `body` is what it takes, `answers` the kinds of content that it gives."""
+    """What a route does, in one line; `body` is what it takes, `answers` the kinds of content that it gives.
+
+    `sends` is the kind of content of the body.
+    """
 
     summary: str
     body: type[BaseModel] | None = None
     answers: tuple[str, ...] = ("application/json",)
+    sends: str = "application/json"
 
 
 def description(routes: Iterable[tuple[Route, Description]]) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def _operation(route: Route, described: Description) -> dict[str, Any]:
         ]
     if described.body:
         reference = {"$ref": _REFERENCE.format(model=described.body.__name__)}
-        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+        found["requestBody"] = {"required": True, "content": {described.sends: {"schema": reference}}}
     content = {
         kind: {"schema": {"type": "object"} if "json" in kind else _TEXT} for kind in described.answers
     }

@@ -109,6 +109,28 @@ class ChatBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
 
+class FileForm(Body):
+    """The form of `POST /v1/files`."""
+
+    purpose: Literal["batch"]
+    file: bytes
+
+
+class BatchBody(Body):
+    """`POST /v1/batches`."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+
 class TokenizeBody(Body):
     """`POST /tokenize`."""
 

@@ -34,7 +34,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     chat_template: ChatTemplate | None = None
     chat_max_tokens: int = 256
-    first_byte: float = 0.7
+    first_byte: float = 0.5
     keep_alive: float = 15.0
     keep_results: float = 3600.0
     read_body: float = 60.0
@@ -46,6 +46,12 @@ class Settings:
     most_stops: int = 16
     most_logprobs: int = 100
     most_waiting: int = 4096
+    # Bounds of jobs: bytes of a file, files, files that come at a time, lines of a batch, batches that are not done.
+    most_file_bytes: int = 200 * MEGABYTE
+    most_files: int = 10_000
+    most_uploads: int = 4
+    most_lines: int = 50_000
+    most_batches: int = 1000
     # What a line of the log is, and whether prompts are in it.
     log_json: bool = False
     log_prompts: bool = False

@@ -27,10 +27,11 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one file by name: vectors [N] and matrices [N, K]."""
+    """The tensors of one file by name, vectors [N] and matrices [N, K], and the kernel that computes with them."""
 
     vectors: Mapping[str, torch.Tensor]
     matrices: Mapping[str, Matrix]
+    kernel: Kernel
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Weights:
             for name, chunks in chunks_by_name.items():
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
-            parts.append(Part(vectors, matrices))
+            parts.append(Part(vectors, matrices, kernel))
         fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]

@@ -11,7 +11,7 @@ import torch
 from runner.errors import BloomdeskError, in_shell
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.decode import decode_row_groups
-from runner.kernel.matmul import Kernel
+from runner.kernel.matmul import Finish, Kernel
 from runner.kernel.quantised import dequantise_rows
 from runner.weights.chunks import Chunk, Quantised
 from runner.weights.part_file import read_range
@@ -31,28 +31,26 @@ class Matrix:
     stream: Stream
     kernel: Kernel
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, K] -> `x @ weight.T + bias` [T, N], summed in float32 and rounded once to the dtype of x.
+    def product(self, x: torch.Tensor, finish: Finish) -> torch.Tensor:
+        """x [T, K] float32 -> `x @ weight.T` [T, N], finished; see `Finish`.
 
         Raises `BloomdeskError` if a chunk cannot be read, or is damaged.
         """
-        T, N = x.shape[0], self.shape[0]
-        out = torch.zeros(T, N) if bias is None else torch.empty(T, N).copy_(bias)
-        rows = x.float().contiguous()
+        out = torch.empty(x.shape[0], self.shape[0])
         for offset, chunk in enumerate(self.chunks):
             with self.stream.chunk(self.index + offset) as weight:
-                part = out[:, chunk.first : chunk.last]
+                part, own = out[:, chunk.first : chunk.last], finish.part(chunk.first, chunk.last)
                 if isinstance(weight, Quantised):
-                    self.kernel.accumulate_quantised(rows, *weight, chunk.coding, part)
+                    self.kernel.accumulate_quantised(x, *weight, chunk.coding, part, own)
                     continue
                 if chunk.row_groups is None:
-                    self.kernel.accumulate(rows, weight, part)
+                    self.kernel.accumulate(x, weight, part, own)
                     continue
                 try:
-                    self.kernel.accumulate_coded(rows, weight, chunk.row_groups, part)
+                    self.kernel.accumulate_coded(x, weight, chunk.row_groups, part, own)
                 except ValueError as error:
                     raise _damaged(chunk, error) from error
-        return out.to(x.dtype)
+        return out
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, K]: rows of the matrix by number, read from the file each time."""

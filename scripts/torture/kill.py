@@ -4,13 +4,15 @@
     python -m scripts.torture.kill --command convert-delete-source --kills 200
     python -m scripts.torture.kill --command repair --kills 200
     python -m scripts.torture.kill --command session --kills 200
+    python -m scripts.torture.kill --command serve --kills 100
 
 The command is started, killed with SIGKILL at a random moment, and started again, until it ends by itself; then its
 directory must be, byte for byte, that of an undisturbed run, and the next round begins anew. A local hub serves the
 miniature to `prepare`, and drops, stalls and corrupts its answers; a run that gives up must do so with one clear error.
 After each kill of `convert --delete-source`, every shard must be there or sound parts that name its sha256; after each
 kill of `repair`, every file must be as it was before or as it should be. A generation with `--session` must come to the
-text of an undisturbed one.
+text of an undisturbed one. A server that does a batch must come to the output of an undisturbed one; after each kill no
+token that was on the disk may be gone, wrong, or there twice.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import hashlib
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -34,6 +37,7 @@ from runner.format.quantised import FORMS, QUANTISED_FORMS
 from runner.generation.options import Sampling
 from runner.generation.session_files import SessionFiles
 from scripts.fakehub.server import LocalHub, RandomFaults
+from scripts.torture import batch_job
 from scripts.torture.attempt import BLOOMDESK, REPO, content, environment, prepared, source_of
 from scripts.torture.damage import flip
 from toolkit.commands.convert import convert
@@ -41,14 +45,17 @@ from toolkit.parts.release import file_hash
 
 # Runs of one round before it counts as stuck.
 TRIES = 500
+# Seconds between looks at whether a command has begun, and those of a server's work before it is killed.
+LOOK = 0.02
+LONGEST_SERVED = 4.0
 
 
 @dataclass(frozen=True)
 class Attack:
     """A command to kill: `begin` makes what it starts from, and `check` raises AssertionError after a kill.
 
-    `longest` is the most seconds before a kill; an undisturbed run takes about as long. `expected` is what it leaves,
-    as `result` sees it.
+    A kill comes `shortest` to `longest` seconds after `is_begun` says so; `check` may name what is counted then.
+    `expected` is what an undisturbed run leaves, as `result` sees it.
     """
 
     command: list[str]
@@ -57,27 +64,49 @@ class Attack:
     expected: object
     longest: float
     begin: Callable[[], None] = lambda: None
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], str | None] = lambda: None
     result: Callable[[Path], object] = content
+    shortest: float = 0.3
+    is_begun: Callable[[], bool] = lambda: True
+
+
+def run_once(attack: Attack, kill_after: float | None) -> tuple[int, str] | None:
+    """Exit status and standard error of the command, or None if it was killed."""
+    with subprocess.Popen(
+        attack.command, env=attack.variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        is_begun = False
+        while True:
+            timeout = LOOK if kill_after is not None and not is_begun else kill_after
+            try:
+                errors = process.communicate(timeout=timeout)[1]
+                return process.returncode, errors
+            except subprocess.TimeoutExpired:
+                if is_begun:
+                    process.kill()
+                    process.communicate()
+                    return None
+                is_begun = attack.is_begun()
+            except BaseException:
+                process.kill()
+                raise
 
 
 def one_round(attack: Attack, chance: random.Random, counts: Counter[str], kills: int) -> None:
     """Run the command until it ends well; kill it on the way while fewer than `kills` have been counted."""
     for _ in range(TRIES):
-        kill_after = chance.uniform(0.3, attack.longest) if counts["kills"] < kills else None
-        try:
-            # At the timeout, `run` sends SIGKILL.
-            done = subprocess.run(
-                attack.command, env=attack.variables, capture_output=True, text=True, timeout=kill_after
-            )
-        except subprocess.TimeoutExpired:
+        kill_after = chance.uniform(attack.shortest, attack.longest) if counts["kills"] < kills else None
+        done = run_once(attack, kill_after)
+        if done is None:
             counts["kills"] += 1
-            attack.check()
+            if what := attack.check():
+                counts[what] += 1
             continue
-        if done.returncode == 0:
+        status, errors = done
+        if status == 0:
             counts["rounds"] += 1
             return
-        assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done
+        assert status == 1 and "error: " in errors and "Traceback" not in errors, done
         counts["gave up with a clear error"] += 1
     raise AssertionError(f"not finished after {TRIES} runs")
 
@@ -187,11 +216,46 @@ def attack_session(work: Path, form: str, hub: LocalHub) -> Attack:
     return Attack(command, environment(hub.endpoint), directory, expected, 4.0, result=text)
 
 
+def attack_serve(work: Path, form: str, hub: LocalHub) -> Attack:
+    """`serve --data` with a batch of 64 lines, drawn texts and likeliest ones, some with log-probabilities."""
+    bloom, data, made = work / "bloom", work / "data", work / "made"
+    convert(source_of(work), bloom, form=form)
+    batch_job.make(bloom, made, lines=64, tokens=40)
+    variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
+
+    def command(directory: Path) -> list[str]:
+        return [sys.executable, "-m", "scripts.torture.batch_job", str(bloom), str(directory)]
+
+    calm = Path(shutil.copytree(made, work / "undisturbed"))
+    began = time.monotonic()
+    subprocess.run(command(calm), env=variables, check=True, capture_output=True)
+    print(f"{time.monotonic() - began:.0f} s undisturbed", flush=True)
+    watch = batch_job.Watch(data, batch_job.output(calm))
+
+    def begin() -> None:
+        shutil.copytree(made, data)
+        watch.begin()
+
+    return Attack(
+        command(data),
+        variables,
+        data,
+        batch_job.output(calm),
+        LONGEST_SERVED,
+        begin,
+        watch.check,
+        batch_job.output,
+        0.0,
+        watch.has_grown,
+    )
+
+
 ATTACKS = {
     "prepare": attack_prepare,
     "convert-delete-source": attack_convert,
     "repair": attack_repair,
     "session": attack_session,
+    "serve": attack_serve,
 }
 
 

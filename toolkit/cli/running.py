@@ -226,6 +226,18 @@ def serve(
         bool, typer.Option("--log-json", help="Each line of the log is a JSON object.")
     ] = False,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts are in the log.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep files and batches there; they go on when it starts again."),
+    ] = None,
+    max_file_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The largest file of a batch.", show_default="210MB"),
+    ] = None,
+    max_lines: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="The most lines of a batch.", show_default="50000"),
+    ] = None,
 ) -> int:
     """Answer OpenAI's protocol over HTTP, for one model. Requests share passes, and join and leave between them."""
     generation = GenerationOptions(speculate=speculate, draft=draft, batch=max_batch)
@@ -242,6 +254,9 @@ def serve(
             max_waiting,
             log_json,
             log_prompts,
+            data,
+            max_file_size,
+            max_lines,
             generation,
         )
     )

@@ -13,7 +13,7 @@ from runner.generation.live_batch import LiveBatch
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions, Sampling
 from runner.generation.scorer import Text
-from runner.generation.sequence import Request, Sequence
+from runner.generation.sequence import Request, Restored, Sequence
 from tests.support.prompts import plain, tokens
 
 
@@ -24,7 +24,7 @@ def model(prepared) -> Iterator[Model]:
 
 def run(batch: LiveBatch) -> list[Sequence]:
     finished = []
-    while batch.active or batch.waiting:
+    while batch.active or batch.waiting or batch.giving_way:
         finished += batch.step()
     return finished
 
@@ -145,3 +145,52 @@ def test_in_little_ram_they_wait_for_each_other_and_all_come_through(prepared) -
         assert batch.plan.request.spare >= 0
     assert 1 <= most < 6
     assert [each.ids for each in found] == plain(large, requests)
+
+
+def test_one_that_gives_way_makes_room_at_once_and_goes_on_later(model: Model) -> None:
+    batch = model.live_batch(GenerationOptions(batch=1))
+    patient = batch.add(Request(tokens(6, 1), 9, gives_way=True))
+    for _ in range(3):
+        batch.step()
+    eager = batch.add(Request(tokens(4, 2), 2))
+    assert batch.step() == [] and batch.active == [eager] and patient.cache is None
+    assert run(batch) == [eager, patient]
+    assert [patient.ids, eager.ids] == plain(model, [patient.request, eager.request])
+
+
+def test_those_that_give_way_join_after_all_others_and_have_the_tokens_of_their_own_run(model: Model) -> None:
+    source, batch = random.Random(5), model.live_batch(GenerationOptions(batch=2))
+    sampling = Sampling(temperature=1.1, seed=3, logprobs=2)
+    requests = [
+        Request(tokens(source.randint(2, 30), seed), source.randint(1, 12), sampling, gives_way=seed % 3 > 0)
+        for seed in range(15)
+    ]
+    waiting, found = list(requests), []
+    while waiting or batch.active or batch.giving_way:
+        if waiting and source.random() < 0.4:
+            found.append(batch.add(waiting.pop(0)))
+        if batch.active or batch.waiting or batch.giving_way:
+            batch.step()
+        assert not batch.waiting or not any(each.request.gives_way for each in batch.active)
+    expected = [model.live_batch(GenerationOptions()) for _ in requests]
+    for batch, request, each in zip(expected, requests, found, strict=True):
+        alone = batch.add(request)
+        run(batch)
+        assert (each.ids, each.scores) == (alone.ids, alone.scores)
+
+
+@pytest.mark.parametrize("passes", range(1, 7))
+def test_what_an_earlier_run_came_to_is_not_done_again(model: Model, passes: int) -> None:
+    sampling = Sampling(temperature=1.0, seed=9, logprobs=1)
+    request = Request(tokens(12, 1), 6, sampling, scores_prompt=True)
+    first = model.live_batch(GenerationOptions(speculate="off"))
+    whole = first.add(request)
+    for _ in range(passes):
+        first.step()
+    earlier = Restored(tuple(whole.ids), tuple(whole.scores), tuple(whole.prompt_scores))
+    run(first)
+    second = model.live_batch(GenerationOptions(speculate="off"))
+    again = second.add(request, earlier)
+    run(second)
+    assert second.passes == 6 - len(earlier.ids)
+    assert (again.ids, again.scores, again.prompt_scores) == (whole.ids, whole.scores, whole.prompt_scores)

@@ -110,119 +110,92 @@ def decoded(panel: bytes, count: int) -> list[int]:
 
 
 def single(value: float) -> float:
-    """The nearest float32."""
-    return struct.unpack("f", struct.pack("f", value))[0]
+    """The nearest float32 of a float64, ties to even."""
+    return float32(Fraction(value)) if math.isfinite(value) and value else value
 
 
-def bfloat16(value: float, away: bool = False) -> float:
-    """A float32 rounded to the nearest bfloat16, ties to even, or away from zero."""
-    (bits,) = struct.unpack("I", struct.pack("f", value))
-    bits += 0xFFFF if away else 0x7FFF + (bits >> 16 & 1)
-    return struct.unpack("f", struct.pack("I", bits >> 16 << 16))[0]
-
-
-def as_dtype(value: float, dtype: str) -> float:
-    """A float32 rounded to a dtype of weights."""
-    if dtype == "F32":
+def rounded(kind: str, value: float) -> float:
+    """The nearest number of a dtype to a float32, ties to even."""
+    if kind == "float32" or not math.isfinite(value):
         return value
-    return bfloat16(value) if dtype == "BF16" else struct.unpack("e", struct.pack("e", value))[0]
+    if kind == "float16":
+        try:
+            return struct.unpack("<e", struct.pack("<e", value))[0]
+        except OverflowError:
+            return math.copysign(math.inf, value)
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
 
 
-def nearest(value: float, low: int, top: int) -> int:
-    return round(min(max(value, low), top))
+def power_of_e(x: float) -> tuple[float, float]:
+    """(2^n, rest), of which 2^n * (1 + rest) is e to the power of x: ten terms of its series, in float64."""
+    if math.isnan(x):
+        return 1.0, x
+    whole = 1.5 * 2.0**52
+    n = (x * float.fromhex("0x1.71547652b82fep0") + whole) - whole
+    high, low = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+    r, total = (x - n * high) - n * low, 0.0
+    for term in range(10, 0, -1):
+        total = (total + 1 / math.factorial(term)) * r
+    return 2.0**n, total
 
 
-def int8(weights: Sequence[float]) -> tuple[bytes, bytes]:
-    """The integers and scales of a row, in groups of 64."""
-    data, scales = b"", b""
-    for start in range(0, len(weights), 64):
-        group = [*weights[start : start + 64], *[0.0] * 64][:64]
-        most = max(map(abs, group))
-        scale = bfloat16(single(most / 127), away=True) if most >= single(1e-30) else 0.0
-        data += struct.pack("64b", *(nearest(single(w / scale), -127, 127) if scale else 0 for w in group))
-        scales += struct.pack("f", scale)[2:]
-    return data, scales
+def exponential(x: float) -> float:
+    scale, rest = power_of_e(-150.0 if x < -150 else x)
+    return scale + scale * rest
 
 
-def int8_weights(data: bytes, scales: bytes, columns: int, dtype: str) -> list[float]:
-    """The weights of a row that `int8` has made."""
-    units = [struct.unpack("f", bytes(2) + scales[at : at + 2])[0] for at in range(0, len(scales), 2)]
-    integers = struct.unpack(f"{len(data)}b", data)[:columns]
-    return [as_dtype(single(q * units[k // 64]), dtype) for k, q in enumerate(integers)]
+def hyperbolic_tangent(x: float) -> float:
+    scale, rest = power_of_e(-2 * min(abs(x), 20.0) if x == x else x)
+    less = scale * rest + (scale - 1)
+    return math.copysign(single(-less / (less + 2)), x)
 
 
-def summed(values: Sequence[float]) -> float:
-    """In 8 lanes, which are folded in halves."""
+def gelu(kind: str, x: float) -> float:
+    """The tanh approximation, each operation rounded to float32 and to the dtype."""
+
+    def of(value: float) -> float:
+        return rounded(kind, single(value))
+
+    cube = of(of(x * CUBIC) * x)
+    inner = of(of(x * FACTOR) * of(cube + 1))
+    return of(of(x * 0.5) * of(rounded(kind, hyperbolic_tangent(inner)) + 1))
+
+
+CUBIC, FACTOR = (struct.unpack("<f", struct.pack("<f", value))[0] for value in (0.044715, 0.79788456))
+
+
+def in_lanes(values: Sequence[float]) -> float:
+    """The sum of float64 numbers, in 8 lanes that are folded in halves."""
     lanes = [0.0] * LANES
-    for k, value in enumerate(values):
-        lanes[k % LANES] = single(lanes[k % LANES] + value)
+    for place, value in enumerate(values):
+        lanes[place % LANES] += value
     while len(lanes) > 1:
         half = len(lanes) // 2
-        lanes = [single(low + high) for low, high in zip(lanes[:half], lanes[half:], strict=True)]
+        lanes = [low + high for low, high in zip(lanes[:half], lanes[half:], strict=True)]
     return lanes[0]
 
 
-def best_line(group: Sequence[float], top: int) -> tuple[float, float]:
-    """The scale and the minimum, with its sign turned, of a group of up to 32 weights."""
-    low, total, n = min(0.0, *group, 0.0), summed(group), len(group)
-    reach = single(max(group) - low)
-    if reach < single(1e-30):
-        return 0.0, 0.0 - low
-    best, least_error = (single(reach / top), 0.0 - low), math.inf
-    for step in range(11):
-        inverse = single(single(top - 1 + single(step * single(0.2))) / reach)
-        q = [nearest(single(single(w - low) * inverse), 0, top) for w in group]
-        one, square = summed(q), summed([each * each for each in q])
-        product = summed([single(each * w) for each, w in zip(q, group, strict=True)])
-        determinant = single(single(n * square) - single(one * one))
-        if determinant <= 0:
-            continue
-        scale = single(single(single(n * product) - single(total * one)) / determinant)
-        least = single(single(single(one * product) - single(square * total)) / determinant)
-        if least < 0:
-            scale, least = single(product / square), 0.0
-        off = [single(single(single(each * scale) - least) - w) for each, w in zip(q, group, strict=True)]
-        error = summed([single(each * each) for each in off])
-        if scale >= 0 and error < least_error:
-            best, least_error = (scale, least), error
-    return best
+def layer_norm(
+    kind: str, x: Sequence[float], weight: Sequence[float], bias: Sequence[float], epsilon: float
+) -> list[float]:
+    mean = in_lanes(x) / len(x)
+    scale = 1 / math.sqrt(in_lanes([(value - mean) * (value - mean) for value in x]) / len(x) + epsilon)
+    numbers = zip(x, weight, bias, strict=True)
+    return [rounded(kind, single((value - mean) * scale * w + b)) for value, w, b in numbers]
 
 
-def int45(weights: Sequence[float], bits: int) -> tuple[bytes, bytes]:
-    """The integers and scales of a row, in groups of 32 and super-groups of 256."""
-    data, scales, top = b"", b"", 2**bits - 1
-    for start in range(0, len(weights), 256):
-        own = weights[start : start + 256]
-        groups = [own[at : at + 32] for at in range(0, len(own), 32)]
-        lines = [best_line(group, top) for group in groups]
-        units = [bfloat16(single(max(each[i] for each in lines) / 63)) for i in (0, 1)]
-        sixes = [
-            [nearest(single(line[i] / units[i]), 0, 63) if units[i] else 0 for line in lines] for i in (0, 1)
-        ]
-        for group, six, least_six in zip(groups, *sixes, strict=True):
-            scale, least = single(units[0] * six), single(units[1] * least_six)
-            q = [nearest(single(single(w + least) / scale), 0, top) if scale else 0 for w in group]
-            q += [0] * (32 - len(q))
-            data += bytes(q[k] & 15 | (q[k + 16] & 15) << 4 for k in range(16))
-            if bits == 5:
-                data += struct.pack("<I", sum((each >> 4) << k for k, each in enumerate(q)))
-        scales += b"".join(struct.pack("f", unit)[2:] for unit in units)
-        scales += b"".join(
-            sum(six << 6 * g for g, six in enumerate(of)).to_bytes(6, "little") for of in sixes
-        )
-    return data, scales
-
-
-def int45_weights(data: bytes, scales: bytes, columns: int, bits: int, dtype: str) -> list[float]:
-    """The weights of a row that `int45` has made."""
-    found, size = [], 16 if bits == 4 else 20
-    for k in range(columns):
-        entry, group, place = scales[k // 256 * 16 :], data[k // 32 * size :], k % 32
-        units = [struct.unpack("f", bytes(2) + entry[at : at + 2])[0] for at in (0, 2)]
-        sixes = [int.from_bytes(entry[at : at + 6], "little") >> k % 256 // 32 * 6 & 63 for at in (4, 10)]
-        q = group[place % 16] >> place // 16 * 4 & 15
-        if bits == 5:
-            q |= (int.from_bytes(group[16:20], "little") >> place & 1) << 4
-        scale, least = (single(unit * six) for unit, six in zip(units, sixes, strict=True))
-        found.append(as_dtype(single(single(q * scale) - least), dtype))
-    return found
+def attention_weights(
+    kind: str, products: Sequence[float], alibi: Sequence[float], last: int, scale: float
+) -> list[float]:
+    """Softmax of `products * scale + alibi`, with the dtype's lowest number added beyond position `last`."""
+    lowest = {"float16": -65504.0, "bfloat16": -(2.0**128 - 2.0**120), "float32": -(2.0**128 - 2.0**104)}[
+        kind
+    ]
+    scores = []
+    for place, (product, bias) in enumerate(zip(products, alibi, strict=True)):
+        score = rounded(kind, single(single(product * scale) + bias))
+        scores.append(rounded(kind, single(score + (lowest if place > last else 0.0))))
+    powers = [single(exponential(score - max(scores))) for score in scores]
+    part = 1 / in_lanes(powers)
+    return [rounded(kind, single(power * part)) for power in powers]

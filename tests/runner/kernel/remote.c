@@ -104,6 +104,9 @@ static int64_t call(const char *name, int64_t *a) {
 #define IS(function) !strcmp(name, #function)
 #define P(type, place) ((type *)(intptr_t)a[place])
     if (IS(multiply)) return multiply(P(struct task, 0), P(uint8_t, 1)), 0;
+    if (IS(layer_norm)) return layer_norm(P(struct task, 0), P(uint8_t, 1)), 0;
+    if (IS(attend)) return attend(P(struct task, 0), P(uint8_t, 1)), 0;
+    if (IS(store)) return store(P(struct task, 0), P(uint8_t, 1)), 0;
     if (IS(decode_rows))
         return decode_rows(P(uint8_t, 0), P(int64_t, 1), a[2], a[3], P(uint8_t, 4), P(uint8_t, 5));
     if (IS(encode_rows))

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -31,6 +31,8 @@ PROGRAM = Path(__file__).with_suffix(".c")
 ENVIRONMENT = "BLOOMDESK_TEST_REMOTE_KERNEL"
 CODED, KINDS, WORD = 3, 4, 8
 CODINGS = {coding.number: coding for coding in quantised.CODINGS.values()}
+# How many shares a task has, from its arguments.
+Shares = Callable[[Sequence[int]], int]
 ELEMENT = {0: 2, 1: 2, 2: 4}
 
 
@@ -74,7 +76,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 # The tests of what the remote functions compute.
-_TESTS = ("test_matmul.py", "test_panel.py", "test_reference.py", "test_quantised.py")
+_TESTS = ("test_matmul.py", "test_operations.py", "test_panel.py", "test_quantised.py", "test_reference.py")
 
 
 def run_tests(command: Sequence[str | Path]) -> None:
@@ -136,7 +138,10 @@ class RemoteKernel:
         self._task = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
         self.open_task, self.close_task = near.open_task, near.close_task
         self.spin_for_tasks, self.processor_level = near.spin_for_tasks, near.processor_level
-        self.multiply = self._task(self._multiply)
+        self.multiply = self._run("multiply", self._describe_product, lambda w: w[10] * -(-w[12] // w[14]))
+        self.layer_norm = self._run("layer_norm", self._describe_norm, lambda w: w[7])
+        self.attend = self._run("attend", self._describe_attention, lambda w: w[4] * w[5])
+        self.store = self._run("store", self._describe_storing, lambda w: w[9])
 
     def close(self) -> None:
         with suppress(OSError):
@@ -191,37 +196,74 @@ class RemoteKernel:
         request.give_scratch(ctypes.sizeof(scratch))
         self._call(request)
 
-    def _multiply(self, table: int, _: int) -> None:
-        """The whole of a product, if no other thread has computed it."""
-        words = (ctypes.c_int64 * WORDS).from_address(table)
-        with self._one_at_a_time:
-            # The barrier's words stay here, in which other threads count meanwhile.
-            copy = (ctypes.c_int64 * WORDS)(*words)
-            # The names of `struct product`.
-            kind, weight, weight_step, weight_stride, x, x_step, x_stride, *rest = copy[ARGUMENTS:]
-            out, out_step, out_stride, B, T, N, K, share, *_ = rest
-            if copy[SHARE] >= B * -(-N // share):
-                return
-            request = Request("multiply")
-            request.give(ctypes.addressof(copy), ctypes.sizeof(copy))
-            if kind == CODED:
-                places = (ctypes.c_int64 * (row_group_count(N) + 1)).from_address(weight_stride)
-                request.point(0, ARGUMENTS + 1, weight, places[-1])
-                request.point(0, ARGUMENTS + 3, weight_stride, ctypes.sizeof(places))
-                request.give_scratch(self.scratch_bytes_of_decoder())
-            elif coding := CODINGS.get(kind // KINDS):
-                request.point(0, ARGUMENTS + 1, weight, math.prod(coding.shape((N, K))))
-                size = BYTES_PER_ELEMENT[coding.scale_dtype] * math.prod(coding.scales_shape((N, K)))
-                request.point(0, ARGUMENTS + 3, weight_stride, size)
-                request.give_scratch(self.scratch_bytes_of_decoder())
-            else:
-                nbytes = ELEMENT[kind] * _extent(B, weight_step, N, weight_stride, K)
-                request.point(0, ARGUMENTS + 1, weight, nbytes)
-                request.give_number(0)
-            request.point(0, ARGUMENTS + 4, x, 4 * _extent(B, x_step, T, x_stride, K))
-            request.point(0, ARGUMENTS + 7, out, 4 * _extent(B, out_step, T, out_stride, N))
-            self._call(request)
-            words[SHARE:ARGUMENTS] = copy[SHARE:ARGUMENTS]
+    def _run(self, name: str, describe: Callable[[Request, Sequence[int]], None], shares: Shares) -> object:
+        """A task function: all of a task, if no other thread has computed it; `describe` says what it may touch."""
+
+        def run(table: int, _: int) -> None:
+            words = (ctypes.c_int64 * WORDS).from_address(table)
+            with self._one_at_a_time:
+                # The barrier's words stay here, in which other threads count meanwhile.
+                copy = (ctypes.c_int64 * WORDS)(*words)
+                if copy[SHARE] >= shares(copy[ARGUMENTS:]):
+                    return
+                request = Request(name)
+                request.give(ctypes.addressof(copy), ctypes.sizeof(copy))
+                describe(request, copy[ARGUMENTS:])
+                self._call(request)
+                words[SHARE:ARGUMENTS] = copy[SHARE:ARGUMENTS]
+
+        return self._task(run)
+
+    def _describe_product(self, request: Request, words: Sequence[int]) -> None:
+        # The names of `struct product` and `struct finish`.
+        kind, weight, weight_step, weight_stride, x, x_step, x_stride, out, out_step, out_stride = words[:10]
+        B, T, N, K, _, _, own, bias, _, _, residual, residual_stride, *_ = words[10:]
+        if kind == CODED:
+            places = (ctypes.c_int64 * (row_group_count(N) + 1)).from_address(weight_stride)
+            request.point(0, ARGUMENTS + 1, weight, places[-1])
+            request.point(0, ARGUMENTS + 3, weight_stride, ctypes.sizeof(places))
+            request.give_scratch(self.scratch_bytes_of_decoder())
+        elif coding := CODINGS.get(kind // KINDS):
+            request.point(0, ARGUMENTS + 1, weight, math.prod(coding.shape((N, K))))
+            size = BYTES_PER_ELEMENT[coding.scale_dtype] * math.prod(coding.scales_shape((N, K)))
+            request.point(0, ARGUMENTS + 3, weight_stride, size)
+            request.give_scratch(self.scratch_bytes_of_decoder())
+        else:
+            request.point(
+                0, ARGUMENTS + 1, weight, ELEMENT[kind] * _extent(B, weight_step, N, weight_stride, K)
+            )
+            request.give_number(0)
+        request.point(0, ARGUMENTS + 4, x, 4 * _extent(B, x_step, T, x_stride, K))
+        request.point(0, ARGUMENTS + 7, out, 4 * _extent(B, out_step, T, out_stride, N))
+        if bias:
+            request.point(0, ARGUMENTS + 17, bias, ELEMENT[own] * N)
+        if residual:
+            request.point(0, ARGUMENTS + 20, residual, 4 * _extent(1, 0, T, residual_stride, N))
+
+    def _describe_norm(self, request: Request, words: Sequence[int]) -> None:
+        kind, x, x_stride, out, out_stride, weight, bias, rows, columns, *_ = words
+        request.give_number(0)
+        for place, address, stride in ((1, x, x_stride), (3, out, out_stride)):
+            request.point(0, ARGUMENTS + place, address, 4 * _extent(1, 0, rows, stride, columns))
+        for place, address in ((5, weight), (6, bias)):
+            request.point(0, ARGUMENTS + place, address, ELEMENT[kind] * columns)
+
+    def _describe_attention(self, request: Request, words: Sequence[int]) -> None:
+        _, products, alibi, alibi_stride, H, T, S, *_ = words
+        request.give_number(0)
+        request.point(0, ARGUMENTS + 1, products, 4 * H * T * S)
+        request.point(0, ARGUMENTS + 2, alibi, 4 * _extent(1, 0, H, alibi_stride, S))
+
+    def _describe_storing(self, request: Request, words: Sequence[int]) -> None:
+        kind, fused, fused_stride, keys, keys_step, values, values_step, values_stride, first, H, T, D, *_ = (
+            words
+        )
+        request.give_number(0)
+        request.point(0, ARGUMENTS + 1, fused, 4 * _extent(1, 0, T, fused_stride, 3 * H * D))
+        request.point(0, ARGUMENTS + 3, keys, ELEMENT[kind] * _extent(H, keys_step, first + T, D, D))
+        request.point(
+            0, ARGUMENTS + 5, values, ELEMENT[kind] * _extent(H, values_step, D, values_stride, first + T)
+        )
 
     def _call(self, request: Request) -> int:
         program = self._program

@@ -15,7 +15,7 @@ from runner.kernel.matmul import Kernel
 from runner.kernel.quantised import dequantise_rows, quantise_rows
 from runner.kernel.threads import workers
 from runner.weights.chunks import STORED_DTYPES
-from tests.runner.kernel import reference
+from tests.runner.kernel import quantised_reference as reference
 from tests.support.guarded import Guarded
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

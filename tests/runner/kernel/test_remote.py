@@ -40,8 +40,10 @@ PROGRAMS = [
 ]
 
 
-def command(name: str, folder: Path) -> list[str | Path]:
+@pytest.fixture(scope="module", params=PROGRAMS)
+def command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
     """The command of the program for NEON, or of that with sanitizers for a variant of this processor."""
+    name, folder = request.param, tmp_path_factory.mktemp("remote")
     if name == "neon":
         return [EMULATOR, remote.compile_for_aarch64(folder)]
     if name not in usable_variants():
@@ -49,15 +51,13 @@ def command(name: str, folder: Path) -> list[str | Path]:
     return [remote.compile_with_sanitizers(folder, name)]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_bits_are_those_of_the_reference(tmp_path: Path, name: str) -> None:
+def test_the_bits_are_those_of_the_reference(command: list[str | Path]) -> None:
     """And no function touches a byte beyond what it was given, or does what C leaves undefined."""
-    remote.run_tests(command(name, tmp_path))
+    remote.run_tests(command)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_byte_too_few_is_noticed(tmp_path: Path, name: str) -> None:
-    kernel = remote.RemoteKernel(command(name, tmp_path), load_kernel())
+def test_a_byte_too_few_is_noticed(command: list[str | Path]) -> None:
+    kernel = remote.RemoteKernel(command, load_kernel())
     rows, coded, lengths = [(ctypes.c_ubyte * 4096)() for _ in range(3)]
     scratch = (ctypes.c_ubyte * kernel.scratch_bytes_of_encoder())()
     kernel.encode_rows(rows, 12, 64, coded, lengths, scratch)

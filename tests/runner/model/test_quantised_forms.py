@@ -15,7 +15,7 @@ from runner.format.quantised import QUANTISED_FORMS, SCALES_SUFFIX
 from runner.format.safetensors import read_header
 from runner.weights import chunks
 from tests.support.lossless import flip, make
-from tests.support.oracle import assert_runs_as, expected_of, transformers_model, use_own_products
+from tests.support.oracle import assert_runs_as, expected_of, transformers_model, use_own_arithmetic
 from tests.support.streaming import IDS, SMALL_CHUNK, arrangement, logits_of, opened, promptly
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
@@ -49,7 +49,7 @@ def test_logits_and_tokens_are_those_of_transformers_on_the_export(
 ) -> None:
     directory = bloom(form, dtype, shape)
     export(directory, tmp_path / "hub")
-    use_own_products(monkeypatch)
+    use_own_arithmetic(monkeypatch)
     assert_runs_as(directory, expected_of(transformers_model(tmp_path / "hub")))
 
 

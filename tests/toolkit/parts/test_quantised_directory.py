@@ -28,7 +28,7 @@ from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS, SCALE
 from runner.format.safetensors import read_header
 from runner.kernel import quantised as quantiser
 from scripts.fakehub.server import Fault, LocalHub
-from tests.runner.kernel import reference
+from tests.runner.kernel import quantised_reference as reference
 from tests.support.commands import refused, run
 from tests.support.lossless import content, flip, interrupt_at, make
 from tests.toolkit.source.test_shards import LAYOUTS, data
