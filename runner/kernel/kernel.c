@@ -12,6 +12,11 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#if !defined(_WIN32)
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -108,6 +113,68 @@ EXPORT int64_t spin_for_tasks(struct task *task, int64_t seen, int64_t spins, ui
     } while (left > 0);
     return seen;
 }
+
+
+// ------------------------------------------------------------------------------- faults in mapped files (page_faults.py)
+
+// Bytes of a mapped file, and how many of its pages could not be had; free if `end` is 0.
+struct mapped { _Atomic uintptr_t start, end; _Atomic int64_t faults; };
+enum { MOST_MAPPED = 8192 };
+
+#if defined(_WIN32)
+EXPORT struct mapped *watch_mapped(uintptr_t start, uintptr_t end) { (void)start; (void)end; return 0; }
+EXPORT void forget_mapped(struct mapped *mapped) { (void)mapped; }
+#else
+static struct mapped watched[MOST_MAPPED];
+static _Atomic int64_t most_watched, is_installed;
+static struct sigaction others;
+
+// Zeros take the place of what the file no longer has, so that the product ends, and its caller learns of it.
+static void on_bus_error(int number, siginfo_t *info, void *context) {
+    uintptr_t address = (uintptr_t)info->si_addr;
+    for (int64_t i = 0; i < most_watched; i++) {
+        struct mapped *each = &watched[i];
+        if (address < each->start || address >= each->end) continue;
+        uintptr_t page = address & -(uintptr_t)sysconf(_SC_PAGESIZE);
+        int how = MAP_PRIVATE | MAP_ANON | MAP_FIXED;
+        if (mmap((void *)page, each->end - page, PROT_READ, how, -1, 0) == MAP_FAILED) break;
+        atomic_fetch_add(&each->faults, 1);
+        return;
+    }
+    if (others.sa_flags & SA_SIGINFO) others.sa_sigaction(number, info, context);
+    else if (others.sa_handler != SIG_DFL && others.sa_handler != SIG_IGN) others.sa_handler(number);
+    else {
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+}
+
+// What counts the faults between two addresses, or 0 if there are too many such ranges.
+EXPORT struct mapped *watch_mapped(uintptr_t start, uintptr_t end) {
+    if (!atomic_exchange(&is_installed, 1)) {
+        struct sigaction own = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+        if (sigaction(SIGBUS, &own, &others)) return 0;
+    }
+    for (int64_t i = 0; i < MOST_MAPPED; i++) {
+        struct mapped *each = &watched[i];
+        uintptr_t free = 0;
+        // While it is being filled its range is empty.
+        if (!atomic_compare_exchange_strong(&each->end, &free, 1)) continue;
+        each->faults = 0;
+        each->start = start;
+        each->end = end;
+        for (int64_t most = most_watched; most <= i;)
+            if (atomic_compare_exchange_weak(&most_watched, &most, i + 1)) break;
+        return each;
+    }
+    return 0;
+}
+
+EXPORT void forget_mapped(struct mapped *mapped) {
+    mapped->start = UINTPTR_MAX;
+    mapped->end = 0;
+}
+#endif
 
 
 // ------------------------------------------------------------------------ the decoder of the lossless form (decode.py)

@@ -23,6 +23,8 @@ FUNCTIONS = {
     "open_task": (None, _ADDRESS),
     "close_task": (None, _ADDRESS, _ADDRESS),
     "spin_for_tasks": (_NUMBER, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
+    "watch_mapped": (_ADDRESS, _NUMBER, _NUMBER),
+    "forget_mapped": (None, _ADDRESS),
     "multiply": (None, _ADDRESS, _ADDRESS),
     "layer_norm": (None, _ADDRESS, _ADDRESS),
     "attend": (None, _ADDRESS, _ADDRESS),

@@ -26,7 +26,7 @@ class Answer:
     """All growths so far of an order's work. Everything happens in the event loop that it was made in.
 
     It is finished if all choices have ended, or with a `failure`. When the last reader leaves an unfinished one, it is
-    cancelled.
+    cancelled; who comes before the pass that runs has ended can still have it, as after a broken connection.
     """
 
     def __init__(self, order: Order, engine: Engine) -> None:
@@ -64,8 +64,13 @@ class Answer:
             self.readers -= 1
             if not self.readers and not self.is_finished:
                 self.is_cancelled = True
-                self._engine.cancel(self._work)
-                self.on_end()
+                self._engine.cancel(self._work, lambda: self._soon(self._forget))
+
+    def is_wanted(self) -> bool:
+        """Whether it comes; if it was cancelled, and can still be had, it does."""
+        if self.is_cancelled and not self.is_finished and self._engine.recall(self._work):
+            self.is_cancelled = False
+        return not self.is_cancelled
 
     async def wait(self, seen: int, timeout: float) -> None:
         """Return when there are more than `seen` growths, when it is finished, or after `timeout` seconds."""
@@ -95,6 +100,10 @@ class Answer:
         self.failure = failure
         self._wake()
 
+    def _forget(self) -> None:
+        if self.is_cancelled and not self.is_finished:
+            self.on_end()
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
@@ -115,7 +124,8 @@ class SharedAnswers:
     def known(self, key: bytes) -> Answer | None:
         """The answer to the same request, if there is one."""
         self._forget_old()
-        if answer := self._open.get(key):
+        answer = self._open.get(key)
+        if answer and answer.is_wanted():
             return answer
         return self._kept[key][1] if key in self._kept else None
 
@@ -131,7 +141,7 @@ class SharedAnswers:
     def _end(self, key: bytes, answer: Answer) -> None:
         if self._open.get(key) is answer:
             del self._open[key]
-        if answer.is_cancelled or answer.failure:
+        if answer.failure or not answer.is_finished:
             return
         self._kept[key] = self._clock(), answer
         self._kept_tokens += _tokens(answer)

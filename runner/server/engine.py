@@ -86,6 +86,16 @@ class Work:
     earlier: tuple[Restored, ...] = ()
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A request that is not done: whether it is in the pass, its `tokens` so far, and the most it may get."""
+
+    work: Work
+    is_active: bool
+    tokens: int
+    most_tokens: int
+
+
 @dataclass(eq=False)
 class _Task:
     """One request of a work in the batch, and how much of it was told."""
@@ -141,7 +151,8 @@ class Engine:
         self._open_model, self._options, self._clock = open_model, options, clock
         self._changed = threading.Condition()
         self._joining: list[Work] = []
-        self._leaving: list[Work] = []
+        # With whom to tell when they are forgotten.
+        self._leaving: dict[Work, Callable[[], None]] = {}
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
@@ -181,6 +192,30 @@ class Engine:
             joining = sum(not request.gives_way for work in self._joining for request in work.requests)
         return joining + (len(self._batch.waiting) if self._batch else 0)
 
+    def queue(self) -> list[Queued]:
+        """The requests that are not done, those of the pass first, then in the order in which they join."""
+        with self._changed:
+            joining = list(self._joining)
+        tasks = [task for tasks in list(self._tasks.values()) for task in list(tasks)]
+        active = set(self._batch.active) if self._batch else set()
+        found = [
+            Queued(
+                task.work,
+                task.sequence in active,
+                len(task.sequence.ids),
+                task.sequence.request.max_new_tokens,
+            )
+            for task in tasks
+        ]
+        known = {task.work for task in tasks}
+        found += [
+            Queued(work, False, 0, request.max_new_tokens)
+            for work in joining
+            if work not in known
+            for request in work.requests
+        ]
+        return sorted(found, key=lambda each: not each.is_active)
+
     def opened(self) -> Model:
         """The model. Raises `Unavailable` if it isn't there yet, or never will be, and `Stopped` at the end."""
         if self._is_stopping:
@@ -209,11 +244,16 @@ class Engine:
             self._joining.append(work)
             self._changed.notify()
 
-    def cancel(self, work: Work) -> None:
-        """Forget the work before the next pass; its listener hears nothing more after that."""
+    def cancel(self, work: Work, on_forgotten: Callable[[], None] = lambda: None) -> None:
+        """Forget the work before the next pass; its listener hears nothing more after `on_forgotten`."""
         with self._changed:
-            self._leaving.append(work)
+            self._leaving[work] = on_forgotten
             self._changed.notify()
+
+    def recall(self, work: Work) -> bool:
+        """Undo `cancel`. False if the work is forgotten already."""
+        with self._changed:
+            return self._leaving.pop(work, None) is not None
 
     def stop(self) -> None:
         """End after the pass that runs; whoever waits is told `Stopped`."""
@@ -259,13 +299,14 @@ class Engine:
                     self.progress = Progress(self.progress.number)
                     self._changed.wait()
                 joining, self._joining = self._joining, []
-                leaving, self._leaving = set(self._leaving), []
+                leaving, self._leaving = self._leaving, {}
             for work in joining:
                 if work not in leaving:
                     self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]
-            for work in leaving:
+            for work, tell in leaving.items():
                 for task in self._tasks.pop(work, ()):
                     self._batch.drop(task.sequence)
+                tell()
             if self._tasks:
                 break
         return not self._is_stopping

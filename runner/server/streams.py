@@ -112,7 +112,7 @@ class EventStream(Delivery):
 
     async def _deliver(self, sender: _Sender) -> None:
         answer, seen = self._answer, 0
-        await sender.start(HTTPStatus.OK, STREAM_HEADERS)
+        await sender.start(HTTPStatus.OK, {**STREAM_HEADERS, "x-request-id": answer.order.id})
         await sender.body(self._comment())
         while True:
             await answer.wait(seen, self._settings.keep_alive)

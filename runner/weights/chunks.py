@@ -79,20 +79,40 @@ class Chunk:
         """Where in a buffer the pages of the scales begin: after its own."""
         return files.whole_pages(self.start % platform.PAGE + self.own_nbytes)
 
-    def read(self, view: memoryview, stays: bool) -> None:
-        """Read the pages that the chunk lies in into the page-aligned `view`; see `PartFile.read_pages`."""
-        self.file.read_pages(self.start, self.own_nbytes, view, stays=stays)
-        if self.scales:
-            rest = view[self.scales_place :]
-            self.file.read_pages(self.scales.start, self.scales.nbytes, rest, stays=stays)
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Where its bytes lie in the file, as starts and numbers of bytes."""
+        own = (self.start, self.own_nbytes)
+        return (own, (self.scales.start, self.scales.nbytes)) if self.scales else (own,)
+
+    def read(self, view: memoryview | None) -> None:
+        """Read the pages that the chunk lies in into the page-aligned `view`; without one page in the mapped file."""
+        places = 0, self.scales_place
+        for place, (start, nbytes) in zip(places, self.ranges, strict=False):
+            if view is None:
+                self.file.page_in(start, nbytes)
+            else:
+                self.file.read_pages(start, nbytes, view[place:])
 
     def in_buffer(self, memory: mmap.mmap) -> Loaded:
-        """What was read into a buffer's memory, as tensors."""
+        """What was read into a buffer's memory."""
         own = _tensor(memory, self.start % platform.PAGE, self.dtype, self.shape)
         if self.scales is None:
             return own
         place = self.scales_place + self.scales.start % platform.PAGE
         return Quantised(own, _tensor(memory, place, self.scales.dtype, self.scales.shape))
+
+    def mapped(self) -> Loaded:
+        """What was paged in, as views of the file."""
+        own = self.file.mapped(self.start, self.dtype, self.shape)
+        if self.scales is None:
+            return own
+        return Quantised(own, self.file.mapped(self.scales.start, self.scales.dtype, self.scales.shape))
+
+    def drop(self) -> None:
+        """Free the RAM of what was paged in."""
+        for start, nbytes in self.ranges:
+            self.file.drop(start, nbytes)
 
 
 def buffer_bytes(nbytes: int) -> int:

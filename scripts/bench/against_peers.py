@@ -69,6 +69,7 @@ COLUMNS = (
     Column("limit s", "limit", ".3f"),
     Column("x bloomdesk", "times_own"),
     Column("x limit", "times_limit"),
+    Column("load s", "load_seconds"),
     Column("prompt s", "prompt_seconds"),
     Column("GB read a token", "read_bytes", ".2f", 1e9),
     Column("group's peak GB", "group_peak", ".2f", 1e9),
@@ -157,6 +158,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     failed = sum(turn.point == point.name for turn in run.turns) - len(done)
     return {
         **passes,
+        "load_seconds": median(turn.report["load_seconds"] for turn in done),
         "times_own": passes["seconds"] / median(own) if own else None,
         "limit": least,
         "times_limit": passes["seconds"] / least if least else None,

@@ -193,7 +193,8 @@ tokens = list(generation)
 plan = generation.plan
 assert plan.resident_bytes > 20e6 and plan.streamed_bytes > 60e6, plan
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-print(ram, peak, sum(map(cached, chunks)), *tokens)
+streamed = [chunk for index, chunk in enumerate(chunks) if index not in plan.resident]
+print(ram, peak, sum(map(cached, streamed)), *tokens)
 """
 
 

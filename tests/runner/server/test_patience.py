@@ -161,6 +161,47 @@ def test_a_client_that_comes_again_finds_its_work_going_on(
     run(test)
 
 
+def test_a_connection_that_breaks_loses_nothing_if_the_request_comes_again_in_the_same_pass(
+    gated: GatedModel, model: Model
+) -> None:
+    async def test() -> None:
+        async with serving(gated, QUICK) as (app, engine):
+            first = Exchange(app, PATH, BODY)
+            gated.let(2)
+            await soon(lambda: len(gated.begun) == 3)
+            first.leave()
+            await first.task
+            second = Exchange(app, PATH, BODY)
+            await soon(lambda: len(second.messages) > 1)
+            gated.let(100)
+            assert (await second.document())["choices"][0]["text"] == whole_text(model)
+            assert len(gated.begun) <= 6
+            # It is kept, as any other result.
+            passes = len(gated.begun)
+            await Exchange(app, PATH, BODY).document()
+            assert len(gated.begun) == passes and not engine.queue()
+
+    run(test)
+
+
+def test_a_request_that_comes_again_after_its_work_was_forgotten_begins_anew(
+    gated: GatedModel, model: Model
+) -> None:
+    async def test() -> None:
+        async with serving(gated, QUICK) as (app, engine):
+            first = Exchange(app, PATH, BODY)
+            await soon(lambda: len(gated.begun) == 1)
+            first.leave()
+            await first.task
+            gated.let(1)
+            await soon(lambda: not engine.queue())
+            gated.let(100)
+            found = await Exchange(app, PATH, BODY).document()
+            assert found["choices"][0]["text"] == whole_text(model)
+
+    run(test)
+
+
 def test_a_slow_reader_holds_up_nobody(gated: GatedModel) -> None:
     async def test() -> None:
         async with serving(gated, QUICK) as (app, _):
