@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,12 @@ def print_rows(rows: Iterable[Row], *, as_json: bool = False) -> None:
         print(json.dumps({key: value for row in rows for key, value in row.fields.items()}))
     else:
         print_lines(f"{row.label:>12}  {row.words}" if row.words else "" for row in rows)
+
+
+def print_json(fields: Mapping[str, Any]) -> None:
+    """Print one line of JSON; characters that standard output cannot encode are JSON's escapes."""
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    print(json.dumps(fields, ensure_ascii=not encoding.startswith("utf")), flush=True)
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -29,6 +29,9 @@ from runner.model.tokenizer import TextStream, Tokenizer
 from runner.system import memory
 from runner.weights.checkpoint import Weights
 
+# No text is as long; what is larger could not even be counted in bytes.
+MOST_NEW_TOKENS = 2**31
+
 
 @dataclass(frozen=True, repr=False)
 class Model(ModelRunner):
@@ -214,6 +217,13 @@ class Model(ModelRunner):
             raise BloomdeskError(f"token id {outside[0]} is outside the vocabulary of {vocab_size:,}")
         if max_new_tokens < 1:
             raise BloomdeskError(f"the number of new tokens must be at least 1, found {max_new_tokens}")
+        if max_new_tokens > MOST_NEW_TOKENS:
+            raise BloomdeskError(f"the number of new tokens must be at most {MOST_NEW_TOKENS:,}")
+        if max_new_tokens < sampling.min_new_tokens:
+            raise BloomdeskError(
+                f"min_new_tokens, {sampling.min_new_tokens}, is more than max_new_tokens, {max_new_tokens}",
+                "raise --max-new-tokens, or lower --min-new-tokens",
+            )
         if foreign := [i for i in sampling.logit_bias if not 0 <= i < vocab_size]:
             raise BloomdeskError(
                 f"the logit bias names token id {foreign[0]}, and the vocabulary has {vocab_size:,}"
