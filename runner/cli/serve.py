@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
 import signal
@@ -119,7 +120,13 @@ def _data(directory: Path | None) -> contextlib.AbstractContextManager[object]:
     """Holds the data directory, if there is one."""
     from runner.server.jobs.data import data_directory
 
-    return data_directory(directory) if directory else contextlib.nullcontext()
+    if directory is None:
+        return contextlib.nullcontext()
+    if importlib.util.find_spec("python_multipart") is None:
+        raise BloomdeskError(
+            "--data needs python-multipart, which is not installed", "pip install 'bloomdesk[serve]'"
+        )
+    return data_directory(directory)
 
 
 def _is_loopback(host: str) -> bool:

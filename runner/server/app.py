@@ -23,7 +23,7 @@ from starlette.routing import Route
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
 from runner.server import chat, completions
-from runner.server.admission import admit
+from runner.server.admission import admit, check_fits
 from runner.server.answers import Answer, SharedAnswers
 from runner.server.auth import Gate
 from runner.server.bodies import checked, key_of, read_object
@@ -35,11 +35,13 @@ from runner.server.logs import Log, WriteLine, log_of
 from runner.server.metrics import CONTENT_TYPE, Counted, Metrics
 from runner.server.openapi import Description, description
 from runner.server.orders import Order, model_named
+from runner.server.page_files import page_routes
 from runner.server.routing import on_any_error, on_api_error, on_http_error, reply
 from runner.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from runner.server.settings import Settings
 from runner.server.streams import Chunks, Document, EventStream
 from runner.server.tokens import detokenized, tokenized, tokenizer_info
+from runner.server.watch import watch
 
 OWNER = "bloomdesk"
 EVENTS = "text/event-stream"
@@ -74,7 +76,7 @@ def create_app(
     described = [*_routes(api), *routes_of(api.jobs)]
     document = description(described)
     routes = [route for route, _ in described]
-    routes.append(Route("/openapi.json", lambda _: reply(document)))
+    routes += [Route("/openapi.json", lambda _: reply(document)), *page_routes()]
     handlers = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_any_error}
     middleware = [
         Middleware(Counted, metrics=api.metrics),
@@ -106,6 +108,10 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
         Description("The text of token ids", DetokenizeBody),
     )
     yield Route("/tokenizer_info", api.tokenizer_info), Description("What the tokenizer's file says")
+    yield (
+        Route("/progress", watch(api.engine, api.settings)),
+        Description("The pass and the queue; with Accept: text/event-stream, as they change"),
+    )
     yield Route("/health", api.health), Description("Whether the model is there")
     yield Route("/metrics", api.metrics_text), Description("Numbers for Prometheus", None, ("text/plain",))
     yield Route("/version", api.version), Description("The version")
@@ -196,9 +202,10 @@ class Api:
 
     async def _answer(self, order: Order, key: bytes | None) -> Answer:
         """A new answer to an order; or the one that another client began meanwhile."""
-        await run_in_threadpool(admit, order, self.engine, self.settings.most_waiting)
+        await run_in_threadpool(check_fits, order, self.engine)
         if answer := key and self.answers.known(key):
             return answer
+        admit(order, self.engine, self.settings.most_waiting)
         try:
             return self.answers.begin(order, key)
         except BloomdeskError as error:

@@ -10,10 +10,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from runner.server.errors import ApiError
+from runner.server.page_files import PATHS
 from runner.server.routing import respond
 
-# Nothing secret is there, and whoever watches over the server has no key.
-OPEN_PATHS = frozenset({"/health"})
+# Nothing secret is there: whoever watches over the server has no key, and the page asks for one.
+OPEN_PATHS = frozenset({"/health", *PATHS})
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 

@@ -23,6 +23,8 @@ from runner.model.tokenizer import TextStream
 from runner.server.progress import PassWatch, Progress
 
 THREAD_NAME = "engine"
+# Bytes of RAM for connections, bodies, and answers that are kept.
+CLIENTS_NBYTES = 64 * 2**20
 # Weight of the newest pass in the mean of their seconds.
 NEWEST = 0.3
 
@@ -86,6 +88,16 @@ class Work:
     earlier: tuple[Restored, ...] = ()
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A request that is not done: whether it is in the pass, its `tokens` so far, and the most it may get."""
+
+    work: Work
+    is_active: bool
+    tokens: int
+    most_tokens: int
+
+
 @dataclass(eq=False)
 class _Task:
     """One request of a work in the batch, and how much of it was told."""
@@ -141,7 +153,7 @@ class Engine:
         self._open_model, self._options, self._clock = open_model, options, clock
         self._changed = threading.Condition()
         self._joining: list[Work] = []
-        self._leaving: list[Work] = []
+        self._leaving: set[Work] = set()
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
@@ -163,7 +175,7 @@ class Engine:
 
     @property
     def is_ready(self) -> bool:
-        return self.model is not None and not self._is_stopping
+        return self.model is not None and self.failure is None and not self._is_stopping
 
     @property
     def is_stopping(self) -> bool:
@@ -180,6 +192,30 @@ class Engine:
         with self._changed:
             joining = sum(not request.gives_way for work in self._joining for request in work.requests)
         return joining + (len(self._batch.waiting) if self._batch else 0)
+
+    def queue(self) -> list[Queued]:
+        """The requests that are not done, those of the pass first, then in the order in which they join."""
+        with self._changed:
+            joining = list(self._joining)
+        tasks = [task for tasks in list(self._tasks.values()) for task in list(tasks)]
+        active = set(self._batch.active) if self._batch else set()
+        found = [
+            Queued(
+                task.work,
+                task.sequence in active,
+                len(task.sequence.ids),
+                task.sequence.request.max_new_tokens,
+            )
+            for task in tasks
+        ]
+        known = {task.work for task in tasks}
+        found += [
+            Queued(work, False, 0, request.max_new_tokens)
+            for work in joining
+            if work not in known
+            for request in work.requests
+        ]
+        return sorted(found, key=lambda each: not each.is_active)
 
     def opened(self) -> Model:
         """The model. Raises `Unavailable` if it isn't there yet, or never will be, and `Stopped` at the end."""
@@ -209,11 +245,18 @@ class Engine:
             self._joining.append(work)
             self._changed.notify()
 
-    def cancel(self, work: Work) -> None:
-        """Forget the work before the next pass; its listener hears nothing more after that."""
+    def cancel(self, work: Work, on_forgotten: Callable[[], None] = lambda: None) -> None:
+        """Forget the work before the next pass; its listener hears nothing more after `on_forgotten`."""
         with self._changed:
-            self._leaving.append(work)
+            self._leaving.add(work)
             self._changed.notify()
+
+    def keep(self, work: Work) -> bool:
+        """Whether the work goes on, since `cancel` has not come into force yet, and does not any more."""
+        with self._changed:
+            is_there = work in self._leaving
+            self._leaving.discard(work)
+        return is_there
 
     def stop(self) -> None:
         """End after the pass that runs; whoever waits is told `Stopped`."""
@@ -232,24 +275,30 @@ class Engine:
             model = self._open_model()
             # Later, passes would take RAM at the same time, so that it couldn't be measured.
             model.grammars.prepare()
-            self._batch = model.live_batch(self._options, self._on_part, self._on_begin)
+            self._batch = model.live_batch(self._options, self._on_part, self._on_begin, CLIENTS_NBYTES)
             self.model = model
         except Exception as error:
             self.failure = _worded(error)
             return
-        while self._take():
-            began = self._clock()
-            try:
-                # What needs no pass may be all there is.
-                if any(self._counts()) or self._batch.giving_way:
-                    self._batch.step()
-            except Exception as error:
-                # As when the disk fails: the next request may find it well again.
-                why = _worded(error)
-                self._fail_all(PassFailed(why.message, why.hint))
-                continue
+        try:
+            while self._take():
+                self._make_pass()
+        except Exception as error:
+            self.failure = _worded(error)
+        self._fail_all(self.failure or Stopped())
+
+    def _make_pass(self) -> None:
+        began = self._clock()
+        try:
+            # What needs no pass may be all there is.
+            if any(self._counts()) or self._batch.giving_way:
+                self._batch.step()
+        except Exception as error:
+            # As when the disk fails: the next request may find it well again.
+            why = _worded(error)
+            self._fail_all(PassFailed(why.message, why.hint))
+        else:
             self._publish(self._clock() - began)
-        self._fail_all(Stopped())
 
     def _take(self) -> bool:
         """Whether there is a pass to make, after those who join and leave were taken; waits until there is."""
@@ -259,7 +308,7 @@ class Engine:
                     self.progress = Progress(self.progress.number)
                     self._changed.wait()
                 joining, self._joining = self._joining, []
-                leaving, self._leaving = set(self._leaving), []
+                leaving, self._leaving = self._leaving, set()
             for work in joining:
                 if work not in leaving:
                     self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]

@@ -91,7 +91,8 @@ class _Sender:
 
     async def _within(self, message: Mapping[str, Any]) -> None:
         try:
-            await asyncio.wait_for(self._send(message), self._patience)
+            async with asyncio.timeout(self._patience):
+                await self._send(message)
         except (TimeoutError, OSError):
             raise ClientGone from None
 
@@ -112,7 +113,7 @@ class EventStream(Delivery):
 
     async def _deliver(self, sender: _Sender) -> None:
         answer, seen = self._answer, 0
-        await sender.start(HTTPStatus.OK, STREAM_HEADERS)
+        await sender.start(HTTPStatus.OK, {**STREAM_HEADERS, "x-request-id": answer.order.id})
         await sender.body(self._comment())
         while True:
             await answer.wait(seen, self._settings.keep_alive)

@@ -80,7 +80,12 @@ class Exchange:
     """A request that is made by hand, so that its client can read slowly, or leave."""
 
     def __init__(
-        self, app: Starlette, path: str, document: object, headers: Mapping[str, str] | None = None
+        self,
+        app: Starlette,
+        path: str,
+        document: object,
+        headers: Mapping[str, str] | None = None,
+        method: str = "POST",
     ) -> None:
         self.messages: list[dict[str, Any]] = []
         # Seconds from the request to each message.
@@ -95,7 +100,7 @@ class Exchange:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),

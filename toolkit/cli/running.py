@@ -12,7 +12,7 @@ from runner.cli import plan as plan_command
 from runner.cli.constraint import read_constraint
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.score import ScoreOptions
+from runner.cli.score import DEFAULT_CONTEXT, DEFAULT_STRIDE, ScoreOptions
 from runner.cli.score import score as run_score
 from runner.cli.serve import ServeOptions
 from runner.cli.serve import serve as run_serve
@@ -161,11 +161,16 @@ def score(
         Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
     ] = None,
     context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
-    ] = ScoreOptions.context,
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens of a window of a long text.", show_default=str(DEFAULT_CONTEXT)
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+        typer.Option(
+            metavar="N", help="Tokens from one window to the next.", show_default=str(DEFAULT_STRIDE)
+        ),
     ] = None,
     ram: Ram = None,
     as_json: Json = False,

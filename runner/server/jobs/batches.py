@@ -93,8 +93,8 @@ class Batches:
 
     def all(self) -> list[Batch]:
         """The oldest first."""
-        with self._lock:
-            return sorted(self._batches.values(), key=lambda batch: (batch.created_at, batch.id))
+        # Replaced as a whole, so nobody waits for the disk.
+        return sorted(self._batches.values(), key=lambda batch: (batch.created_at, batch.id))
 
     def get(self, batch_id: str) -> Batch | None:
         return self._batches.get(batch_id)
@@ -160,7 +160,7 @@ class Batches:
 
     def _store(self, batch: Batch) -> None:
         write_record(self._directory / f"{batch.id}{RECORD}", asdict(batch))
-        self._batches[batch.id] = batch
+        self._batches = {**self._batches, batch.id: batch}
 
 
 def _usage(input_tokens: int, output_tokens: int) -> dict[str, Any]:

@@ -58,8 +58,8 @@ class Files:
 
     def all(self) -> list[StoredFile]:
         """The oldest first."""
-        with self._lock:
-            return sorted(self._files.values(), key=lambda file: (file.created_at, file.id))
+        # Replaced as a whole, so nobody waits for the lock.
+        return sorted(self._files.values(), key=lambda file: (file.created_at, file.id))
 
     def get(self, file_id: str) -> StoredFile | None:
         return self._files.get(file_id)
@@ -88,13 +88,13 @@ class Files:
         stored = StoredFile(file_id, filename, purpose, nbytes, sha256.hexdigest(), created_at)
         write_record(self._directory / f"{file_id}{RECORD}", asdict(stored))
         with self._lock:
-            self._files[file_id] = stored
+            self._files = {**self._files, file_id: stored}
         return stored
 
     def delete(self, file: StoredFile) -> None:
         (self._directory / f"{file.id}{RECORD}").unlink(missing_ok=True)
         with self._lock:
-            self._files.pop(file.id, None)
+            self._files = {name: other for name, other in self._files.items() if name != file.id}
         self.path(file).unlink(missing_ok=True)
         sync_directory(self._directory)
 

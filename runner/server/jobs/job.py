@@ -124,18 +124,22 @@ class Job:
         if not (failure or work.is_done):
             return
         del self._open[work.number]
-        if isinstance(failure, Stopped | PassFailed):
+        try:
+            self._pending.append(self._result(work, failure))
+        except Exception:
             self._earlier[work.number] = Earlier(prompt_digest(work.order), dict(enumerate(work.texts)))
             self._todo.appendleft(work.number)
+            raise
+
+    def _result(self, work: LineWork, failure: BloomdeskError | None) -> Record:
+        if isinstance(failure, Stopped | PassFailed):
             raise failure
         if failure:
             error = failed(failure)
-            result = {"line": work.number, "status": int(error.status), "body": error.document}
-        else:
-            document = FORMS[self.batch.order.endpoint].document
-            body = document(work.order, self._model, work.growths)
-            result = {"line": work.number, "status": 200, "body": body}
-        self._pending.append(result)
+            return {"line": work.number, "status": int(error.status), "body": error.document}
+        document = FORMS[self.batch.order.endpoint].document
+        body = document(work.order, self._model, work.growths)
+        return {"line": work.number, "status": 200, "body": body}
 
     def write(self) -> None:
         """Have what the engine gave on the disk. Raises `OSError` if that fails; then it is for the next time."""
@@ -180,10 +184,13 @@ class Job:
         if self._validation is None:
             path = self._input()
             self._validation = Validation(self.batch, path, self._settings, engine.check)
-        if not self._validation.go_on(model, LINES_A_STEP):
+        validation, self._validation = self._validation, None
+        is_done = validation.go_on(model, LINES_A_STEP)
+        if not is_done:
+            # One that was interrupted has lost its place.
+            self._validation = validation
             return
-        total, errors = self._validation.total, self._validation.errors
-        self._validation = None
+        total, errors = validation.total, validation.errors
         if errors:
             self.batch = self._batches.to(
                 self.batch, status.FAILED, {status.VALIDATING}, total=total, errors=errors
@@ -207,8 +214,12 @@ class Job:
         self._lines = {line.number: line for line in lines}
         self._results, self._earlier = {}, {}
         journal = Journal(self._batches.journal(self.batch))
-        for place, record in journal.records():
-            self._remember(place, record)
+        try:
+            for place, record in journal.records():
+                self._remember(place, record)
+        except BaseException:
+            journal.close()
+            raise
         self._todo = deque(number for number in self._lines if number not in self._results)
         self._path, self._journal = path, journal
 

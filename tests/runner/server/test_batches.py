@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openai import APIStatusError, OpenAI
 from starlette.testclient import TestClient
 
@@ -15,6 +17,7 @@ from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from runner.server.chat_template import ChatTemplate
 from runner.server.settings import Settings
+from scripts.torture.bodies import bodies
 from tests.support.jobs import CHATS, COMPLETIONS, begin, ended, line, new_data, openai_of, results
 from tests.support.serving import client_of
 
@@ -24,9 +27,9 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 @pytest.fixture(scope="module")
 def client(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    settings = Settings(chat_template=ChatTemplate(TEMPLATE, {}, "test"), most_lines=150)
+    bounds = Settings(chat_template=ChatTemplate(TEMPLATE, {}, "test"), most_lines=150)
     data = new_data(tmp_path_factory.mktemp("server") / "data")
-    with client_of(model, settings, GenerationOptions(batch=4), data=data) as client:
+    with client_of(model, bounds, GenerationOptions(batch=4), data=data) as client:
         yield client
 
 
@@ -229,3 +232,29 @@ def test_without_a_data_directory_there_are_no_jobs(model: Model) -> None:
         for path in ("/v1/files", "/v1/batches", "/v1/batches/batch_1"):
             response = client.get(path)
             assert response.status_code == 404 and "--data" in json.loads(response.text)["error"]["message"]
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+@given(st.data())
+@pytest.mark.parametrize("endpoint", [COMPLETIONS, CHATS])
+def test_whatever_a_file_holds_its_batch_comes_to_an_end(
+    openai: OpenAI, endpoint: str, data: st.DataObject
+) -> None:
+    made = data.draw(st.lists(bodies(endpoint), min_size=1, max_size=4))
+    lines = [
+        b'{"custom_id": "%d", "method": "POST", "url": "%s", "body": %s}' % (number, endpoint.encode(), body)
+        for number, body in enumerate(made)
+    ]
+    if data.draw(st.integers(0, 9)) == 3:
+        lines.insert(data.draw(st.integers(0, len(lines))), data.draw(st.binary(max_size=40)))
+    file = openai.files.create(file=("in.jsonl", b"\n".join(lines)), purpose="batch")
+    batch = openai.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h")
+    batch = ended(openai, batch)
+    counts = batch.request_counts
+    if batch.status == "failed":
+        assert all(error.message for error in batch.errors.data)
+    else:
+        assert (batch.status, counts.completed + counts.failed) == ("completed", counts.total)
