@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -170,13 +170,19 @@ class Model(ModelRunner):
         options: GenerationOptions,
         on_part: OnPart | None = None,
         on_begin: Callable[[], None] | None = None,
+        reserved: int = 0,
     ) -> LiveBatch:
         """A batch without requests, which come and go; up to `options.batch` at a time.
 
-        `on_begin` is called before each pass. Raises `BloomdeskError` for an unsuitable draft, or too little RAM.
+        `on_begin` is called before each pass, and `reserved` bytes of RAM are for other things of the process. Raises
+        `BloomdeskError` for an unsuitable draft, or too little RAM.
         """
         proposer = self._proposer(options)
-        base = lambda: self.memory_request([1], 0)  # noqa: E731
+
+        def base() -> MemoryRequest:
+            found = self.memory_request([1], 0)
+            return replace(found, process=found.process + reserved)
+
         return LiveBatch(self, base, proposer, options.batch, on_part, on_begin)
 
     def _proposer(self, options: GenerationOptions) -> Proposer:

@@ -13,13 +13,17 @@ from runner.server.orders import Order
 SOONEST, LATEST = 1, 3600
 
 
-def admit(order: Order, engine: Engine, most_waiting: int) -> None:
-    """Raise `ApiError` if one of the requests can never fit, or if too many wait already."""
+def check_fits(order: Order, engine: Engine) -> None:
+    """Raise `ApiError`, with the figures, if one of the requests can never fit."""
     try:
         # Of requests that differ in nothing else, the one with the most positions.
         engine.check(max(order.requests, key=lambda request: request.capacity))
     except BloomdeskError as error:
         raise explained(error, "max_tokens") from None
+
+
+def admit(order: Order, engine: Engine, most_waiting: int) -> None:
+    """Raise `ApiError` if too many wait already."""
     waiting, new = engine.waiting, len(order.requests)
     if new > most_waiting:
         raise ApiError(

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
 from runner.server import chat, completions
-from runner.server.admission import admit
+from runner.server.admission import admit, check_fits
 from runner.server.answers import Answer, SharedAnswers
 from runner.server.auth import Gate
 from runner.server.bodies import checked, key_of, read_object
@@ -202,9 +202,10 @@ class Api:
 
     async def _answer(self, order: Order, key: bytes | None) -> Answer:
         """A new answer to an order; or the one that another client began meanwhile."""
-        await run_in_threadpool(admit, order, self.engine, self.settings.most_waiting)
+        await run_in_threadpool(check_fits, order, self.engine)
         if answer := key and self.answers.known(key):
             return answer
+        admit(order, self.engine, self.settings.most_waiting)
         try:
             return self.answers.begin(order, key)
         except BloomdeskError as error:

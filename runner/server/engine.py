@@ -23,6 +23,8 @@ from runner.model.tokenizer import TextStream
 from runner.server.progress import PassWatch, Progress
 
 THREAD_NAME = "engine"
+# Bytes of RAM for connections, bodies, and answers that are kept.
+CLIENTS_NBYTES = 64 * 2**20
 # Weight of the newest pass in the mean of their seconds.
 NEWEST = 0.3
 
@@ -151,8 +153,7 @@ class Engine:
         self._open_model, self._options, self._clock = open_model, options, clock
         self._changed = threading.Condition()
         self._joining: list[Work] = []
-        # With whom to tell when they are forgotten.
-        self._leaving: dict[Work, Callable[[], None]] = {}
+        self._leaving: set[Work] = set()
         self._is_stopping = False
         self._batch: LiveBatch | None = None
         self._tasks: dict[Work, list[_Task]] = {}
@@ -174,7 +175,7 @@ class Engine:
 
     @property
     def is_ready(self) -> bool:
-        return self.model is not None and not self._is_stopping
+        return self.model is not None and self.failure is None and not self._is_stopping
 
     @property
     def is_stopping(self) -> bool:
@@ -247,13 +248,15 @@ class Engine:
     def cancel(self, work: Work, on_forgotten: Callable[[], None] = lambda: None) -> None:
         """Forget the work before the next pass; its listener hears nothing more after `on_forgotten`."""
         with self._changed:
-            self._leaving[work] = on_forgotten
+            self._leaving.add(work)
             self._changed.notify()
 
-    def recall(self, work: Work) -> bool:
-        """Undo `cancel`. False if the work is forgotten already."""
+    def keep(self, work: Work) -> bool:
+        """Whether the work goes on, since `cancel` has not come into force yet, and does not any more."""
         with self._changed:
-            return self._leaving.pop(work, None) is not None
+            is_there = work in self._leaving
+            self._leaving.discard(work)
+        return is_there
 
     def stop(self) -> None:
         """End after the pass that runs; whoever waits is told `Stopped`."""
@@ -272,24 +275,30 @@ class Engine:
             model = self._open_model()
             # Later, passes would take RAM at the same time, so that it couldn't be measured.
             model.grammars.prepare()
-            self._batch = model.live_batch(self._options, self._on_part, self._on_begin)
+            self._batch = model.live_batch(self._options, self._on_part, self._on_begin, CLIENTS_NBYTES)
             self.model = model
         except Exception as error:
             self.failure = _worded(error)
             return
-        while self._take():
-            began = self._clock()
-            try:
-                # What needs no pass may be all there is.
-                if any(self._counts()) or self._batch.giving_way:
-                    self._batch.step()
-            except Exception as error:
-                # As when the disk fails: the next request may find it well again.
-                why = _worded(error)
-                self._fail_all(PassFailed(why.message, why.hint))
-                continue
+        try:
+            while self._take():
+                self._make_pass()
+        except Exception as error:
+            self.failure = _worded(error)
+        self._fail_all(self.failure or Stopped())
+
+    def _make_pass(self) -> None:
+        began = self._clock()
+        try:
+            # What needs no pass may be all there is.
+            if any(self._counts()) or self._batch.giving_way:
+                self._batch.step()
+        except Exception as error:
+            # As when the disk fails: the next request may find it well again.
+            why = _worded(error)
+            self._fail_all(PassFailed(why.message, why.hint))
+        else:
             self._publish(self._clock() - began)
-        self._fail_all(Stopped())
 
     def _take(self) -> bool:
         """Whether there is a pass to make, after those who join and leave were taken; waits until there is."""
@@ -299,14 +308,13 @@ class Engine:
                     self.progress = Progress(self.progress.number)
                     self._changed.wait()
                 joining, self._joining = self._joining, []
-                leaving, self._leaving = self._leaving, {}
+                leaving, self._leaving = self._leaving, set()
             for work in joining:
                 if work not in leaving:
                     self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]
-            for work, tell in leaving.items():
+            for work in leaving:
                 for task in self._tasks.pop(work, ()):
                     self._batch.drop(task.sequence)
-                tell()
             if self._tasks:
                 break
         return not self._is_stopping

@@ -91,7 +91,8 @@ class _Sender:
 
     async def _within(self, message: Mapping[str, Any]) -> None:
         try:
-            await asyncio.wait_for(self._send(message), self._patience)
+            async with asyncio.timeout(self._patience):
+                await self._send(message)
         except (TimeoutError, OSError):
             raise ClientGone from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -24,29 +24,46 @@ INTERVAL = 0.2
 MOST_LISTED = 100
 
 
-def watch(engine: Engine, settings: Settings) -> Callable[[Request], Any]:
+def watch(engine: Engine, settings: Settings) -> Callable[[Request], Awaitable[Response]]:
     """The endpoint. A stream ends when the server does, so that it holds up no shutdown."""
+    looks = _Looks(engine, settings)
 
     async def answer(request: Request) -> Response:
         if request.method == "HEAD" or EVENTS not in request.headers.get("accept", ""):
             return reply(state_of(engine, settings))
-        return StreamingResponse(_states(engine, settings), headers=STREAM_HEADERS)
+        return StreamingResponse(_events(looks, settings.keep_alive), headers=STREAM_HEADERS)
 
     return answer
 
 
-async def _states(engine: Engine, settings: Settings) -> AsyncIterator[bytes]:
+class _Looks:
+    """One look at the engine in an `INTERVAL` for all who watch, however many."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self._settings = engine, settings
+        self._found, self._at = b"", float("-inf")
+
+    def event(self) -> bytes:
+        """The state as an event."""
+        now = time.monotonic()
+        if now - self._at > INTERVAL / 2 or self.engine.is_stopping:
+            self._found, self._at = event(state_of(self.engine, self._settings)), now
+        return self._found
+
+
+async def _events(looks: _Looks, keep_alive: float) -> AsyncIterator[bytes]:
     """What has changed, as soon as it is seen; a comment if nothing has for a while."""
-    told, told_at = None, time.monotonic()
+    told, told_at = b"", time.monotonic()
     while True:
-        state = state_of(engine, settings)
-        if state != told:
-            told, told_at = state, time.monotonic()
-            yield event(state)
-        elif time.monotonic() - told_at > settings.keep_alive:
-            told_at = time.monotonic()
+        is_last = looks.engine.is_stopping
+        found, now = looks.event(), time.monotonic()
+        if found != told:
+            told, told_at = found, now
+            yield found
+        elif now - told_at > keep_alive:
+            told_at = now
             yield b": nothing new\n\n"
-        if engine.is_stopping:
+        if is_last:
             return
         await asyncio.sleep(INTERVAL)
 

@@ -38,7 +38,7 @@ TOKENS = 13
 BLOCK = 41
 # Seconds after each of the 72 parts of a pass.
 PAUSE = 4.0 / 72
-WIDTH, HEIGHT, SCALE = 1200, 830, 1.5
+WIDTH, HEIGHT, SCALE = 1200, 850, 1.5
 QUALITY = 86
 # Bytes for caches, for reading ahead, and for some weights.
 SPARE = 3_500_000

@@ -24,18 +24,13 @@ export class Run {
   #now = new Continuation();
   #body = null;
   #abort = null;
+  // What stood here before a request that the server refuses.
+  #before = null;
   #onChange;
 
   constructor(onChange, kept = null) {
     this.#onChange = onChange;
-    if (!kept) return;
-    this.given = kept.given;
-    this.state = kept.state;
-    this.note = kept.note;
-    this.reason = kept.reason;
-    this.#settled = kept.settled;
-    this.#now = new Continuation(kept.now);
-    this.#body = kept.body;
+    if (kept) this.#restore({ ...kept, now: new Continuation(kept.now) });
   }
 
   get isRunning() {
@@ -64,12 +59,14 @@ export class Run {
   }
 
   generate(prompt, settings) {
+    this.#before = this.toJSON();
     this.given = prompt;
     this.#settled = [];
     return this.#begin(prompt, settings);
   }
 
   goOn(settings) {
+    this.#before = this.toJSON();
     this.#settled = this.pieces;
     return this.#begin(this.given + this.text, settings);
   }
@@ -112,7 +109,7 @@ export class Run {
         if (!this.#follows(body)) return;
         const again = error instanceof Interrupted || (error instanceof ServerError && error.mayPass);
         if (!again) {
-          this.#end("failed", error.message);
+          this.#fail(error);
           throw error;
         }
         await this.#wait(error, failures, body);
@@ -146,6 +143,7 @@ export class Run {
     });
     if (!this.#follows(body)) return;
     this.id = response.headers.get("x-request-id");
+    this.#before = null;
     this.#tell("");
     const coming = new Continuation();
     let reason = null;
@@ -167,6 +165,24 @@ export class Run {
       this.#onChange(this);
     }
     throw new Interrupted();
+  }
+
+  // A request that was refused leaves everything as it was.
+  #fail(error) {
+    if (this.#before && error instanceof ServerError && error.status < 500) {
+      this.#restore(this.#before);
+      this.#tell(this.note);
+    } else {
+      this.#end("failed", error.message);
+    }
+  }
+
+  #restore({ given, state, note, reason, settled, now, body }) {
+    Object.assign(this, { given, state, note, reason });
+    this.#settled = settled;
+    this.#now = now;
+    this.#body = body;
+    this.id = null;
   }
 
   #tell(note) {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from pathlib import Path
+
 import pytest
 from starlette.testclient import TestClient
 
+import runner
 from runner.generation.model import Model
-from runner.generation.options import Sampling
+from runner.generation.options import GenerationOptions, Sampling
 from runner.generation.scorer import Text
 from tests.support.prompts import tokens
-from tests.support.serving import comments, events
+from tests.support.serving import Exchange, client_of, comments, events, serving
 
 
 def complete(client: TestClient, **fields: object) -> dict:
@@ -57,6 +62,8 @@ def test_the_four_forms_of_a_prompt(client: TestClient, model: Model) -> None:
         assert [choice["index"] for choice in found["choices"]] == list(range(len(wanted)))
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"]}
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 SAMPLINGS = [
     {"temperature": 0.8, "seed": 4},
     {"temperature": 1.3, "seed": 5, "top_k": 20},
@@ -66,19 +73,68 @@ SAMPLINGS = [
     {"presence_penalty": 0.7, "frequency_penalty": 0.3},
     {"logit_bias": {"700": 8.0, "5": -3.5}},
     {"temperature": 1.0, "seed": 8, "presence_penalty": 1.5, "top_k": 50, "top_p": 0.9},
+    {"temperature": 1.0, "seed": 9, "stop": ["a", "e"]},
+    {"temperature": 1.0, "seed": 10, "min_tokens": 4, "ignore_eos": True},
+    {"temperature": 1.0, "seed": 11, "response_format": JSON_FORMAT},
 ]
+
+
+def sampling_of(fields: dict) -> dict:
+    """The fields as `generate` has them."""
+    wanted = {name: value for name, value in fields.items() if name != "response_format"}
+    if "logit_bias" in wanted:
+        wanted["logit_bias"] = {int(token): bias for token, bias in wanted["logit_bias"].items()}
+    if "stop" in wanted:
+        wanted["stop"] = tuple(wanted["stop"])
+    if "min_tokens" in wanted:
+        wanted["min_new_tokens"] = wanted.pop("min_tokens")
+    if "response_format" in fields:
+        wanted["json_schema"] = json.dumps(SCHEMA)
+    return wanted
 
 
 @pytest.mark.parametrize("fields", SAMPLINGS, ids=str)
 def test_each_way_of_drawing_gives_the_text_of_generate(
     client: TestClient, model: Model, fields: dict
 ) -> None:
-    wanted = dict(fields)
-    if "logit_bias" in wanted:
-        wanted["logit_bias"] = {int(token): bias for token, bias in wanted["logit_bias"].items()}
     found = complete(client, prompt="A text", max_tokens=12, **fields)
-    assert found["choices"][0]["text"] == generated(model, "A text", 12, **wanted)
+    assert found["choices"][0]["text"] == generated(model, "A text", 12, **sampling_of(fields))
     assert found.get("seed") == fields.get("seed")
+
+
+def test_all_ways_at_once_give_the_texts_of_generate(model: Model) -> None:
+    """They share passes, and join and leave at different ones."""
+    ways = [fields | {"max_tokens": 8 + 3 * place} for place, fields in enumerate(SAMPLINGS)]
+    expected = [
+        generated(model, "A text", 8 + 3 * place, **sampling_of(fields))
+        for place, fields in enumerate(SAMPLINGS)
+    ]
+
+    async def test() -> None:
+        async with serving(model) as (app, _):
+            asked = []
+            for way in ways:
+                asked.append(Exchange(app, "/v1/completions", {"prompt": "A text", "temperature": 0, **way}))
+                await asyncio.sleep(0.01)
+            for exchange, text in zip(asked, expected, strict=True):
+                assert (await exchange.document())["choices"][0]["text"] == text
+
+    asyncio.run(test())
+
+
+@pytest.mark.slow
+def test_a_draft_changes_no_text(miniature: tuple[Path, Path], draft: tuple[Path, Path]) -> None:
+    model = runner.load(miniature[1])
+    prompts = ["The SQL command to count the customers is:", "The Spanish translation of thank you is:"]
+    sampling = Sampling(temperature=0.7, seed=5)
+    expected = {
+        each.request.number: model.text(each)
+        for each in model.generate_all(prompts, max_new_tokens=12, sampling=sampling, speculate="off")
+    }
+    with client_of(runner.load(miniature[1]), options=GenerationOptions(draft=draft[1])) as client:
+        found = complete(client, prompt=prompts, max_tokens=12, temperature=0.7, seed=5)
+        assert client.engine._batch.proposer.draft is not None
+    assert [choice["text"] for choice in found["choices"]] == [expected[0], expected[1]]
 
 
 def test_continuations_are_those_of_generate_with_the_same_seed(client: TestClient, model: Model) -> None:

@@ -225,6 +225,22 @@ def test_an_error_stands_beside_its_field(at_desk: Desk, field: str, value: str)
     expect(error).to_have_text("")
 
 
+def test_a_request_that_is_refused_leaves_the_text_as_it_was(at_desk: Desk, text_of) -> None:
+    at_desk.generate(KNOWN, max_tokens=5)
+    at_desk.wait_for_end()
+    for button in ("#generate", "#go-on"):
+        at_desk.page.fill("#temperature", "-1")
+        at_desk.page.click(button)
+        expect(at_desk.page.locator("#temperature-error")).not_to_be_empty()
+        at_desk.wait_for_end()
+        assert at_desk.text == text_of(KNOWN, 5)
+    at_desk.page.fill("#temperature", "0")
+    at_desk.page.fill("#max_tokens", "2")
+    at_desk.page.click("#go-on")
+    at_desk.wait_for_end()
+    assert at_desk.text == text_of(KNOWN, 7)
+
+
 def test_an_empty_prompt_is_said_beside_it(at_desk: Desk) -> None:
     at_desk.generate("")
     expect(at_desk.page.locator("#prompt-error")).to_contain_text("prompt")

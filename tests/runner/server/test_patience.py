@@ -7,8 +7,10 @@ import json
 from collections.abc import Awaitable, Callable
 
 import pytest
+from starlette.applications import Starlette
 
 from runner.generation.model import Model
+from runner.server.engine import Engine
 from runner.server.settings import Settings
 from tests.support.serving import Exchange, GatedModel, comments, events, serving, soon
 
@@ -161,6 +163,60 @@ def test_a_client_that_comes_again_finds_its_work_going_on(
     run(test)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"stream": True},
+        {"temperature": 1.2, "seed": 3, "n": 3, "logprobs": 2, "echo": True},
+        {"stop": ["zzz", "a"], "temperature": 1.5, "seed": 4, "max_tokens": 12},
+    ],
+    ids=str,
+)
+def test_a_client_that_gives_up_again_and_again_gets_there(
+    gated: GatedModel, model: Model, more: dict
+) -> None:
+    """Its tokens are kept, and only they and the prompt are read again."""
+    body = BODY | more
+
+    async def test() -> None:
+        async with serving(model, Settings(first_byte=30)) as (app, _):
+            whole = Exchange(app, PATH, body)
+            await whole.task
+
+        async def attempt(app: Starlette, engine: Engine) -> Exchange | None:
+            """What came, if all came before the client gave up, after a pass."""
+            exchange, passes = Exchange(app, PATH, body), len(gated.begun)
+            await soon(lambda: exchange.task.done() or len(gated.begun) > passes)
+            gated.let(1)
+            await soon(lambda: exchange.task.done() or len(gated.begun) > passes + 1)
+            if exchange.task.done():
+                return exchange
+            exchange.leave()
+            await exchange.task
+            # The pass that runs still counts; then its rows are gone.
+            gated.let(1)
+            await soon(lambda: not engine.queue())
+            return None
+
+        async with serving(gated, QUICK) as (app, engine):
+            tries = 1
+            while not (found := await attempt(app, engine)):
+                tries += 1
+                assert tries < 12
+            assert tries > 1
+            assert choices_of(found.text, body) == choices_of(whole.text, body)
+
+    run(test)
+
+
+def choices_of(text: str, body: dict) -> object:
+    if not body.get("stream"):
+        return json.loads(text)["choices"]
+    chunks = events(text)[:-1]
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks), chunks[-1]["choices"][0]["finish_reason"]
+
+
 def test_a_connection_that_breaks_loses_nothing_if_the_request_comes_again_in_the_same_pass(
     gated: GatedModel, model: Model
 ) -> None:
@@ -184,9 +240,7 @@ def test_a_connection_that_breaks_loses_nothing_if_the_request_comes_again_in_th
     run(test)
 
 
-def test_a_request_that_comes_again_after_its_work_was_forgotten_begins_anew(
-    gated: GatedModel, model: Model
-) -> None:
+def test_a_request_that_comes_again_after_that_goes_on(gated: GatedModel, model: Model) -> None:
     async def test() -> None:
         async with serving(gated, QUICK) as (app, engine):
             first = Exchange(app, PATH, BODY)
