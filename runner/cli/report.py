@@ -50,6 +50,7 @@ def rates_row(rates: Rates) -> Row:
     """What disk, memory and processor give."""
     words = (
         f"disk {rate(rates.disk)}, memory {rate(rates.memory)}, lossless {rate(rates.decoded)}, "
+        f"int8 {rate(rates.int8)}, int4 {rate(rates.int4)}, "
         f"{number(rates.compute / 1e9)} billion multiply-adds/s"
     )
     return Row("rates", words, {"rates": asdict(rates)})

@@ -12,7 +12,7 @@ from runner.model.activations import activation_bytes
 from runner.model.kv_cache import JoinedValues, KVCache, whole_lanes
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
-from runner.weights.ring import buffer_bytes
+from runner.weights.chunks import buffer_bytes
 
 # Fraction of what the machine can spare that a run takes by default; the rest keeps the machine usable.
 DEFAULT_SHARE = 0.9

@@ -499,9 +499,304 @@ EXPORT void encode_rows(const uint8_t *rows, int64_t count, int64_t columns, uin
 }
 
 
-// ---------------------------------------------------------------------------------------------- products (matmul.py)
+// ------------------------------------------------------------------------------- weights in fewer bits (quantised.py)
 
 enum kind { BFLOAT16, FLOAT16, FLOAT32, CODED };
+// How a matrix is stored in fewer bits, as runner/format/quantised.py numbers it; docs/format.md has the layouts.
+enum coding { UNCODED, INT8, INT4, INT5 };
+// Columns of a group, those of a row that share the bytes of one entry of scales, and the values of such an entry.
+enum { INT8_GROUP = 64, INT4_GROUP = 32, SUPER_GROUP = 256, GROUPS = SUPER_GROUP / INT4_GROUP, SCALE_BYTES = 16, TOP_SCALE = 63 };
+enum { QUARTER = 16, FOLDED = 8 };
+
+typedef VECTOR(float, QUARTER) values_16;
+typedef VECTOR(int32_t, QUARTER) integers_16;
+typedef VECTOR(uint32_t, QUARTER) bits_16;
+typedef VECTOR(uint16_t, QUARTER) halves_16;
+typedef VECTOR(int8_t, QUARTER) signed_16;
+typedef VECTOR(uint8_t, QUARTER) bytes_16;
+typedef VECTOR(_Float16, QUARTER) float16_16;
+typedef VECTOR(float, FOLDED) values_8;
+
+INLINE int64_t group_columns(enum coding coding) { return coding == INT8 ? INT8_GROUP : INT4_GROUP; }
+// Bytes of a group's integers.
+INLINE int64_t group_bytes(enum coding coding) { return coding == INT8 ? 64 : coding == INT4 ? 16 : 20; }
+INLINE int64_t groups_of(enum coding coding, int64_t columns) {
+    return rounded_up(columns, group_columns(coding)) / group_columns(coding);
+}
+// Bytes of a row of integers, and of a row of scales.
+INLINE int64_t data_bytes(enum coding coding, int64_t columns) { return groups_of(coding, columns) * group_bytes(coding); }
+INLINE int64_t scale_bytes(enum coding coding, int64_t columns) {
+    return coding == INT8 ? 2 * groups_of(coding, columns) : rounded_up(columns, SUPER_GROUP) / SUPER_GROUP * SCALE_BYTES;
+}
+INLINE int64_t size_of(enum kind kind) { return kind == FLOAT32 ? 4 : 2; }
+
+INLINE float bfloat16_at(const uint8_t *place) {
+    uint16_t half;
+    memcpy(&half, place, sizeof half);
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Round 16 values to their dtype, ties to even, and store them.
+INLINE void store_16(enum kind kind, values_16 values, uint8_t *out) {
+    if (kind == FLOAT32) {
+        *(values_16 *)out = values;
+    } else if (kind == FLOAT16) {
+        *(float16_16 *)out = __builtin_convertvector(values, float16_16);
+    } else {
+        bits_16 bits = (bits_16)values;
+        *(halves_16 *)out = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves_16);
+    }
+}
+
+// Six bits of a super-group's scales or minimums.
+INLINE uint64_t sixes_at(const uint8_t *place) {
+    uint64_t sixes = 0;
+    memcpy(&sixes, place, 6);
+    return sixes;
+}
+
+INLINE void decode_int8(enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns, uint8_t *out) {
+    for (int64_t k = 0; k < columns; k += INT8_GROUP, scales += 2) {
+        float scale = bfloat16_at(scales);
+        UNROLLED for (int part = 0; part < INT8_GROUP; part += QUARTER) {
+            signed_16 some = *(const signed_16 *)(data + k + part);
+            store_16(kind, __builtin_convertvector(some, values_16) * scale, out + (k + part) * size_of(kind));
+        }
+    }
+}
+
+INLINE void decode_int45(enum coding coding, enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns,
+                         uint8_t *out) {
+    const integers_16 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t k = 0; k < columns; k += SUPER_GROUP, scales += SCALE_BYTES) {
+        float scale_unit = bfloat16_at(scales), least_unit = bfloat16_at(scales + 2);
+        uint64_t sixes = sixes_at(scales + 4), least_sixes = sixes_at(scales + 10);
+        int64_t end = least(columns, k + SUPER_GROUP);
+        for (int64_t c = k; c < end; c += INT4_GROUP, data += group_bytes(coding), sixes >>= 6, least_sixes >>= 6) {
+            float scale = scale_unit * (float)(sixes & TOP_SCALE), least_value = least_unit * (float)(least_sixes & TOP_SCALE);
+            bytes_16 packed = *(const bytes_16 *)data;
+            integers_16 low = __builtin_convertvector(packed & 15, integers_16);
+            integers_16 high = __builtin_convertvector(packed >> 4, integers_16);
+            if (coding == INT5) {
+                uint32_t fifths;
+                memcpy(&fifths, data + QUARTER, sizeof fifths);
+                low |= ((integers_16){0} + (int32_t)(fifths & 0xffff)) >> places << 4 & 16;
+                high |= ((integers_16){0} + (int32_t)(fifths >> 16)) >> places << 4 & 16;
+            }
+            store_16(kind, __builtin_convertvector(low, values_16) * scale - least_value, out + c * size_of(kind));
+            store_16(kind, __builtin_convertvector(high, values_16) * scale - least_value, out + (c + QUARTER) * size_of(kind));
+        }
+    }
+}
+
+// Decode `rows` rows of up to a panel's columns, which begin at a multiple of them, into rows of whole groups, which
+// follow each other in `out`.
+#define FOR_CODINGS(kind)                                                                   \
+    switch (coding) {                                                                       \
+    case INT8: decode_int8(kind, data, scales, columns, out); break;                        \
+    case INT4: decode_int45(INT4, kind, data, scales, columns, out); break;                 \
+    default: decode_int45(INT5, kind, data, scales, columns, out); break;                   \
+    }
+static void decode_quantised_panel(enum coding coding, enum kind kind, const uint8_t *data, int64_t data_stride,
+                                   const uint8_t *scales, int64_t scale_stride, int64_t rows, int64_t columns, uint8_t *out) {
+    int64_t whole = groups_of(coding, columns) * group_columns(coding);
+    for (int64_t row = 0; row < rows; row++, data += data_stride, scales += scale_stride, out += whole * size_of(kind)) {
+        switch (kind) {
+        case FLOAT32: FOR_CODINGS(FLOAT32); break;
+        case FLOAT16: FOR_CODINGS(FLOAT16); break;
+        default: FOR_CODINGS(BFLOAT16); break;
+        }
+    }
+}
+
+EXPORT void decode_quantised(int64_t coding, int64_t kind, const uint8_t *data, const uint8_t *scales, int64_t rows,
+                             int64_t columns, uint8_t *out, uint8_t *scratch) {
+    int64_t size = size_of(kind), data_stride = data_bytes(coding, columns), scale_stride = scale_bytes(coding, columns);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < columns; k += PANEL_COLUMNS) {
+            int64_t width = least(PANEL_COLUMNS, columns - k);
+            decode_quantised_panel(coding, kind, data + row * data_stride + data_bytes(coding, k), 0,
+                                   scales + row * scale_stride + scale_bytes(coding, k), 0, 1, width, scratch);
+            memcpy(out + (row * columns + k) * size, scratch, width * size);
+        }
+}
+
+INLINE values_8 values_of(const float *values) { return *(const values_8 *)values; }
+// The sum of the lanes: the upper half is added to the lower half until one lane is left.
+INLINE float folded_8(values_8 v) {
+    VECTOR(float, 4) fours = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    VECTOR(float, 4) twos = fours + __builtin_shufflevector(fours, fours, 2, 3, 0, 1);
+    return twos[0] + twos[1];
+}
+// The nearest integers from `low` to `top`, ties to even.
+INLINE values_8 nearest(values_8 v, float low, float top) {
+    v = __builtin_elementwise_min(__builtin_elementwise_max(v, (values_8){0} + low), (values_8){0} + top);
+    return (v + 12582912.0f) - 12582912.0f;
+}
+INLINE float nearest_one(float value, float top) { return nearest((values_8){0} + value, 0, top)[0]; }
+
+// The upper half of a float's bits, rounded to the nearest or, if that is asked for, away from zero.
+INLINE uint16_t bfloat16_of(float value, int away) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + (away ? 0xffff : 0x7fff + (bits >> 16 & 1))) >> 16);
+}
+
+// Below this a range of weights counts as none.
+static const float LEAST_RANGE = 1e-30f;
+// Scales that are tried for a group of 4 or 5 bits: so many, from one level less than the plain one on.
+enum { SEARCHED = 11 };
+static const float SEARCH_STEP = 0.2f;
+
+static int encode_int8(const float *weights, uint8_t *data, uint8_t *scales) {
+    float most = 0;
+    for (int i = 0; i < INT8_GROUP; i++) {
+        float size = __builtin_fabsf(weights[i]);
+        if (size > most) most = size;
+    }
+    uint16_t stored = most < LEAST_RANGE ? 0 : bfloat16_of(most / 127, 1);
+    memcpy(scales, &stored, sizeof stored);
+    float scale = bfloat16_at(scales);
+    for (int i = 0; i < INT8_GROUP; i += FOLDED) {
+        values_8 q = stored ? nearest(values_of(weights + i) / scale, -127, 127) : (values_8){0};
+        for (int lane = 0; lane < FOLDED; lane++) data[i + lane] = (uint8_t)(int8_t)q[lane];
+    }
+    return 1;
+}
+
+// What a group of weights becomes: integers times `scale`, minus `least_value`.
+struct line {
+    float scale, least_value;
+};
+
+// Of the lines that least squares give for the integers of some scales around the plain one, that of the least error.
+// `count` of the weights are there; unless that is all, the others are zero and so is their `mask`.
+INLINE struct line best_line(const float *weights, const float *mask, int count, float top) {
+    enum { EIGHTS = INT4_GROUP / FOLDED };
+    const int is_full = count == INT4_GROUP;
+    values_8 v[EIGHTS], there[EIGHTS], low, high, sum = {0};
+    UNROLLED for (int i = 0; i < EIGHTS; i++) {
+        v[i] = values_of(weights + FOLDED * i);
+        there[i] = is_full ? (values_8){0} + 1 : values_of(mask + FOLDED * i);
+        values_8 some = is_full ? v[i] : v[i] + (1 - there[i]) * weights[0];
+        low = i ? __builtin_elementwise_min(some, low) : some;
+        high = i ? __builtin_elementwise_max(some, high) : some;
+        sum += v[i];
+    }
+    float least_one = 0, most = high[0], total = folded_8(sum), n = (float)count;
+    for (int lane = 0; lane < FOLDED; lane++) {
+        if (low[lane] < least_one) least_one = low[lane];
+        if (high[lane] > most) most = high[lane];
+    }
+    float range = most - least_one;
+    if (!(range >= LEAST_RANGE)) return (struct line){0, 0 - least_one};
+    struct line best = {range / top, 0 - least_one};
+    float best_error = __builtin_inff();
+    for (int step = 0; step < SEARCHED; step++) {
+        float inverse = (top - 1 + (float)step * SEARCH_STEP) / range;
+        values_8 q[EIGHTS], ones = {0}, squares = {0}, products = {0}, errors = {0};
+        UNROLLED for (int i = 0; i < EIGHTS; i++) {
+            q[i] = nearest((v[i] - least_one) * inverse, 0, top);
+            if (!is_full) q[i] *= there[i];
+            ones += q[i];
+            squares += q[i] * q[i];
+            products += q[i] * v[i];
+        }
+        float one = folded_8(ones), square = folded_8(squares), product = folded_8(products);
+        float determinant = n * square - one * one;
+        if (!(determinant > 0)) continue;
+        float scale = (n * product - total * one) / determinant, least_value = (one * product - square * total) / determinant;
+        if (least_value < 0) {
+            least_value = 0;
+            scale = product / square;
+        }
+        UNROLLED for (int i = 0; i < EIGHTS; i++) {
+            values_8 off = q[i] * scale - least_value - v[i];
+            if (!is_full) off *= there[i];
+            errors += off * off;
+        }
+        float error = folded_8(errors);
+        if (scale >= 0 && error < best_error) {
+            best_error = error;
+            best = (struct line){scale, least_value};
+        }
+    }
+    return best;
+}
+
+// A super-group, of which `count` weights are there and the others are zero.
+static int encode_int45(enum coding coding, const float *weights, int count, uint8_t *data, uint8_t *scales) {
+    const float top = coding == INT4 ? 15 : 31;
+    struct line lines[GROUPS] = {{0}};
+    float mask[SUPER_GROUP], most = 0, most_least = 0;
+    int groups = (count + INT4_GROUP - 1) / INT4_GROUP;
+    for (int i = 0; i < SUPER_GROUP; i++) mask[i] = i < count;
+    for (int g = 0; g < groups; g++) {
+        int own = (int)least(INT4_GROUP, count - g * INT4_GROUP);
+        const float *first = weights + g * INT4_GROUP, *there = mask + g * INT4_GROUP;
+        lines[g] = own == INT4_GROUP ? best_line(first, there, INT4_GROUP, top) : best_line(first, there, own, top);
+        if (lines[g].scale > most) most = lines[g].scale;
+        if (lines[g].least_value > most_least) most_least = lines[g].least_value;
+    }
+    uint16_t units[2] = {bfloat16_of(most / TOP_SCALE, 0), bfloat16_of(most_least / TOP_SCALE, 0)};
+    memcpy(scales, units, sizeof units);
+    float scale_unit = bfloat16_at(scales), least_unit = bfloat16_at(scales + 2);
+    if (!(scale_unit * TOP_SCALE <= __FLT_MAX__ && least_unit * TOP_SCALE <= __FLT_MAX__)) return 0;
+    uint64_t sixes[2] = {0};
+    for (int g = 0; g < groups; g++, data += group_bytes(coding)) {
+        float six = scale_unit > 0 ? nearest_one(lines[g].scale / scale_unit, TOP_SCALE) : 0;
+        float least_six = least_unit > 0 ? nearest_one(lines[g].least_value / least_unit, TOP_SCALE) : 0;
+        sixes[0] |= (uint64_t)six << 6 * g;
+        sixes[1] |= (uint64_t)least_six << 6 * g;
+        float scale = scale_unit * six, least_value = least_unit * least_six;
+        uint8_t q[INT4_GROUP] = {0};
+        for (int i = 0; i < INT4_GROUP && scale > 0; i += FOLDED) {
+            int place = g * INT4_GROUP + i;
+            values_8 found = nearest((values_of(weights + place) + least_value) / scale, 0, top) * values_of(mask + place);
+            for (int lane = 0; lane < FOLDED; lane++) q[i + lane] = (uint8_t)found[lane];
+        }
+        uint32_t fifths = 0;
+        for (int i = 0; i < QUARTER; i++) data[i] = (uint8_t)((q[i] & 15) | q[i + QUARTER] << 4);
+        for (int i = 0; i < INT4_GROUP; i++) fifths |= (uint32_t)(q[i] >> 4) << i;
+        if (coding == INT5) memcpy(data + QUARTER, &fifths, sizeof fifths);
+    }
+    memcpy(scales + 4, &sixes[0], 6);
+    memcpy(scales + 10, &sixes[1], 6);
+    return 1;
+}
+
+INLINE float load_weight(enum kind kind, const uint8_t *weight);
+
+// Encode rows of weights of one dtype: 0, or 1 if some of them are infinite, not numbers, or too large.
+EXPORT int64_t encode_quantised(int64_t coding, int64_t kind, const uint8_t *rows, int64_t count, int64_t columns,
+                                uint8_t *data, uint8_t *scales) {
+    int64_t step = coding == INT8 ? INT8_GROUP : SUPER_GROUP;
+    // What they decode to may be a little larger, and is to be finite, too.
+    const float limit = kind == FLOAT16 ? 3e4f : 1e38f;
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t k = 0; k < columns; k += step) {
+            float weights[SUPER_GROUP] = {0};
+            int own = (int)least(step, columns - k), is_sound = 1;
+            for (int i = 0; i < own; i++) {
+                weights[i] = load_weight(kind, rows + ((row * columns) + k + i) * size_of(kind));
+                is_sound &= __builtin_fabsf(weights[i]) <= limit;
+            }
+            if (!is_sound) return 1;
+            uint8_t *integers = data + row * data_bytes(coding, columns) + data_bytes(coding, k);
+            uint8_t *own_scales = scales + row * scale_bytes(coding, columns) + scale_bytes(coding, k);
+            if (coding == INT8 ? !encode_int8(weights, integers, own_scales)
+                               : !encode_int45(coding, weights, own, integers, own_scales))
+                return 1;
+        }
+    return 0;
+}
+
+
+// ---------------------------------------------------------------------------------------------- products (matmul.py)
+
 // Partial sums of an output, and columns that they sum at a time.
 enum { LANES = 8, COLUMN_CHUNK = PANEL_COLUMNS };
 // Rows of x that are multiplied with a group of outputs before the next group.
@@ -743,13 +1038,15 @@ static void multiply_rows(enum kind kind, int64_t rows, struct matrix weight, in
 }
 
 // x [T, K] times weights [N, K], added to out [T, N], on one thread. With `offsets`, where their row groups begin, the
-// weights are coded. Whether these are sound.
-static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_t *offsets, struct matrix x,
-                              struct matrix out, int64_t T, int64_t N, int64_t K, uint8_t *scratch) {
+// weights are coded losslessly; with a `coding` they are in fewer bits, and `scales` belong to them. Whether these are
+// sound.
+static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_t *offsets, enum coding coding,
+                              struct matrix scales, struct matrix x, struct matrix out, int64_t T, int64_t N, int64_t K,
+                              uint8_t *scratch) {
     const int64_t size = kind == FLOAT32 ? 4 : 2;
     // The processor fetches long rows well enough by itself, and decoded ones are in the cache.
     const uint8_t *all_end = offsets ? weight.data + offsets[rounded_up(N, ROW_GROUP_ROWS) / ROW_GROUP_ROWS] : 0;
-    enum tile_sort sort = offsets || K > COLUMN_CHUNK ? WHOLE : FETCHING;
+    enum tile_sort sort = offsets || coding || K > COLUMN_CHUNK ? WHOLE : FETCHING;
     for (int64_t first = 0; first < T; first += ROWS_IN_CACHE) {
         int64_t rows = least(ROWS_IN_CACHE, T - first);
         for (int64_t start = 0; start < N; start += OUTPUTS_IN_CACHE) {
@@ -769,6 +1066,11 @@ static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_
                     panel += taken;
                     ahead = (struct ahead){panel, least_pointer(panel + taken, all_end)};
                     here = (struct matrix){scratch, columns * size};
+                } else if (coding) {
+                    decode_quantised_panel(coding, kind, weight.data + start * weight.stride + data_bytes(coding, k),
+                                           weight.stride, scales.data + start * scales.stride + scale_bytes(coding, k),
+                                           scales.stride, outputs, columns, scratch);
+                    here = (struct matrix){scratch, groups_of(coding, columns) * group_columns(coding) * size};
                 }
                 struct matrix some = {x.data + first * x.stride + k * sizeof(float), x.stride};
                 struct matrix there = {out.data + first * out.stride + start * sizeof(float), out.stride};
@@ -1065,7 +1367,8 @@ EXPORT void store(struct task *task, uint8_t *scratch) {
 // --------------------------------------------------------------------------------------------- the task of a product
 
 // B products at once, as arguments of a task. Strides are in elements, over b and over rows. Of coded weights, B is 1 and
-// the second stride is the address of their offsets. A thread takes `share` outputs at a time.
+// the second stride is the address of their offsets, or of the scales of weights in fewer bits, whose coding stands above
+// the two bits of their kind. A thread takes `share` outputs at a time.
 struct product {
     int64_t kind;
     uint8_t *weight;
@@ -1081,14 +1384,19 @@ EXPORT int64_t scratch_bytes_of_decoder(void) { return DECODER_SCRATCH; }
 EXPORT void multiply(struct task *task, uint8_t *scratch) {
     struct product p;
     memcpy(&p, task->arguments, sizeof p);
+    enum coding coding = (enum coding)(p.kind >> 2);
     int is_coded = p.kind == CODED;
-    enum kind kind = is_coded ? BFLOAT16 : (enum kind)p.kind;
+    enum kind kind = is_coded ? BFLOAT16 : (enum kind)(p.kind & 3);
     const int64_t size = kind == FLOAT32 ? 4 : 2, shares = (p.N + p.share - 1) / p.share;
     for (int64_t mine; (mine = atomic_fetch_add(&task->share, 1)) < p.B * shares;) {
         int64_t b = mine / shares, n = mine % shares * p.share;
         const int64_t *offsets = 0;
-        struct matrix weight = {p.weight, 0};
-        if (is_coded)
+        struct matrix weight = {p.weight, 0}, scales = {0, 0};
+        if (coding) {
+            weight = (struct matrix){p.weight + n * data_bytes(coding, p.K), data_bytes(coding, p.K)};
+            scales.stride = scale_bytes(coding, p.K);
+            scales.data = (uint8_t *)(intptr_t)p.weight_stride + n * scales.stride;
+        } else if (is_coded)
             offsets = (const int64_t *)(intptr_t)p.weight_stride + n / ROW_GROUP_ROWS;
         else
             weight = (struct matrix){p.weight + (b * p.weight_step + n * p.weight_stride) * size, p.weight_stride * size};
@@ -1096,7 +1404,7 @@ EXPORT void multiply(struct task *task, uint8_t *scratch) {
         struct matrix out = {p.out + (b * p.out_step + n) * 4, p.out_stride * 4};
         int64_t outputs = least(p.share, p.N - n);
         if (p.finish.begins) begin_sums(&p.finish, out, p.T, n, outputs);
-        if (!multiply_on_thread(kind, weight, offsets, x, out, p.T, outputs, p.K, scratch))
+        if (!multiply_on_thread(kind, weight, offsets, coding, scales, x, out, p.T, outputs, p.K, scratch))
             atomic_store(&task->failed, 1);
         if (p.finish.rounds) finish_rows(&p.finish, out, p.T, n, outputs);
     }

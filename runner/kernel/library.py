@@ -31,6 +31,8 @@ FUNCTIONS = {
     "store": (None, _ADDRESS, _ADDRESS),
     "decode_rows": (_NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
     "encode_rows": (None, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS),
+    "encode_quantised": (_NUMBER, _NUMBER, _NUMBER, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
+    "decode_quantised": (None, *[_NUMBER] * 2, *[_ADDRESS] * 2, *[_NUMBER] * 2, *[_ADDRESS] * 2),
     "scratch_bytes_of_decoder": (_NUMBER,),
     "scratch_bytes_of_encoder": (_NUMBER,),
 }

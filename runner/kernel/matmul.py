@@ -24,6 +24,7 @@ from itertools import pairwise
 import torch
 
 from runner.format.coded import PANEL_COLUMNS, ROW_GROUP_ROWS, row_group_count
+from runner.format.quantised import Coding
 from runner.kernel.library import load_kernel
 from runner.kernel.threads import Workers
 
@@ -33,6 +34,8 @@ COLUMN_CHUNK, ROWS_IN_CACHE, OUTPUTS_IN_CACHE = PANEL_COLUMNS, 64, ROW_GROUP_ROW
 # The names of weights in kernel.c.
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _CODED = 3
+# What its number is multiplied with if weights are in fewer bits.
+_CODINGS = 4
 
 SHARES_A_THREAD = 8
 # Multiplications; fewer are done before another thread has begun.
@@ -121,6 +124,25 @@ class Kernel:
         weight = (coded.data_ptr(), 0, offsets.data_ptr())
         if self._run(_CODED, weight, x, out, finish):
             raise ValueError("the coded weights are damaged")
+
+    def accumulate_quantised(
+        self,
+        x: torch.Tensor,
+        data: torch.Tensor,
+        scales: torch.Tensor,
+        coding: Coding,
+        out: torch.Tensor,
+        finish: Finish | None = None,
+    ) -> None:
+        """Add `x @ weight.T` to `out` [T, N], for weights [N, K] of the kernel's dtype in fewer bits.
+
+        `data` and `scales` are their tensors as `coding` has them, dense. Raises ValueError if shapes do not fit.
+        """
+        shape = out.shape[1], x.shape[1]
+        if (data.shape, scales.shape) != (coding.shape(shape), coding.scales_shape(shape)):
+            raise ValueError(f"{[*data.shape]} and {[*scales.shape]} do not hold weights {[*shape]}")
+        weight = (data.data_ptr(), 0, scales.data_ptr())
+        self._run(self.kind + _CODINGS * coding.number, weight, x, out, finish)
 
     def run(self, name: str, arguments: tuple[int, ...], *, shared: bool) -> bool:
         """Run a task function of kernel.c, on all free threads if it is `shared`; whether it says that it failed."""

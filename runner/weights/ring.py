@@ -20,10 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-import torch
-
-from runner.system import files, memory, platform
-from runner.weights.chunks import Chunk
+from runner.system import memory
+from runner.weights.chunks import Chunk, Loaded
 
 READER_NAME = "weights reader"
 # Seconds that a read may still take when its stream ends.
@@ -48,13 +46,10 @@ class Buffer:
         """Whether it may be read into: nobody waits for its last read, and that is over or will not be made."""
         return self.number is None and (not self.read or not self.read.has_begun or self.read.done.is_set())
 
-    def weights(self, chunk: Chunk) -> torch.Tensor:
-        """What was read into the buffer, as the chunk's tensor."""
+    def weights(self, chunk: Chunk) -> Loaded:
+        """What was read into the buffer, as the chunk's tensor or tensors."""
         if chunk is not self._chunk:
-            count = chunk.nbytes // chunk.dtype.itemsize
-            skew = chunk.start % platform.PAGE
-            flat = torch.frombuffer(self._memory, dtype=chunk.dtype, count=count, offset=skew)
-            self._chunk, self._weights = chunk, flat.view(chunk.shape)
+            self._chunk, self._weights = chunk, chunk.in_buffer(self._memory)
         return self._weights
 
     def check(self, chunk: Chunk) -> None:
@@ -67,12 +62,12 @@ class Resident:
     def __init__(self, chunk: Chunk) -> None:
         self.read = Read(chunk, None)
         self.number: int | None = None
-        self._weights: torch.Tensor | None = None
+        self._weights: Loaded | None = None
 
-    def weights(self, chunk: Chunk) -> torch.Tensor:
-        """The chunk's tensor, once it was read."""
+    def weights(self, chunk: Chunk) -> Loaded:
+        """The chunk's tensor or tensors, once it was read."""
         if self._weights is None:
-            self._weights = chunk.file.mapped(chunk.start, chunk.dtype, chunk.shape)
+            self._weights = chunk.mapped()
         return self._weights
 
     def check(self, chunk: Chunk) -> None:
@@ -84,11 +79,6 @@ class Resident:
         self.read.is_unwanted = True
         if self.read.done.is_set():
             self.read.free()
-
-
-def buffer_bytes(nbytes: int) -> int:
-    """Size of a buffer for a chunk of `nbytes`: whole pages, wherever in its first page the chunk begins."""
-    return files.whole_pages(nbytes + platform.PAGE - 1)
 
 
 @dataclass(eq=False)
@@ -133,7 +123,7 @@ class Read:
 
     def free(self) -> None:
         """Free the RAM of a chunk that does not stay any more."""
-        self.chunk.file.drop(self.chunk.start, self.chunk.nbytes)
+        self.chunk.drop()
 
 
 class Readers:

@@ -17,11 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from runner.errors import BloomdeskError
-from runner.weights.chunks import Chunk
-from runner.weights.ring import Buffer, Read, ReadChunk, Readers, Resident, buffer_bytes
+from runner.weights.chunks import Chunk, Loaded, buffer_bytes
+from runner.weights.ring import Buffer, Read, ReadChunk, Readers, Resident
 
 # One reads while the other hands over.
 READERS = 2
@@ -101,8 +99,8 @@ class Stream:
         self.buffers = [Buffer(buffer_bytes(max(streamed))) for _ in range(count)]
 
     @contextmanager
-    def chunk(self, index: int) -> Iterator[torch.Tensor]:
-        """The weights of chunk `index` [rows, K], valid inside the context.
+    def chunk(self, index: int) -> Iterator[Loaded]:
+        """The weights of chunk `index` [rows, K] as they are stored, valid inside the context.
 
         If another chunk is the next in order, reading starts again from `index`. Raises `BloomdeskError` if the file
         cannot be read, or has changed since it was opened; also at the end, if it was cut short in the meantime.

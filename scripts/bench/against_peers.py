@@ -8,7 +8,7 @@ RAM bounds the process and the page cache together, the disk's rate is braked, a
 begins in the page cache, which is the mode for models that fit in RAM.
 
 The peers are small programs in scripts/bench/peers: bloomdesk, a token a pass, and the same on a directory made with
-`convert --lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
+`convert --form lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
 transformers with accelerate's disk offload; llama.cpp; AirLLM. One whose packages are missing is left out with a word
 (pip install accelerate; llama-cpp-python gguf; airllm sentencepiece scipy). A turn takes the prompt in one pass, the
 first token, then one pass for each further token; seconds a token are the median over the latter of all rounds.

@@ -1,6 +1,6 @@
 """Kill a command at random moments, again and again; it must end with what an undisturbed run gives.
 
-    python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--lossless]
+    python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--form lossless]
     python -m scripts.torture.kill --command convert-delete-source --kills 200
     python -m scripts.torture.kill --command repair --kills 200
     python -m scripts.torture.kill --command session --kills 200
@@ -31,8 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runner
-from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.coded import PLAIN
 from runner.format.manifest import load_manifest
+from runner.format.quantised import FORMS, QUANTISED_FORMS
 from runner.generation.options import Sampling
 from runner.generation.session_files import SessionFiles
 from scripts.fakehub.server import LocalHub, RandomFaults
@@ -124,19 +125,19 @@ def run(attack: Attack, kills: int, seed: int) -> Counter[str]:
     return counts
 
 
-def attack_prepare(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_prepare(work: Path, form: str, hub: LocalHub) -> Attack:
     """`prepare` from a hub with faults."""
     with LocalHub({REPO: source_of(work)}) as calm:
-        expected = prepared(calm, work / "undisturbed", lossless)
-    command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), *(["--lossless"] if lossless else [])]
+        expected = prepared(calm, work / "undisturbed", form)
+    command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), "--form", form]
     variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
     return Attack(command, variables, work / "bloom", expected, 6.0)
 
 
-def attack_convert(work: Path, lossless: bool, hub: LocalHub) -> Attack:
-    """`convert --delete-source`, which deletes its shards one by one."""
+def attack_convert(work: Path, form: str, hub: LocalHub) -> Attack:
+    """`convert --delete-source`, which deletes its shards one by one; of a form that rounds, without that option."""
     whole, source, directory = source_of(work), work / "out", work / "bloom"
-    convert(whole, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
+    convert(whole, work / "undisturbed", form=form)
     shards = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in whole.glob("*.bin")}
 
     def begin() -> None:
@@ -155,17 +156,17 @@ def attack_convert(work: Path, lossless: bool, hub: LocalHub) -> Attack:
             for record in made:
                 assert file_hash(directory / record.file) == record.xxh3_128, f"{record.file} is damaged"
 
-    options = ["--delete-source", *(["--lossless"] if lossless else [])]
+    options = ["--form", form, *(["--delete-source"] if form not in QUANTISED_FORMS else [])]
     command = [*BLOOMDESK, "convert", str(source), str(directory), *options]
     return Attack(
         command, environment(hub.endpoint), directory, content(work / "undisturbed"), 1.6, begin, check
     )
 
 
-def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_repair(work: Path, form: str, hub: LocalHub) -> Attack:
     """`repair` of a directory in which a third of the files is damaged."""
     source, directory, chance = source_of(work), work / "bloom", random.Random(1)
-    convert(source, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
+    convert(source, work / "undisturbed", form=form)
     expected, damaged = content(work / "undisturbed"), {}
 
     def begin() -> None:
@@ -188,10 +189,10 @@ def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
     return Attack(command, environment(hub.endpoint), directory, expected, 3.0, begin, check)
 
 
-def attack_session(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_session(work: Path, form: str, hub: LocalHub) -> Attack:
     """`generate --session`, whose drawn text is 300 tokens long."""
     bloom, directory = work / "bloom", work / "session"
-    convert(source_of(work), bloom, form=LOSSLESS if lossless else PLAIN)
+    convert(source_of(work), bloom, form=form)
     sampling = Sampling(temperature=0.9, top_p=0.95, seed=5, ignore_eos=True)
     prompt = "The SQL command to show all the users is:"
     expected = list(runner.load(bloom).generate(prompt, max_new_tokens=300, sampling=sampling))
@@ -215,10 +216,10 @@ def attack_session(work: Path, lossless: bool, hub: LocalHub) -> Attack:
     return Attack(command, environment(hub.endpoint), directory, expected, 4.0, result=text)
 
 
-def attack_serve(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_serve(work: Path, form: str, hub: LocalHub) -> Attack:
     """`serve --data` with a batch of 64 lines, drawn texts and likeliest ones, some with log-probabilities."""
     bloom, data, made = work / "bloom", work / "data", work / "made"
-    convert(source_of(work), bloom, form=LOSSLESS if lossless else PLAIN)
+    convert(source_of(work), bloom, form=form)
     batch_job.make(bloom, made, lines=64, tokens=40)
     variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
 
@@ -264,13 +265,13 @@ def main() -> None:
     parser.add_argument("--command", choices=ATTACKS, default="prepare")
     parser.add_argument("--kills", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lossless", action="store_true")
+    parser.add_argument("--form", choices=FORMS, default=PLAIN)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         faults = RandomFaults(given.seed, share=0.1, longest_stall=1.0)
         with LocalHub({REPO: work / "source"}, faults=faults) as hub:
-            counts = run(ATTACKS[given.command](work, given.lossless, hub), given.kills, given.seed)
+            counts = run(ATTACKS[given.command](work, given.form, hub), given.kills, given.seed)
     print(f"{dict(counts)}: every result the same")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError, in_shell
-from runner.format.coded import LOSSLESS
 from runner.format.layout import (
     COMPANIONS,
     MANIFEST,
@@ -124,10 +123,9 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
 def check_form(destination: Path, existing: Manifest, form: str) -> None:
     """Raise `BloomdeskError` if the directory has parts of another form than `form`."""
     if existing.parts and existing.form != form:
-        started, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
         raise BloomdeskError(
-            f"{destination} was started {started} --lossless, and a directory has one form",
-            f"{do} --lossless to resume it, or give a new directory",
+            f"{destination} was started with --form {existing.form}, and a directory has one form",
+            f"give --form {existing.form} to resume it, or give a new directory",
         )
 
 

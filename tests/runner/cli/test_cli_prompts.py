@@ -66,7 +66,7 @@ def test_results_are_those_of_each_prompt_alone(given, wanted: list[list[int]], 
     before = out.stat().st_mtime_ns
     assert run(*given, "--out", out).returncode == 0
     assert out.stat().st_mtime_ns == before  # nothing was left to do
-    assert "does not hold results of these prompts" in refused(*given, "--out", given[-1])
+    assert "is the file that is read" in refused(*given, "--out", given[-1])
 
 
 @pytest.mark.slow

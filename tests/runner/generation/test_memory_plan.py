@@ -24,7 +24,7 @@ from runner.generation.memory_plan import (
     spread,
 )
 from runner.units import parse_size
-from runner.weights.ring import buffer_bytes
+from runner.weights.chunks import buffer_bytes
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
 

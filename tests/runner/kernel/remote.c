@@ -111,6 +111,10 @@ static int64_t call(const char *name, int64_t *a) {
         return decode_rows(P(uint8_t, 0), P(int64_t, 1), a[2], a[3], P(uint8_t, 4), P(uint8_t, 5));
     if (IS(encode_rows))
         return encode_rows(P(uint8_t, 0), a[1], a[2], P(uint8_t, 3), P(int64_t, 4), P(struct encoder, 5)), 0;
+    if (IS(encode_quantised))
+        return encode_quantised(a[0], a[1], P(uint8_t, 2), a[3], a[4], P(uint8_t, 5), P(uint8_t, 6));
+    if (IS(decode_quantised))
+        return decode_quantised(a[0], a[1], P(uint8_t, 2), P(uint8_t, 3), a[4], a[5], P(uint8_t, 6), P(uint8_t, 7)), 0;
     if (IS(scratch_bytes_of_decoder)) return scratch_bytes_of_decoder();
     if (IS(scratch_bytes_of_encoder)) return scratch_bytes_of_encoder();
     _exit(6);

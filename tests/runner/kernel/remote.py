@@ -7,6 +7,7 @@ touch, and nothing more, to remote.c, and brings back what the function has made
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import shlex
 import struct
@@ -19,14 +20,17 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from runner.format import quantised
 from runner.format.coded import row_group_count
+from runner.format.safetensors import BYTES_PER_ELEMENT
 from runner.kernel import compiler
 from runner.kernel.threads import ARGUMENTS, SHARE, WORDS
 
 PROGRAM = Path(__file__).with_suffix(".c")
 # The environment variable that has the command of a remote kernel: the tests of this folder then run with it.
 ENVIRONMENT = "BLOOMDESK_TEST_REMOTE_KERNEL"
-CODED, WORD = 3, 8
+CODED, KINDS, WORD = 3, 4, 8
+CODINGS = {coding.number: coding for coding in quantised.CODINGS.values()}
 # How many shares a task has, from its arguments.
 Shares = Callable[[Sequence[int]], int]
 ELEMENT = {0: 2, 1: 2, 2: 4}
@@ -72,7 +76,7 @@ def run(command: Sequence[str | Path]) -> None:
 
 
 # The tests of what the remote functions compute.
-_TESTS = ("test_matmul.py", "test_operations.py", "test_panel.py", "test_reference.py")
+_TESTS = ("test_matmul.py", "test_operations.py", "test_panel.py", "test_quantised.py", "test_reference.py")
 
 
 def run_tests(command: Sequence[str | Path]) -> None:
@@ -169,6 +173,29 @@ class RemoteKernel:
         request.give_scratch(ctypes.sizeof(scratch))
         self._call(request)
 
+    def encode_quantised(self, coding: int, kind: int, source, count: int, columns: int, data, scales) -> int:
+        request = Request("encode_quantised")
+        request.give_number(coding)
+        request.give_number(kind)
+        _give_arrays(request, source)
+        request.give_number(count)
+        request.give_number(columns)
+        _give_arrays(request, data, scales)
+        return self._call(request)
+
+    def decode_quantised(
+        self, coding: int, kind: int, data, scales, rows: int, columns: int, out, scratch
+    ) -> None:
+        request = Request("decode_quantised")
+        request.give_number(coding)
+        request.give_number(kind)
+        _give_arrays(request, data, scales)
+        request.give_number(rows)
+        request.give_number(columns)
+        _give_arrays(request, out)
+        request.give_scratch(ctypes.sizeof(scratch))
+        self._call(request)
+
     def _run(self, name: str, describe: Callable[[Request, Sequence[int]], None], shares: Shares) -> object:
         """A task function: all of a task, if no other thread has computed it; `describe` says what it may touch."""
 
@@ -195,6 +222,11 @@ class RemoteKernel:
             places = (ctypes.c_int64 * (row_group_count(N) + 1)).from_address(weight_stride)
             request.point(0, ARGUMENTS + 1, weight, places[-1])
             request.point(0, ARGUMENTS + 3, weight_stride, ctypes.sizeof(places))
+            request.give_scratch(self.scratch_bytes_of_decoder())
+        elif coding := CODINGS.get(kind // KINDS):
+            request.point(0, ARGUMENTS + 1, weight, math.prod(coding.shape((N, K))))
+            size = BYTES_PER_ELEMENT[coding.scale_dtype] * math.prod(coding.scales_shape((N, K)))
+            request.point(0, ARGUMENTS + 3, weight_stride, size)
             request.give_scratch(self.scratch_bytes_of_decoder())
         else:
             request.point(
