@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import setup
@@ -30,6 +31,8 @@ PLATFORMS = {
 class BuildWithKernel(build_py):
     def run(self) -> None:
         COMPILER["compile_all"](TARGET, COMPILER["find_compiler"]())
+        # What an earlier build has left there, perhaps for another system, would become a part of the wheel.
+        shutil.rmtree(Path(self.build_lib, "runner", "kernel", "lib"), ignore_errors=True)
         super().run()
 
 

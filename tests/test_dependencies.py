@@ -12,6 +12,8 @@ from re import match
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Starlette imports it to read a form.
+THROUGH_OTHERS = {"python-multipart"}
 OURS = {"runner", "toolkit", "scripts", "tests"}
 
 
@@ -37,7 +39,12 @@ def imported(*folders: str) -> set[str]:
 def test_the_product_imports_what_it_declares_and_nothing_else() -> None:
     extras = PROJECT["optional-dependencies"]
     integrations, grammar = declared(extras["transformers"]), declared(extras["grammar"])
-    assert imported("runner", "toolkit") == declared(PROJECT["dependencies"]) | integrations | grammar
+    serve = declared(extras["serve"])
+    assert imported("runner", "toolkit") == (
+        declared(PROJECT["dependencies"]) | integrations | grammar | serve - THROUGH_OTHERS
+    )
+    # The command starts uvicorn.
+    assert imported("runner/server") & serve == serve - THROUGH_OTHERS - {"uvicorn"}
     assert imported("runner/integrations") & integrations == integrations
     assert imported("runner/generation") & grammar == grammar
 

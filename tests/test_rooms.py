@@ -22,6 +22,7 @@ ROOMS = (
     "runner.generation",
     "runner",  # the public face: `runner.load`
     "runner.estimate",
+    "runner.server",
     "runner.cli",
     "runner.__main__",
     "runner.integrations",
@@ -37,6 +38,8 @@ ROOMS = (
 # its answer to whether it reads a tokenizer.
 TOOLKIT_MAY_IMPORT = ("runner.errors", "runner.units", "runner.system", "runner.format")
 ALSO = {"toolkit.parts": ("runner.kernel", "runner.model.tokenizer")}
+# What `serve` alone needs.
+SERVING = ("starlette", "uvicorn", "pydantic", "prometheus_client", "jinja2")
 FILES = sorted(path for package in ("runner", "toolkit") for path in (ROOT / package).rglob("*.py"))
 
 
@@ -126,13 +129,20 @@ def loaded_by(code: str) -> set[str]:
 
 @pytest.mark.slow
 def test_importing_the_runner_brings_in_nothing_heavy() -> None:
-    assert not loaded_by("import runner") & {"toolkit", "transformers", "huggingface_hub", "torch", "xxhash"}
+    assert not loaded_by("import runner") & {
+        "toolkit",
+        "transformers",
+        "huggingface_hub",
+        "torch",
+        "xxhash",
+        *SERVING,
+    }
 
 
 @pytest.mark.slow
 def test_generating_brings_in_no_toolkit() -> None:
     code = "import runner, runner.generation.model, runner.cli.generate"
-    assert not loaded_by(code) & {"toolkit", "transformers", "huggingface_hub", "xxhash"}
+    assert not loaded_by(code) & {"toolkit", "transformers", "huggingface_hub", "xxhash", *SERVING}
 
 
 @pytest.mark.slow
@@ -141,7 +151,7 @@ def test_help_imports_no_torch() -> None:
         "import sys, toolkit.cli.app; sys.argv = ['bloomdesk', '--help']\n"
         "try: toolkit.cli.app.main()\nexcept SystemExit: pass"
     )
-    assert not loaded_by(code) & {"torch", "transformers", "huggingface_hub", "numpy"}
+    assert not loaded_by(code) & {"torch", "transformers", "huggingface_hub", "numpy", *SERVING}
 
 
 @pytest.mark.slow

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING
 
 from runner.cli.guard import note, status_after
 from runner.cli.pass_status import PassStatus
-from runner.cli.prompts import Prompt, read_prompt, read_prompts
+from runner.cli.prompts import Prompt, name_of, read_prompt, read_prompts
 from runner.cli.ram import ram_of
+from runner.cli.report import print_json
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
-from runner.generation.options import GREEDY, OFF, GenerationOptions, Sampling
+from runner.generation.options import GREEDY, OFF, GenerationOptions, Sampling, drawn_seed
+from runner.system.lock import sole_writer
 from runner.units import duration, number, rate, size
 
 if TYPE_CHECKING:
     from runner.generation import Batch
     from runner.generation.model import Model
+    from runner.generation.sequence import Request
     from runner.generation.sequence import Sequence as TextSequence
 
 _ENDS = {
@@ -80,7 +83,9 @@ def generate(options: GenerateOptions) -> int:
             from runner.generation.session import seed_of
 
             seed = seed_of(options.session)
-        options = replace(options, sampling=options.sampling.seeded(seed))
+        given_seed, options = options.sampling.seed, replace(options, sampling=options.sampling.seeded(seed))
+        if given_seed is None and not options.as_json:
+            _say_seed(options.sampling)
         if options.sampling.n > 1:
             show = _print_result if options.as_json else _print_choice
             return _generate_all(
@@ -89,15 +94,11 @@ def generate(options: GenerateOptions) -> int:
         return _generate_one(options)
     given = read_prompts(options.prompts, options.sampling)
     if options.out is None:
-        for_people = sys.stdout.isatty() and not options.as_json
-        return _generate_all(options, given, _print_text if for_people else _print_result)
-    if options.out.suffix != ".jsonl":
-        raise BloomdeskError(
-            f"--out {options.out}: results are lines of JSON", "give a name that ends in .jsonl"
-        )
-    from runner.cli.results import Results  # one prompt starts without it
+        return _generate_shown(options, given)
+    from runner.cli.results import Results, model_of, require_usable_name  # one prompt starts without it
 
-    with Results(options.out, given) as results:
+    require_usable_name(options.out, options.prompts)
+    with Results(options.out, given, model_of(options.directory)) as results:
         left = tuple(
             prompt for prompt in given if not prompt.choices <= results.done.get(prompt.index, set())
         )
@@ -117,6 +118,25 @@ def generate(options: GenerateOptions) -> int:
         return status
 
 
+def _generate_shown(options: GenerateOptions, prompts: Sequence[Prompt]) -> int:
+    """Exit status, after the texts were printed: for people on a terminal, else as lines of JSON."""
+    if options.as_json or not sys.stdout.isatty():
+        return _generate_all(options, prompts, _print_result)
+    if any(prompt.sampling.logprobs is not None for prompt in prompts):
+        raise BloomdeskError("log-probabilities have nowhere to go", "add --json")
+    if any(prompt.sampling.draws and prompt.sampling.seed is None for prompt in prompts):
+        seed = drawn_seed()
+        print(f"seed {seed}", file=sys.stderr)
+        prompts = [replace(prompt, sampling=prompt.sampling.seeded(seed)) for prompt in prompts]
+    return _generate_all(options, prompts, _print_text)
+
+
+def _say_seed(sampling: Sampling) -> None:
+    """Say with which seed a text can be had again, unless the last line says it."""
+    if sampling.draws and (sampling.n > 1 or not sys.stderr.isatty()):
+        print(f"seed {sampling.seed}", file=sys.stderr)
+
+
 def _name_contradictions(options: GenerateOptions) -> None:
     """Say what is done of options that do not go together."""
     draft = options.generation.draft
@@ -130,11 +150,31 @@ def _name_contradictions(options: GenerateOptions) -> None:
 
 
 def _generate_one(options: GenerateOptions) -> int:
+    model = _opened(options)
+    requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
+    with _sole_user(options.session):
+        return _generate_text(options, model, requests)
+
+
+@contextmanager
+def _sole_user(session: Path | None) -> Iterator[None]:
+    """Keep other processes from the session. Raises `BloomdeskError` if one has it.
+
+    A directory that cannot be made is no session, as is said where it is to be written.
+    """
+    with ExitStack() as held:
+        if session is not None:
+            with suppress(OSError):
+                session.mkdir(parents=True, exist_ok=True)
+            if session.is_dir():
+                held.enter_context(sole_writer(session))
+        yield
+
+
+def _generate_text(options: GenerateOptions, model: Model, requests: Sequence[Request]) -> int:
     from runner.generation.decode import Generation
 
     terminal = StatusLine(sys.stderr, sys.stdout)
-    model = _opened(options)
-    requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
     session = None
     if options.session is not None:
         session = model.session(options.session, requests[0], lambda text: print(text, file=sys.stderr))
@@ -160,7 +200,7 @@ def _generate_one(options: GenerateOptions) -> int:
     show(text.finish())
     if options.as_json:
         report = {"prompt": options.prompt, **_report(generation.sequence, model, seconds)}
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
     else:
         print()
         tokens = len(generation.ids)
@@ -182,14 +222,14 @@ def _generate_all(
     model = _opened(options)
     requests, owners = [], []
     # One for all that have none of their own, so that it can be reported and given again.
-    seed = options.sampling.seeded().seed
+    seed = drawn_seed() if options.sampling.seed is None else options.sampling.seed
     for prompt in prompts:
         count = prompt.max_new_tokens or options.generation.max_new_tokens
         try:
             found = model.requests(prompt.text, count, prompt.sampling.seeded(seed), prompt.index)
         except BloomdeskError as error:
-            where = f"{options.prompts}, line {prompt.line}"
-            raise BloomdeskError(f"{where}: {error.message}", error.hint) from error
+            where = f"{name_of(options.prompts)}, line {prompt.line}: " if options.prompts else ""
+            raise BloomdeskError(where + error.message, error.hint) from error
         left = [request for request in found if request.choice not in done.get(prompt.index, ())]
         requests += left
         owners += [prompt] * len(left)
@@ -233,7 +273,7 @@ def _generate_all(
 
 def _say_failure(failure: BloomdeskError, options: GenerateOptions, prompt: Prompt) -> None:
     """Name the prompt that got no text; the others of the batch go on."""
-    where = f"{options.prompts}, line {prompt.line}: " if options.prompts else ""
+    where = f"{name_of(options.prompts)}, line {prompt.line}: " if options.prompts else ""
     print(BloomdeskError(where + failure.message, failure.hint).worded(), file=sys.stderr)
 
 
@@ -248,7 +288,7 @@ def _opened(options: GenerateOptions) -> Model:
 
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:
-    print(json.dumps({"index": index, **result}, ensure_ascii=False), flush=True)
+    print_json({"index": index, **result})
 
 
 def _print_text(index: int, result: Mapping[str, object]) -> None:

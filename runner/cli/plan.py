@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runner.cli.bench import DEFAULT_PROMPT_TOKENS
 from runner.cli.report import Row, print_rows, rates_row
 from runner.format.hyperparameters import Hyperparameters
+from runner.format.quantised import FORMS, QUANTISED_FORMS
 from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, parse_size, size
@@ -80,12 +81,17 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
     yield Row("each token", f"{duration(forecast.seconds_per_token)}; {read}")
     prompt = f"{duration(forecast.prompt_seconds)} for {asked['prompt_tokens']} tokens"
     yield Row("prompt", f"{prompt}, while all weights are read from the disk once")
-    if other := found.lossless:
+    for name, other in found.others.items():
         words = f"{duration(other.forecast.seconds_per_token)} a token, {size(other.disk_bytes)} of disk; "
-        words += f"here the {found.advice} form is faster"
-        words += ": prepare it with --lossless" if found.advice != form.form else ""
-        yield Row("lossless", words)
-    yield Row(fields={"lossless": other and _form_fields(other), "advice": found.advice})
+        if name in QUANTISED_FORMS:
+            words += f"weights rounded to fewer bits: prepare it with --form {name}"
+        else:
+            words += f"here the {found.advice} form is faster"
+            words += f": prepare it with --form {name}" if found.advice != form.form else ""
+        yield Row(name, words)
+    others = {name: found.others.get(name) for name in FORMS[1:]}
+    fields = {name: other and _form_fields(other) for name, other in others.items()}
+    yield Row(fields={**fields, "advice": found.advice})
     yield from _table(found)
 
 
@@ -112,14 +118,14 @@ def _table(found: Plan) -> Iterator[Row]:
     def row(label: str, *cells: str) -> Row:
         return Row(label, "".join(f"{cell:>12}" for cell in cells))
 
-    yield row("with RAM of", "stays", "streamed", "a token", "prompt", *["lossless"] * bool(found.lossless))
+    yield row("with RAM of", "stays", "streamed", "a token", "prompt", *found.others)
     for ram, forecast in found.form.others.items():
         cells = ["too little", "", "", ""]
         if forecast:
             cells = [size(forecast.memory_plan.resident_bytes), size(forecast.memory_plan.streamed_bytes)]
             cells += [duration(forecast.seconds_per_token), duration(forecast.prompt_seconds)]
-        if found.lossless:
-            coded = found.lossless.with_ram(ram)
+        for other in found.others.values():
+            coded = other.with_ram(ram)
             cells.append(duration(coded.seconds_per_token) if coded else "")
         yield row(size(ram), *cells)
 

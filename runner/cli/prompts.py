@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from runner.errors import BloomdeskError, reading
 from runner.generation.options import GREEDY, SAMPLING_FIELDS, Sampling, with_fields
@@ -38,9 +38,9 @@ class Prompt:
     sampling: Sampling = GREEDY
 
     @property
-    def identity(self) -> tuple[str, str]:
+    def identity(self) -> dict[str, str]:
         """The field of a result that says which text it is of."""
-        return "prompt", self.text
+        return {"prompt": self.text}
 
     @property
     def choices(self) -> set[int]:
@@ -54,13 +54,15 @@ class Prompt:
 
 
 def read_prompt(path: Path | None) -> str:
-    """The prompt in the file at `path`, or on standard input if that is None, without the end of its last line.
+    """The prompt in the file at `path`, or on standard input if that is "-" or None, without its last line's end.
 
     Raises `BloomdeskError` if it can't be read, is no UTF-8, or is longer than any prompt.
     """
-    where = "standard input" if path is None else str(path)
+    path = STANDARD_INPUT if path is None else path
+    where = name_of(path)
+    read = sys.stdin.buffer.read if path == STANDARD_INPUT else partial(_read_bytes, path)
     with reading(Path(where)):
-        data = (sys.stdin.buffer.read if path is None else partial(_read_bytes, path))(LONGEST_LINE + 1)
+        data = read(LONGEST_LINE + 1)
     if len(data) > LONGEST_LINE:
         raise BloomdeskError(f"{where}: longer than {LONGEST_LINE:,} bytes")
     try:
@@ -91,13 +93,41 @@ def read_prompts(path: Path, sampling: Sampling = GREEDY) -> tuple[Prompt, ...]:
     with reading(path):
         prompts = tuple(_prompts(path, sampling))
     if not prompts:
-        raise BloomdeskError(f"{path} holds no prompt")
-    lines: dict[tuple[str, str | int], int] = {}
-    for prompt in prompts:
-        before = lines.setdefault(prompt.key, prompt.line)
-        if before != prompt.line:
-            raise BloomdeskError(f"{path}, line {prompt.line}: the id {prompt.id!r} is that of line {before}")
+        raise BloomdeskError(f"{name_of(path)} holds no prompt")
+    require_own_ids(path, prompts)
     return prompts
+
+
+class Numbered(Protocol):
+    """What stands in line `line` of a file, known by `key`, which is its `id` if it has one."""
+
+    line: int
+    id: str | int | None
+
+    @property
+    def key(self) -> tuple[str, str | int]: ...
+
+
+def require_own_ids(path: Path, items: Iterable[Numbered]) -> None:
+    """Raise `BloomdeskError` if two lines have the same id."""
+    lines: dict[tuple[str, str | int], int] = {}
+    for item in items:
+        before = lines.setdefault(item.key, item.line)
+        if before != item.line:
+            where = f"{name_of(path)}, line {item.line}"
+            raise BloomdeskError(f"{where}: the id {item.id!r} is that of line {before}")
+
+
+def require_known(where: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise `BloomdeskError` if one of `names` looks like one of the `known` misspelt; others are ignored."""
+    for name in names:
+        if name not in known and (near := get_close_matches(name, known, 1, LIKENESS)):
+            raise BloomdeskError(f'{where}: unknown "{name}"', f'did you mean "{near[0]}"?')
+
+
+def name_of(path: Path) -> str:
+    """A file of prompts as a sentence names it."""
+    return "standard input" if path == STANDARD_INPUT else str(path)
 
 
 def _prompts(path: Path, sampling: Sampling) -> Iterator[Prompt]:
@@ -119,11 +149,11 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
             if len(line) > LONGEST_LINE:
-                raise BloomdeskError(f"{path}, line {number}: longer than {LONGEST_LINE:,} bytes")
+                raise BloomdeskError(f"{name_of(path)}, line {number}: longer than {LONGEST_LINE:,} bytes")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
-                raise BloomdeskError(f"{path}, line {number}: not valid UTF-8 text") from None
+                raise BloomdeskError(f"{name_of(path)}, line {number}: not valid UTF-8 text") from None
             yield number, text.removesuffix("\n").removesuffix("\r")
 
 
@@ -137,9 +167,7 @@ def _parsed(path: Path, sampling: Sampling, index: int, number: int, line: str) 
     if count is not None and not (_is_whole_number(count) and count >= 1):
         raise BloomdeskError(f'{where}: "max_new_tokens" is a whole number of at least 1')
     own = {name: given[name] for name in given if name in SAMPLING_FIELDS}
-    for name in given.keys() - own.keys() - OTHER_FIELDS:
-        if near := get_close_matches(name, [*SAMPLING_FIELDS, *OTHER_FIELDS], 1, LIKENESS):
-            raise BloomdeskError(f'{where}: unknown "{name}"', f'did you mean "{near[0]}"?')
+    require_known(where, given, [*SAMPLING_FIELDS, *OTHER_FIELDS])
     try:
         return Prompt(index, number, given["prompt"], identity, count, with_fields(sampling, own))
     except BloomdeskError as error:
@@ -149,7 +177,7 @@ def _parsed(path: Path, sampling: Sampling, index: int, number: int, line: str) 
 def parsed_line(where: str, line: str, expected: str) -> tuple[dict[str, Any], str | int | None]:
     """The object of a line, and its "id"; `BloomdeskError` if the line is not what is `expected`."""
     try:
-        given = json.loads(line)
+        given = json.loads(line, object_pairs_hook=partial(_each_once, where))
     except (ValueError, RecursionError):
         raise BloomdeskError(f"{where}: not valid JSON") from None
     if not isinstance(given, dict):
@@ -160,6 +188,16 @@ def parsed_line(where: str, line: str, expected: str) -> tuple[dict[str, Any], s
     if isinstance(identity, str) and not _can_be_written(identity):
         raise BloomdeskError(f'{where}: the "id" is not valid UTF-8 text', "give one without lone surrogates")
     return given, identity
+
+
+def _each_once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these fields. Raises `BloomdeskError` if one is there twice: one of the two would be ignored."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BloomdeskError(f'{where}: "{twice}" is there twice', "leave one out")
+    return found
 
 
 def _can_be_written(text: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +34,12 @@ def print_rows(rows: Iterable[Row], *, as_json: bool = False) -> None:
         print_lines(f"{row.label:>12}  {row.words}" if row.words else "" for row in rows)
 
 
+def print_json(fields: Mapping[str, Any]) -> None:
+    """Print one line of JSON; characters that standard output cannot encode are JSON's escapes."""
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    print(json.dumps(fields, ensure_ascii=not encoding.startswith("utf")), flush=True)
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """Print each line as soon as it is known."""
     for line in lines:
@@ -42,6 +50,7 @@ def rates_row(rates: Rates) -> Row:
     """What disk, memory and processor give."""
     words = (
         f"disk {rate(rates.disk)}, memory {rate(rates.memory)}, lossless {rate(rates.decoded)}, "
+        f"int8 {rate(rates.int8)}, int4 {rate(rates.int4)}, "
         f"{number(rates.compute / 1e9)} billion multiply-adds/s"
     )
     return Row("rates", words, {"rates": asdict(rates)})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from runner.errors import AGAIN, BloomdeskError, explained, in_shell
+from runner.format.manifest import load_manifest
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
@@ -18,7 +19,7 @@ _BEGINNING = b'{"index": '
 
 
 class Item(Protocol):
-    """What has a result: number `index`, known by `key`. A result has the field `identity` of its text."""
+    """What has a result: number `index`, known by `key`. Its `identity` is the fields that say what it is of."""
 
     index: int
 
@@ -26,7 +27,24 @@ class Item(Protocol):
     def key(self) -> tuple[str, str | int]: ...
 
     @property
-    def identity(self) -> tuple[str, str]: ...
+    def identity(self) -> Mapping[str, object]: ...
+
+
+def require_usable_name(path: Path, source: Path) -> None:
+    """Raise `BloomdeskError` unless results of the file `source` may be written to `path`."""
+    if path.suffix != ".jsonl":
+        raise BloomdeskError(f"--out {path}: results are lines of JSON", "give a name that ends in .jsonl")
+    with suppress(OSError):
+        if path.samefile(source):
+            raise BloomdeskError(f"--out {path} is the file that is read", "give another --out")
+
+
+def model_of(directory: Path) -> str:
+    """The name that results give the model in a prepared directory: the beginning of its fingerprint.
+
+    Raises `BloomdeskError` if there is none.
+    """
+    return (load_manifest(directory).fingerprint or "")[:16]
 
 
 class Results(AbstractContextManager["Results"]):
@@ -34,12 +52,12 @@ class Results(AbstractContextManager["Results"]):
 
     A line that a kill cut off is removed, so that running the command again resumes. `done` holds, by the index of the
     prompt, the numbers of its continuations that have a result, found by id or index and compared by text; `lines`
-    are the last results read, by index.
+    are the last results read, by index. Each line names its `model`, if that is given; those of older versions do not.
     """
 
-    def __init__(self, path: Path, items: Sequence[Item]) -> None:
+    def __init__(self, path: Path, items: Sequence[Item], model: str = "") -> None:
         """Raises `BloomdeskError` if the file cannot be used, another process uses it, or it holds anything else."""
-        self._path = path
+        self._path, self._model = path, model
         self.done: dict[int, set[int]] = {}
         self.lines: dict[int, Mapping[str, Any]] = {}
         with self._named("opened"):
@@ -63,7 +81,8 @@ class Results(AbstractContextManager["Results"]):
 
     def append(self, index: int, result: Mapping[str, object]) -> None:
         """Add a result, which is on the disk when this returns. Raises `BloomdeskError` if that fails."""
-        line = json.dumps({"index": index, **result}, ensure_ascii=False)
+        named = {"model": self._model} if self._model else {}
+        line = json.dumps({"index": index, **named, **result}, ensure_ascii=False)
         left = memoryview(line.encode() + b"\n")
         with self._named("written"):
             while left:
@@ -101,15 +120,18 @@ class Results(AbstractContextManager["Results"]):
             identity = found.get("id")
             key = ("index", found["index"]) if identity is None else ("id", identity)
             choice, item = int(found.get("choice", 0)), expected.get(key)
-            name, text = item.identity if item is not None else ("", "")
-            told = found[name] if name else None
-        except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+            identity = item.identity if item is not None else {}
+            told = {name: found[name] for name in identity}
+        except (ValueError, OverflowError, RecursionError, AttributeError, KeyError, TypeError):
             raise self._foreign(number, "it is not a result") from None
         if item is None:
             raise self._foreign(number, f"there is no prompt with the {key[0]} {key[1]!r}")
-        if told != text:
-            wanted = f"that with the {key[0]} {key[1]!r} {_short(text)}"
-            raise self._foreign(number, f"the {name} is {_short(told)}, {wanted}")
+        for name, wanted in identity.items():
+            if told[name] != wanted:
+                other = f"that with the {key[0]} {key[1]!r} {_short(wanted)}"
+                raise self._foreign(number, f"the {name} is {_short(told[name])}, {other}")
+        if self._model and found.get("model", self._model) != self._model:
+            raise self._foreign(number, "it is of another model")
         self.lines[item.index] = found
         return item.index, choice
 

@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from runner.cli.guard import note, status_after
 from runner.cli.pass_status import PassStatus
-from runner.cli.prompts import lines_of, parsed_line
+from runner.cli.prompts import lines_of, parsed_line, require_known, require_own_ids
 from runner.cli.ram import ram_of
 from runner.cli.report import Row, print_rows
+from runner.cli.results import Results, model_of, require_usable_name
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError, reading
 from runner.units import duration, number
 
 if TYPE_CHECKING:
-    from runner.cli.results import Results
     from runner.generation.model import Model
     from runner.generation.scorer import ScoredText, Text
 
 DEFAULT_CONTEXT, DEFAULT_STRIDE = 2048, 512
+# Of a line.
+FIELDS = ("text", "context", "continuation", "id")
 # Bytes; far above what anybody waits for.
 LARGEST_TEXT = 2**30
 
@@ -41,7 +43,7 @@ class ScoreOptions:
     out: Path | None = None
     ram: str | None = None
     as_json: bool = False
-    context: int = DEFAULT_CONTEXT
+    context: int | None = None
     stride: int | None = None
 
 
@@ -60,28 +62,39 @@ class Line:
         return ("index", self.index) if self.id is None else ("id", self.id)
 
     @property
-    def identity(self) -> tuple[str, str]:
+    def identity(self) -> dict[str, object]:
         """The field of a result that says which text it is of."""
         text = json.dumps([self.context, self.continuation])
-        return "text_sha256", hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def score(options: ScoreOptions) -> int:
     """Exit status, after the scores were printed or written. Raises `BloomdeskError` for what cannot be scored."""
-    if options.stride is None:
-        options = replace(options, stride=max(1, min(DEFAULT_STRIDE, options.context // 2)))
-    if not 1 <= options.stride < options.context:
-        raise BloomdeskError(
-            f"--stride must be at least 1 and below --context, found {options.stride} and {options.context}"
-        )
+    if options.out is not None:
+        require_usable_name(options.out, options.file)
     if options.file.suffix == ".jsonl":
+        if options.context is not None or options.stride is not None:
+            raise BloomdeskError(
+                f"--context and --stride are for a long text, and {options.file} has lines of texts",
+                "leave them out",
+            )
         return _score_lines(options)
     if options.file.suffix == ".txt":
-        return _score_text(options)
+        return _score_text(_with_windows(options))
     raise BloomdeskError(
         f"{options.file} is no file to score: its name must end in .txt or .jsonl",
         'a .txt is one text; each line of a .jsonl is {"text": ...} or {"context": ..., "continuation": ...}',
     )
+
+
+def _with_windows(options: ScoreOptions) -> ScoreOptions:
+    context = DEFAULT_CONTEXT if options.context is None else options.context
+    if context < 2:
+        raise BloomdeskError(f"--context must be at least 2 tokens, found {context}")
+    stride = min(DEFAULT_STRIDE, context // 2) if options.stride is None else options.stride
+    if not 1 <= stride < context:
+        raise BloomdeskError(f"--stride must be at least 1 and below --context, found {stride} and {context}")
+    return replace(options, context=context, stride=stride)
 
 
 def _score_text(options: ScoreOptions) -> int:
@@ -91,14 +104,19 @@ def _score_text(options: ScoreOptions) -> int:
         if options.file.stat().st_size > LARGEST_TEXT:
             raise BloomdeskError(f"{options.file} is larger than {LARGEST_TEXT:,} bytes")
         try:
-            text = options.file.read_text(encoding="utf-8-sig")
+            # Ends of lines as they are.
+            text = options.file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             raise BloomdeskError(f"{options.file} is not valid UTF-8 text") from None
     model = _opened(options)
     texts = list(windows(model.tokenizer.encode(text), options.context, options.stride))
     if not texts:
         raise BloomdeskError(f"{options.file} has fewer than 2 tokens: nothing can be scored")
-    identity = ("text_sha256", hashlib.sha256(text.encode()).hexdigest()[:16])
+    identity = {
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "context": options.context,
+        "stride": options.stride,
+    }
     done: dict[int, Mapping[str, Any]] = {}
     start = time.perf_counter()
     with _results(options, [Window(each.index, identity) for each in texts]) as results:
@@ -114,7 +132,7 @@ def _score_text(options: ScoreOptions) -> int:
             }
             done[found.text.index] = line
             if results is not None:
-                results.append(found.text.index, {identity[0]: identity[1], **line})
+                results.append(found.text.index, {**identity, **line})
 
         status = _run(model, left, write, len(done))
     if status:
@@ -124,12 +142,13 @@ def _score_text(options: ScoreOptions) -> int:
     fields = {
         "tokens": scored,
         "logprob": logprob,
-        "perplexity": math.exp(-logprob / scored),
+        "perplexity": _perplexity(-logprob / scored),
         "bits_per_byte": -logprob / math.log(2) / len(text.encode()),
         "context": options.context,
         "stride": options.stride,
     }
-    perplexity = f"{fields['perplexity']:.4f}, {fields['bits_per_byte']:.4f} bits a byte"
+    shown = "beyond all numbers" if fields["perplexity"] is None else f"{fields['perplexity']:.4f}"
+    perplexity = f"{shown}, {fields['bits_per_byte']:.4f} bits a byte"
     how = f"{scored:,} tokens in {len(texts)} windows of {options.context:,}, each {options.stride:,} further"
     rows = [
         Row("perplexity", perplexity, fields),
@@ -139,12 +158,20 @@ def _score_text(options: ScoreOptions) -> int:
     return 0
 
 
+def _perplexity(loss: float) -> float | None:
+    """None if it is more than a float64 holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
 @dataclass(frozen=True)
 class Window:
     """A window of a long text, as results know it."""
 
     index: int
-    identity: tuple[str, str]
+    identity: Mapping[str, object]
 
     @property
     def key(self) -> tuple[str, str | int]:
@@ -156,6 +183,7 @@ def _score_lines(options: ScoreOptions) -> int:
         lines = tuple(_lines(options.file))
     if not lines:
         raise BloomdeskError(f"{options.file} holds no text")
+    require_own_ids(options.file, lines)
     model = _opened(options)
     texts = [_tokens(options, line, model) for line in lines]
     by_index = {line.index: line for line in lines}
@@ -181,7 +209,7 @@ def _score_lines(options: ScoreOptions) -> int:
             if results is None:
                 print(json.dumps({"index": line.index, **result}), flush=True)
             else:
-                results.append(line.index, {line.identity[0]: line.identity[1], **result})
+                results.append(line.index, {**line.identity, **result})
 
         status = _run(model, left, write, len(texts) - len(left))
     seconds = time.perf_counter() - start
@@ -195,6 +223,7 @@ def _lines(path: Path) -> Iterator[Line]:
         where = f"{path}, line {line_number}"
         expected = '"text", or "context" and "continuation", each a text'
         given, identity = parsed_line(where, line, expected)
+        require_known(where, given, FIELDS)
         texts = [given.get(name) for name in ("text", "context", "continuation")]
         kinds = [isinstance(each, str) for each in texts]
         if kinds == [True, False, False] and not given.keys() & {"context", "continuation"}:
@@ -209,7 +238,16 @@ def _tokens(options: ScoreOptions, line: Line, model: Model) -> Text:
     """The tokens of a line. Spaces at the end of a context belong to the continuation, as its first token has them."""
     from runner.generation.scorer import Text
 
-    encode, where = model.tokenizer.encode, f"{options.file}, line {line.line}"
+    where = f"{options.file}, line {line.line}"
+
+    def encode(text: str) -> list[int]:
+        try:
+            return model.tokenizer.encode(text)
+        except BloomdeskError:
+            raise BloomdeskError(
+                f"{where}: not valid UTF-8 text", "give it without lone surrogates"
+            ) from None
+
     if line.context is None:
         ids, first = encode(line.continuation), 1
     else:
@@ -230,9 +268,7 @@ def _tokens(options: ScoreOptions, line: Line, model: Model) -> Text:
 def _results(options: ScoreOptions, items: Sequence[Any]) -> Results | nullcontext[None]:
     if options.out is None:
         return nullcontext()
-    from runner.cli.results import Results
-
-    return Results(options.out, items)
+    return Results(options.out, items, model_of(options.directory))
 
 
 def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:

@@ -10,7 +10,7 @@ from statistics import median
 
 from runner.errors import BloomdeskError
 from runner.estimate import rates
-from runner.estimate.forecast import Forecast, coded_share, forecast, limit
+from runner.estimate.forecast import Forecast, forecast, limit, stored_as
 from runner.estimate.rates import Rates
 from runner.format.manifest import load_manifest
 from runner.generation.model import Model
@@ -60,8 +60,8 @@ class Bench:
     @property
     def limit_seconds(self) -> float:
         """The least time of such a pass: streamed bytes at the disk's rate, or all weights at the memory's."""
-        weights, share = self.forecast.weight_bytes, self.forecast.share
-        return limit(weights, self.run.streamed_bytes_per_pass, self.rates, share)
+        weights, stored = self.forecast.weight_bytes, self.forecast.stored
+        return limit(weights, self.run.streamed_bytes_per_pass, self.rates, stored)
 
 
 def bench(
@@ -83,8 +83,8 @@ def bench(
     # Other programs may use the disk: the higher rate is the one that it can give.
     disk = max(before, rates.disk_rate(paths))
     found = Rates(disk, *rates.kernel_rates(rates.compiled(model.dtype), TORCH_DTYPES[model.dtype]))
-    share = coded_share(manifest)
-    predicted = forecast(model, done.ram, done.process_bytes, found, prompt_tokens, tokens, share)
+    stored = stored_as(manifest)
+    predicted = forecast(model, done.ram, done.process_bytes, found, prompt_tokens, tokens, stored)
     return Bench(found, done, predicted)
 
 

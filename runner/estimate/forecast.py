@@ -3,8 +3,8 @@
     a pass of one row   max(streamed bytes / disk, weights / memory) + blocks * SECONDS_BY_BLOCK
     the prompt's pass   max(weights / disk, weights / memory, multiply-adds / compute) + blocks * SECONDS_BY_BLOCK
 
-The prompt's pass is the first, so it also reads what stays resident. Losslessly coded weights are fewer bytes of disk
-and RAM, and their rate is the decoder's in place of the memory's.
+The prompt's pass is the first, so it also reads what stays resident. Coded weights are fewer bytes of disk and RAM, and
+their rate is the decoder's in place of the memory's.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from runner.estimate.rates import Rates
-from runner.format.coded import row_group_count
+from runner.format.coded import LOSSLESS, PLAIN, row_group_count
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, part_specs, pass_nbytes
 from runner.format.manifest import Manifest
-from runner.format.safetensors import tensor_nbytes
+from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS, SCALES_SUFFIX, coding_of
+from runner.format.safetensors import Shape, tensor_nbytes
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.weights.chunks import row_ranges
 
@@ -24,6 +25,30 @@ from runner.weights.chunks import row_ranges
 SECONDS_BY_BLOCK = 0.001
 # Share of a matrix's bytes that the lossless form takes; docs/performance.md says how that was measured.
 LOSSLESS_SHARE = 0.67
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How matrices are stored: in a form, of which the lossless one leaves `share` of their bytes."""
+
+    form: str = PLAIN
+    share: float = 1.0
+
+    def nbytes(self, name: str, dtype: str, shape: Shape) -> int:
+        """Bytes of a matrix of a part."""
+        if self.form in QUANTISED_FORMS:
+            return sum(
+                tensor_nbytes(of, size) for _, of, size in coding_of(self.form, name).stored(name, shape)
+            )
+        return round(self.share * tensor_nbytes(dtype, shape))
+
+    def rate(self, rates: Rates) -> float:
+        """Bytes of plain weights a second that a product of one row does."""
+        by_form = {PLAIN: rates.memory, LOSSLESS: rates.decoded, INT8_FORM: rates.int8, INT4_FORM: rates.int4}
+        return by_form[self.form]
+
+
+PLAIN_STORED = Stored()
 # Bytes of the process's memory for each byte of tokenizer.json, and the size of BLOOM's.
 TOKENIZER_MEMORY = 13
 BLOOMS_TOKENIZER = 14_500_438
@@ -33,13 +58,12 @@ BLOOMS_TOKENIZER = 14_500_438
 class Forecast:
     """One model in one form in one amount of RAM on one machine.
 
-    `share` is the stored bytes of a matrix divided by the plain ones, below 1 if it is coded. `limit_seconds` is the
-    least time of a pass of one row.
+    `stored` is the form of its matrices. `limit_seconds` is the least time of a pass of one row.
     """
 
     memory_plan: MemoryPlan
     weight_bytes: int
-    share: float
+    stored: Stored
     limit_seconds: float
     seconds_per_token: float
     prompt_seconds: float
@@ -50,36 +74,41 @@ def weight_bytes(model: Hyperparameters) -> int:
     return pass_nbytes(model)
 
 
-def disk_bytes(model: Hyperparameters, share: float = 1.0) -> int:
-    """Bytes of all parts: a page for each header, and `share` of the bytes of plain matrices."""
+def disk_bytes(model: Hyperparameters, stored: Stored = PLAIN_STORED) -> int:
+    """Bytes of all parts: a page for each header, and the matrices as they are stored."""
     specs, vectors = part_specs(model), weight_bytes(model) - sum(chunk_bytes(model))
-    matrices = sum(chunk_bytes(model, share))
+    matrices = sum(chunk_bytes(model, stored))
     if not model.tie_word_embeddings:
-        matrices += round(share * tensor_nbytes(model.dtype, (model.vocab_size, model.hidden_size)))
+        shape = model.vocab_size, model.hidden_size
+        matrices += stored.nbytes("word_embeddings.weight", model.dtype, shape)
     return len(specs) * DATA_ALIGNMENT + vectors + matrices
 
 
-def chunk_bytes(model: Hyperparameters, share: float = 1.0) -> list[int]:
+def chunk_bytes(model: Hyperparameters, stored: Stored = PLAIN_STORED) -> list[int]:
     """Bytes of the chunks of all matrices, in the order of a pass, as if all coded row groups had one size."""
     embedding, *others = part_specs(model)
     found = []
     for spec in (*others, embedding) if model.tie_word_embeddings else others:
-        for shape in spec.matrices.values():
-            nbytes = round(share * tensor_nbytes(model.dtype, shape))
-            units = row_group_count(shape[0]) if share < 1 else shape[0]
+        for name, shape in spec.matrices.items():
+            nbytes = stored.nbytes(name, model.dtype, shape)
+            units = row_group_count(shape[0]) if stored.form == LOSSLESS else shape[0]
             cuts = row_ranges(units, nbytes)
             found += [nbytes * last // units - nbytes * first // units for first, last in cuts]
     return found
 
 
-def coded_share(manifest: Manifest) -> float:
-    """Stored bytes of the matrices that a directory has, divided by their plain bytes: 1 if they are not coded."""
+def stored_as(manifest: Manifest) -> Stored:
+    """How a directory stores matrices, with the share of their plain bytes that its own take."""
     stored = plain = 0
     for part in manifest.parts.values():
         decoded = {tensor.name: tensor.nbytes for tensor in part.decoded}
         plain += sum(decoded.values())
-        stored += sum(tensor.nbytes for tensor in part.tensors if tensor.name in decoded)
-    return stored / plain if plain else 1.0
+        stored += sum(
+            tensor.nbytes for tensor in part.tensors if tensor.name.removesuffix(SCALES_SUFFIX) in decoded
+        )
+    return Stored(
+        manifest.form, stored / plain if plain else LOSSLESS_SHARE if manifest.form == LOSSLESS else 1.0
+    )
 
 
 def process_bytes(model: Hyperparameters, in_use: int, tokenizer_json: int = BLOOMS_TOKENIZER) -> int:
@@ -88,9 +117,9 @@ def process_bytes(model: Hyperparameters, in_use: int, tokenizer_json: int = BLO
     return in_use + vectors + TOKENIZER_MEMORY * tokenizer_json
 
 
-def limit(weights: int, streamed: int, rates: Rates, share: float = 1.0) -> float:
+def limit(weights: int, streamed: int, rates: Rates, stored: Stored = PLAIN_STORED) -> float:
     """Least seconds of a pass of one row: all weights are computed, `streamed` bytes of them read."""
-    return max(streamed / rates.disk, weights / (rates.decoded if share < 1 else rates.memory))
+    return max(streamed / rates.disk, weights / stored.rate(rates))
 
 
 def forecast(
@@ -100,21 +129,21 @@ def forecast(
     rates: Rates,
     prompt_tokens: int,
     new_tokens: int,
-    share: float = 1.0,
+    stored: Stored = PLAIN_STORED,
 ) -> Forecast:
     """Forecast of a prompt and of `new_tokens` passes of one row, in `ram` bytes of which `process` are taken.
 
     Raises `BloomdeskError` if the RAM is too little.
     """
-    chunks = chunk_bytes(model, share)
+    chunks = chunk_bytes(model, stored)
     capacities = (prompt_tokens + new_tokens,)
     shared = memory_plan(MemoryRequest(model, tuple(chunks), ram, process, capacities, prompt_tokens))
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
-    least = limit(weights, shared.streamed_bytes, rates, share)
+    least = limit(weights, shared.streamed_bytes, rates, stored)
     prompt = max(
-        limit(weights, sum(chunks), rates, share), multiplications(model, prompt_tokens) / rates.compute
+        limit(weights, sum(chunks), rates, stored), multiplications(model, prompt_tokens) / rates.compute
     )
-    return Forecast(shared, weights, share, least, least + between, prompt + between)
+    return Forecast(shared, weights, stored, least, least + between, prompt + between)
 
 
 def multiplications(model: Hyperparameters, rows: int) -> int:

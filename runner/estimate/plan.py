@@ -13,17 +13,20 @@ from runner.estimate import family, rates
 from runner.estimate.forecast import (
     BLOOMS_TOKENIZER,
     LOSSLESS_SHARE,
+    PLAIN_STORED,
     Forecast,
-    coded_share,
+    Stored,
     disk_bytes,
     forecast,
     process_bytes,
+    stored_as,
 )
 from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, load_manifest
+from runner.format.quantised import QUANTISED_FORMS
 from runner.generation.memory_plan import default_total
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
@@ -56,9 +59,9 @@ class Form:
 class Plan:
     """One model on the disk of a directory; sizes in bytes.
 
-    `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `lossless`
-    is the other choice, None if there is none. `manifest` is that of the directory, if it holds this model. `load` is
-    what other programs had of each core when the rates were measured.
+    `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `others` are
+    the other choices by name, none if the directory holds another form than the plain one. `manifest` is that of the
+    directory, if it holds this model. `load` is what other programs had of each core when the rates were measured.
     """
 
     name: str | None
@@ -66,7 +69,7 @@ class Plan:
     free_bytes: int
     rates: Rates
     form: Form
-    lossless: Form | None
+    others: Mapping[str, Form]
     manifest: Manifest | None = None
     load: float = 0.0
 
@@ -77,11 +80,15 @@ class Plan:
 
     @property
     def advice(self) -> str:
-        """The faster form: the lossless one, unless decoding takes longer than reading fewer bytes saves."""
-        if self.lossless is None:
+        """The faster one of the forms that keep every bit.
+
+        That is the lossless one, unless decoding takes longer than reading fewer bytes saves.
+        """
+        lossless = self.others.get(LOSSLESS)
+        if lossless is None:
             return self.form.form
-        plain, lossless = (form.forecast.seconds_per_token for form in (self.form, self.lossless))
-        return LOSSLESS if lossless < plain else PLAIN
+        is_faster = lossless.forecast.seconds_per_token < self.form.forecast.seconds_per_token
+        return LOSSLESS if is_faster else PLAIN
 
 
 def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
@@ -107,16 +114,17 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
     chosen = ram or default_total()
 
-    def form(form: str, share: float) -> Form:
+    def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
-            return forecast(model, size, process, found, prompt_tokens, tokens, share)
+            return forecast(model, size, process, found, prompt_tokens, tokens, stored)
 
-        return Form(form, disk_bytes(model, share), expected(chosen), _others(expected))
+        return Form(stored.form, disk_bytes(model, stored), expected(chosen), _others(expected))
 
-    own = form(held.form, coded_share(held)) if held else form(PLAIN, 1.0)
-    is_choice = own.form == PLAIN and model.dtype == CODED_DTYPE
-    lossless = form(LOSSLESS, LOSSLESS_SHARE) if is_choice else None
-    return Plan(name, model, free_bytes(place), found, own, lossless, held, load)
+    own = form(stored_as(held) if held else PLAIN_STORED)
+    lossless = (Stored(LOSSLESS, LOSSLESS_SHARE),) if model.dtype == CODED_DTYPE else ()
+    choices = (*lossless, *map(Stored, QUANTISED_FORMS)) if own.form == PLAIN else ()
+    others = {stored.form: form(stored) for stored in choices}
+    return Plan(name, model, free_bytes(place), found, own, others, held, load)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:

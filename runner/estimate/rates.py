@@ -19,13 +19,15 @@ import torch
 
 from runner.errors import BloomdeskError
 from runner.format.coded import ROW_GROUP_ROWS
+from runner.format.quantised import INT4, INT8, Coding
+from runner.format.safetensors import tensor_nbytes
 from runner.kernel.decode import CODES, GROUP, HEADER
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.system import files, memory
 from runner.system.disk import free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
-from runner.weights.chunks import LARGEST_CHUNK
+from runner.weights.chunks import LARGEST_CHUNK, STORED_DTYPES
 from runner.weights.stream import READERS
 
 COLUMNS = 4096
@@ -49,12 +51,16 @@ class Rates:
     memory    bytes of plain weights in products of one row
     compute   multiply-adds in products of many rows
     decoded   bytes that losslessly coded weights decode to, in products of one row
+    int8      bytes of plain weights that those of 8 bits stand for, in products of one row
+    int4      the same of 4 bits
     """
 
     disk: float
     memory: float
     compute: float
     decoded: float
+    int8: float
+    int4: float
 
 
 def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int = DISK_BYTES) -> float:
@@ -129,8 +135,8 @@ def compiled(dtype: str) -> Kernel:
     return Kernel(TORCH_DTYPES[dtype], workers(torch.get_num_threads()))
 
 
-def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, float]:
-    """The product's `memory`, `compute` (at `COMPUTE_ROWS` rows) and `decoded` of `Rates`.
+def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, float, float, float]:
+    """All of `Rates` but the disk's, in its order; `compute` is at `COMPUTE_ROWS` rows.
 
     Measuring takes `MEMORY_BYTES` of memory.
     """
@@ -142,7 +148,27 @@ def kernel_rates(kernel: Kernel, dtype: torch.dtype) -> tuple[float, float, floa
     coded, row_groups, rows = _coded_noise(buffer)
     decoded = _seconds(lambda x, out: kernel.accumulate_coded(x, coded, row_groups, out), 1, rows)
     decoded_bytes = rows * COLUMNS * torch.bfloat16.itemsize
-    return weight.nbytes / one_row, COMPUTE_ROWS * few.numel() / many_rows, decoded_bytes / decoded
+    in_few_bits = (_quantised_rate(kernel, buffer, coding) * dtype.itemsize for coding in (INT8, INT4))
+    return (
+        weight.nbytes / one_row,
+        COMPUTE_ROWS * few.numel() / many_rows,
+        decoded_bytes / decoded,
+        *in_few_bits,
+    )
+
+
+def _quantised_rate(kernel: Kernel, buffer: mmap.mmap, coding: Coding) -> float:
+    """Weights a second in products of one row with noise that fills `buffer`."""
+    one = 1, COLUMNS
+    row, scales = coding.shape(one)[1], tensor_nbytes(coding.scale_dtype, coding.scales_shape(one))
+    rows = len(buffer) // (row + scales)
+    whole = torch.frombuffer(buffer, dtype=torch.uint8)
+    # Finite in every dtype, whatever they stand for.
+    whole.fill_(1)
+    data = whole[: rows * row].view(STORED_DTYPES[coding.dtype]).view(rows, row)
+    of_rows = whole[rows * row :][: rows * scales].view(STORED_DTYPES[coding.scale_dtype]).view(rows, -1)
+    taken = _seconds(lambda x, out: kernel.accumulate_quantised(x, data, of_rows, coding, out), 1, rows)
+    return rows * COLUMNS / taken
 
 
 def _coded_noise(buffer: mmap.mmap) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -12,11 +12,19 @@ from runner.format.coded import (
     CODING_KEY,
     CODING_VERSION,
     LARGEST_CODED,
-    LOSSLESS,
+    PLAIN,
     ROW_GROUPS_SUFFIX,
     row_group_count,
 )
 from runner.format.hyperparameters import Hyperparameters
+from runner.format.quantised import (
+    QUANTISED_FORMS,
+    QUANTISED_KEY,
+    QUANTISED_VERSION,
+    Coding,
+    coding_in,
+    coding_of,
+)
 from runner.format.safetensors import Described, Shape, encode_header, tensor_nbytes
 
 MANIFEST = "manifest.json"
@@ -43,28 +51,33 @@ class PartSpec:
 
     @property
     def matrices(self) -> dict[str, Shape]:
-        """The tensors that a lossless directory codes."""
+        """The tensors that all forms but the plain one code."""
         return {name: shape for name, shape in self.tensors.items() if len(shape) == 2}
 
     def nbytes(self, dtype: str) -> int:
         """Bytes of the tensors alone, uncoded."""
         return sum(tensor_nbytes(dtype, shape) for shape in self.tensors.values())
 
-    def stored(self, dtype: str, coded: Mapping[str, int]) -> tuple[Described, ...]:
-        """The tensors in the file, in its order; `coded` has the bytes of each coded matrix, in a plain part none."""
+    def stored(self, dtype: str, coded: Mapping[str, int], form: str = PLAIN) -> tuple[Described, ...]:
+        """The tensors in the file, in its order.
+
+        `coded` has the bytes of each losslessly coded matrix; those of a quantised `form` follow from the shapes.
+        """
         found: list[Described] = []
         for name, shape in self.tensors.items():
-            if name in coded:
+            if form in QUANTISED_FORMS and name in self.matrices:
+                found += coding_of(form, name).stored(name, shape)
+            elif name in coded:
                 found.append((name + ROW_GROUPS_SUFFIX, "I64", (row_group_count(shape[0]) + 1,)))
                 found.append((name, "U8", (coded[name],)))
             else:
                 found.append((name, dtype, shape))
         return tuple(found)
 
-    def decoded(self, form: str) -> tuple[Described, ...]:
+    def decoded(self, form: str, dtype: str = CODED_DTYPE) -> tuple[Described, ...]:
         """The tensors that the coded ones decode to; none in a plain directory."""
-        coded = self.matrices if form == LOSSLESS else {}
-        return tuple((name, CODED_DTYPE, shape) for name, shape in coded.items())
+        coded = {} if form == PLAIN else self.matrices
+        return tuple((name, dtype, shape) for name, shape in coded.items())
 
 
 def is_file_name(name: object) -> bool:
@@ -129,9 +142,30 @@ def part_header(stored: Sequence[Described], decoded: Sequence[Described] = ()) 
     """
     if not decoded:
         return encode_header(stored, alignment=DATA_ALIGNMENT)
+    if codings := codings_of(stored, decoded):
+        return _quantised_header(stored, decoded, codings)
     tensors = {name: {"dtype": dtype, "shape": list(shape)} for name, dtype, shape in decoded}
     form = {"version": CODING_VERSION, "tensors": tensors}
     metadata = {CODING_KEY: json.dumps(form, separators=(",", ":"))}
     largest = [(name, dtype, (LARGEST_CODED,) if name in tensors else shape) for name, dtype, shape in stored]
     room = len(encode_header(largest, metadata, alignment=DATA_ALIGNMENT))
     return encode_header(stored, metadata, room, DATA_ALIGNMENT)
+
+
+def codings_of(stored: Sequence[Described], decoded: Sequence[Described]) -> dict[str, Coding]:
+    """How each tensor that is stored in fewer bits is stored, by name."""
+    shapes = {name: shape for name, _, shape in decoded}
+    found = {each[0]: coding_in(each, shapes[each[0]]) for each in stored if each[0] in shapes}
+    return {name: coding for name, coding in found.items() if coding is not None}
+
+
+def _quantised_header(
+    stored: Sequence[Described], decoded: Sequence[Described], codings: Mapping[str, Coding]
+) -> bytes:
+    tensors = {
+        name: {"coding": codings[name].name, "dtype": dtype, "shape": list(shape)}
+        for name, dtype, shape in decoded
+    }
+    form = {"version": QUANTISED_VERSION, "tensors": tensors}
+    metadata = {QUANTISED_KEY: json.dumps(form, separators=(",", ":"))}
+    return encode_header(stored, metadata, alignment=DATA_ALIGNMENT)

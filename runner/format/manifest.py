@@ -43,16 +43,18 @@ from runner.format.layout import (
     MANIFEST_BACKUP,
     REQUIRED_COMPANIONS,
     PartSpec,
+    codings_of,
     is_file_name,
     part_header,
     part_specs,
 )
+from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS, SCALES_SUFFIX, Coding
 from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_small, tensor_nbytes
 
 FORMAT = "bloomdesk-prepared"
-FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2}
-# Of either form, for what a reader of the versions above would not expect: a head that is not tied to the embedding,
-# several tokens that end a text, and later companions.
+FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2, INT8_FORM: 4, INT4_FORM: 4}
+# Of the first two forms, for what their readers would not expect: a head that is not tied to the embedding, several
+# tokens that end a text, and later companions.
 EXTENDED_VERSION = 3
 # Far above every BLOOM's, so that a damaged or hostile file cannot fill the memory.
 LARGEST_MANIFEST = 64 * 2**20
@@ -92,7 +94,8 @@ class PartRecord:
     """A part as written: size and hash of the whole file, its tensors, and what they were made from.
 
     `tensors` are those that the file stores, with hashes of the stored bytes; `decoded` are those that the coded ones
-    decode to, with hashes of the decoded bytes.
+    decode to, with hashes of the decoded bytes. In fewer bits these are not what the source has: `originals` are its
+    tensors, with hashes of their bytes.
     """
 
     file: str
@@ -101,6 +104,7 @@ class PartRecord:
     tensors: tuple[TensorRecord, ...]
     sources: tuple[SourceShard, ...]
     decoded: tuple[TensorRecord, ...] = ()
+    originals: tuple[TensorRecord, ...] = ()
 
     @property
     def header(self) -> bytes:
@@ -109,11 +113,27 @@ class PartRecord:
         return part_header(stored, [tensor.described for tensor in self.decoded])
 
     @property
+    def codings(self) -> dict[str, Coding]:
+        """How each tensor that is stored in fewer bits is stored, by name."""
+        return codings_of(
+            [each.described for each in self.tensors], [each.described for each in self.decoded]
+        )
+
+    @property
+    def weights(self) -> tuple[TensorRecord, ...]:
+        """The tensors as a pass uses them and an export has them, in the order of a pass: the coded ones decoded."""
+        return self._with(self.decoded)
+
+    @property
     def source_tensors(self) -> tuple[TensorRecord, ...]:
         """The source's tensors that the part was made from, in the order of a pass, with hashes of uncoded bytes."""
-        decoded = {tensor.name: tensor for tensor in self.decoded}
-        tables = {name + ROW_GROUPS_SUFFIX for name in decoded}
-        return tuple(decoded.get(each.name, each) for each in self.tensors if each.name not in tables)
+        return self._with(self.originals or self.decoded)
+
+    def _with(self, others: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:
+        """The stored tensors, those that have one of `others` replaced by it."""
+        by_name = {tensor.name: tensor for tensor in others}
+        beside = {name + suffix for name in by_name for suffix in (ROW_GROUPS_SUFFIX, SCALES_SUFFIX)}
+        return tuple(by_name.get(each.name, each) for each in self.tensors if each.name not in beside)
 
 
 @dataclass(frozen=True)
@@ -150,6 +170,8 @@ class Manifest:
     @property
     def format_version(self) -> int:
         model = self.model
+        if self.form in QUANTISED_FORMS:
+            return FORMAT_VERSIONS[self.form]
         is_extended = (
             not model.tie_word_embeddings
             or len(model.eos_token_ids) > 1
@@ -165,7 +187,7 @@ class Manifest:
 
     def command(self, directory: Path) -> str:
         """The command that makes the rest of an unfinished directory."""
-        form = "" if self.form == PLAIN else f" --{self.form}"
+        form = "" if self.form == PLAIN else f" --form {self.form}"
         made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
         return f"bloomdesk {made_by} {in_shell(directory)}{form}"
 
@@ -176,18 +198,27 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str | None:
-        """What distinguishes the weights from all others, whatever their form or files; None until all parts are made.
+        """What distinguishes the weights that a pass uses from all others, whatever their files.
 
-        The sha256 of the hyperparameters and of every source tensor's name, dtype, shape and hash.
+        The sha256 of the hyperparameters and of every tensor's name, dtype, shape and hash; None until all parts are
+        made. Plain and lossless weights are the same; those in fewer bits are others.
         """
+        return self._digest_of([part.weights for part in self.parts.values()])
+
+    @property
+    def source_fingerprint(self) -> str | None:
+        """The fingerprint that the source's own weights have: the same for all forms of one model."""
+        return self._digest_of([part.source_tensors for part in self.parts.values()])
+
+    def _digest_of(self, tensors: Sequence[Sequence[TensorRecord]]) -> str | None:
         if any(spec.file not in self.parts for spec in part_specs(self.model)):
             return None
-        tensors = [
-            [part.file, *asdict(tensor).values()]
-            for part in self.parts.values()
-            for tensor in part.source_tensors
+        named = [
+            [file, *asdict(tensor).values()]
+            for file, of_part in zip(self.parts, tensors, strict=True)
+            for tensor in of_part
         ]
-        return digest({"model": self.model.recorded, "tensors": tensors})
+        return digest({"model": self.model.recorded, "tensors": named})
 
     def with_part(self, record: PartRecord) -> Manifest:
         """This manifest with one more part, which gets its place in the order of a pass."""
@@ -204,6 +235,7 @@ class Manifest:
             "source": asdict(self.source),
             "model": self.model.recorded,
             "fingerprint": self.fingerprint,
+            **({"source_fingerprint": self.source_fingerprint} if self.form in QUANTISED_FORMS else {}),
             "source_shards": _shard_sizes(self.parts.values()),
             "parts": [_part_body(record, self.form) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
@@ -226,8 +258,9 @@ class Manifest:
             raise _unsound(where, f"its format is not {FORMAT!r}")
         claimed = body.pop("sha256", None)
         version = body.get("format_version")
-        if type(version) is not int or version not in (*FORMAT_VERSIONS.values(), EXTENDED_VERSION):
-            known = " and ".join(map(str, (*FORMAT_VERSIONS.values(), EXTENDED_VERSION)))
+        versions = sorted({*FORMAT_VERSIONS.values(), EXTENDED_VERSION})
+        if type(version) is not int or version not in versions:
+            known = " and ".join(map(str, versions))
             # A later version vouches for itself; damage does not.
             kind = BloomdeskError if claimed == digest(body) else UnsoundManifest
             raise kind(
@@ -306,6 +339,8 @@ def _part_body(record: PartRecord, form: str) -> dict[str, Any]:
     body["sources"] = [{"file": shard.file, "sha256": shard.sha256} for shard in record.sources]
     if form == PLAIN:
         del body["decoded"]
+    if form not in QUANTISED_FORMS:
+        del body["originals"]
     return body
 
 
@@ -354,6 +389,8 @@ def _decode(body: dict[str, Any]) -> Manifest:
         raise ValueError(f"its form is {quoted(form)}")
     if body.get("fingerprint", manifest.fingerprint) != manifest.fingerprint:
         raise ValueError("its fingerprint is not that of its tensors")
+    if form in QUANTISED_FORMS and body["source_fingerprint"] != manifest.source_fingerprint:
+        raise ValueError("its source's fingerprint is not that of its tensors")
     return manifest
 
 
@@ -369,13 +406,15 @@ def _decode_part(
     `sizes` are those of the source shards by name and sha256.
     """
     spec = specs[entry["file"]]
-    matrices = {name for name, _, _ in spec.decoded(form)}
+    matrices = {name for name, _, _ in spec.decoded(form)} if form == LOSSLESS else set()
     coded = {each["name"]: each["shape"][0] for each in entry["tensors"] if each["name"] in matrices}
     for size in coded.values():
         if type(size) is not int or not 0 < size <= LARGEST_CODED or size % CODED_ALIGNMENT:
             raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
-    tensors = _decode_tensors(spec.stored(dtype, coded), entry["tensors"])
-    decoded = _decode_tensors(spec.decoded(form), entry.get("decoded", ()))
+    tensors = _decode_tensors(spec.stored(dtype, coded, form), entry["tensors"])
+    decoded = _decode_tensors(spec.decoded(form, dtype), entry.get("decoded", ()))
+    has_originals = form in QUANTISED_FORMS
+    originals = _decode_tensors(spec.decoded(form, dtype), entry["originals"]) if has_originals else ()
     sources = tuple(
         SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
         for each in entry["sources"]
@@ -384,7 +423,7 @@ def _decode_part(
         _check_hash(shard.sha256, 64)
         if not is_file_name(shard.file):
             raise ValueError(f"{spec.file} has a source that is no file name")
-    record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources, decoded)
+    record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources, decoded, originals)
     if digest(_part_body(record, form)) != digest(entry):
         raise ValueError(
             f"{spec.file} is recorded with other tensors than the model has, or with unknown fields"

@@ -7,8 +7,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import torch
+
+from runner.generation.grammar import GrammarError
 from runner.generation.memory_plan import MemoryPlan, memory_plan
-from runner.generation.sequence import Request, Sequence
+from runner.generation.sequence import Request, Restored, Sequence
 from runner.generation.session import Session
 from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.proposer import Proposer
@@ -48,7 +51,7 @@ class Batch:
         self._read_before = self._stream.traffic.bytes_read
         self._session = session
         if session:
-            self.sequences[0].restore(session.new_ids, session.scores)
+            self.sequences[0].restore(Restored(session.new_ids, session.scores))
         self._arrange(plan)
 
     @property
@@ -82,8 +85,9 @@ class Batch:
 
     def step(self) -> list[Sequence]:
         """The sequences that end with one more pass. After an exception, the next step makes the pass again."""
-        began, read, request = time.perf_counter(), self.bytes_read, self.plan.request
+        began, read = time.perf_counter(), self.bytes_read
         self._admit()
+        request = self.plan.request
         # What is forced to its end needs no pass.
         if finished := self._dismiss():
             return finished
@@ -97,7 +101,7 @@ class Batch:
         with self.proposer.cost.measure(self._stream, sum(len(segment.ids) for segment in segments)):
             found = self.model.forward_all(segments, self._on_part)[len(prefixes) :]
         self.passes += 1
-        accepted = {each: each.verify(logits) for each, logits in zip(own, found, strict=True)}
+        accepted = {each: _verified(each, logits) for each, logits in zip(own, found, strict=True)}
         if self._session and not self.sequences[0].failure:
             self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
@@ -128,8 +132,14 @@ class Batch:
             if self._session:
                 self._session.fill(each.cache)
             self.active.append(self.waiting.popleft())
+        self._resume()
+
+    def _resume(self) -> None:
         for each in self.active:
-            each.resume()
+            try:
+                each.resume()
+            except GrammarError as error:
+                each.fail(error)
 
     def _dismiss(self) -> list[Sequence]:
         """The sequences that are done, after their RAM is freed."""
@@ -167,3 +177,12 @@ class Batch:
             room -= count
             logit_room -= max(0, each.logit_rows(count) - 1)
         return prefixes, counts, logit_room
+
+
+def _verified(each: Sequence, logits: torch.Tensor) -> int:
+    """As `Sequence.verify`; a text that its grammar gives up ends, and the others of the batch go on."""
+    try:
+        return each.verify(logits)
+    except GrammarError as error:
+        each.fail(error)
+        return 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from runner.errors import BloomdeskError
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.sequence import Request
-from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.cost import SLOPE
 from runner.generation.speculation.policy import MOST_DRAFT_TOKENS
 from runner.generation.speculation.proposer import Proposer
@@ -24,16 +24,32 @@ FORCED_ROWS = 128
 MEMORY_TO_DISK = 10.0
 
 
+class Sharing(Protocol):
+    """What texts share: `positions` of prefixes, each counted once."""
+
+    positions: int
+
+    def shared(self, number: int) -> int:
+        """Number of the first positions of text `number` that are those of prefixes."""
+
+
 class Planner:
     """Finds the capacity for `requests`, with the draft tokens and the draft model of `proposer`.
 
     `base` says what all of them need together, in passes without rows; its caches are sorted, the largest first.
+    `rows` are those that come before the next token of each, by default of its prompt.
     """
 
     def __init__(
-        self, base: MemoryRequest, requests: Sequence[Request], proposer: Proposer, prefixes: SharedPrefixes
+        self,
+        base: MemoryRequest,
+        requests: Sequence[Request],
+        proposer: Proposer,
+        prefixes: Sharing,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        self._prompts = sorted(map(_first_rows, requests), reverse=True)
+        rows = rows or list(map(first_rows, requests))
+        self._prompts = sorted(rows, reverse=True)
         self._longest = max(self._prompts[0], *map(_forced_rows, requests))
         shared = [prefixes.shared(number) for number in range(len(requests))]
         sharing = zip(requests, shared, strict=True)
@@ -41,12 +57,16 @@ class Planner:
         self._base = replace(base, joined=joined)
         self._prefix_positions = prefixes.positions
         # What the prefixes leave of each prompt and of each cache, the most first.
-        self._rest_rows = _rests(map(_first_rows, requests), shared)
+        self._rest_rows = _rests(rows, shared)
         self._rest_positions = _rests((whole_lanes(request.capacity) for request in requests), shared)
         self._draft_tokens = proposer.most_tokens(max(request.max_new_tokens for request in requests))
         if any(request.grammar and request.sampling.logprobs is not None for request in requests):
             # Rows of forced tokens give logits then.
             self._draft_tokens = max(self._draft_tokens, MOST_DRAFT_TOKENS)
+        # Rows of prompts that give logits.
+        self._scored_rows = sum(
+            count for request, count in zip(requests, rows, strict=True) if request.scores_prompt
+        )
         self._draft = proposer.draft
 
     def plan(self, batch: int | None) -> MemoryPlan:
@@ -67,9 +87,13 @@ class Planner:
             if not self._request(count, count, count).fits:
                 break
             found = self._largest(count)
-            if batch or _worth(found) > _worth(best):
+            if batch or worth(found) > worth(best):
                 best = found
         return best
+
+    def all_together(self) -> MemoryPlan:
+        """The plan for passes that carry all of them. Raises `BloomdeskError` if the RAM is too little for that."""
+        return self._largest(len(self._prompts))
 
     def _largest(self, batch: int) -> MemoryPlan:
         """The plan with the largest passes for `batch` sequences that are worth their RAM."""
@@ -83,6 +107,7 @@ class Planner:
             if self._request(batch, wanted, wanted).activations <= room:
                 logit_rows = wanted
             draft_tokens //= 2
+        logit_rows = self._with_scored_rows(batch, logit_rows, room)
 
         def is_cheap(rows: int) -> bool:
             return self._request(batch, rows, logit_rows).activations <= room
@@ -94,6 +119,16 @@ class Planner:
         whole = max(rows, self._longest)
         rows = _most(logit_rows, whole, lambda rows: self._request(batch, rows, logit_rows).fits)
         return memory_plan(self._request(batch, rows, logit_rows))
+
+    def _with_scored_rows(self, batch: int, logit_rows: int, room: int) -> int:
+        """`logit_rows` and as many more, for the prompts' log-probabilities, as `room` bytes of activations allow."""
+        if not self._scored_rows:
+            return logit_rows
+
+        def is_cheap(rows: int) -> bool:
+            return self._request(batch, rows, rows).activations <= room
+
+        return _most(logit_rows, logit_rows + self._scored_rows, is_cheap)
 
     def _request(self, batch: int, rows: int, logit_rows: int) -> MemoryRequest:
         capacities = self._base.capacities[:batch]
@@ -108,7 +143,7 @@ class Planner:
         return max(0, whole - sum(rests) - self._prefix_positions)
 
 
-def _first_rows(request: Request) -> int:
+def first_rows(request: Request) -> int:
     """Rows of the prompt and of the tokens that must follow it."""
     forced = request.grammar.forced_tokens if request.grammar else 0
     return min(request.capacity, len(request.prompt_ids) + forced)
@@ -122,7 +157,7 @@ def _forced_rows(request: Request) -> int:
     return min(request.capacity, FORCED_ROWS) if request.grammar else 0
 
 
-def _worth(plan: MemoryPlan) -> float:
+def worth(plan: MemoryPlan) -> float:
     """Tokens for each byte of weights that is computed with; a streamed byte counts `MEMORY_TO_DISK` times."""
     computed = sum(plan.request.chunks) * (1 + SLOPE * (plan.request.batch - 1))
     return plan.request.batch / max(computed, MEMORY_TO_DISK * plan.streamed_bytes)

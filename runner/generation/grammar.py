@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 # How JSON is set out: as `json.dumps` does, so that as much as possible is forced. A schema's "x-guidance" may differ.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Grammars that are kept for another text, and the bytes that one takes at most.
+MOST_GRAMMARS = 32
+MOST_GRAMMAR_BYTES = 2**26
 # Characters of a reason that are shown.
 LONGEST_REASON = 300
 _NAMES = {JSON_SCHEMA: "the JSON schema", REGEX: "the regular expression", GRAMMAR: "the grammar"}
@@ -39,12 +45,17 @@ class GrammarError(BloomdeskError):
 
 
 class Grammars:
-    """The grammars of a model: its `tokenizer` as llguidance needs it, and each constraint compiled once."""
+    """The grammars of a model: its `tokenizer` as llguidance needs it, and the latest constraints, compiled once.
+
+    Any thread may ask for one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos: Collection[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos)
         self._vocabulary: llguidance.LLTokenizer | None = None
-        self._known: dict[tuple[str, str], Grammar] = {}
+        # With the bytes that each takes, the latest last.
+        self._known: OrderedDict[tuple[str, str], tuple[Grammar, int]] = OrderedDict()
+        self._lock = threading.Lock()
         # Bytes of RAM that they take.
         self.nbytes = 0
 
@@ -52,15 +63,29 @@ class Grammars:
         """The grammar of `sampling`, if it has one. Raises `BloomdeskError` if that cannot be compiled."""
         if sampling.constraint is None:
             return None
-        if sampling.constraint not in self._known:
-            before = memory.memory_in_use()
-            self._known[sampling.constraint] = self._compiled(*sampling.constraint)
-            self.nbytes += max(0, memory.memory_in_use() - before)
-        return self._known[sampling.constraint]
+        with self._lock:
+            if sampling.constraint not in self._known:
+                # What other threads take meanwhile must not count.
+                self._prepare(sampling.constraint[0])
+                before = memory.memory_in_use()
+                grammar = self._compiled(*sampling.constraint)
+                taken = min(MOST_GRAMMAR_BYTES, max(0, memory.memory_in_use() - before))
+                self._known[sampling.constraint] = grammar, taken
+                self.nbytes += taken
+                if len(self._known) > MOST_GRAMMARS:
+                    self.nbytes -= self._known.popitem(last=False)[1][1]
+            self._known.move_to_end(sampling.constraint)
+            return self._known[sampling.constraint][0]
 
-    def _compiled(self, kind: str, text: str) -> Grammar:
-        library, source = _library(), _source(kind, text)
+    def prepare(self) -> None:
+        """Take the RAM that all grammars share now, if llguidance is installed and can use the tokenizer."""
+        with self._lock, suppress(BloomdeskError):
+            self._prepare(JSON_SCHEMA)
+
+    def _prepare(self, kind: str) -> None:
+        library = _library()
         if self._vocabulary is None:
+            before = memory.memory_in_use()
             if not self._eos:
                 raise BloomdeskError(f"{_NAMES[kind]} cannot be used: the model has no end-of-text token")
             try:
@@ -71,6 +96,10 @@ class Grammars:
                 raise BloomdeskError(
                     f"the tokenizer cannot be used with {_NAMES[kind]}: {_worded(str(error))}"
                 ) from None
+            self.nbytes += max(0, memory.memory_in_use() - before)
+
+    def _compiled(self, kind: str, text: str) -> Grammar:
+        library, source = _library(), _source(kind, text)
         # Without the parser's whole state in the text of an error.
         limits = library.LLParserLimits(verbose_errors=False)
         matcher = library.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)

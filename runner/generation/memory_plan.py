@@ -12,7 +12,7 @@ from runner.model.activations import activation_bytes
 from runner.model.kv_cache import JoinedValues, KVCache, whole_lanes
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
-from runner.weights.ring import buffer_bytes
+from runner.weights.chunks import buffer_bytes
 
 # Fraction of what the machine can spare that a run takes by default; the rest keeps the machine usable.
 DEFAULT_SHARE = 0.9
@@ -150,11 +150,14 @@ def _too_little(request: MemoryRequest) -> BloomdeskError:
 def spread(sizes: Sequence[int], room: int, keep: frozenset[int] = frozenset()) -> frozenset[int]:
     """Indices of chunks that together fit into `room` bytes, by error diffusion: as evenly spread as sizes allow.
 
-    Those of `keep` are among them if all of these fit, and the others are spread beside them.
+    Those of `keep` are among them if all of these fit, and the others are spread beside them; else some of `keep`.
     """
-    chosen = set(keep) if sum(sizes[index] for index in keep) <= room else set()
+    keeps_all = sum(sizes[index] for index in keep) <= room
+    chosen = set(keep) if keeps_all else set()
     room -= sum(sizes[index] for index in chosen)
-    others = {index: size for index, size in enumerate(sizes) if index not in chosen}
+    others = {
+        index: size for index, size in enumerate(sizes) if (index not in keep if keeps_all else index in keep)
+    }
     share = min(1.0, max(0, room) / max(1, sum(others.values())))
     error = 0.0
     for index, size in others.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -13,6 +13,7 @@ from runner.generation.batch import Batch
 from runner.generation.capacity import Planner
 from runner.generation.decode import Generation
 from runner.generation.grammar import Grammars
+from runner.generation.live_batch import LiveBatch
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, default_total, memory_plan
 from runner.generation.options import DEFAULT_NEW_TOKENS, GREEDY, LOOKUP, GenerationOptions, Sampling
 from runner.generation.scorer import Scorer, Text, plan_scoring
@@ -27,6 +28,9 @@ from runner.model.kv_cache import KVCache
 from runner.model.tokenizer import TextStream, Tokenizer
 from runner.system import memory
 from runner.weights.checkpoint import Weights
+
+# No text is as long; what is larger could not even be counted in bytes.
+MOST_NEW_TOKENS = 2**31
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,10 +156,7 @@ class Model(ModelRunner):
 
         Raises what `generate` raises.
         """
-        draft = None
-        if options.draft:
-            draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
-        proposer = Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
+        proposer = self._proposer(options)
         capacities = sorted((request.capacity for request in requests), reverse=True)
         base = self.memory_request(capacities, 0)
         prefixes, plan = _shared_if_it_fits(
@@ -163,6 +164,32 @@ class Model(ModelRunner):
             lambda prefixes: Planner(base, requests, proposer, prefixes).plan(options.batch),
         )
         return kind(self, requests, plan, prefixes, proposer, on_part, session)
+
+    def live_batch(
+        self,
+        options: GenerationOptions,
+        on_part: OnPart | None = None,
+        on_begin: Callable[[], None] | None = None,
+        reserved: int = 0,
+    ) -> LiveBatch:
+        """A batch without requests, which come and go; up to `options.batch` at a time.
+
+        `on_begin` is called before each pass, and `reserved` bytes of RAM are for other things of the process. Raises
+        `BloomdeskError` for an unsuitable draft, or too little RAM.
+        """
+        proposer = self._proposer(options)
+
+        def base() -> MemoryRequest:
+            found = self.memory_request([1], 0)
+            return replace(found, process=found.process + reserved)
+
+        return LiveBatch(self, base, proposer, options.batch, on_part, on_begin)
+
+    def _proposer(self, options: GenerationOptions) -> Proposer:
+        draft = None
+        if options.draft:
+            draft = DraftModel.open(Path(options.draft), self.weights, self.tokenizer)
+        return Proposer(uses_ngrams=options.speculate == LOOKUP, draft=draft)
 
     def scorer(self, texts: Sequence[Text], on_part: OnPart | None = None) -> Scorer:
         """Scores texts of token ids, as many in a pass as the RAM has room for.
@@ -196,6 +223,13 @@ class Model(ModelRunner):
             raise BloomdeskError(f"token id {outside[0]} is outside the vocabulary of {vocab_size:,}")
         if max_new_tokens < 1:
             raise BloomdeskError(f"the number of new tokens must be at least 1, found {max_new_tokens}")
+        if max_new_tokens > MOST_NEW_TOKENS:
+            raise BloomdeskError(f"the number of new tokens must be at most {MOST_NEW_TOKENS:,}")
+        if max_new_tokens < sampling.min_new_tokens:
+            raise BloomdeskError(
+                f"min_new_tokens, {sampling.min_new_tokens}, is more than max_new_tokens, {max_new_tokens}",
+                "raise --max-new-tokens, or lower --min-new-tokens",
+            )
         if foreign := [i for i in sampling.logit_bias if not 0 <= i < vocab_size]:
             raise BloomdeskError(
                 f"the logit bias names token id {foreign[0]}, and the vocabulary has {vocab_size:,}"

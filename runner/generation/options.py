@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 import secrets
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,11 @@ DEFAULT_NEW_TOKENS = 64
 SEED_BITS = 64
 # Drawn seeds are short enough to be typed again.
 DRAWN_BITS = 32
+# Of a penalty or a bias: whatever is added and multiplied, float32 holds it.
+LARGEST_CHANGE = 1e12
+# Each is a text of its own, which takes RAM before its turn comes.
+MOST_CHOICES = 2**16
+_ID = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -85,32 +92,11 @@ class Sampling:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
-        numbers = (self.temperature, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        finite = all(map(math.isfinite, (*numbers, *self.logit_bias.values())))
-        for is_possible, what in (
-            (finite, "penalties, biases and the temperature must be finite numbers"),
-            (self.temperature >= 0, f"the temperature must be at least 0, found {self.temperature}"),
-            (self.top_k >= 0, f"top_k must be at least 0, found {self.top_k}"),
-            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, found {self.top_p}"),
-            (0 <= self.min_p <= 1, f"min_p must be from 0 to 1, found {self.min_p}"),
-            (
-                self.repetition_penalty > 0,
-                f"the repetition penalty must be above 0, found {self.repetition_penalty}",
-            ),
-            (
-                self.seed is None or 0 <= self.seed < 2**SEED_BITS,
-                f"a seed is a whole number from 0 to 2^{SEED_BITS} - 1, found {self.seed}",
-            ),
-            (self.n >= 1, f"n must be at least 1, found {self.n}"),
-            (all(self.stop), "a stop text must not be empty"),
-            (
-                self.logprobs is None or self.logprobs >= 0,
-                f"logprobs must be at least 0, found {self.logprobs}",
-            ),
-            (self.min_new_tokens >= 0, f"min_new_tokens must be at least 0, found {self.min_new_tokens}"),
-        ):
-            if not is_possible:
-                raise BloomdeskError(what)
+        # A text alone is one stop text, and not one for each of its characters.
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stops)
+        self._check_types()
+        self._check_numbers()
         self._check_constraints()
         if not self.draws:
             idle = [name for name in ("top_k", "top_p", "min_p", "seed", "n") if self._is_set(name)]
@@ -120,11 +106,65 @@ class Sampling:
                     "give a temperature, such as 0.8",
                 )
 
+    def _check_types(self) -> None:
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            kind, _, may_be_none = each.type.partition(" | ")
+            if name in ("stop", "logit_bias") or (may_be_none and value is None):
+                continue
+            expected, words = _KINDS[kind]
+            if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
+                raise BloomdeskError(f'"{name}" is {words}, found {_shown(value)}')
+        for token, bias in self.logit_bias.items():
+            if not (_is_whole(token) and isinstance(bias, Real) and not isinstance(bias, bool)):
+                raise BloomdeskError('"logit_bias" maps token ids to numbers, as in {"42": -5}')
+        for text in (*self.stop, *filter(None, (getattr(self, name) for name in CONSTRAINTS))):
+            if not isinstance(text, str):
+                raise BloomdeskError('"stop" is a text, or a list of texts')
+            if not _can_be_written(text):
+                name = "a stop text" if text in self.stop else "a constraint"
+                raise BloomdeskError(f"{name} is not valid UTF-8 text: {_shown(text)}")
+
+    def _check_numbers(self) -> None:
+        changes = (self.presence_penalty, self.frequency_penalty, *self.logit_bias.values())
+        largest = f"{LARGEST_CHANGE:.0e}".replace("+", "")
+        for is_possible, what in (
+            (
+                all(abs(change) <= LARGEST_CHANGE for change in changes),
+                f"presence and frequency penalty and logit biases must be numbers from -{largest} to {largest}",
+            ),
+            (
+                1 / LARGEST_CHANGE <= self.repetition_penalty <= LARGEST_CHANGE,
+                "the repetition penalty must be above 0, from 1e-12 to 1e12, "
+                f"found {_shown(self.repetition_penalty)}",
+            ),
+            (
+                0 <= self.temperature <= sys.float_info.max,
+                f"the temperature must be a finite number of at least 0, found {_shown(self.temperature)}",
+            ),
+            (self.top_k >= 0, f"top_k must be at least 0, found {self.top_k}"),
+            (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, found {_shown(self.top_p)}"),
+            (0 <= self.min_p <= 1, f"min_p must be from 0 to 1, found {_shown(self.min_p)}"),
+            (
+                self.seed is None or 0 <= self.seed < 2**SEED_BITS,
+                f"a seed is a whole number from 0 to 2^{SEED_BITS} - 1, found {self.seed}",
+            ),
+            (
+                1 <= self.n <= MOST_CHOICES,
+                f"n must be at least 1 and at most {MOST_CHOICES:,}, found {_shown(self.n)}",
+            ),
+            (all(self.stop), "a stop text must not be empty"),
+            (
+                self.logprobs is None or self.logprobs >= 0,
+                f"logprobs must be at least 0, found {self.logprobs}",
+            ),
+            (self.min_new_tokens >= 0, f"min_new_tokens must be at least 0, found {self.min_new_tokens}"),
+        ):
+            if not is_possible:
+                raise BloomdeskError(what)
+
     def _check_constraints(self) -> None:
         given = [name for name in CONSTRAINTS if self._is_set(name)]
-        for name in given:
-            if not isinstance(getattr(self, name), str):
-                raise BloomdeskError(f"{name} must be a text, found {type(getattr(self, name)).__name__}")
         contradicting = [*given, *["ignore_eos"] * self.ignore_eos]
         if given and len(contradicting) > 1:
             raise BloomdeskError(
@@ -154,7 +194,39 @@ class Sampling:
         """These options with `seed`, or else a new one, if they draw tokens and have none of their own."""
         if not self.draws or self.seed is not None:
             return self
-        return replace(self, seed=secrets.randbits(DRAWN_BITS) if seed is None else seed)
+        return replace(self, seed=drawn_seed() if seed is None else seed)
+
+
+def drawn_seed() -> int:
+    """A seed that nobody gave."""
+    return secrets.randbits(DRAWN_BITS)
+
+
+_KINDS = {
+    "float": (Real, "a number"),
+    "int": (Integral, "a whole number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a text"),
+}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value as a sentence has room for it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _can_be_written(text: str) -> bool:
+    """False with bytes that are no UTF-8, or half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 GREEDY = Sampling()
@@ -168,22 +240,12 @@ def with_fields(sampling: Sampling, given: Mapping[str, Any]) -> Sampling:
     if any(name in given for name in CONSTRAINTS):
         values = dict.fromkeys(CONSTRAINTS) | values
     for name, value in given.items():
-        kind = SAMPLING_FIELDS[name]
-        if name == "stop":
-            texts = (value,) if isinstance(value, str) else value
-            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-                raise BloomdeskError('"stop" is a text, or a list of texts')
-            values[name] = tuple(texts)
-        elif name == "logit_bias":
+        if name == "logit_bias":
             values[name] = _biases(value)
+        elif name == "stop" and not isinstance(value, str | list | tuple):
+            raise BloomdeskError('"stop" is a text, or a list of texts')
         elif name in CONSTRAINTS:
             values[name] = _constraint(name, value)
-        elif kind == "bool" and not isinstance(value, bool):
-            raise BloomdeskError(f'"{name}" is true or false')
-        elif kind.startswith("int") and (isinstance(value, bool) or not isinstance(value, int)):
-            raise BloomdeskError(f'"{name}" is a whole number')
-        elif kind == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise BloomdeskError(f'"{name}" is a number')
     return replace(sampling, **values)
 
 
@@ -196,21 +258,33 @@ def _constraint(name: str, given: Any) -> str | None:
 
 
 def _biases(given: Any) -> dict[int, float]:
-    try:
-        return {int(token): float(bias) for token, bias in given.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise BloomdeskError('"logit_bias" maps token ids to numbers, as in {"42": -5}') from None
+    pairs = given.items() if isinstance(given, Mapping) else [("", None)]
+    if not all(_ID.fullmatch(token) and isinstance(bias, int | float) for token, bias in pairs):
+        raise BloomdeskError('"logit_bias" maps token ids to numbers, as in {"42": -5}')
+    return _each_once((int(token), bias) for token, bias in pairs)
 
 
 def read_biases(given: Iterable[str]) -> dict[int, float]:
-    """Biases by token id from texts like "42=-5"; `BloomdeskError` for any other."""
-    biases = {}
-    for text in given:
-        token, _, bias = text.partition("=")
-        try:
-            biases[int(token)] = float(bias)
-        except ValueError:
-            raise BloomdeskError(
-                f"a logit bias is a token id and a number, found {text!r}", "give it as --logit-bias 42=-5"
-            ) from None
+    """Biases by token id from texts like "42=-5"; `BloomdeskError` for any other, or two of one token."""
+    return _each_once(map(_bias, given))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        if not _ID.fullmatch(token):
+            raise ValueError(token)
+        return int(token), float(bias)
+    except ValueError:
+        raise BloomdeskError(
+            f"a logit bias is a token id and a number, found {text!r}", "give it as --logit-bias 42=-5"
+        ) from None
+
+
+def _each_once(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for token, bias in pairs:
+        if token in biases:
+            raise BloomdeskError(f"two logit biases of token id {token}", "leave one out")
+        biases[token] = bias
     return biases

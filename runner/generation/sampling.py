@@ -61,7 +61,7 @@ class Sampler:
         if not options.draws:
             best = scores.argmax()
             return int(best if allowed is None else allowed[best])
-        scores, candidates = warped(scores / options.temperature, options, allowed)
+        scores, candidates = warped(_divided(scores, options.temperature), options, allowed)
         noise = gumbel(options.seed or 0, self._number, self._choice, len(ids), candidates)
         return int(candidates[(scores.double() + noise).argmax()])
 
@@ -103,6 +103,14 @@ class Sampler:
         if len(ids) < options.min_new_tokens:
             scores[self._eos] = -math.inf
         return scores
+
+
+def _divided(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The scores / temperature; if that is more than float32 holds, their distances from the best are divided."""
+    best, numbers = float(scores.max()), torch.finfo(torch.float32)
+    if temperature < numbers.tiny or abs(best) > temperature * numbers.max:
+        return ((scores.double() - best) / temperature).float()
+    return scores / temperature
 
 
 def warped(

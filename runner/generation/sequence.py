@@ -25,7 +25,9 @@ class Request:
     """A prompt of at least one token id, the largest number of new tokens, and how these are chosen.
 
     It is choice number `choice` for the prompt number `number`. `token_bytes` gives what a token stands for, if
-    `sampling` has stop texts; `grammar` is that of its constraint.
+    `sampling` has stop texts; `grammar` is that of its constraint. With `scores_prompt` the prompt's tokens have
+    log-probabilities too, as many beside each as `sampling` says; then there may be no new token at all. One that
+    `gives_way` leaves its place in a batch that stays to those that don't, and goes on later.
     """
 
     prompt_ids: Ids
@@ -35,11 +37,22 @@ class Request:
     choice: int = 0
     token_bytes: Callable[[int], bytes] | None = None
     grammar: Grammar | None = None
+    scores_prompt: bool = False
+    gives_way: bool = False
 
     @property
     def capacity(self) -> int:
         """Positions of the cache; the last token is never fed back, so it needs none."""
-        return len(self.prompt_ids) + self.max_new_tokens - 1
+        return max(1, len(self.prompt_ids) + self.max_new_tokens - 1)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What an earlier run came to: new tokens, and the log-probabilities of the first of these and of the prompt's."""
+
+    ids: Ids = ()
+    scores: collections.abc.Sequence[TokenScore] = ()
+    prompt_scores: collections.abc.Sequence[TokenScore] = ()
 
 
 @dataclass(eq=False)
@@ -61,6 +74,8 @@ class Sequence:
     ids: list[int] = field(default_factory=list)
     # Of `ids`, if the request asks for log-probabilities; those of forced tokens come with a later pass.
     scores: list[TokenScore] = field(default_factory=list)
+    # Of the prompt's tokens but the first, if the request asks for them.
+    prompt_scores: list[TokenScore] = field(default_factory=list)
     stop_reason: str | None = None
     is_valid: bool | None = None
     passes: int = 0
@@ -89,6 +104,8 @@ class Sequence:
             sampling, request.prompt_ids, self.eos, request.number, request.choice, request.grammar
         )
         self.scanner = StopScanner([stop.encode() for stop in sampling.stop])
+        if not request.max_new_tokens:
+            self.stop_reason = "length"
 
     @property
     def prompt_ids(self) -> Ids:
@@ -107,12 +124,13 @@ class Sequence:
     @property
     def is_done(self) -> bool:
         """Whether it needs no pass any more."""
-        return self.failure is not None or (self.stop_reason is not None and self._known == len(self.ids))
+        is_whole = self._known == len(self.ids) and not self._unscored
+        return self.failure is not None or (self.stop_reason is not None and is_whole)
 
     @property
     def committed(self) -> int:
         """Number of positions of the cache that no later token changes, and whose logits are not needed any more."""
-        return len(self.prompt_ids) + self._known - 1
+        return len(self.prompt_ids) - self._unscored + self._known - 1
 
     @property
     def is_begun(self) -> bool:
@@ -141,6 +159,11 @@ class Sequence:
     def _known(self) -> int:
         """Number of new tokens for which no logits are needed."""
         return len(self.ids if self.request.sampling.logprobs is None else self.scores)
+
+    @property
+    def _unscored(self) -> int:
+        """Number of the prompt's tokens whose log-probability is still to come."""
+        return len(self.prompt_ids) - 1 - len(self.prompt_scores) if self.request.scores_prompt else 0
 
     def count_pass(self, seconds: float, nbytes: int, shared_by: int) -> None:
         """Count a pass: `shared_by` sequences share its `seconds`, and the `nbytes` that it read."""
@@ -192,7 +215,10 @@ class Sequence:
             self.is_unsound = True
             self.cache.rewind(self._pass_begin)
             return 0
-        right = 0
+        count = min(self._unscored, len(logits))
+        if not self._score_prompt(logits[:count]):
+            return 0
+        logits, right = logits[count:], 0
         # The place, among the new tokens, of the token that each row gives.
         for place, row in enumerate(logits, self._known):
             if place == len(self.ids):
@@ -213,20 +239,35 @@ class Sequence:
         self.rewind()
         return right
 
+    def _score_prompt(self, logits: torch.Tensor) -> bool:
+        """Whether `logits` [n, V], of the prompt's next rows, give the tokens after them their log-probabilities."""
+        for row in logits:
+            if not math.isfinite(float(row.max())):
+                self.fail(no_numbers(self.cache))
+                return False
+            token = self.prompt_ids[len(self.prompt_scores) + 1]
+            self.prompt_scores.append(score(row, token, self.request.sampling.logprobs or 0))
+        return True
+
+    def fail(self, failure: BloomdeskError) -> None:
+        """End the text for want of a token that could follow."""
+        self.stop_reason, self.failure = "failed", failure
+        self.sampler.release()
+
     def _fail(self, *, is_alone: bool) -> None:
         """End the text for want of numbers, unless the pass had draft tokens, whose overflow may be why."""
         self.is_unsound = True
         if is_alone:
-            self.stop_reason, self.failure = "failed", no_numbers(self.cache)
-            self.sampler.release()
+            self.fail(no_numbers(self.cache))
 
-    def restore(self, ids: Ids, scores: collections.abc.Sequence[TokenScore]) -> None:
+    def restore(self, earlier: Restored) -> None:
         """Append the tokens of an earlier run, as far as this request goes."""
+        self.prompt_scores = list(earlier.prompt_scores)
         self._force()
-        while len(self.ids) < len(ids) and not self.stop_reason:
-            self._append(ids[len(self.ids)])
+        while len(self.ids) < len(earlier.ids) and not self.stop_reason:
+            self._append(earlier.ids[len(self.ids)])
             self._force()
-        self.scores = list(scores[: len(self.ids)])
+        self.scores = list(earlier.scores[: len(self.ids)])
         self._restored = len(self.ids)
 
     def _force(self) -> None:

@@ -40,14 +40,14 @@ class Session:
                 f"{directory} is a session of another model", "give another --session, or that model"
             )
         if known == wanted:
-            self.restored = self._files.positions
+            # What two processes have written into one session is no text.
+            common = common_length((*wanted.prompt_ids, *self.new_ids), self._files.ids)
+            self._guarded(lambda: self._files.truncate(common))
         else:
             # The last token of a prompt gives the first new one, so it is fed again.
-            common = common_length(
-                wanted.prompt_ids[:-1], [i for record in self._files.records for i in record.ids]
-            )
+            common = common_length(wanted.prompt_ids[:-1], self._files.ids)
             self._guarded(lambda: self._files.begin(wanted, common))
-            self.restored = self._files.positions
+        self.restored = self._files.positions
 
     @property
     def new_ids(self) -> tuple[int, ...]:

@@ -10,11 +10,12 @@
               BLAKE2b of 16 bytes of all before it
 
 A record whose checksum is wrong, or that ends too early, is what a kill or a power cut has left; it counts as nothing,
-with what follows it.
+with what follows it. So does the temporary file of a session.json that was never finished.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,17 +25,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runner.errors import BloomdeskError, explained
+from runner.errors import BloomdeskError, explained, reading
 from runner.format.manifest import digest
 from runner.format.safetensors import read_small
-from runner.system.atomic import write_atomically
+from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
+from runner.system.clutter import is_clutter
 
 SESSION, CACHE = "session.json", "cache.bin"
 FORMAT, FORMAT_VERSION = "bloomdesk-session", 1
 MAGIC = 0x6B6365645F6D6F6C  # "lom_deck"
 HEAD = struct.Struct("<4Q")
 CHECKSUM_BYTES = 16
-LARGEST_TEXT = 2**24
 LARGEST_REQUEST = 2**28
 
 
@@ -85,6 +86,13 @@ class SessionFiles:
     directory: Path
     request: SessionRequest | None = None
     records: list[Record] = field(default_factory=list)
+    # What the system says of session.json as this process knows it.
+    _known: tuple[int, int, int] | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The token ids of all positions in the cache."""
+        return tuple(token for record in self.records for token in record.ids)
 
     @property
     def positions(self) -> int:
@@ -127,7 +135,7 @@ class SessionFiles:
         try:
             text = read_small(path, LARGEST_REQUEST)
         except FileNotFoundError:
-            if directory.exists() and any(path.name != CACHE for path in directory.iterdir()):
+            if directory.exists() and any(not _is_expected(path.name) for path in directory.iterdir()):
                 raise BloomdeskError(
                     f"{directory} is no session and is not empty", "give a new directory, or one of a session"
                 ) from None
@@ -135,33 +143,50 @@ class SessionFiles:
         except OSError as error:
             why, step = explained(error, path)
             raise BloomdeskError(f"{path} cannot be read: {why}", step) from error
-        found.request = _decode(text, path)
-        if (directory / CACHE).exists():
-            found.records = list(_records(directory / CACHE))
+        found.request, found._known = _decode(text, path), _identity(path)
+        cache = directory / CACHE
+        if os.path.lexists(cache):
+            # A pipe would be waited for, and a device read without an end.
+            if not cache.is_file():
+                raise BloomdeskError(f"{cache} is not a regular file", "give another directory")
+            with reading(cache):
+                found.records = list(_records(cache))
         return found
 
     def begin(self, request: SessionRequest, keep: int) -> None:
         """Make this a session of `request`, with the records of the first `keep` positions, or fewer.
 
-        Raises `OSError` if the disk fails.
+        Raises `OSError` if the disk fails. Then this object is of `request` all the same, and the files are not.
         """
+        self.request = request
+        self._keep(keep)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.truncate(keep)
         # After that: what was generated otherwise must never count for this request.
         write_atomically(self.directory / SESSION, request.to_json().encode())
-        self.request = request
+        self._known = _identity(self.directory / SESSION)
+
+    def _keep(self, keep: int) -> None:
+        self.records = [record for record in self.records if record.stop <= keep]
 
     def truncate(self, keep: int) -> None:
         """Drop records beyond the first `keep` positions, and everything that is no sound record."""
-        self.records = [record for record in self.records if record.stop <= keep]
-        with (self.directory / CACHE).open("ab") as file:
+        self._keep(keep)
+        path = self.directory / CACHE
+        if path.exists() and path.stat().st_size == self.nbytes:
+            return
+        with path.open("ab") as file:
             file.truncate(self.nbytes)
             os.fsync(file.fileno())
 
     def append(
         self, ids: Sequence[int], next_ids: Sequence[int], scores: Sequence[Any], data: bytes | memoryview
     ) -> None:
-        """Add a record; it is on the disk when this returns. Raises `OSError` if the disk fails, and adds nothing."""
+        """Add a record; it is on the disk when this returns.
+
+        Raises `OSError` if the disk fails, or another process has written there, and adds nothing.
+        """
+        self._require_own_files()
         text = json.dumps({"ids": list(ids), "next": list(next_ids), "scores": list(scores)}).encode()
         head = HEAD.pack(MAGIC, len(ids), len(data), len(text))
         checksum = hashlib.blake2b(digest_size=CHECKSUM_BYTES)
@@ -184,6 +209,22 @@ class SessionFiles:
         self.records.append(
             Record(self.positions, tuple(ids), tuple(next_ids), tuple(scores), offset, nbytes, place)
         )
+
+    def _require_own_files(self) -> None:
+        """Raise `OSError` unless the files are as this process left them: two texts in one cache would be none."""
+        size = (self.directory / CACHE).stat().st_size
+        if _identity(self.directory / SESSION) != self._known or size != self.nbytes:
+            raise OSError(errno.EBUSY, "another process has written there")
+
+
+def _is_expected(name: str) -> bool:
+    """Whether a session that was only just begun may hold a file of this name, and so may a new directory."""
+    return name in (CACHE, SESSION + TEMPORARY_SUFFIX) or is_clutter(name)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _write(file: Any, block: bytes | memoryview) -> None:
@@ -218,7 +259,7 @@ def _records(path: Path) -> Iterator[Record]:
                 return
             magic, count, data_bytes, text_bytes = HEAD.unpack(head)
             nbytes = HEAD.size + text_bytes + data_bytes + CHECKSUM_BYTES
-            if magic != MAGIC or text_bytes > LARGEST_TEXT or offset + nbytes > size:
+            if magic != MAGIC or offset + nbytes > size:
                 return
             checksum = hashlib.blake2b(head, digest_size=CHECKSUM_BYTES)
             text = file.read(text_bytes)
@@ -229,8 +270,13 @@ def _records(path: Path) -> Iterator[Record]:
                 left -= len(block)
             if left or file.read(CHECKSUM_BYTES) != checksum.digest():
                 return
-            body = json.loads(text)
+            try:
+                body = json.loads(text)
+                ids, following, scores = (tuple(body[name]) for name in ("ids", "next", "scores"))
+            except (ValueError, KeyError, TypeError, RecursionError):
+                return
+            if len(ids) != count:
+                return
             place = (offset + HEAD.size + text_bytes, data_bytes)
-            ids = tuple(body["ids"])
-            yield Record(position, ids, tuple(body["next"]), tuple(body["scores"]), offset, nbytes, place)
+            yield Record(position, ids, following, scores, offset, nbytes, place)
             offset, position = offset + nbytes, position + count

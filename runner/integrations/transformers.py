@@ -82,6 +82,12 @@ class RunnerCache:
         """Repeat each row."""
         self.reorder_cache(torch.arange(len(self.caches)).repeat_interleave(repeats))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunnerCache:
+        found = RunnerCache()
+        found.caches = [deepcopy_of(cache) for cache in self.caches]
+        found.masks = [list(mask) for mask in self.masks]
+        return found
+
     def activate_past_recording(self) -> None:
         """Nothing to do: any position can be gone back to."""
 
@@ -125,6 +131,20 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
         found.generation_config = GenerationConfig.from_model_config(config)
         return found.eval()
 
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> BloomdeskForCausalLM:
+        """Raises `BloomdeskError`: a prepared directory is no checkpoint of transformers."""
+        raise BloomdeskError(
+            "a prepared directory is opened by from_prepared", 'from_prepared(DST, ram="12GB")'
+        )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Raises `BloomdeskError`: there are no parameters here that could be saved."""
+        raise BloomdeskError(
+            "the weights are in the prepared directory, and not in this object",
+            "bloomdesk export DST HUB_DIR",
+        )
+
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
@@ -142,7 +162,7 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: RunnerCache | None = None,
         use_cache: bool | None = None,
@@ -154,8 +174,13 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
 
         `attention_mask` [B, S] is 0 for padding, of which S also covers the positions in the cache.
         """
-        if kwargs.get("inputs_embeds") is not None:
+        if input_ids is None or kwargs.get("inputs_embeds") is not None:
             raise BloomdeskError("embeddings cannot be given", "give input_ids")
+        if input_ids.dim() != 2:
+            raise BloomdeskError(f"input_ids must be [batch, tokens], found {[*input_ids.shape]}")
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name):
+                raise BloomdeskError(f"{name} cannot be had: a pass keeps nothing of them", "leave it out")
         if past_key_values is not None and not isinstance(past_key_values, RunnerCache):
             raise BloomdeskError(
                 f"past_key_values must be what the model has returned, found {type(past_key_values).__name__}",
@@ -168,6 +193,11 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones(rows, start + new) if attention_mask is None else attention_mask
         if mask.dim() != 2 or mask.shape != (rows, start + new):
             raise BloomdeskError(f"the attention mask must be {[rows, start + new]}, found {[*mask.shape]}")
+        if attention_mask is not None and start and mask[:, :start].bool().tolist() != cache.masks:
+            raise BloomdeskError(
+                "the attention mask differs from that of the positions in the cache",
+                "leave out past_key_values",
+            )
         is_token = mask[:, start:].bool()
         positions = torch.arange(new)
         kept = positions[-logits_to_keep:] if isinstance(logits_to_keep, int) else positions[logits_to_keep]
@@ -191,6 +221,10 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[int, Segment]:
         """The tokens of each row of the batch that has any, with as many rows of logits as are kept."""
         ids = [input_ids[row][is_token[row]].tolist() for row in range(len(input_ids))]
+        if outside := [i for own in ids for i in own if not 0 <= i < self.config.vocab_size]:
+            raise BloomdeskError(
+                f"token id {outside[0]} is outside the vocabulary of {self.config.vocab_size:,}"
+            )
         needed = [
             len(own) + (held.length if held else 0) for own, held in zip(ids, cache.caches, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""All machine code, and its face: matrix product, decoder and encoder of the lossless form, threads.
+"""All machine code, and its face: matrix product, operations between products, decoders and encoders, threads.
 
 kernel.c computes. It is compiled for each kind of processor when bloomdesk is installed, and library.py loads what
 suits this one.

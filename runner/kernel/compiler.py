@@ -45,7 +45,8 @@ TARGETS = {
 }
 # Contraction would fuse additions that are to be rounded by themselves.
 OPTIONS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-mprefer-vector-width=512")
-SHARED = ("-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-fno-sanitize=all", "-s")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fno-sanitize=all")
 
 
 def this_target() -> str:
@@ -78,23 +79,28 @@ def compile_all(target: str, compiler: Sequence[str], folder: Path = LIBRARIES) 
     """Make the libraries of all variants of a target, and remove others. Raises `CalledProcessError` if that fails."""
     folder.mkdir(exist_ok=True)
     made = [library(target, variant, folder) for variant in variants(target)]
-    triple = TARGETS[target][0]
+    compiler = [*compiler, "-target", TARGETS[target][0]]
     # Processes that need them at once each make their own.
     with tempfile.TemporaryDirectory(dir=folder) as place:
         for path, features in zip(made, variants(target).values(), strict=True):
-            new = Path(place, path.name)
-            command = [
-                *compiler,
-                "-target",
-                triple,
-                f"-mcpu={features}",
-                *OPTIONS,
-                *SHARED,
-                SOURCE,
-                "-o",
-                new,
-            ]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            new, object_file = Path(place, path.name), Path(place, path.stem + ".o")
+            _run(
+                [
+                    *compiler,
+                    f"-mcpu={features}",
+                    *OPTIONS,
+                    *WARNINGS,
+                    *HIDDEN,
+                    "-c",
+                    SOURCE,
+                    "-o",
+                    object_file,
+                ]
+            )
+            # Without its features, for which the compiler would make the system's own library once more. Macs have a
+            # library's name in it, which would be the whole path.
+            name = ["-install_name", f"@rpath/{path.name}"] if path.suffix == ".dylib" else []
+            _run([*compiler, "-shared", "-fno-sanitize=all", "-s", *name, object_file, "-o", new])
             new.replace(path)
     for path in folder.iterdir():
         if path.is_file() and path not in made:
@@ -103,6 +109,10 @@ def compile_all(target: str, compiler: Sequence[str], folder: Path = LIBRARIES) 
                 path.unlink()
             except OSError:
                 continue
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-// The machine code of bloomdesk: products with plain and losslessly coded weights, the decoder and the encoder of the
-// lossless form, and the epoch barrier of the threads. One file in plain C with clang's vector types, compiled once for
+// The machine code of bloomdesk: products with plain and losslessly coded weights, what a pass computes between them, the
+// decoder and the encoder of the lossless form, and the epoch barrier of the threads. One file in plain C with clang's vector types, compiled once for
 // each kind of processor; runner/kernel/compiler.py lists them, tests/runner/kernel/reference.py says in Python what
 // each function computes, and docs/format.md describes the bytes of a coded panel.
 //
@@ -12,6 +12,11 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#if !defined(_WIN32)
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -108,6 +113,68 @@ EXPORT int64_t spin_for_tasks(struct task *task, int64_t seen, int64_t spins, ui
     } while (left > 0);
     return seen;
 }
+
+
+// ------------------------------------------------------------------------------- faults in mapped files (page_faults.py)
+
+// Bytes of a mapped file, and how many of its pages could not be had; free if `end` is 0.
+struct mapped { _Atomic uintptr_t start, end; _Atomic int64_t faults; };
+enum { MOST_MAPPED = 8192 };
+
+#if defined(_WIN32)
+EXPORT struct mapped *watch_mapped(uintptr_t start, uintptr_t end) { (void)start; (void)end; return 0; }
+EXPORT void forget_mapped(struct mapped *mapped) { (void)mapped; }
+#else
+static struct mapped watched[MOST_MAPPED];
+static _Atomic int64_t most_watched, is_installed;
+static struct sigaction others;
+
+// Zeros take the place of what the file no longer has, so that the product ends, and its caller learns of it.
+static void on_bus_error(int number, siginfo_t *info, void *context) {
+    uintptr_t address = (uintptr_t)info->si_addr;
+    for (int64_t i = 0; i < most_watched; i++) {
+        struct mapped *each = &watched[i];
+        if (address < each->start || address >= each->end) continue;
+        uintptr_t page = address & -(uintptr_t)sysconf(_SC_PAGESIZE);
+        int how = MAP_PRIVATE | MAP_ANON | MAP_FIXED;
+        if (mmap((void *)page, each->end - page, PROT_READ, how, -1, 0) == MAP_FAILED) break;
+        atomic_fetch_add(&each->faults, 1);
+        return;
+    }
+    if (others.sa_flags & SA_SIGINFO) others.sa_sigaction(number, info, context);
+    else if (others.sa_handler != SIG_DFL && others.sa_handler != SIG_IGN) others.sa_handler(number);
+    else {
+        signal(number, SIG_DFL);
+        raise(number);
+    }
+}
+
+// What counts the faults between two addresses, or 0 if there are too many such ranges.
+EXPORT struct mapped *watch_mapped(uintptr_t start, uintptr_t end) {
+    if (!atomic_exchange(&is_installed, 1)) {
+        struct sigaction own = {.sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+        if (sigaction(SIGBUS, &own, &others)) return 0;
+    }
+    for (int64_t i = 0; i < MOST_MAPPED; i++) {
+        struct mapped *each = &watched[i];
+        uintptr_t free = 0;
+        // While it is being filled its range is empty.
+        if (!atomic_compare_exchange_strong(&each->end, &free, 1)) continue;
+        each->faults = 0;
+        each->start = start;
+        each->end = end;
+        for (int64_t most = most_watched; most <= i;)
+            if (atomic_compare_exchange_weak(&most_watched, &most, i + 1)) break;
+        return each;
+    }
+    return 0;
+}
+
+EXPORT void forget_mapped(struct mapped *mapped) {
+    mapped->start = UINTPTR_MAX;
+    mapped->end = 0;
+}
+#endif
 
 
 // ------------------------------------------------------------------------ the decoder of the lossless form (decode.py)
@@ -432,9 +499,304 @@ EXPORT void encode_rows(const uint8_t *rows, int64_t count, int64_t columns, uin
 }
 
 
-// ---------------------------------------------------------------------------------------------- products (matmul.py)
+// ------------------------------------------------------------------------------- weights in fewer bits (quantised.py)
 
 enum kind { BFLOAT16, FLOAT16, FLOAT32, CODED };
+// How a matrix is stored in fewer bits, as runner/format/quantised.py numbers it; docs/format.md has the layouts.
+enum coding { UNCODED, INT8, INT4, INT5 };
+// Columns of a group, those of a row that share the bytes of one entry of scales, and the values of such an entry.
+enum { INT8_GROUP = 64, INT4_GROUP = 32, SUPER_GROUP = 256, GROUPS = SUPER_GROUP / INT4_GROUP, SCALE_BYTES = 16, TOP_SCALE = 63 };
+enum { QUARTER = 16, FOLDED = 8 };
+
+typedef VECTOR(float, QUARTER) values_16;
+typedef VECTOR(int32_t, QUARTER) integers_16;
+typedef VECTOR(uint32_t, QUARTER) bits_16;
+typedef VECTOR(uint16_t, QUARTER) halves_16;
+typedef VECTOR(int8_t, QUARTER) signed_16;
+typedef VECTOR(uint8_t, QUARTER) bytes_16;
+typedef VECTOR(_Float16, QUARTER) float16_16;
+typedef VECTOR(float, FOLDED) values_8;
+
+INLINE int64_t group_columns(enum coding coding) { return coding == INT8 ? INT8_GROUP : INT4_GROUP; }
+// Bytes of a group's integers.
+INLINE int64_t group_bytes(enum coding coding) { return coding == INT8 ? 64 : coding == INT4 ? 16 : 20; }
+INLINE int64_t groups_of(enum coding coding, int64_t columns) {
+    return rounded_up(columns, group_columns(coding)) / group_columns(coding);
+}
+// Bytes of a row of integers, and of a row of scales.
+INLINE int64_t data_bytes(enum coding coding, int64_t columns) { return groups_of(coding, columns) * group_bytes(coding); }
+INLINE int64_t scale_bytes(enum coding coding, int64_t columns) {
+    return coding == INT8 ? 2 * groups_of(coding, columns) : rounded_up(columns, SUPER_GROUP) / SUPER_GROUP * SCALE_BYTES;
+}
+INLINE int64_t size_of(enum kind kind) { return kind == FLOAT32 ? 4 : 2; }
+
+INLINE float bfloat16_at(const uint8_t *place) {
+    uint16_t half;
+    memcpy(&half, place, sizeof half);
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Round 16 values to their dtype, ties to even, and store them.
+INLINE void store_16(enum kind kind, values_16 values, uint8_t *out) {
+    if (kind == FLOAT32) {
+        *(values_16 *)out = values;
+    } else if (kind == FLOAT16) {
+        *(float16_16 *)out = __builtin_convertvector(values, float16_16);
+    } else {
+        bits_16 bits = (bits_16)values;
+        *(halves_16 *)out = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves_16);
+    }
+}
+
+// Six bits of a super-group's scales or minimums.
+INLINE uint64_t sixes_at(const uint8_t *place) {
+    uint64_t sixes = 0;
+    memcpy(&sixes, place, 6);
+    return sixes;
+}
+
+INLINE void decode_int8(enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns, uint8_t *out) {
+    for (int64_t k = 0; k < columns; k += INT8_GROUP, scales += 2) {
+        float scale = bfloat16_at(scales);
+        UNROLLED for (int part = 0; part < INT8_GROUP; part += QUARTER) {
+            signed_16 some = *(const signed_16 *)(data + k + part);
+            store_16(kind, __builtin_convertvector(some, values_16) * scale, out + (k + part) * size_of(kind));
+        }
+    }
+}
+
+INLINE void decode_int45(enum coding coding, enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns,
+                         uint8_t *out) {
+    const integers_16 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t k = 0; k < columns; k += SUPER_GROUP, scales += SCALE_BYTES) {
+        float scale_unit = bfloat16_at(scales), least_unit = bfloat16_at(scales + 2);
+        uint64_t sixes = sixes_at(scales + 4), least_sixes = sixes_at(scales + 10);
+        int64_t end = least(columns, k + SUPER_GROUP);
+        for (int64_t c = k; c < end; c += INT4_GROUP, data += group_bytes(coding), sixes >>= 6, least_sixes >>= 6) {
+            float scale = scale_unit * (float)(sixes & TOP_SCALE), least_value = least_unit * (float)(least_sixes & TOP_SCALE);
+            bytes_16 packed = *(const bytes_16 *)data;
+            integers_16 low = __builtin_convertvector(packed & 15, integers_16);
+            integers_16 high = __builtin_convertvector(packed >> 4, integers_16);
+            if (coding == INT5) {
+                uint32_t fifths;
+                memcpy(&fifths, data + QUARTER, sizeof fifths);
+                low |= ((integers_16){0} + (int32_t)(fifths & 0xffff)) >> places << 4 & 16;
+                high |= ((integers_16){0} + (int32_t)(fifths >> 16)) >> places << 4 & 16;
+            }
+            store_16(kind, __builtin_convertvector(low, values_16) * scale - least_value, out + c * size_of(kind));
+            store_16(kind, __builtin_convertvector(high, values_16) * scale - least_value, out + (c + QUARTER) * size_of(kind));
+        }
+    }
+}
+
+// Decode `rows` rows of up to a panel's columns, which begin at a multiple of them, into rows of whole groups, which
+// follow each other in `out`.
+#define FOR_CODINGS(kind)                                                                   \
+    switch (coding) {                                                                       \
+    case INT8: decode_int8(kind, data, scales, columns, out); break;                        \
+    case INT4: decode_int45(INT4, kind, data, scales, columns, out); break;                 \
+    default: decode_int45(INT5, kind, data, scales, columns, out); break;                   \
+    }
+static void decode_quantised_panel(enum coding coding, enum kind kind, const uint8_t *data, int64_t data_stride,
+                                   const uint8_t *scales, int64_t scale_stride, int64_t rows, int64_t columns, uint8_t *out) {
+    int64_t whole = groups_of(coding, columns) * group_columns(coding);
+    for (int64_t row = 0; row < rows; row++, data += data_stride, scales += scale_stride, out += whole * size_of(kind)) {
+        switch (kind) {
+        case FLOAT32: FOR_CODINGS(FLOAT32); break;
+        case FLOAT16: FOR_CODINGS(FLOAT16); break;
+        default: FOR_CODINGS(BFLOAT16); break;
+        }
+    }
+}
+
+EXPORT void decode_quantised(int64_t coding, int64_t kind, const uint8_t *data, const uint8_t *scales, int64_t rows,
+                             int64_t columns, uint8_t *out, uint8_t *scratch) {
+    int64_t size = size_of(kind), data_stride = data_bytes(coding, columns), scale_stride = scale_bytes(coding, columns);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < columns; k += PANEL_COLUMNS) {
+            int64_t width = least(PANEL_COLUMNS, columns - k);
+            decode_quantised_panel(coding, kind, data + row * data_stride + data_bytes(coding, k), 0,
+                                   scales + row * scale_stride + scale_bytes(coding, k), 0, 1, width, scratch);
+            memcpy(out + (row * columns + k) * size, scratch, width * size);
+        }
+}
+
+INLINE values_8 values_of(const float *values) { return *(const values_8 *)values; }
+// The sum of the lanes: the upper half is added to the lower half until one lane is left.
+INLINE float folded_8(values_8 v) {
+    VECTOR(float, 4) fours = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    VECTOR(float, 4) twos = fours + __builtin_shufflevector(fours, fours, 2, 3, 0, 1);
+    return twos[0] + twos[1];
+}
+// The nearest integers from `low` to `top`, ties to even.
+INLINE values_8 nearest(values_8 v, float low, float top) {
+    v = __builtin_elementwise_min(__builtin_elementwise_max(v, (values_8){0} + low), (values_8){0} + top);
+    return (v + 12582912.0f) - 12582912.0f;
+}
+INLINE float nearest_one(float value, float top) { return nearest((values_8){0} + value, 0, top)[0]; }
+
+// The upper half of a float's bits, rounded to the nearest or, if that is asked for, away from zero.
+INLINE uint16_t bfloat16_of(float value, int away) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + (away ? 0xffff : 0x7fff + (bits >> 16 & 1))) >> 16);
+}
+
+// Below this a range of weights counts as none.
+static const float LEAST_RANGE = 1e-30f;
+// Scales that are tried for a group of 4 or 5 bits: so many, from one level less than the plain one on.
+enum { SEARCHED = 11 };
+static const float SEARCH_STEP = 0.2f;
+
+static int encode_int8(const float *weights, uint8_t *data, uint8_t *scales) {
+    float most = 0;
+    for (int i = 0; i < INT8_GROUP; i++) {
+        float size = __builtin_fabsf(weights[i]);
+        if (size > most) most = size;
+    }
+    uint16_t stored = most < LEAST_RANGE ? 0 : bfloat16_of(most / 127, 1);
+    memcpy(scales, &stored, sizeof stored);
+    float scale = bfloat16_at(scales);
+    for (int i = 0; i < INT8_GROUP; i += FOLDED) {
+        values_8 q = stored ? nearest(values_of(weights + i) / scale, -127, 127) : (values_8){0};
+        for (int lane = 0; lane < FOLDED; lane++) data[i + lane] = (uint8_t)(int8_t)q[lane];
+    }
+    return 1;
+}
+
+// What a group of weights becomes: integers times `scale`, minus `least_value`.
+struct line {
+    float scale, least_value;
+};
+
+// Of the lines that least squares give for the integers of some scales around the plain one, that of the least error.
+// `count` of the weights are there; unless that is all, the others are zero and so is their `mask`.
+INLINE struct line best_line(const float *weights, const float *mask, int count, float top) {
+    enum { EIGHTS = INT4_GROUP / FOLDED };
+    const int is_full = count == INT4_GROUP;
+    values_8 v[EIGHTS], there[EIGHTS], low, high, sum = {0};
+    UNROLLED for (int i = 0; i < EIGHTS; i++) {
+        v[i] = values_of(weights + FOLDED * i);
+        there[i] = is_full ? (values_8){0} + 1 : values_of(mask + FOLDED * i);
+        values_8 some = is_full ? v[i] : v[i] + (1 - there[i]) * weights[0];
+        low = i ? __builtin_elementwise_min(some, low) : some;
+        high = i ? __builtin_elementwise_max(some, high) : some;
+        sum += v[i];
+    }
+    float least_one = 0, most = high[0], total = folded_8(sum), n = (float)count;
+    for (int lane = 0; lane < FOLDED; lane++) {
+        if (low[lane] < least_one) least_one = low[lane];
+        if (high[lane] > most) most = high[lane];
+    }
+    float range = most - least_one;
+    if (!(range >= LEAST_RANGE)) return (struct line){0, 0 - least_one};
+    struct line best = {range / top, 0 - least_one};
+    float best_error = __builtin_inff();
+    for (int step = 0; step < SEARCHED; step++) {
+        float inverse = (top - 1 + (float)step * SEARCH_STEP) / range;
+        values_8 q[EIGHTS], ones = {0}, squares = {0}, products = {0}, errors = {0};
+        UNROLLED for (int i = 0; i < EIGHTS; i++) {
+            q[i] = nearest((v[i] - least_one) * inverse, 0, top);
+            if (!is_full) q[i] *= there[i];
+            ones += q[i];
+            squares += q[i] * q[i];
+            products += q[i] * v[i];
+        }
+        float one = folded_8(ones), square = folded_8(squares), product = folded_8(products);
+        float determinant = n * square - one * one;
+        if (!(determinant > 0)) continue;
+        float scale = (n * product - total * one) / determinant, least_value = (one * product - square * total) / determinant;
+        if (least_value < 0) {
+            least_value = 0;
+            scale = product / square;
+        }
+        UNROLLED for (int i = 0; i < EIGHTS; i++) {
+            values_8 off = q[i] * scale - least_value - v[i];
+            if (!is_full) off *= there[i];
+            errors += off * off;
+        }
+        float error = folded_8(errors);
+        if (scale >= 0 && error < best_error) {
+            best_error = error;
+            best = (struct line){scale, least_value};
+        }
+    }
+    return best;
+}
+
+// A super-group, of which `count` weights are there and the others are zero.
+static int encode_int45(enum coding coding, const float *weights, int count, uint8_t *data, uint8_t *scales) {
+    const float top = coding == INT4 ? 15 : 31;
+    struct line lines[GROUPS] = {{0}};
+    float mask[SUPER_GROUP], most = 0, most_least = 0;
+    int groups = (count + INT4_GROUP - 1) / INT4_GROUP;
+    for (int i = 0; i < SUPER_GROUP; i++) mask[i] = i < count;
+    for (int g = 0; g < groups; g++) {
+        int own = (int)least(INT4_GROUP, count - g * INT4_GROUP);
+        const float *first = weights + g * INT4_GROUP, *there = mask + g * INT4_GROUP;
+        lines[g] = own == INT4_GROUP ? best_line(first, there, INT4_GROUP, top) : best_line(first, there, own, top);
+        if (lines[g].scale > most) most = lines[g].scale;
+        if (lines[g].least_value > most_least) most_least = lines[g].least_value;
+    }
+    uint16_t units[2] = {bfloat16_of(most / TOP_SCALE, 0), bfloat16_of(most_least / TOP_SCALE, 0)};
+    memcpy(scales, units, sizeof units);
+    float scale_unit = bfloat16_at(scales), least_unit = bfloat16_at(scales + 2);
+    if (!(scale_unit * TOP_SCALE <= __FLT_MAX__ && least_unit * TOP_SCALE <= __FLT_MAX__)) return 0;
+    uint64_t sixes[2] = {0};
+    for (int g = 0; g < groups; g++, data += group_bytes(coding)) {
+        float six = scale_unit > 0 ? nearest_one(lines[g].scale / scale_unit, TOP_SCALE) : 0;
+        float least_six = least_unit > 0 ? nearest_one(lines[g].least_value / least_unit, TOP_SCALE) : 0;
+        sixes[0] |= (uint64_t)six << 6 * g;
+        sixes[1] |= (uint64_t)least_six << 6 * g;
+        float scale = scale_unit * six, least_value = least_unit * least_six;
+        uint8_t q[INT4_GROUP] = {0};
+        for (int i = 0; i < INT4_GROUP && scale > 0; i += FOLDED) {
+            int place = g * INT4_GROUP + i;
+            values_8 found = nearest((values_of(weights + place) + least_value) / scale, 0, top) * values_of(mask + place);
+            for (int lane = 0; lane < FOLDED; lane++) q[i + lane] = (uint8_t)found[lane];
+        }
+        uint32_t fifths = 0;
+        for (int i = 0; i < QUARTER; i++) data[i] = (uint8_t)((q[i] & 15) | q[i + QUARTER] << 4);
+        for (int i = 0; i < INT4_GROUP; i++) fifths |= (uint32_t)(q[i] >> 4) << i;
+        if (coding == INT5) memcpy(data + QUARTER, &fifths, sizeof fifths);
+    }
+    memcpy(scales + 4, &sixes[0], 6);
+    memcpy(scales + 10, &sixes[1], 6);
+    return 1;
+}
+
+INLINE float load_weight(enum kind kind, const uint8_t *weight);
+
+// Encode rows of weights of one dtype: 0, or 1 if some of them are infinite, not numbers, or too large.
+EXPORT int64_t encode_quantised(int64_t coding, int64_t kind, const uint8_t *rows, int64_t count, int64_t columns,
+                                uint8_t *data, uint8_t *scales) {
+    int64_t step = coding == INT8 ? INT8_GROUP : SUPER_GROUP;
+    // What they decode to may be a little larger, and is to be finite, too.
+    const float limit = kind == FLOAT16 ? 3e4f : 1e38f;
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t k = 0; k < columns; k += step) {
+            float weights[SUPER_GROUP] = {0};
+            int own = (int)least(step, columns - k), is_sound = 1;
+            for (int i = 0; i < own; i++) {
+                weights[i] = load_weight(kind, rows + ((row * columns) + k + i) * size_of(kind));
+                is_sound &= __builtin_fabsf(weights[i]) <= limit;
+            }
+            if (!is_sound) return 1;
+            uint8_t *integers = data + row * data_bytes(coding, columns) + data_bytes(coding, k);
+            uint8_t *own_scales = scales + row * scale_bytes(coding, columns) + scale_bytes(coding, k);
+            if (coding == INT8 ? !encode_int8(weights, integers, own_scales)
+                               : !encode_int45(coding, weights, own, integers, own_scales))
+                return 1;
+        }
+    return 0;
+}
+
+
+// ---------------------------------------------------------------------------------------------- products (matmul.py)
+
 // Partial sums of an output, and columns that they sum at a time.
 enum { LANES = 8, COLUMN_CHUNK = PANEL_COLUMNS };
 // Rows of x that are multiplied with a group of outputs before the next group.
@@ -676,13 +1038,15 @@ static void multiply_rows(enum kind kind, int64_t rows, struct matrix weight, in
 }
 
 // x [T, K] times weights [N, K], added to out [T, N], on one thread. With `offsets`, where their row groups begin, the
-// weights are coded. Whether these are sound.
-static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_t *offsets, struct matrix x,
-                              struct matrix out, int64_t T, int64_t N, int64_t K, uint8_t *scratch) {
+// weights are coded losslessly; with a `coding` they are in fewer bits, and `scales` belong to them. Whether these are
+// sound.
+static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_t *offsets, enum coding coding,
+                              struct matrix scales, struct matrix x, struct matrix out, int64_t T, int64_t N, int64_t K,
+                              uint8_t *scratch) {
     const int64_t size = kind == FLOAT32 ? 4 : 2;
     // The processor fetches long rows well enough by itself, and decoded ones are in the cache.
     const uint8_t *all_end = offsets ? weight.data + offsets[rounded_up(N, ROW_GROUP_ROWS) / ROW_GROUP_ROWS] : 0;
-    enum tile_sort sort = offsets || K > COLUMN_CHUNK ? WHOLE : FETCHING;
+    enum tile_sort sort = offsets || coding || K > COLUMN_CHUNK ? WHOLE : FETCHING;
     for (int64_t first = 0; first < T; first += ROWS_IN_CACHE) {
         int64_t rows = least(ROWS_IN_CACHE, T - first);
         for (int64_t start = 0; start < N; start += OUTPUTS_IN_CACHE) {
@@ -702,6 +1066,11 @@ static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_
                     panel += taken;
                     ahead = (struct ahead){panel, least_pointer(panel + taken, all_end)};
                     here = (struct matrix){scratch, columns * size};
+                } else if (coding) {
+                    decode_quantised_panel(coding, kind, weight.data + start * weight.stride + data_bytes(coding, k),
+                                           weight.stride, scales.data + start * scales.stride + scale_bytes(coding, k),
+                                           scales.stride, outputs, columns, scratch);
+                    here = (struct matrix){scratch, groups_of(coding, columns) * group_columns(coding) * size};
                 }
                 struct matrix some = {x.data + first * x.stride + k * sizeof(float), x.stride};
                 struct matrix there = {out.data + first * out.stride + start * sizeof(float), out.stride};
@@ -714,8 +1083,292 @@ static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_
     return 1;
 }
 
+
+// ------------------------------------------------------------------------------ between the products (operations.py)
+//
+// Activations are float32 numbers that the model's dtype has, too: whatever is computed of them is rounded to it at the
+// places at which the reference implementation rounds. Sums, exponentials and roots are those of float64 in one order,
+// without fused multiplications, so that they have the same bits on every processor.
+
+typedef VECTOR(uint32_t, LANES) lane_bits;
+typedef VECTOR(double, LANES) lane_doubles;
+typedef VECTOR(int64_t, LANES) lane_longs;
+
+// The nearest numbers of the dtype, ties to even.
+INLINE lanes rounded(enum kind kind, lanes values) {
+    if (kind == FLOAT32) return values;
+    if (kind == FLOAT16) return __builtin_convertvector(__builtin_convertvector(values, float16_lanes), lanes);
+    lane_bits bits = (lane_bits)values, nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    lane_bits is_number = (lane_bits)(values == values);
+    return (lanes)((nearest & is_number) | (bits & ~is_number));
+}
+
+// Up to 8 numbers, and zeros after them.
+INLINE lanes load_lanes(const float *values, int64_t count) {
+    if (count >= LANES) return *(const lanes *)values;
+    lanes found = {0};
+    for (int lane = 0; lane < count; lane++) found[lane] = values[lane];
+    return found;
+}
+
+INLINE lanes load_lanes_of(enum kind kind, const uint8_t *values, int64_t index, int64_t count) {
+    const uint8_t *place = values + index * (kind == FLOAT32 ? 4 : 2);
+    if (count >= LANES) {
+        if (kind == FLOAT32) return *(const lanes *)place;
+        if (kind == FLOAT16) return __builtin_convertvector(*(const float16_lanes *)place, lanes);
+        return (lanes)(__builtin_convertvector(*(const halves *)place, lane_bits) << 16);
+    }
+    lanes found = {0};
+    for (int lane = 0; lane < count; lane++) found[lane] = load_weight(kind, place + lane * (kind == FLOAT32 ? 4 : 2));
+    return found;
+}
+
+INLINE void store_lanes(float *place, lanes values, int64_t count) {
+    if (count >= LANES)
+        *(lanes *)place = values;
+    else
+        for (int lane = 0; lane < count; lane++) place[lane] = values[lane];
+}
+
+INLINE double sum_of_lanes(lane_doubles sum) {
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+// `value`, or `bound` where that is less; NaN stays.
+INLINE lane_doubles bounded(lane_doubles value, double bound) {
+    lane_longs is_above = value > bound;
+    return (lane_doubles)(((lane_longs)value & ~is_above) | ((lane_longs)((lane_doubles){0} + bound) & is_above));
+}
+
+// 2^n * (1 + rest) is e to the power of x, for |x| up to 700; the rest has 40 good bits, even close to zero.
+struct power {
+    lane_doubles scale, rest;
+};
+
+INLINE struct power power_of_e(lane_doubles x) {
+    static const double factorials[] = {1, 2, 6, 24, 120, 720, 5040, 40320, 362880, 3628800};
+    enum { TERMS = sizeof factorials / sizeof *factorials };
+    // So large that a number which is added to it loses its fraction, and has its whole part in the lowest bits.
+    const double whole = 0x1.8p52, ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+    lane_doubles shifted = x * 0x1.71547652b82fep0 + whole, n = shifted - whole;
+    lane_doubles r = (x - n * ln2_high) - n * ln2_low, sum = {0};
+    UNROLLED for (int term = TERMS; term > 0; term--) sum = (sum + 1 / factorials[term - 1]) * r;
+    return (struct power){(lane_doubles)(((lane_longs)shifted << 52) + (1023LL << 52)), sum};
+}
+
+INLINE lane_doubles exponential(lane_doubles x) {
+    // Less than this is zero in float32.
+    struct power power = power_of_e(-bounded(-x, 150));
+    return power.scale + power.scale * power.rest;
+}
+
+INLINE lanes hyperbolic_tangent(lanes values) {
+    lane_bits signs = (lane_bits)values & 0x80000000u;
+    lane_doubles size = __builtin_convertvector((lanes)((lane_bits)values ^ signs), lane_doubles);
+    // From 20 on it is 1. e^-2x - 1, whose bits near zero are those of the rest.
+    struct power power = power_of_e(-2 * bounded(size, 20));
+    lane_doubles less = power.scale * power.rest + (power.scale - 1);
+    lanes found = __builtin_convertvector(-less / (less + 2), lanes);
+    return (lanes)((lane_bits)found | signs);
+}
+
+// The tanh approximation in the grouping of the reference implementation.
+INLINE lanes gelu(enum kind kind, lanes x) {
+    lanes cube = rounded(kind, rounded(kind, x * 0.044715f) * x);
+    lanes inner = rounded(kind, rounded(kind, x * 0.79788456f) * rounded(kind, cube + 1));
+    lanes outer = rounded(kind, rounded(kind, hyperbolic_tangent(inner)) + 1);
+    return rounded(kind, rounded(kind, x * 0.5f) * outer);
+}
+
+// What becomes of the sums of a product: nothing, or they are rounded, GELU is taken, and a residual added.
+struct finish {
+    // Whether the sums begin with the bias or zero, and not with what stands in their place.
+    int64_t begins;
+    // The model's dtype.
+    int64_t kind;
+    // Vector of outputs, or none.
+    uint8_t *bias;
+    int64_t rounds, activates;
+    // Rows of float32 at a stride of elements, or none.
+    uint8_t *residual;
+    int64_t residual_stride;
+};
+
+static void begin_sums(const struct finish *f, struct matrix out, int64_t T, int64_t first, int64_t N) {
+    for (int64_t t = 0; t < T; t++) {
+        float *row = (float *)(out.data + t * out.stride);
+        if (!f->bias)
+            memset(row, 0, N * sizeof *row);
+        else
+            for (int64_t n = 0; n < N; n += LANES)
+                store_lanes(row + n, load_lanes_of((enum kind)f->kind, f->bias, first + n, N - n), N - n);
+    }
+}
+
+INLINE void finish_sums(enum kind kind, const struct finish *f, struct matrix out, int64_t T, int64_t first, int64_t N) {
+    for (int64_t t = 0; t < T; t++) {
+        float *row = (float *)(out.data + t * out.stride);
+        const float *residual = f->residual ? (const float *)f->residual + t * f->residual_stride + first : 0;
+        for (int64_t n = 0; n < N; n += LANES) {
+            lanes values = rounded(kind, load_lanes(row + n, N - n));
+            if (f->activates) values = gelu(kind, values);
+            if (residual) values = rounded(kind, load_lanes(residual + n, N - n) + values);
+            store_lanes(row + n, values, N - n);
+        }
+    }
+}
+
+static void finish_rows(const struct finish *f, struct matrix out, int64_t T, int64_t first, int64_t N) {
+    if (f->kind == BFLOAT16) finish_sums(BFLOAT16, f, out, T, first, N);
+    if (f->kind == FLOAT16) finish_sums(FLOAT16, f, out, T, first, N);
+    if (f->kind == FLOAT32) finish_sums(FLOAT32, f, out, T, first, N);
+}
+
+// LayerNorm of `rows` rows of `columns` columns, as arguments of a task. Strides are in elements, vectors of the dtype.
+struct norm {
+    int64_t kind;
+    const float *x;
+    int64_t x_stride;
+    float *out;
+    int64_t out_stride;
+    const uint8_t *weight, *bias;
+    int64_t rows, columns;
+    double epsilon;
+};
+
+static void normalise(const struct norm *p, const float *x, float *out) {
+    enum kind kind = (enum kind)p->kind;
+    lane_doubles sum = {0}, squares = {0};
+    for (int64_t k = 0; k < p->columns; k += LANES)
+        sum += __builtin_convertvector(load_lanes(x + k, p->columns - k), lane_doubles);
+    double mean = sum_of_lanes(sum) / (double)p->columns;
+    for (int64_t k = 0; k < p->columns; k += LANES) {
+        lane_doubles far = __builtin_convertvector(load_lanes(x + k, p->columns - k), lane_doubles) - mean;
+        for (int64_t lane = p->columns - k; lane < LANES; lane++) far[lane] = 0;
+        squares += far * far;
+    }
+    double scale = 1 / __builtin_sqrt(sum_of_lanes(squares) / (double)p->columns + p->epsilon);
+    for (int64_t k = 0; k < p->columns; k += LANES) {
+        int64_t count = p->columns - k;
+        lane_doubles far = __builtin_convertvector(load_lanes(x + k, count), lane_doubles) - mean;
+        lane_doubles weight = __builtin_convertvector(load_lanes_of(kind, p->weight, k, count), lane_doubles);
+        lane_doubles bias = __builtin_convertvector(load_lanes_of(kind, p->bias, k, count), lane_doubles);
+        store_lanes(out + k, rounded(kind, __builtin_convertvector(far * scale * weight + bias, lanes)), count);
+    }
+}
+
+EXPORT void layer_norm(struct task *task, uint8_t *scratch) {
+    struct norm p;
+    memcpy(&p, task->arguments, sizeof p);
+    (void)scratch;
+    for (int64_t row; (row = atomic_fetch_add(&task->share, 1)) < p.rows;)
+        normalise(&p, p.x + row * p.x_stride, p.out + row * p.out_stride);
+}
+
+// Products of queries and keys become the weights of the values, as arguments of a task: [H, T, S] float32, dense, S a
+// multiple of the lanes. Row t attends to the positions up to `start` + t.
+struct attention {
+    int64_t kind;
+    float *products;
+    const float *alibi;
+    int64_t alibi_stride, H, T, S, start;
+    double scale;
+};
+
+static void weigh(enum kind kind, float *row, const float *alibi, int64_t S, int64_t last, float scale) {
+    const float lowest = kind == FLOAT16 ? -65504.0f : kind == BFLOAT16 ? -0x1.fep127f : -__FLT_MAX__;
+    lanes most = {0};
+    for (int64_t s = 0; s < S; s += LANES) {
+        lanes scores = rounded(kind, *(lanes *)(row + s) * scale + *(const lanes *)(alibi + s));
+        // The mask of the reference implementation: zero, or the lowest number.
+        lanes mask = {0};
+        for (int64_t lane = last + 1 - s < 0 ? 0 : last + 1 - s; lane < LANES; lane++) mask[lane] = lowest;
+        scores = rounded(kind, scores + mask);
+        *(lanes *)(row + s) = scores;
+        // The larger one; scores that are no numbers make all weights NaN below.
+        lane_bits is_more = s ? (lane_bits)(scores > most) : ~(lane_bits){0};
+        most = (lanes)(((lane_bits)scores & is_more) | ((lane_bits)most & ~is_more));
+    }
+    float highest = most[0];
+    for (int lane = 1; lane < LANES; lane++) highest = most[lane] > highest ? most[lane] : highest;
+    lane_doubles sum = {0};
+    for (int64_t s = 0; s < S; s += LANES) {
+        lanes powers = __builtin_convertvector(
+            exponential(__builtin_convertvector(*(lanes *)(row + s), lane_doubles) - highest), lanes);
+        *(lanes *)(row + s) = powers;
+        sum += __builtin_convertvector(powers, lane_doubles);
+    }
+    double part = 1 / sum_of_lanes(sum);
+    for (int64_t s = 0; s < S; s += LANES) {
+        lanes *place = (lanes *)(row + s);
+        *place = rounded(kind, __builtin_convertvector(__builtin_convertvector(*place, lane_doubles) * part, lanes));
+    }
+}
+
+EXPORT void attend(struct task *task, uint8_t *scratch) {
+    struct attention p;
+    memcpy(&p, task->arguments, sizeof p);
+    (void)scratch;
+    for (int64_t mine; (mine = atomic_fetch_add(&task->share, 1)) < p.H * p.T;) {
+        const float *alibi = p.alibi + mine / p.T * p.alibi_stride;
+        weigh((enum kind)p.kind, p.products + mine * p.S, alibi, p.S, p.start + mine % p.T, (float)p.scale);
+    }
+}
+
+// Keys and values of T rows go to the cache, as arguments of a task: `fused` has rows of [H, 3, D] float32 that the dtype
+// has, `keys` are [H, capacity, D] and `values` [H, D, capacity] of the dtype, strides in elements over heads, and for
+// values over D.
+struct storing {
+    int64_t kind;
+    const float *fused;
+    int64_t fused_stride;
+    uint8_t *keys;
+    int64_t keys_step;
+    uint8_t *values;
+    int64_t values_step, values_stride, first, H, T, D;
+};
+
+INLINE void store_one(enum kind kind, uint8_t *values, int64_t index, float value) {
+    if (kind == FLOAT32) {
+        memcpy(values + 4 * index, &value, 4);
+    } else if (kind == FLOAT16) {
+        _Float16 half = (_Float16)value;
+        memcpy(values + 2 * index, &half, 2);
+    } else {
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        uint16_t half = (uint16_t)(bits >> 16);
+        memcpy(values + 2 * index, &half, 2);
+    }
+}
+
+INLINE void store_head(enum kind kind, const struct storing *p, int64_t h) {
+    for (int64_t t = 0; t < p->T; t++) {
+        const float *key = p->fused + t * p->fused_stride + (3 * h + 1) * p->D;
+        for (int64_t d = 0; d < p->D; d++) {
+            store_one(kind, p->keys, h * p->keys_step + (p->first + t) * p->D + d, key[d]);
+            store_one(kind, p->values, h * p->values_step + d * p->values_stride + p->first + t, key[p->D + d]);
+        }
+    }
+}
+
+EXPORT void store(struct task *task, uint8_t *scratch) {
+    struct storing p;
+    memcpy(&p, task->arguments, sizeof p);
+    (void)scratch;
+    for (int64_t h; (h = atomic_fetch_add(&task->share, 1)) < p.H;) {
+        if (p.kind == BFLOAT16) store_head(BFLOAT16, &p, h);
+        if (p.kind == FLOAT16) store_head(FLOAT16, &p, h);
+        if (p.kind == FLOAT32) store_head(FLOAT32, &p, h);
+    }
+}
+
+
+// --------------------------------------------------------------------------------------------- the task of a product
+
 // B products at once, as arguments of a task. Strides are in elements, over b and over rows. Of coded weights, B is 1 and
-// the second stride is the address of their offsets. A thread takes `share` outputs at a time.
+// the second stride is the address of their offsets, or of the scales of weights in fewer bits, whose coding stands above
+// the two bits of their kind. A thread takes `share` outputs at a time.
 struct product {
     int64_t kind;
     uint8_t *weight;
@@ -724,27 +1377,36 @@ struct product {
     int64_t x_step, x_stride;
     uint8_t *out;
     int64_t out_step, out_stride, B, T, N, K, share;
+    struct finish finish;
 };
 
 EXPORT int64_t scratch_bytes_of_decoder(void) { return DECODER_SCRATCH; }
 EXPORT void multiply(struct task *task, uint8_t *scratch) {
     struct product p;
     memcpy(&p, task->arguments, sizeof p);
+    enum coding coding = (enum coding)(p.kind >> 2);
     int is_coded = p.kind == CODED;
-    enum kind kind = is_coded ? BFLOAT16 : (enum kind)p.kind;
+    enum kind kind = is_coded ? BFLOAT16 : (enum kind)(p.kind & 3);
     const int64_t size = kind == FLOAT32 ? 4 : 2, shares = (p.N + p.share - 1) / p.share;
     for (int64_t mine; (mine = atomic_fetch_add(&task->share, 1)) < p.B * shares;) {
         int64_t b = mine / shares, n = mine % shares * p.share;
         const int64_t *offsets = 0;
-        struct matrix weight = {p.weight, 0};
-        if (is_coded)
+        struct matrix weight = {p.weight, 0}, scales = {0, 0};
+        if (coding) {
+            weight = (struct matrix){p.weight + n * data_bytes(coding, p.K), data_bytes(coding, p.K)};
+            scales.stride = scale_bytes(coding, p.K);
+            scales.data = (uint8_t *)(intptr_t)p.weight_stride + n * scales.stride;
+        } else if (is_coded)
             offsets = (const int64_t *)(intptr_t)p.weight_stride + n / ROW_GROUP_ROWS;
         else
             weight = (struct matrix){p.weight + (b * p.weight_step + n * p.weight_stride) * size, p.weight_stride * size};
         struct matrix x = {p.x + b * p.x_step * 4, p.x_stride * 4};
         struct matrix out = {p.out + (b * p.out_step + n) * 4, p.out_stride * 4};
-        if (!multiply_on_thread(kind, weight, offsets, x, out, p.T, least(p.share, p.N - n), p.K, scratch))
+        int64_t outputs = least(p.share, p.N - n);
+        if (p.finish.begins) begin_sums(&p.finish, out, p.T, n, outputs);
+        if (!multiply_on_thread(kind, weight, offsets, coding, scales, x, out, p.T, outputs, p.K, scratch))
             atomic_store(&task->failed, 1);
+        if (p.finish.rounds) finish_rows(&p.finish, out, p.T, n, outputs);
     }
 }
 

@@ -18,14 +18,21 @@ ENVIRONMENT = "BLOOMDESK_KERNEL"
 
 _ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 # What each function returns and takes.
-_FUNCTIONS = {
+FUNCTIONS = {
     "processor_level": (_NUMBER,),
     "open_task": (None, _ADDRESS),
     "close_task": (None, _ADDRESS, _ADDRESS),
     "spin_for_tasks": (_NUMBER, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS),
+    "watch_mapped": (_ADDRESS, _NUMBER, _NUMBER),
+    "forget_mapped": (None, _ADDRESS),
     "multiply": (None, _ADDRESS, _ADDRESS),
+    "layer_norm": (None, _ADDRESS, _ADDRESS),
+    "attend": (None, _ADDRESS, _ADDRESS),
+    "store": (None, _ADDRESS, _ADDRESS),
     "decode_rows": (_NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
     "encode_rows": (None, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _ADDRESS),
+    "encode_quantised": (_NUMBER, _NUMBER, _NUMBER, _ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS),
+    "decode_quantised": (None, *[_NUMBER] * 2, *[_ADDRESS] * 2, *[_NUMBER] * 2, *[_ADDRESS] * 2),
     "scratch_bytes_of_decoder": (_NUMBER,),
     "scratch_bytes_of_encoder": (_NUMBER,),
 }
@@ -66,7 +73,7 @@ def _opened(variant: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BloomdeskError(f"the kernel cannot be loaded: {error}", "install bloomdesk again") from error
-    for name, (result, *arguments) in _FUNCTIONS.items():
+    for name, (result, *arguments) in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return library

@@ -70,7 +70,7 @@ class ModelRunner:
         attended, last = [], 0
         for segment in segments:
             values = joined if segment.cache.is_joined else None
-            metadata = bloom.AttentionMetadata.of(segment, last, model.n_head, weights.dtype, values)
+            metadata = bloom.AttentionMetadata.of(segment, last, model.n_head, values)
             attended.append(metadata)
             last += len(segment.ids)
         x = bloom.embed([i for segment in segments for i in segment.ids], weights.embedding, model)
@@ -86,8 +86,8 @@ class ModelRunner:
             [x[each.last - count : each.last] for each, count in zip(attended, counts, strict=True)]
         )
         if not len(kept):  # only the first rows of prompts: the head is not even read
-            return list(kept.new_empty(0, model.vocab_size).split(counts))
-        logits = bloom.head(kept, weights.final_layernorm, weights.head, model.layer_norm_epsilon)
+            return list(torch.empty(0, model.vocab_size, dtype=weights.dtype).split(counts))
+        logits = bloom.head(kept, weights.final_layernorm, weights.head, model).to(weights.dtype)
         if on_part:
             on_part(parts, parts)
         return list(logits.split(counts))

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from runner.format.hyperparameters import Hyperparameters
-from runner.kernel.matmul import LANES, Kernel
-
-LEAST_POSITIONS = 16
+from runner.kernel.matmul import LANES, Finish, Kernel
+from runner.kernel.operations import store
 
 
 @dataclass(frozen=True)
@@ -47,28 +46,34 @@ class BlockCache:
         self.keys[:, first:last] = keys
         self.values[:, :, first:last] = values.transpose(1, 2)
 
+    def store(self, fused: torch.Tensor, start: int) -> None:
+        """Store the keys and values of queries, keys and values [T, H, 3, D] float32, from position `start` on."""
+        store(self.kernel, fused, self.keys, self.values, start - self.start)
+
     def scores(self, queries: torch.Tensor, length: int) -> torch.Tensor:
-        """queries [H, T, D] times the keys of the first S = `length` positions -> [H, T, S] float32."""
+        """queries [H, T, D] float32 times the keys of the first S = `length` positions -> [H, T, S] float32."""
         H, T, _ = queries.shape
-        queries, out = queries.float().contiguous(), torch.zeros(H, T, length)
+        out = torch.empty(H, T, length)
+        # A prefix may have no memory for the last lanes.
+        if self.start + self.keys.shape[1] < length:
+            out[:, :, self.start + self.keys.shape[1] :] = 0
         block, end = self, length
         while block:
             keys = block.keys[:, : end - block.start]
-            self.kernel.accumulate(queries, keys, out[:, :, block.start : block.start + keys.shape[1]])
+            part = out[:, :, block.start : block.start + keys.shape[1]]
+            self.kernel.accumulate(queries, keys, part, Finish(rounds=False))
             block, end = block.prefix, block.start
         return out
 
-    def context(self, weights: torch.Tensor, joined: JoinedValues | None = None) -> torch.Tensor:
-        """The values of the first S positions summed with weights [H, T, S] -> [H, T, D] float32.
+    def context(self, weights: torch.Tensor, out: torch.Tensor, joined: JoinedValues | None = None) -> None:
+        """The values of the first S positions summed with weights [H, T, S] float32, as out [H, T, D] float32.
 
         A prefix, and a cache with one, needs `joined`: a sum over positions has one order, so these must lie side by
         side, and end with a whole number of lanes.
         """
-        H, T, S = weights.shape
-        out = torch.zeros(H, T, self.head_dim)
+        S = weights.shape[2]
         values = joined.of(self, S) if joined else self.values[:, :, :S]
-        self.kernel.accumulate(weights.float(), values, out)
-        return out
+        self.kernel.accumulate(weights, values, out, Finish())
 
 
 class JoinedValues:
@@ -221,8 +226,5 @@ class Segment:
 
 
 def whole_lanes(positions: int) -> int:
-    """The next multiple of the kernel's lanes, so that the sums of a row do not depend on how many rows follow it.
-
-    At least the lanes of a 512-bit register: below that, torch's softmax sums in another order.
-    """
-    return max(LEAST_POSITIONS, -(-positions // LANES) * LANES)
+    """The next multiple of the kernel's lanes, so that the sums of a row do not depend on how many rows follow it."""
+    return -(-positions // LANES) * LANES

@@ -58,13 +58,15 @@ class Tokenizer:
         """The id of every token."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
         """Token ids of `text`, with what the tokenizer's post-processor adds; BLOOM's adds nothing.
+
+        Without `adds_special`, nothing is added.
 
         Raises `BloomdeskError` if it is not valid Unicode.
         """
         try:
-            return self._tokenizer.encode(text).ids
+            return self._tokenizer.encode(text, add_special_tokens=adds_special).ids
         except (UnicodeEncodeError, TypeError) as error:
             # The library raises these for a lone surrogate.
             raise BloomdeskError("the prompt is not valid UTF-8 text") from error
@@ -79,6 +81,10 @@ class Tokenizer:
         if token is None or token_id in self._tokenizer.get_added_tokens_decoder():
             return b""
         return bytes(BYTE_OF_CHARACTER[character] for character in token)
+
+    def token_name(self, token_id: int) -> str | None:
+        """The token as tokenizer.json names it: "</s>", or bytes as printable characters; None without a token."""
+        return self._tokenizer.id_to_token(token_id)
 
     def to_json(self) -> str:
         """The tokenizer as tokenizer.json has it."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from runner.system import platform
 
-_CACHED_STEP = 2**20
+# Bytes that are read at a time if only the page cache wants them.
+_STEP = 2**20
 
 
 def whole_pages(nbytes: int) -> int:
@@ -62,8 +63,8 @@ def read_uncached(
                 if not count:
                     raise OSError(errno.EIO, "the file ends too early", str(path))
                 done += count
-            if not past_the_cache:
-                forget(file, start, wanted)
+            # Reading ahead for something else may have left it there, even if this read went past it.
+            forget(file, start, wanted)
 
     past_the_cache_if_possible(read)
 
@@ -98,20 +99,13 @@ def forget(file: io.FileIO, start: int, nbytes: int) -> None:
         os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def read_cached(path: Path, start: int, view: memoryview) -> int:
-    """Number of bytes from byte `start` that the page cache has and that were read into `view`, without the disk.
-
-    A page that is not there gets read into the page cache, so the first read asks for a single one.
-    """
-    if not platform.LINUX_CALLS:
-        return 0
-    done = 0
-    # An OSError says that it has no more, or that this file system cannot tell.
-    with open_for_rows(path) as file, contextlib.suppress(OSError):
-        while done < len(view):
-            step = _CACHED_STEP if done else platform.PAGE
-            count = os.preadv(file.fileno(), [view[done : done + step]], start + done, os.RWF_NOWAIT)
+def bring_into_cache(path: Path, start: int, nbytes: int) -> None:
+    """Have the page cache read a range of a file. Raises OSError, also if the file ends too early."""
+    scratch = memoryview(bytearray(_STEP))
+    with open_for_streaming(path, past_the_cache=False) as file:
+        file.seek(start)
+        while nbytes:
+            count = file.readinto(scratch[:nbytes])
             if not count:
-                break
-            done += count
-    return done
+                raise OSError(errno.EIO, "the file ends too early", str(path))
+            nbytes -= count

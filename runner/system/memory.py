@@ -1,12 +1,15 @@
-"""Memory: huge pages, what this process uses, and what it may still take."""
+"""Memory: huge pages, mapped files, what this process uses, and what it may still take."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import io
 import mmap
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -15,6 +18,8 @@ from runner.system import platform
 
 # glibc's malloc.h; blocks of this size and more are given back when they are freed.
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**20
+# Of Linux 5.14; Python's mmap module does not name it.
+_MADV_POPULATE_READ = 22
 # The control groups of this process, and the directory that describes them.
 OWN_GROUPS, GROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -29,6 +34,44 @@ def anonymous(nbytes: int) -> mmap.mmap:
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def mapped(file: io.FileIO) -> mmap.mmap:
+    """The whole of a file as read-only memory. Raises OSError if its file system cannot be mapped."""
+    if not platform.LINUX_CALLS:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Some file systems of user space have only private maps.
+    return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+
+
+def page_in(address: int, start: int, nbytes: int) -> bool:
+    """Map the pages of `nbytes` bytes from byte `start` of a file that is mapped at `address`, read where needed.
+
+    False if this system cannot do that, or not now. Other threads go on in the meantime.
+    """
+    if not platform.LINUX_CALLS:
+        return False
+    first = start - start % mmap.PAGESIZE
+    madvise = _libc().madvise
+    while (result := madvise(address + first, start + nbytes - first, _MADV_POPULATE_READ)) == -1:
+        if ctypes.get_errno() != errno.EINTR:
+            break
+    return result == 0
+
+
+def drop_pages(mapping: mmap.mmap, start: int, nbytes: int) -> None:
+    """Take the pages of a range of a mapped file out of this process; whoever uses one has it from the file again."""
+    first = start - start % mmap.PAGESIZE
+    if platform.LINUX_CALLS:
+        mapping.madvise(mmap.MADV_DONTNEED, first, start + nbytes - first)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library; unlike Python's own calls these let other threads run."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
 
 
 def give_freed_memory_back() -> None:

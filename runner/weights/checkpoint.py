@@ -13,10 +13,11 @@ from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
 from runner.format.manifest import PartRecord, load_manifest
+from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
-from runner.weights.chunks import Chunk, cut, cut_coded
+from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised
 from runner.weights.linear import Matrix
 from runner.weights.part_file import PartFile, read_range
 from runner.weights.stream import READERS, Stream
@@ -26,10 +27,11 @@ TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float
 
 @dataclass(frozen=True)
 class Part:
-    """The tensors of one file by name: vectors [N] and matrices [N, K]."""
+    """The tensors of one file by name, vectors [N] and matrices [N, K], and the kernel that computes with them."""
 
     vectors: Mapping[str, torch.Tensor]
     matrices: Mapping[str, Matrix]
+    kernel: Kernel
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Weights:
             for name, chunks in chunks_by_name.items():
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
-            parts.append(Part(vectors, matrices))
+            parts.append(Part(vectors, matrices, kernel))
         fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
@@ -127,7 +129,7 @@ def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:
 def _read_part(
     part: PartFile, entries: Mapping[str, TensorEntry], spec: PartSpec, record: PartRecord
 ) -> Opened:
-    coded = {tensor.name for tensor in record.decoded}
+    coded, codings = {tensor.name for tensor in record.decoded}, record.codings
     vectors, chunks = {}, {}
     with part.opened() as file:
 
@@ -136,7 +138,10 @@ def _read_part(
 
         for name, shape in spec.tensors.items():
             dtype = TORCH_DTYPES.get(entries[name].dtype)
-            if name in coded:
+            if name in codings:
+                scales = entries[name + SCALES_SUFFIX]
+                chunks[name] = cut_quantised(part, entries[name], scales, codings[name], shape[0])
+            elif name in coded:
                 offsets = read_row_groups(read(name + ROW_GROUPS_SUFFIX), *shape, entries[name].nbytes)
                 row_groups = torch.frombuffer(offsets, dtype=torch.int64)
                 chunks[name] = cut_coded(part, entries[name], row_groups, shape[0])

@@ -11,15 +11,18 @@ import torch
 from runner.errors import BloomdeskError, in_shell
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.kernel.decode import decode_row_groups
-from runner.kernel.matmul import Kernel
-from runner.weights.chunks import Chunk
+from runner.kernel.matmul import Finish, Kernel
+from runner.kernel.quantised import dequantise_rows
+from runner.weights.chunks import Chunk, Quantised
 from runner.weights.part_file import read_range
 from runner.weights.stream import Stream
+
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K] of `dtype`: chunks `index` and following of `stream`, plain or losslessly coded."""
+    """[N, K] of `dtype`: chunks `index` and following of `stream`, plain, losslessly coded or in fewer bits."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -28,25 +31,26 @@ class Matrix:
     stream: Stream
     kernel: Kernel
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [T, K] -> `x @ weight.T + bias` [T, N], summed in float32 and rounded once to the dtype of x.
+    def product(self, x: torch.Tensor, finish: Finish) -> torch.Tensor:
+        """x [T, K] float32 -> `x @ weight.T` [T, N], finished; see `Finish`.
 
         Raises `BloomdeskError` if a chunk cannot be read, or is damaged.
         """
-        T, N = x.shape[0], self.shape[0]
-        out = torch.zeros(T, N) if bias is None else torch.empty(T, N).copy_(bias)
-        rows = x.float().contiguous()
+        out = torch.empty(x.shape[0], self.shape[0])
         for offset, chunk in enumerate(self.chunks):
             with self.stream.chunk(self.index + offset) as weight:
-                part = out[:, chunk.first : chunk.last]
+                part, own = out[:, chunk.first : chunk.last], finish.part(chunk.first, chunk.last)
+                if isinstance(weight, Quantised):
+                    self.kernel.accumulate_quantised(x, *weight, chunk.coding, part, own)
+                    continue
                 if chunk.row_groups is None:
-                    self.kernel.accumulate(rows, weight, part)
+                    self.kernel.accumulate(x, weight, part, own)
                     continue
                 try:
-                    self.kernel.accumulate_coded(rows, weight, chunk.row_groups, part)
+                    self.kernel.accumulate_coded(x, weight, chunk.row_groups, part, own)
                 except ValueError as error:
                     raise _damaged(chunk, error) from error
-        return out.to(x.dtype)
+        return out
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
         """[T, K]: rows of the matrix by number, read from the file each time."""
@@ -60,6 +64,8 @@ class Matrix:
         """Row number `row`; of a coded matrix its row group is decoded."""
         columns = self.shape[1]
         chunk = next(chunk for chunk in self.chunks if row < chunk.last)
+        if chunk.coding is not None:
+            return self._quantised_row(file, chunk, row - chunk.first)
         if chunk.row_groups is None:
             nbytes = columns * self.dtype.itemsize
             data = read_range(file, chunk.start + (row - chunk.first) * nbytes, nbytes)
@@ -73,6 +79,18 @@ class Matrix:
         except ValueError as error:
             raise _damaged(chunk, error) from error
         return torch.frombuffer(out, dtype=self.dtype).view(count, columns)[place]
+
+    def _quantised_row(self, file: io.FileIO, chunk: Chunk, place: int) -> torch.Tensor:
+        shape, count = (1, self.shape[1]), chunk.last - chunk.first
+        assert chunk.coding is not None and chunk.scales is not None
+        data, scales = (
+            read_range(file, each.start + place * nbytes // count, nbytes // count)
+            for each, nbytes in ((chunk, chunk.own_nbytes), (chunk.scales, chunk.scales.nbytes))
+        )
+        out = torch.empty(shape, dtype=self.dtype)
+        target = out.view(torch.uint8).numpy()
+        dequantise_rows(data, scales, shape, chunk.coding, SAFETENSORS_DTYPES[self.dtype], target)
+        return out[0]
 
 
 def _damaged(chunk: Chunk, error: ValueError) -> BloomdeskError:

@@ -1,10 +1,12 @@
-"""The buffers of the prefetch ring, and the threads that read chunks into them.
+"""The buffers of the prefetch ring, the chunks that stay, and the threads that read both.
 
 A buffer of the ring goes through these states; all steps but the reader's are the pass's own, so nothing is locked:
 
            queued         a reader begins       it ends          taken          released
     free ─────────> queued ────────────> reading ──────> ready ────────> in use ────────> free
                       └── a restart drops the read ────────┴─────────────────────────────> free
+
+A chunk that stays is paged in once, as part of its mapped file, and has no buffer.
 
 A read that is dropped before it has begun is never made; the buffer of one that has begun is free when it ends.
 """
@@ -18,21 +20,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-import torch
-
-from runner.system import files, memory, platform
-from runner.weights.chunks import Chunk
+from runner.system import memory
+from runner.weights.chunks import Chunk, Loaded
 
 READER_NAME = "weights reader"
 # Seconds that a read may still take when its stream ends.
 _LONGEST_READ = 10.0
 
-# Reads a chunk into memory; the last argument says whether it stays there.
-ReadChunk = Callable[[Chunk, memoryview, bool], None]
+# Reads a chunk into memory, or without any pages it in.
+ReadChunk = Callable[[Chunk, memoryview | None], None]
 
 
 class Buffer:
-    """Page-aligned memory for one chunk; in the ring, for the chunk with this `number` of all passes, or free."""
+    """Page-aligned memory for one chunk of the ring: for that with this `number` of all passes, or free."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = memory.anonymous(nbytes)
@@ -46,35 +46,62 @@ class Buffer:
         """Whether it may be read into: nobody waits for its last read, and that is over or will not be made."""
         return self.number is None and (not self.read or not self.read.has_begun or self.read.done.is_set())
 
-    def weights(self, chunk: Chunk) -> torch.Tensor:
-        """What was read into the buffer, as the chunk's tensor."""
+    def weights(self, chunk: Chunk) -> Loaded:
+        """What was read into the buffer, as the chunk's tensor or tensors."""
         if chunk is not self._chunk:
-            count = chunk.nbytes // chunk.dtype.itemsize
-            skew = chunk.start % platform.PAGE
-            flat = torch.frombuffer(self._memory, dtype=chunk.dtype, count=count, offset=skew)
-            self._chunk, self._weights = chunk, flat.view(chunk.shape)
+            self._chunk, self._weights = chunk, chunk.in_buffer(self._memory)
         return self._weights
 
+    def check(self, chunk: Chunk) -> None:
+        """Nothing can happen to what was read."""
 
-def buffer_bytes(nbytes: int) -> int:
-    """Size of a buffer for a chunk of `nbytes`: whole pages, wherever in its first page the chunk begins."""
-    return files.whole_pages(nbytes + platform.PAGE - 1)
+
+class Resident:
+    """A chunk that stays: a view of its mapped file."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.read = Read(chunk, None)
+        self.number: int | None = None
+        self._weights: Loaded | None = None
+
+    def weights(self, chunk: Chunk) -> Loaded:
+        """The chunk's tensor or tensors, once it was read."""
+        if self._weights is None:
+            self._weights = chunk.mapped()
+        return self._weights
+
+    def check(self, chunk: Chunk) -> None:
+        """Raise `BloomdeskError` if the file no longer had some of the weights when they were used."""
+        chunk.file.check_mapping()
+
+    def let_go(self) -> None:
+        """Free its RAM, now or as soon as its read has ended."""
+        self.read.is_unwanted = True
+        if self.read.done.is_set():
+            self.read.free()
 
 
 @dataclass(eq=False)
 class Read:
-    """One read of a chunk into memory, from `began` to `ended` seconds; `done` is set also after a `failure`."""
+    """One read of a chunk, from `began` to `ended` seconds; `done` is set also after a `failure`.
+
+    It goes into the memory `view`, or without it into the page cache, where it stays.
+    """
 
     chunk: Chunk
-    view: memoryview
-    stays: bool
+    view: memoryview | None
     done: threading.Event = field(default_factory=threading.Event)
     failure: Exception | None = None
     began: float = 0.0
     ended: float = 0.0
     has_begun: bool = False
     is_dropped: bool = False
+    is_unwanted: bool = False
     is_counted: bool = False
+
+    @property
+    def stays(self) -> bool:
+        return self.view is None
 
     def make(self, read_chunk: ReadChunk) -> None:
         """Read the chunk, unless the read was dropped before."""
@@ -85,11 +112,18 @@ class Read:
             return
         self.began = time.perf_counter()
         try:
-            read_chunk(self.chunk, self.view, self.stays)
+            read_chunk(self.chunk, self.view)
         except Exception as error:
             self.failure = error
         self.ended = time.perf_counter()
         self.done.set()
+        # Who lets go sets `is_unwanted` and then looks at `done`, so one of the two frees it.
+        if self.is_unwanted:
+            self.free()
+
+    def free(self) -> None:
+        """Free the RAM of a chunk that does not stay any more."""
+        self.chunk.drop()
 
 
 class Readers:

@@ -2,11 +2,11 @@
 
     disk ──> buffers of the ring, filled by readers ─────────┐
                                                              ├──> take ──> product ──> release
-    disk ──> memory of resident chunks, filled once ─────────┘
+    page cache ──> mapped files, paged in once ──────────────┘
 
-Both are read past the page cache into memory of the process: no other page is pushed out for them, and the memory is
-in huge pages, which a product reads faster than the small ones of a mapped file. The order wraps: while the end of
-one pass is computed, the beginning of the next is read.
+Streamed chunks are read past the page cache into memory of the process, so no page is pushed out for them. Resident
+ones are pages of the page cache: what is there already is not read, and other processes share it. The order wraps:
+while the end of one pass is computed, the beginning of the next is read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
-from runner.weights.chunks import Chunk
-from runner.weights.ring import Buffer, Read, ReadChunk, Readers, buffer_bytes
+from runner.errors import BloomdeskError
+from runner.weights.chunks import Chunk, Loaded, buffer_bytes
+from runner.weights.ring import Buffer, Read, ReadChunk, Readers, Resident
 
 # One reads while the other hands over.
 READERS = 2
@@ -63,8 +62,8 @@ class Stream:
         self.chunks = tuple(chunks)
         self.traffic = Traffic()
         self.resident = frozenset(range(len(self.chunks)))
-        # The buffers of resident chunks, by index.
-        self.kept: dict[int, Buffer] = {}
+        # The resident chunks that are read, or about to be, by index.
+        self.kept: dict[int, Resident] = {}
         self.buffers: list[Buffer] = []
         self.position = self._next = 0
         # Stays set if an interruption prevents the release; the next `take` then restarts.
@@ -92,31 +91,33 @@ class Stream:
         if self.resident == resident and len(self.buffers) == count:
             return
         self.resident, self._is_at_rest = resident, False
-        self.kept = {index: buffer for index, buffer in self.kept.items() if index in resident}
+        for index in self.kept.keys() - resident:
+            self.kept.pop(index).let_go()
         # The memory of the old buffers is freed before new ones are made, except of those that are being read into.
         self._restart(0)
         self.buffers = []
         self.buffers = [Buffer(buffer_bytes(max(streamed))) for _ in range(count)]
 
     @contextmanager
-    def chunk(self, index: int) -> Iterator[torch.Tensor]:
-        """The weights of chunk `index` [rows, K], valid inside the context.
+    def chunk(self, index: int) -> Iterator[Loaded]:
+        """The weights of chunk `index` [rows, K] as they are stored, valid inside the context.
 
         If another chunk is the next in order, reading starts again from `index`. Raises `BloomdeskError` if the file
-        cannot be read, or has changed since it was opened.
+        cannot be read, or has changed since it was opened; also at the end, if it was cut short in the meantime.
         """
-        if self._is_at_rest:
+        rests = self._is_at_rest
+        if rests:
             self._check_resident(index)
-            yield self.kept[index].weights(self.chunks[index])
-            return
-        buffer = self.take(index)
+        held = self.kept[index] if rests else self.take(index)
         try:
-            yield buffer.weights(self.chunks[index])
+            yield held.weights(self.chunks[index])
         finally:
-            self._release(buffer)
+            if not rests:
+                self._release(held)
+            self._check_used(held, index)
 
-    def take(self, index: int) -> Buffer:
-        """The buffer that holds chunk `index`, in use until it is released."""
+    def take(self, index: int) -> Buffer | Resident:
+        """What holds chunk `index`, in use until it is released."""
         is_next = not self.in_use and self.position % len(self.chunks) == index
         self.in_use = True
         if not is_next:
@@ -136,16 +137,27 @@ class Stream:
         if not index or self.chunks[index - 1].file is not file:
             file.check_unchanged()
 
-    def _release(self, buffer: Buffer) -> None:
-        buffer.number = None
+    def _check_used(self, held: Buffer | Resident, index: int) -> None:
+        """Check that what a product has just used was whole; else all chunks of the file are read again."""
+        try:
+            held.check(self.chunks[index])
+        except BloomdeskError:
+            file = self.chunks[index].file
+            self.kept = {each: kept for each, kept in self.kept.items() if self.chunks[each].file is not file}
+            self._is_at_rest = False
+            self._restart(0)
+            raise
+
+    def _release(self, held: Buffer | Resident) -> None:
+        held.number = None
         self.position += 1
         self._read_ahead()
         self.in_use = False
         if not self.position % len(self.chunks) and len(self.kept) == len(self.chunks):
             self._is_at_rest = all(each.read.is_counted for each in self.kept.values())
 
-    def _ready(self, index: int) -> Buffer:
-        """The buffer with chunk `index`, the next in order, once it is read."""
+    def _ready(self, index: int) -> Buffer | Resident:
+        """What holds chunk `index`, the next in order, once it is read."""
         # A failure while reading ahead may be over by now, so it counts only if it happens again.
         buffer = self._current(index)
         may_retry = buffer is not None
@@ -166,8 +178,8 @@ class Stream:
                 raise buffer.read.failure
             buffer, may_retry = None, False
 
-    def _current(self, index: int) -> Buffer | None:
-        """The buffer for chunk `index`, the next in order, if its read was started."""
+    def _current(self, index: int) -> Buffer | Resident | None:
+        """What is for chunk `index`, the next in order, if its read was started."""
         if buffer := self.kept.get(index):
             return buffer
         return next((buffer for buffer in self.buffers if buffer.number == self.position), None)
@@ -186,14 +198,13 @@ class Stream:
                 buffer = next((each for each in self.buffers if each.is_free), None)
                 if not buffer:
                     return
-                buffer.read = Read(chunk, buffer.view, stays=False)
+                buffer.read = Read(chunk, buffer.view)
                 self._readers.start(buffer.read)
                 buffer.number = self._next
             elif index not in self.kept:
-                buffer = Buffer(buffer_bytes(chunk.nbytes))
-                buffer.read = Read(chunk, buffer.view, stays=True)
-                self._readers.start(buffer.read)
-                self.kept[index] = buffer
+                held = Resident(chunk)
+                self._readers.start(held.read)
+                self.kept[index] = held
             self._next += 1
 
     def _restart(self, index: int) -> None:

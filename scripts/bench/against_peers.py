@@ -8,7 +8,7 @@ RAM bounds the process and the page cache together, the disk's rate is braked, a
 begins in the page cache, which is the mode for models that fit in RAM.
 
 The peers are small programs in scripts/bench/peers: bloomdesk, a token a pass, and the same on a directory made with
-`convert --lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
+`convert --form lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
 transformers with accelerate's disk offload; llama.cpp; AirLLM. One whose packages are missing is left out with a word
 (pip install accelerate; llama-cpp-python gguf; airllm sentencepiece scipy). A turn takes the prompt in one pass, the
 first token, then one pass for each further token; seconds a token are the median over the latter of all rounds.
@@ -69,6 +69,7 @@ COLUMNS = (
     Column("limit s", "limit", ".3f"),
     Column("x bloomdesk", "times_own"),
     Column("x limit", "times_limit"),
+    Column("load s", "load_seconds"),
     Column("prompt s", "prompt_seconds"),
     Column("GB read a token", "read_bytes", ".2f", 1e9),
     Column("group's peak GB", "group_peak", ".2f", 1e9),
@@ -157,6 +158,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     failed = sum(turn.point == point.name for turn in run.turns) - len(done)
     return {
         **passes,
+        "load_seconds": median(turn.report["load_seconds"] for turn in done),
         "times_own": passes["seconds"] / median(own) if own else None,
         "limit": least,
         "times_limit": passes["seconds"] / least if least else None,

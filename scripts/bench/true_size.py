@@ -38,8 +38,8 @@ from runner.estimate.forecast import (
     BLOOMS_TOKENIZER,
     TOKENIZER_MEMORY,
     chunk_bytes,
-    coded_share,
     forecast,
+    stored_as,
     weight_bytes,
 )
 from runner.estimate.rates import Rates
@@ -155,13 +155,13 @@ def extrapolated(run: Run) -> list[Row]:
     rates = {name: median(each[name] for each in found_rates) for name in found_rates[0]}
     # At a drive that takes no time, the limit is what computing, and decoding, take.
     rates = Rates(**rates | {"disk": math.inf})
-    whole, share_coded = family.hyperparameters("bloom"), coded_share(load_manifest(run.prepared))
+    whole, stored = family.hyperparameters("bloom"), stored_as(load_manifest(run.prepared))
     measured = [row for row in run.measured(BENCHMARK) if "seconds" in row]
     rows: list[Row] = []
     for ram in dict.fromkeys(row["ram"] for row in measured):
         process = process_bytes(run, whole, ram)
         try:
-            found = forecast(whole, ram, process, rates, PROMPT_TOKENS, NEW_TOKENS, share_coded)
+            found = forecast(whole, ram, process, rates, PROMPT_TOKENS, NEW_TOKENS, stored)
         except BloomdeskError as error:
             rows.append({"ram": ram, "failure": error.message})
             continue
@@ -213,7 +213,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "model": asdict(manifest.model),
         "weights_bytes": weight_bytes(manifest.model),
-        "coded_share": coded_share(manifest),
+        "coded_share": stored_as(manifest).share,
         "extrapolated": extrapolated(run),
     }
 

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.coded import PLAIN
+from runner.format.quantised import FORMS
 from scripts.fakehub import checkpoint as make_checkpoint
 from scripts.fakehub.server import LocalHub
 from toolkit.commands import prepare
@@ -23,16 +24,16 @@ BLOOMDESK = (sys.executable, "-m", "toolkit.cli.app")
 
 
 def attack(
-    run: Callable[[int, int, Path, bool], Counter[str]], description: str, count: str, default: int
+    run: Callable[[int, int, Path, str], Counter[str]], description: str, count: str, default: int
 ) -> None:
     """Call `run` with the options `count`, seed and form and an empty directory, and print its counts."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(count, type=int, default=default, metavar="N", dest="count")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lossless", action="store_true")
+    parser.add_argument("--form", choices=FORMS, default=PLAIN)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        counts = run(options.count, options.seed, Path(work), options.lossless)
+        counts = run(options.count, options.seed, Path(work), options.form)
     print(f"{dict(counts)}: every result byte-identical")
 
 
@@ -42,10 +43,10 @@ def source_of(work: Path) -> Path:
     return work / "source"
 
 
-def prepared(hub: LocalHub, directory: Path, lossless: bool) -> dict[str, bytes]:
+def prepared(hub: LocalHub, directory: Path, form: str) -> dict[str, bytes]:
     """The files of an undisturbed preparation of the repo that the hub serves."""
     os.environ["HF_ENDPOINT"] = hub.endpoint
-    prepare.prepare(REPO, directory, form=LOSSLESS if lossless else PLAIN)
+    prepare.prepare(REPO, directory, form=form)
     return content(directory)
 
 

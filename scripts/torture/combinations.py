@@ -27,6 +27,8 @@ from contextlib import (
 )
 from pathlib import Path
 
+from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.quantised import INT4_FORM
 from scripts.fakehub.server import LocalHub
 from scripts.torture.trial import Command, Trial
 from scripts.torture.world import (
@@ -55,13 +57,14 @@ SOURCES = (
 def commands() -> Iterator[Command]:
     """Every command, with every kind of source that it can have."""
     for source in (*SOURCES, "typo"):
-        for form, delete in itertools.product(((), ("--lossless",)), ((), ("--delete-source",))):
-            yield Command(("convert", "SRC", "DST", *form, *delete), source)
+        for form, delete in itertools.product((PLAIN, LOSSLESS, INT4_FORM), ((), ("--delete-source",))):
+            yield Command(("convert", "SRC", "DST", "--form", form, *delete), source)
         yield Command(("repair", "DST", "--source", "SRC"), source)
     for repo in (*REPOS, "down"):
         name = "me/a" if repo == "down" else repo
         yield Command(("prepare", name, "DST"), repo=repo)
-        yield Command(("prepare", name, "DST", "--lossless"), repo=repo)
+        for form in (LOSSLESS, INT4_FORM):
+            yield Command(("prepare", name, "DST", "--form", form), repo=repo)
         yield Command(("download", name, "DST"), repo=repo)
         yield Command(("download", name, "DST", "--check"), repo=repo)
     for repo in ("me/a", "down"):

@@ -1,6 +1,6 @@
 """Damage prepared files at random; every damage must be found by `verify` and mended by `repair`.
 
-    python -m scripts.torture.damage --times 1000 [--seed 1] [--lossless]
+    python -m scripts.torture.damage --times 1000 [--seed 1] [--form int4]
 
 The miniature is prepared once. Then, many times: one bit flips, a file is cut off, or two files are exchanged;
 `verify` must name exactly the files concerned, and `repair` (from the source on disk, every tenth time from a local
@@ -47,12 +47,12 @@ def swap(directory: Path, chance: random.Random) -> set[str]:
     return {one.name, other.name} if first != second else set()
 
 
-def run(times: int, seed: int, work: Path, lossless: bool) -> Counter[str]:
+def run(times: int, seed: int, work: Path, form: str) -> Counter[str]:
     """Counts by kind of damage; raises AssertionError at the first that is not found or not mended."""
     chance, counts = random.Random(seed), Counter[str]()
     source, directory = source_of(work), work / "bloom"
     with LocalHub({REPO: source}) as hub:
-        whole = prepared(hub, directory, lossless)
+        whole = prepared(hub, directory, form)
         for number in range(times):
             kind = chance.choice((flip, cut, swap))
             harmed = kind(directory, chance)

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from runner.format.quantised import FORMS
 from scripts.fakehub.checkpoint import synthetic
 from scripts.fakehub.server import LocalHub
 from scripts.torture.attempt import content, environment
@@ -38,7 +39,7 @@ import shutil
 measure = shutil.disk_usage
 shutil.disk_usage = lambda path: measure(path)._replace(free=2**50)
 """
-COMMANDS = ("download", "convert", "prepare", "lossless")
+COMMANDS = ("download", "convert", "prepare", *FORMS[1:])
 COMMAND = "from toolkit.cli.app import main; main()"
 
 
@@ -109,8 +110,8 @@ def cases(directory: Path, endpoint: str, commands: Sequence[str]) -> list[Case]
     """Every command's case, each with the result of an undisturbed run."""
     made = []
     for name in commands:
-        source = str(directory / "repo") if name in ("convert", "lossless") else REPO
-        command = ["convert", "--lossless", source] if name == "lossless" else [name, source]
+        source = str(directory / "repo") if name in ("convert", *FORMS) else REPO
+        command = ["convert", "--form", name, source] if name in FORMS else [name, source]
         target = directory / f"{name}-undisturbed"
         done = run([*command, str(target)], endpoint, endless=False)
         if done.returncode:

@@ -35,7 +35,7 @@ from toolkit.io import reader
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE)
 CASES = {
     "convert": ("absent", Command(("convert", "SRC", "DST"), "a")),
-    "convert lossless": ("absent", Command(("convert", "SRC", "DST", "--lossless"), "a")),
+    "convert lossless": ("absent", Command(("convert", "SRC", "DST", "--form", "lossless"), "a")),
     "convert, half made": ("half", Command(("convert", "SRC", "DST"), "a")),
     "convert --delete-source": ("absent", Command(("convert", "SRC", "DST", "--delete-source"), "a")),
     "prepare": ("absent", Command(("prepare", "me/a", "DST"), repo="me/a")),

@@ -1,16 +1,18 @@
 """Kill a command at random moments, again and again; it must end with what an undisturbed run gives.
 
-    python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--lossless]
+    python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--form lossless]
     python -m scripts.torture.kill --command convert-delete-source --kills 200
     python -m scripts.torture.kill --command repair --kills 200
     python -m scripts.torture.kill --command session --kills 200
+    python -m scripts.torture.kill --command serve --kills 100
 
 The command is started, killed with SIGKILL at a random moment, and started again, until it ends by itself; then its
 directory must be, byte for byte, that of an undisturbed run, and the next round begins anew. A local hub serves the
 miniature to `prepare`, and drops, stalls and corrupts its answers; a run that gives up must do so with one clear error.
 After each kill of `convert --delete-source`, every shard must be there or sound parts that name its sha256; after each
 kill of `repair`, every file must be as it was before or as it should be. A generation with `--session` must come to the
-text of an undisturbed one.
+text of an undisturbed one. A server that does a batch must come to the output of an undisturbed one; after each kill no
+token that was on the disk may be gone, wrong, or there twice.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import hashlib
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,11 +31,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runner
-from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.coded import PLAIN
 from runner.format.manifest import load_manifest
+from runner.format.quantised import FORMS, QUANTISED_FORMS
 from runner.generation.options import Sampling
 from runner.generation.session_files import SessionFiles
 from scripts.fakehub.server import LocalHub, RandomFaults
+from scripts.torture import batch_job
 from scripts.torture.attempt import BLOOMDESK, REPO, content, environment, prepared, source_of
 from scripts.torture.damage import flip
 from toolkit.commands.convert import convert
@@ -40,14 +45,17 @@ from toolkit.parts.release import file_hash
 
 # Runs of one round before it counts as stuck.
 TRIES = 500
+# Seconds between looks at whether a command has begun, and those of a server's work before it is killed.
+LOOK = 0.02
+LONGEST_SERVED = 4.0
 
 
 @dataclass(frozen=True)
 class Attack:
     """A command to kill: `begin` makes what it starts from, and `check` raises AssertionError after a kill.
 
-    `longest` is the most seconds before a kill; an undisturbed run takes about as long. `expected` is what it leaves,
-    as `result` sees it.
+    A kill comes `shortest` to `longest` seconds after `is_begun` says so; `check` may name what is counted then.
+    `expected` is what an undisturbed run leaves, as `result` sees it.
     """
 
     command: list[str]
@@ -56,27 +64,49 @@ class Attack:
     expected: object
     longest: float
     begin: Callable[[], None] = lambda: None
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], str | None] = lambda: None
     result: Callable[[Path], object] = content
+    shortest: float = 0.3
+    is_begun: Callable[[], bool] = lambda: True
+
+
+def run_once(attack: Attack, kill_after: float | None) -> tuple[int, str] | None:
+    """Exit status and standard error of the command, or None if it was killed."""
+    with subprocess.Popen(
+        attack.command, env=attack.variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        is_begun = False
+        while True:
+            timeout = LOOK if kill_after is not None and not is_begun else kill_after
+            try:
+                errors = process.communicate(timeout=timeout)[1]
+                return process.returncode, errors
+            except subprocess.TimeoutExpired:
+                if is_begun:
+                    process.kill()
+                    process.communicate()
+                    return None
+                is_begun = attack.is_begun()
+            except BaseException:
+                process.kill()
+                raise
 
 
 def one_round(attack: Attack, chance: random.Random, counts: Counter[str], kills: int) -> None:
     """Run the command until it ends well; kill it on the way while fewer than `kills` have been counted."""
     for _ in range(TRIES):
-        kill_after = chance.uniform(0.3, attack.longest) if counts["kills"] < kills else None
-        try:
-            # At the timeout, `run` sends SIGKILL.
-            done = subprocess.run(
-                attack.command, env=attack.variables, capture_output=True, text=True, timeout=kill_after
-            )
-        except subprocess.TimeoutExpired:
+        kill_after = chance.uniform(attack.shortest, attack.longest) if counts["kills"] < kills else None
+        done = run_once(attack, kill_after)
+        if done is None:
             counts["kills"] += 1
-            attack.check()
+            if what := attack.check():
+                counts[what] += 1
             continue
-        if done.returncode == 0:
+        status, errors = done
+        if status == 0:
             counts["rounds"] += 1
             return
-        assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done
+        assert status == 1 and "error: " in errors and "Traceback" not in errors, done
         counts["gave up with a clear error"] += 1
     raise AssertionError(f"not finished after {TRIES} runs")
 
@@ -95,19 +125,19 @@ def run(attack: Attack, kills: int, seed: int) -> Counter[str]:
     return counts
 
 
-def attack_prepare(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_prepare(work: Path, form: str, hub: LocalHub) -> Attack:
     """`prepare` from a hub with faults."""
     with LocalHub({REPO: source_of(work)}) as calm:
-        expected = prepared(calm, work / "undisturbed", lossless)
-    command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), *(["--lossless"] if lossless else [])]
+        expected = prepared(calm, work / "undisturbed", form)
+    command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), "--form", form]
     variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
     return Attack(command, variables, work / "bloom", expected, 6.0)
 
 
-def attack_convert(work: Path, lossless: bool, hub: LocalHub) -> Attack:
-    """`convert --delete-source`, which deletes its shards one by one."""
+def attack_convert(work: Path, form: str, hub: LocalHub) -> Attack:
+    """`convert --delete-source`, which deletes its shards one by one; of a form that rounds, without that option."""
     whole, source, directory = source_of(work), work / "out", work / "bloom"
-    convert(whole, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
+    convert(whole, work / "undisturbed", form=form)
     shards = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in whole.glob("*.bin")}
 
     def begin() -> None:
@@ -126,17 +156,17 @@ def attack_convert(work: Path, lossless: bool, hub: LocalHub) -> Attack:
             for record in made:
                 assert file_hash(directory / record.file) == record.xxh3_128, f"{record.file} is damaged"
 
-    options = ["--delete-source", *(["--lossless"] if lossless else [])]
+    options = ["--form", form, *(["--delete-source"] if form not in QUANTISED_FORMS else [])]
     command = [*BLOOMDESK, "convert", str(source), str(directory), *options]
     return Attack(
         command, environment(hub.endpoint), directory, content(work / "undisturbed"), 1.6, begin, check
     )
 
 
-def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_repair(work: Path, form: str, hub: LocalHub) -> Attack:
     """`repair` of a directory in which a third of the files is damaged."""
     source, directory, chance = source_of(work), work / "bloom", random.Random(1)
-    convert(source, work / "undisturbed", form=LOSSLESS if lossless else PLAIN)
+    convert(source, work / "undisturbed", form=form)
     expected, damaged = content(work / "undisturbed"), {}
 
     def begin() -> None:
@@ -159,10 +189,10 @@ def attack_repair(work: Path, lossless: bool, hub: LocalHub) -> Attack:
     return Attack(command, environment(hub.endpoint), directory, expected, 3.0, begin, check)
 
 
-def attack_session(work: Path, lossless: bool, hub: LocalHub) -> Attack:
+def attack_session(work: Path, form: str, hub: LocalHub) -> Attack:
     """`generate --session`, whose drawn text is 300 tokens long."""
     bloom, directory = work / "bloom", work / "session"
-    convert(source_of(work), bloom, form=LOSSLESS if lossless else PLAIN)
+    convert(source_of(work), bloom, form=form)
     sampling = Sampling(temperature=0.9, top_p=0.95, seed=5, ignore_eos=True)
     prompt = "The SQL command to show all the users is:"
     expected = list(runner.load(bloom).generate(prompt, max_new_tokens=300, sampling=sampling))
@@ -186,11 +216,46 @@ def attack_session(work: Path, lossless: bool, hub: LocalHub) -> Attack:
     return Attack(command, environment(hub.endpoint), directory, expected, 4.0, result=text)
 
 
+def attack_serve(work: Path, form: str, hub: LocalHub) -> Attack:
+    """`serve --data` with a batch of 64 lines, drawn texts and likeliest ones, some with log-probabilities."""
+    bloom, data, made = work / "bloom", work / "data", work / "made"
+    convert(source_of(work), bloom, form=form)
+    batch_job.make(bloom, made, lines=64, tokens=40)
+    variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
+
+    def command(directory: Path) -> list[str]:
+        return [sys.executable, "-m", "scripts.torture.batch_job", str(bloom), str(directory)]
+
+    calm = Path(shutil.copytree(made, work / "undisturbed"))
+    began = time.monotonic()
+    subprocess.run(command(calm), env=variables, check=True, capture_output=True)
+    print(f"{time.monotonic() - began:.0f} s undisturbed", flush=True)
+    watch = batch_job.Watch(data, batch_job.output(calm))
+
+    def begin() -> None:
+        shutil.copytree(made, data)
+        watch.begin()
+
+    return Attack(
+        command(data),
+        variables,
+        data,
+        batch_job.output(calm),
+        LONGEST_SERVED,
+        begin,
+        watch.check,
+        batch_job.output,
+        0.0,
+        watch.has_grown,
+    )
+
+
 ATTACKS = {
     "prepare": attack_prepare,
     "convert-delete-source": attack_convert,
     "repair": attack_repair,
     "session": attack_session,
+    "serve": attack_serve,
 }
 
 
@@ -200,13 +265,13 @@ def main() -> None:
     parser.add_argument("--command", choices=ATTACKS, default="prepare")
     parser.add_argument("--kills", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lossless", action="store_true")
+    parser.add_argument("--form", choices=FORMS, default=PLAIN)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         faults = RandomFaults(given.seed, share=0.1, longest_stall=1.0)
         with LocalHub({REPO: work / "source"}, faults=faults) as hub:
-            counts = run(ATTACKS[given.command](work, given.lossless, hub), given.kills, given.seed)
+            counts = run(ATTACKS[given.command](work, given.form, hub), given.kills, given.seed)
     print(f"{dict(counts)}: every result the same")
 
 

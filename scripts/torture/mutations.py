@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from runner.errors import BloomdeskError
 from runner.format import coded, hyperparameters, layout
 from runner.format import manifest as manifests
+from runner.format.quantised import INT4_FORM, QUANTISED_FORMS
 from runner.format.safetensors import encode_header, read_header
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.hub import record as downloads
@@ -170,13 +171,14 @@ def _manifest(form: str, dtype: str, n_layer: int, vocab_size: int) -> st.Search
     companions = {name: manifests.CompanionRecord(name, 3, "01" * 16) for name in COMPANIONS}
     made = manifests.Manifest(model, manifests.Source("me/bloom", "0" * 40), form=form, companions=companions)
     for spec in layout.part_specs(model):
-        coded_bytes = {} if form == coded.PLAIN else dict.fromkeys(spec.matrices, 160)
+        coded_bytes = dict.fromkeys(spec.matrices, 160) if form == coded.LOSSLESS else {}
         tensors, decoded = (
             tuple(manifests.TensorRecord(*each, "ab" * 16) for each in described)
-            for described in (spec.stored(dtype, coded_bytes), spec.decoded(form))
+            for described in (spec.stored(dtype, coded_bytes, form), spec.decoded(form, dtype))
         )
+        originals = decoded if form in QUANTISED_FORMS else ()
         shards = (manifests.SourceShard("s.bin", "ef" * 32),)
-        record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, shards, decoded)
+        record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, shards, decoded, originals)
         size = len(record.header) + sum(tensor.nbytes for tensor in tensors)
         made = made.with_part(dataclasses.replace(record, size=size))
     return _json_inputs(made.to_json())
@@ -313,6 +315,9 @@ READERS: Mapping[str, Reader] = {
     ),
     "lossless": Reader(
         "manifest.json", lambda: _manifest(coded.LOSSLESS, "BF16", 1, 30), _load_manifest, _manifest_holds
+    ),
+    "int4": Reader(
+        "manifest.json", lambda: _manifest(INT4_FORM, "F16", 1, 30), _load_manifest, _manifest_holds
     ),
     "coded": Reader(
         "coded", lambda: damaged(*_matrices()), _decode, lambda bits, _: len(bits) == CODED_BYTES

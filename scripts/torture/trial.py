@@ -184,7 +184,7 @@ class Trial:
             with suppress(BloomdeskError):
                 report, manifest = verify(self.destination), load_manifest(self.destination)
                 if report.sound:
-                    fingerprint = manifest.fingerprint
+                    fingerprint = manifest.source_fingerprint
                     names = [name for name, known in self.world.fingerprints.items() if known == fingerprint]
                     assert names, "sound, and the weights of no source"
                     hashes = {each.sha256 for part in manifest.parts.values() for each in part.sources}

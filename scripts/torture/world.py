@@ -15,6 +15,7 @@ from pathlib import Path
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, load_manifest
+from runner.format.quantised import INT4_FORM
 from scripts.fakehub.checkpoint import Layout, synthetic
 from scripts.fakehub.server import LocalHub
 from toolkit.commands.build import carry_out
@@ -287,6 +288,8 @@ STATES: dict[str, Callable[[World, Path], object]] = {
     "another complete": lambda world, path: prepared(world, path, "b"),
     "half": half,
     "half lossless": lambda world, path: half(world, path, LOSSLESS),
+    "complete int4": lambda world, path: prepared(world, path, form=INT4_FORM),
+    "half int4": lambda world, path: half(world, path, INT4_FORM),
     "unrecorded part": unrecorded,
     "in the way": in_the_way,
     "part missing": changed(lambda path: (path / BLOCK).unlink()),

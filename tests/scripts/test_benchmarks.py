@@ -53,7 +53,7 @@ def true_size_turn(limits: Limits, seconds: list[float], reading: float = 9.0) -
     }
     plan = {
         "forecast": {"seconds_per_token": 2.0},
-        "rates": {"disk": 1e9, "memory": 20e9, "compute": 50e9, "decoded": 8e9},
+        "rates": {"disk": 1e9, "memory": 20e9, "compute": 50e9, "decoded": 8e9, "int8": 9e9, "int4": 9e9},
     }
     return Turn(report=report, point=str(limits), round=1, disk_rates=[0.8e9, 0.9e9], forecast=plan)
 

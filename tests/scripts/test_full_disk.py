@@ -29,7 +29,8 @@ LAST = "all but the manifest"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "level"), [("download", "50%"), ("convert", LAST), ("prepare", LAST), ("lossless", "50%")]
+    ("command", "level"),
+    [("download", "50%"), ("convert", LAST), ("prepare", LAST), ("lossless", "50%"), ("int4", "50%")],
 )
 def test_a_full_disk_gives_one_clear_error_and_the_rerun_ends_well(
     endpoint: tuple[Path, str], command: str, level: str

@@ -85,6 +85,7 @@ for command in (
     preparing.info,
     running.generate,
     running.score,
+    running.serve,
     running.bench,
     running.plan,
 ):

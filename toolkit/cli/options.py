@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from runner.errors import BloomdeskError
-from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.coded import LOSSLESS
+from runner.format.quantised import FORMS
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="A BLOOM or BLOOMZ on the Hub: bigscience/bloom.")]
 Prepared = Annotated[Path, typer.Argument(metavar="DST", help="A prepared directory.")]
@@ -40,10 +41,16 @@ LimitRate = Annotated[
         show_default="no limit",
     ),
 ]
-Lossless = Annotated[
-    bool,
-    typer.Option("--lossless", help="Store bfloat16 weights in two thirds of the bytes, every bit the same."),
+Form = Annotated[
+    str,
+    typer.Option(
+        "--form",
+        metavar="|".join(FORMS),
+        help="How to store weights: lossless keeps every bit of bfloat16 in two thirds, int8 and int4 round.",
+    ),
 ]
+# What --form lossless was called before.
+Lossless = Annotated[bool, typer.Option("--lossless", hidden=True)]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -63,8 +70,13 @@ PromptTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of t
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def form_of(lossless: bool) -> str:
-    return LOSSLESS if lossless else PLAIN
+def form_of(form: str, lossless: bool) -> str:
+    """The form that was asked for; `BloomdeskError` if there is none of that name."""
+    if lossless:
+        raise BloomdeskError("--lossless is --form lossless now", f"give --form {LOSSLESS}")
+    if form not in FORMS:
+        raise BloomdeskError(f"unknown --form {form!r}", f"give one of {', '.join(FORMS)}")
+    return form
 
 
 def dtype_of(name: str | None) -> str | None:

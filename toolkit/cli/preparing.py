@@ -13,6 +13,7 @@ import typer
 
 from runner.cli.report import print_lines, print_rows, session_rows
 from runner.errors import BloomdeskError
+from runner.format.coded import PLAIN
 from runner.system.disk import UNKNOWN_SPACE, free_bytes
 from toolkit.cli.line import line_of
 from toolkit.cli.options import (
@@ -21,6 +22,7 @@ from toolkit.cli.options import (
     Adapter,
     Connections,
     Dtype,
+    Form,
     Json,
     LimitRate,
     Lossless,
@@ -89,14 +91,15 @@ def prepare(
     connections: Connections = DEFAULT_CONNECTIONS,
     patience: Patience = DEFAULT_PATIENCE,
     limit_rate: LimitRate = None,
+    form: Form = PLAIN,
     lossless: Lossless = False,
     dtype: Dtype = None,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
-    line, form = line_of(patience, limit_rate), form_of(lossless)
-    plan = plan_preparation(repo, destination, revision, form, connections, dtype_of(dtype), line=line)
+    line, chosen = line_of(patience, limit_rate), form_of(form, lossless)
+    plan = plan_preparation(repo, destination, revision, chosen, connections, dtype_of(dtype), line=line)
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
     print_lines(completed_lines(destination, _built("preparing", plan, line)))
@@ -108,6 +111,7 @@ def convert(
     delete_source: Annotated[
         bool, typer.Option("--delete-source", help="Delete each shard once its parts are checked.")
     ] = False,
+    form: Form = PLAIN,
     lossless: Lossless = False,
     dtype: Dtype = None,
     adapter: Adapter = None,
@@ -119,7 +123,7 @@ def convert(
         source,
         destination,
         delete_source=delete_source,
-        form=form_of(lossless),
+        form=form_of(form, lossless),
         dtype=dtype_of(dtype),
         adapter=adapter,
     )

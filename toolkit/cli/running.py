@@ -12,8 +12,10 @@ from runner.cli import plan as plan_command
 from runner.cli.constraint import read_constraint
 from runner.cli.generate import GenerateOptions
 from runner.cli.generate import generate as run_generate
-from runner.cli.score import ScoreOptions
+from runner.cli.score import DEFAULT_CONTEXT, DEFAULT_STRIDE, ScoreOptions
 from runner.cli.score import score as run_score
+from runner.cli.serve import ServeOptions
+from runner.cli.serve import serve as run_serve
 from runner.generation.options import GenerationOptions, Sampling, read_biases
 from toolkit.cli.options import Json, Prepared, PromptTokens, Ram
 
@@ -159,17 +161,110 @@ def score(
         Path | None, typer.Option(metavar="FILE.jsonl", help="Scores, one a line; run again, it resumes.")
     ] = None,
     context: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of a window of a long text.")
-    ] = ScoreOptions.context,
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens of a window of a long text.", show_default=str(DEFAULT_CONTEXT)
+        ),
+    ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens from one window to the next.", show_default="512"),
+        typer.Option(
+            metavar="N", help="Tokens from one window to the next.", show_default=str(DEFAULT_STRIDE)
+        ),
     ] = None,
     ram: Ram = None,
     as_json: Json = False,
 ) -> int:
     """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
     return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
+
+
+def serve(
+    directory: Prepared,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Where to listen.")] = ServeOptions.host,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Where to listen; 0 takes a free one.")
+    ] = ServeOptions.port,
+    ram: Ram = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
+    ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."
+        ),
+    ] = GenerationOptions.speculate,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Texts that share a pass.", show_default="what the RAM suggests"
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Clients must have it. Repeatable.", show_default="BLOOMDESK_API_KEY"
+        ),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let others than this machine in without a key.")
+    ] = False,
+    model_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What clients call the model.", show_default="the directory's name"
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Jinja template of chats.", show_default="the tokenizer's"),
+    ] = None,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Texts that may wait for a pass; more get a 429.", show_default="4096"
+        ),
+    ] = None,
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Each line of the log is a JSON object.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts are in the log.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep files and batches there; they go on when it starts again."),
+    ] = None,
+    max_file_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The largest file of a batch.", show_default="210MB"),
+    ] = None,
+    max_lines: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="The most lines of a batch.", show_default="50000"),
+    ] = None,
+) -> int:
+    """Answer OpenAI's protocol over HTTP, for one model. Requests share passes, and join and leave between them."""
+    generation = GenerationOptions(speculate=speculate, draft=draft, batch=max_batch)
+    return run_serve(
+        ServeOptions(
+            directory,
+            host,
+            port,
+            ram,
+            tuple(api_key or ()),
+            no_auth,
+            model_name,
+            chat_template,
+            max_waiting,
+            log_json,
+            log_prompts,
+            data,
+            max_file_size,
+            max_lines,
+            generation,
+        )
+    )
 
 
 def bench(

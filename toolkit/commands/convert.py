@@ -12,7 +12,9 @@ from runner.format.coded import PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source
+from runner.format.quantised import QUANTISED_FORMS
 from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
+from toolkit.commands.convert_prepared import is_prepared, plan_from_prepared
 from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.commands.shards_on_disk import KEEP_SOURCE, ShardsOnDisk, deletable, state_of
 from toolkit.commands.vouched import Vouched, read_companions, vouched, with_samples
@@ -43,7 +45,8 @@ def convert(
 ) -> Summary:
     """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
-    The LoRA adapter in the directory `adapter` is merged into the weights as peft's merge_and_unload does it.
+    The source may be a prepared directory itself, plain or lossless. The LoRA adapter in the directory `adapter` is
+    merged into the weights as peft's merge_and_unload does it.
 
     Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM, the adapter can't
     be merged, or the destination can't take it; and later if a shard is not what the download recorded, or the disk
@@ -96,6 +99,13 @@ def _plan(asked: _Asked) -> BuildPlan:
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
     if os.path.realpath(source) == os.path.realpath(destination):
         raise BloomdeskError(f"{destination} is the source itself", "give another directory to write to")
+    if is_prepared(source):
+        if asked.delete_source or asked.adapter is not None:
+            option = "--adapter" if asked.adapter is not None else "--delete-source"
+            raise BloomdeskError(
+                f"{source} is prepared already, and {option} is for checkpoints", f"leave out {option}"
+            )
+        return plan_from_prepared(source, destination, asked.form, asked.dtype, mend)
     refuse_foreign(source)
     existing, model, companions = _small_files(asked)
     shards = _find_shards(source, destination, existing, mend)
@@ -132,7 +142,7 @@ def _plan(asked: _Asked) -> BuildPlan:
         comparisons = comparisons_of(manifest, assignment, tensors) if mend is None else ()
     to_delete = ()
     if asked.delete_source:
-        _refuse_loss(source, tensors.values(), adapter, chosen.why)
+        _refuse_loss(asked, tensors.values(), adapter, chosen.why)
         to_delete = deletable(shards)
     peak = schedule.growth(frozenset(path.name for path in to_delete))
     require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
@@ -206,8 +216,11 @@ def _notes(
     return tuple(found)
 
 
-def _refuse_loss(source: Path, tensors: Iterable[SourceTensor], adapter: Adapter | None, why: str) -> None:
+def _refuse_loss(asked: _Asked, tensors: Iterable[SourceTensor], adapter: Adapter | None, why: str) -> None:
     """Raise `BloomdeskError` if the source could not be had back from what is made of it."""
+    source = asked.source
+    if asked.form in QUANTISED_FORMS:
+        raise BloomdeskError(f"the weights of {source} can't be had back from {asked.form}", KEEP_SOURCE)
     if rounding := rounding_notes(tensors, why):
         raise BloomdeskError(f"{rounding[0]}; with the source the bits would be lost", KEEP_SOURCE)
     if adapter is not None:

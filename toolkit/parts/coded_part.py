@@ -44,7 +44,7 @@ def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRe
     Memory is some tens of megabytes. Raises `BloomdeskError` if a shard can't be read, or what is read back from
     the disk is not what was written or does not decode to the bits of the source.
     """
-    seen = _Halves(progress, part.spec.file, part.work)
+    seen = Halves(progress, part.spec.file, part.work)
     with Coders() as coders:
         record, tables = _Writer(part, file, coders, seen).write()
         file.flush()
@@ -60,7 +60,7 @@ def write_coded(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRe
     return replace(record, xxh3_128=whole)
 
 
-class _Halves:
+class Halves:
     """Progress in bytes of the source, each of which counts half when it is coded, and half when it is compared."""
 
     def __init__(self, progress: Progress, file: str, total: int) -> None:
@@ -115,7 +115,7 @@ class _Writer:
 
     def _vector(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], behind: WriteBehind) -> None:
         own = xxhash.xxh3_128()
-        for chunk in _hashed(chunks, own):
+        for chunk in hashed(chunks, own):
             behind.write(chunk)
         self._tensors.append(TensorRecord(name, tensor.dtype, tensor.shape, own.hexdigest()))
 
@@ -127,7 +127,7 @@ class _Writer:
         behind.wait()
         position = behind.position
         behind.write(bytes(8 * (row_group_count(rows) + 1)))
-        for coded, of_row_groups in self._coders.encoded(_hashed(chunks, bits), columns):
+        for coded, of_row_groups in self._coders.encoded(hashed(chunks, bits), columns):
             behind.write(coded)
             stored.update(coded)
             lengths += of_row_groups
@@ -165,19 +165,19 @@ def _read_back(
         start += tensor.nbytes
     whole = xxhash.xxh3_128()
     with ReadAhead(ranges, held=IN_PROGRESS) as ahead:
-        read = _hashed(map(ahead.whole, range(len(ranges))), whole)
+        read = hashed(map(ahead.whole, range(len(ranges))), whole)
         if next(read) != record.header:
             raise ValueError("its header is another one")
         for tensor in record.tensors:
             if tensor.name in matrices:
                 _compare_matrix(tensor, matrices[tensor.name], groups[tensor.name], read, coders, seen)
             else:
-                _compare(tensor, xxhash.xxh3_128_hexdigest(next(read)))
+                compare_tensor(tensor, xxhash.xxh3_128_hexdigest(next(read)))
                 seen(0 if tensor.dtype == "I64" else tensor.nbytes)
     return whole.hexdigest()
 
 
-def _hashed(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[Block]:
+def hashed(blocks: Iterable[Block], digest: xxhash.xxh3_128) -> Iterator[Block]:
     """The same blocks, each of which updates `digest` when it is taken."""
     for block in blocks:
         digest.update(block)
@@ -194,14 +194,15 @@ def _compare_matrix(
 ) -> None:
     own, bits = xxhash.xxh3_128(), xxhash.xxh3_128()
     # `groups` stands first, so that no block after the matrix's last one is taken.
-    for rows in coders.decoded(zip(groups, _hashed(read, own), strict=False), decoded.shape[1]):
+    for rows in coders.decoded(zip(groups, hashed(read, own), strict=False), decoded.shape[1]):
         bits.update(rows)
         seen(len(rows))
-    _compare(stored, own.hexdigest())
-    _compare(decoded, bits.hexdigest())
+    compare_tensor(stored, own.hexdigest())
+    compare_tensor(decoded, bits.hexdigest())
 
 
-def _compare(tensor: TensorRecord, found: str) -> None:
+def compare_tensor(tensor: TensorRecord, found: str) -> None:
+    """Raise `ValueError` if the hash of the tensor's bytes is not the recorded one."""
     if found != tensor.xxh3_128:
         kind = "decodes to" if len(tensor.shape) == 2 else "has"
         raise ValueError(f"{tensor.name} {kind} the xxh3-128 {found}, expected {tensor.xxh3_128}")

@@ -14,7 +14,6 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError, in_shell
-from runner.format.coded import LOSSLESS
 from runner.format.layout import (
     COMPANIONS,
     MANIFEST,
@@ -26,8 +25,8 @@ from runner.format.layout import (
 )
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
+from runner.system.clutter import is_clutter
 from runner.system.disk import free_bytes
-from toolkit.io.clutter import is_clutter
 from toolkit.io.disk import disk_errors, read_if_exists
 from toolkit.parts.part import is_in_place
 from toolkit.source.dtype import Choice
@@ -124,10 +123,9 @@ def another_source(destination: Path, what: str) -> BloomdeskError:
 def check_form(destination: Path, existing: Manifest, form: str) -> None:
     """Raise `BloomdeskError` if the directory has parts of another form than `form`."""
     if existing.parts and existing.form != form:
-        started, do = ("with", "add") if existing.form == LOSSLESS else ("without", "leave out")
         raise BloomdeskError(
-            f"{destination} was started {started} --lossless, and a directory has one form",
-            f"{do} --lossless to resume it, or give a new directory",
+            f"{destination} was started with --form {existing.form}, and a directory has one form",
+            f"give --form {existing.form} to resume it, or give a new directory",
         )
 
 

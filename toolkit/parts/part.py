@@ -10,6 +10,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
+from runner.format.manifest import SourceShard
 from runner.format.safetensors import open_regular, tensor_nbytes
 from toolkit.io.disk import read_errors
 from toolkit.io.reader import NO_FILE, retried
@@ -24,7 +25,8 @@ class PlannedPart:
     """A part to write: its source tensors in the order of `spec`, and the form in which it stores them.
 
     `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first. `hashes` are
-    the xxh3-128 of source tensors, by key, that a record of the source vouches for.
+    the xxh3-128 of source tensors, by key, that a record of the source vouches for. `made_from` are the shards of the
+    part of a prepared directory that it is made from, else None.
     """
 
     spec: PartSpec
@@ -32,6 +34,7 @@ class PlannedPart:
     form: str = PLAIN
     lm_head: SourceTensor | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
+    made_from: tuple[SourceShard, ...] | None = None
 
     @property
     def dtype(self) -> str:
@@ -74,9 +77,9 @@ def plan_part(
 
 def part_size(spec: PartSpec, dtype: str, form: str = PLAIN) -> int:
     """Bytes of a part's file, or the expected most if tensors are coded."""
-    decoded = spec.decoded(form)
+    decoded = spec.decoded(form, dtype)
     coded = {name: int(CODED_SHARE * tensor_nbytes(of, shape)) for name, of, shape in decoded}
-    stored = spec.stored(dtype, coded)
+    stored = spec.stored(dtype, coded, form)
     return len(part_header(stored, decoded)) + sum(tensor_nbytes(of, shape) for _, of, shape in stored)
 
 
@@ -92,7 +95,7 @@ def check_form_dtype(dtype: str, form: str) -> None:
         raise BloomdeskError(
             f"the weights are {dtype}, and only {CODED_DTYPE} has a lossless form: coding the exponents of {dtype} "
             f"would leave {share} of the bytes at best, against 0.67",
-            "run the same command without --lossless",
+            "run the same command with another --form: plain, int8 or int4",
         )
 
 

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from runner.errors import BloomdeskError, explained
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.manifest import PartRecord, TensorRecord
+from runner.format.quantised import SCALES_SUFFIX, Coding
 from runner.format.safetensors import open_regular
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.row_groups import IN_PROGRESS, Coders, RowGroups, batches_of_row_groups
+from toolkit.parts.row_groups import (
+    IN_PROGRESS,
+    Coders,
+    QuantisedRows,
+    RowGroups,
+    batches_of_row_groups,
+    row_batches,
+)
 
 
 class DamagedTensor(Exception):
@@ -22,26 +31,31 @@ class DamagedTensor(Exception):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the source, the region of its bytes, and of a coded one the region of its row groups' offsets."""
+    """A tensor of a pass, the region of its bytes, and what else a coded one takes to be decoded.
+
+    That is the region of its row groups' offsets or, if it is stored in fewer bits as `coding` says, of its scales.
+    """
 
     tensor: TensorRecord
     region: Region
-    row_groups: Region | None
+    row_groups: Region | None = None
+    scales: Region | None = None
+    coding: Coding | None = None
 
 
 def stored_tensors(part: PartRecord) -> tuple[StoredTensor, ...]:
-    """The tensors of the source that `part` was made of, in the order of a pass."""
+    """The tensors that a pass takes from `part`, in its order."""
     regions = {region.tensor: region for region in regions_of(part)}
-    decoded = {tensor.name: tensor for tensor in part.decoded}
-    tables = {name + ROW_GROUPS_SUFFIX for name in decoded}
+    codings = part.codings
     return tuple(
         StoredTensor(
-            decoded.get(tensor.name, tensor),
+            tensor,
             regions[tensor.name],
-            regions.get(tensor.name + ROW_GROUPS_SUFFIX) if tensor.name in decoded else None,
+            regions.get(tensor.name + ROW_GROUPS_SUFFIX),
+            regions.get(tensor.name + SCALES_SUFFIX),
+            codings.get(tensor.name),
         )
-        for tensor in part.tensors
-        if tensor.name not in tables
+        for tensor in part.weights
     )
 
 
@@ -52,16 +66,25 @@ class PartReader(ReadAhead):
         """Raises `DamagedTensor` if the offsets of a coded one's row groups are not sound."""
         self._path, self._tensors, self._coders = path, tensors, coders
         self._groups: list[list[RowGroups]] = []
+        self._batches: list[list[QuantisedRows]] = []
         # The index of the range at which each tensor begins.
         self._first: list[int] = []
         ranges: list[ByteRange] = []
         for stored in tensors:
             groups = _groups(path, stored, stored.row_groups) if stored.row_groups is not None else []
             places = [(group.start, group.nbytes) for group in groups] or [(0, stored.region.nbytes)]
+            batches = []
             self._first.append(len(ranges))
+            if stored.scales is not None and stored.coding is not None:
+                ranges.append(ByteRange(path, stored.scales.start, stored.scales.nbytes))
+                batches = row_batches(stored.tensor.shape, stored.coding)
+                sizes = [rows.data_nbytes for rows in batches]
+                places = list(zip(accumulate(sizes, initial=0), sizes, strict=False))
             self._groups.append(groups)
+            self._batches.append(batches)
             ranges += [ByteRange(path, stored.region.start + start, nbytes) for start, nbytes in places]
-        super().__init__(ranges, held=IN_PROGRESS if any(self._groups) else 2)
+        is_coded = any(self._groups) or any(self._batches)
+        super().__init__(ranges, held=IN_PROGRESS if is_coded else 2)
 
     def bits(self, index: int) -> Iterator[memoryview | bytearray]:
         """The bytes of the tensor at `index` in blocks, each valid while the next one is used.
@@ -74,8 +97,21 @@ class PartReader(ReadAhead):
             if groups:
                 coded = ((group, self.whole(index)) for index, group in enumerate(groups, first))
                 yield from self._coders.decoded(coded, self._tensors[index].tensor.shape[1])
+            elif self._batches[index]:
+                yield from self._quantised(index)
             else:
                 yield from self.blocks(first)
+
+    def _quantised(self, index: int) -> Iterator[bytearray]:
+        stored, first = self._tensors[index], self._first[index]
+        assert stored.coding is not None
+        scales = bytearray(self.whole(first))
+        given = (
+            rows.holding(self.whole(place), scales)
+            for place, rows in enumerate(self._batches[index], first + 1)
+        )
+        tensor = stored.tensor
+        yield from self._coders.dequantised(given, tensor.shape[1], stored.coding, tensor.dtype)
 
 
 def _groups(path: Path, stored: StoredTensor, row_groups: Region) -> list[RowGroups]:

@@ -16,8 +16,10 @@ from typing import BinaryIO
 import xxhash
 
 from runner.errors import BloomdeskError
+from runner.format.coded import PLAIN
 from runner.format.layout import part_header
 from runner.format.manifest import PartRecord, SourceShard, TensorRecord
+from runner.format.quantised import QUANTISED_FORMS
 from runner.system.atomic import atomic_file
 from toolkit.io.disk import disk_errors
 from toolkit.io.progress import Progress
@@ -26,6 +28,8 @@ from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.export_record import not_as_exported
 from toolkit.parts.part import PlannedPart
+from toolkit.parts.prepared_tensors import damaged_part
+from toolkit.parts.quantised_part import write_quantised
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
 from toolkit.source.tensor import SourceTensor
@@ -49,13 +53,18 @@ def write_part(
     not the recorded ones, or a file that nobody recorded is in the way.
     """
     path = destination / part.spec.file
-    write = write_coded if part.spec.decoded(part.form) else _write
+    write = _write
+    if part.spec.matrices and part.form != PLAIN:
+        write = write_quantised if part.form in QUANTISED_FORMS else write_coded
     with disk_errors(path), atomic_file(path) as file:
         record = write(part, file, progress)
         file.flush()
         # Shards may still be hashed meanwhile.
         os.fsync(file.fileno())
-        record = replace(record, sources=tuple(sha256(shard) for shard in part.sources))
+        sources = part.made_from
+        if sources is None:
+            sources = tuple(sha256(shard) for shard in part.sources)
+        record = replace(record, sources=sources)
         if known is None:
             _check_hashes(part, record)
         else:
@@ -86,6 +95,8 @@ def _check_hashes(part: PlannedPart, made: PartRecord) -> None:
     for tensor, found in zip(part.tensors, made.source_tensors, strict=True):
         is_copied = tensor.stored == tensor.dtype and tensor.addition is None
         if is_copied and part.hashes.get(tensor.key, found.xxh3_128) != found.xxh3_128:
+            if part.made_from is not None:
+                raise damaged_part(tensor.file, f"{tensor.key} is not what the manifest records")
             raise not_as_exported(tensor.file, tensor.key)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class SourceTensor:
 
     It is read as `nbytes` bytes of `dtype`, which is the safetensors name, or torch's own if safetensors has none.
     `strides` are in elements. `object` holds the bytes if `file` is a pointer of Git LFS. `addition` is added when it
-    is read.
+    is read. `decoded` gives the bytes of the elements from one to another if the file has them coded.
     """
 
     key: str
@@ -41,6 +42,7 @@ class SourceTensor:
     object: Path | None = None
     rounded_from: str | None = None
     addition: Addition | None = None
+    decoded: Callable[[int, int], Iterator[memoryview]] | None = None
 
     @property
     def place(self) -> Path:

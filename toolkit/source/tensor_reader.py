@@ -3,6 +3,7 @@
 row-major in the file ──> read ahead ─────────────────┐
                                                       ├──> rounded ──> adapter added ──> blocks of row-major bytes
 any other strides ──> runs of elements, put in order ─┘    (both if need be)
+coded, in a prepared directory ──> decoded
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Slice:
     def range(self) -> ByteRange:
         """Its bytes in the file; none if they do not lie there in this order."""
         tensor = self.tensor
-        if tensor.strides is not None:
+        if tensor.strides is not None or tensor.decoded is not None:
             return ByteRange(tensor.place, tensor.offset, 0)
         itemsize = BYTES_PER_ELEMENT[tensor.stored]
         return ByteRange(tensor.place, tensor.offset + self.first * itemsize, self.count * itemsize)
@@ -68,6 +69,9 @@ class TensorReader(ReadAhead):
         part = self.slices[index]
         tensor = part.tensor
         with read_errors(tensor.file):
+            if tensor.decoded is not None:
+                yield from tensor.decoded(part.first, part.first + part.count)
+                return
             if tensor.strides is None and tensor.stored == tensor.dtype and tensor.addition is None:
                 yield from super().blocks(index)
                 return

@@ -35,7 +35,8 @@ class Proposer:
 
     def most_tokens(self, max_new_tokens: int) -> int:
         """The largest number of draft tokens for one sequence in a pass."""
-        return min(MOST_DRAFT_TOKENS, max_new_tokens - 1) if self._uses_ngrams or self.draft else 0
+        is_proposing = self._uses_ngrams or self.draft
+        return min(MOST_DRAFT_TOKENS, max(0, max_new_tokens - 1)) if is_proposing else 0
 
     def release(self, sequence: Sequence) -> None:
         """Free what is kept for a sequence that is done."""

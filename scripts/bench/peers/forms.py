@@ -82,7 +82,9 @@ def lossless(work: Path, directory: Path) -> Path:
     out = work / "lossless"
     if is_prepared(out):
         return out
-    return convert(work / "source" if (work / "source").exists() else hub(work, directory), out, "--lossless")
+    return convert(
+        work / "source" if (work / "source").exists() else hub(work, directory), out, "--form", "lossless"
+    )
 
 
 def hub(work: Path, directory: Path) -> Path:

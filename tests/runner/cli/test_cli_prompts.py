@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -60,11 +61,12 @@ def test_results_are_those_of_each_prompt_alone(given, wanted: list[list[int]], 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", notes)
     found = by_index(out.read_text())
     assert [found[index]["token_ids"] for index in range(6)] == wanted
-    assert list(found[0]) == ["index", *REPORT_KEYS] and list(found[2]) == ["index", "id", *REPORT_KEYS]
+    assert list(found[0]) == ["index", "model", *REPORT_KEYS]
+    assert list(found[2]) == ["index", "model", "id", *REPORT_KEYS]
     before = out.stat().st_mtime_ns
     assert run(*given, "--out", out).returncode == 0
     assert out.stat().st_mtime_ns == before  # nothing was left to do
-    assert "does not hold results of these prompts" in refused(*given, "--out", given[-1])
+    assert "is the file that is read" in refused(*given, "--out", given[-1])
 
 
 @pytest.mark.slow
@@ -146,6 +148,7 @@ def test_options_that_exclude_each_other_are_refused(
         ('{"prompt": ""}', [], "line 2: the prompt has no tokens"),
         ('{"prompt": "\\ud800"}', [], "line 2: the prompt is not valid UTF-8 text"),
         ('{"prompt": "a", "id": "a\\ud83d"}', [], 'line 2: the "id" is not valid UTF-8 text'),
+        ('{"prompt": "a", "max_new_tokens": 1' + "0" * 400 + "}", [], "line 2: the number of new tokens"),
         ('{"prompt": "a", "max_new_tokens": 90000000}', ["--ram", "3GB"], "for the longest of the prompts"),
     ],
 )
@@ -204,3 +207,48 @@ def test_a_prompt_comes_from_a_file_or_from_standard_input(
     assert "one of them alone" in refused(
         "generate", miniature[1], "a", "--prompt-file", tmp_path / "prompt.txt"
     )
+
+
+def test_a_prompt_file_may_be_standard_input_and_errors_name_it(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def given(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(data)))
+
+    given(b"a b\n")
+    assert run("generate", made, "--prompt-file", "-", "--max-new-tokens", "1").returncode == 0
+    for data, message in (
+        (b"\n", "standard input holds no prompt"),
+        (b"a\n\xff\n", "standard input, line 2:"),
+    ):
+        given(data)
+        assert message in refused("generate", made, "--prompts", "-")
+
+
+def test_a_drawn_seed_is_reported_in_every_way_of_running(made: Path, tmp_path: Path) -> None:
+    """Without it nobody could have the text again."""
+    drawing = ["a b", "--max-new-tokens", "4", "--temperature", "1"]
+    for options in ([], ["--n", "3"], ["--session", tmp_path / "s"]):
+        first = run("generate", made, *drawing, *options)
+        word, seed = first.stderr.split()
+        again = run("generate", made, *drawing, *options, "--seed", seed)
+        assert word == "seed" and again.stdout == first.stdout and not again.stderr
+    assert not run("generate", made, *drawing, "--json").stderr
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_the_seed_and_has_no_room_for_log_probabilities(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a b\n")
+    command = ["generate", made, "--prompts", tmp_path / "p.txt", "--max-new-tokens", "1"]
+    assert "seed " in screen_of(*command, "--temperature", "1")
+    assert "log-probabilities have nowhere to go" in screen_of(*command, "--logprobs", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_json_is_json_whatever_the_output_can_encode(made: Path, encoding: str) -> None:
+    prompt = "The \U0001f600 \u4f60 \xe9"
+    command = [*COMMAND, "generate", str(made), prompt, "--max-new-tokens", "1", "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert json.loads(done.stdout.decode(encoding))["prompt"] == prompt

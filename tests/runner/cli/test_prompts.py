@@ -71,6 +71,18 @@ def test_lines_of_json(tmp_path: Path) -> None:
             b'{"prompt": "a", "id": 1}\n\n{"prompt": "b", "id": 1}',
             "line 3: the id 1 is that of line 1",
         ),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', 'line 1: "prompt" is there twice'),
+        ("a.jsonl", b'{"prompt": "a", "logit_bias": {"5": 1, "05": 2}}', "two logit biases of token id 5"),
+        ("a.jsonl", b'{"prompt": "a", "logit_bias": {"5": "1"}}', "maps token ids to numbers"),
+        ("a.jsonl", b'{"prompt": "a", "logit_bias": {"5": 1' + b"0" * 400 + b"}}", "from -1e12 to 1e12"),
+        ("a.jsonl", b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "line 1: the temperature must"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "temperature": 1, "top_p": 1' + b"0" * 400 + b"}",
+            "line 1: top_p must",
+        ),
+        ("a.jsonl", b'{"prompt": "a", "stop": "\\ud800"}', "line 1: a stop text is not valid UTF-8"),
+        ("a.jsonl", b'{"prompt": "a", "regex": "\\ud800"}', "line 1: a constraint is not valid UTF-8"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:

@@ -24,7 +24,7 @@ from runner.system import files, memory, platform
 from tests.support.commands import started
 from toolkit.parts.destination import write_manifest
 
-RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
+RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9, int8=14e9, int4=13e9)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_bench_prints_json_or_aligned_rows(prepared, quick, capsys: pytest.Captu
     report = json.loads(capsys.readouterr().out)
     assert set(report) == BENCH_KEYS
     assert report["percent_of_limit"] == 100 * report["limit_seconds"] / report["seconds_per_token"]
-    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded"}
+    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded", "int8", "int4"}
     assert bench_command(directory, "3GB", 2, 3) == 0
     text = capsys.readouterr().out
     assert "of the limit" in text and "of 3 GB" in text
@@ -151,7 +151,7 @@ def test_a_plan_for_a_prepared_directory_writes_nothing(
 
 PLAN_KEYS = {
     "directory", "prepared", "model", "free_bytes", "rates", "prompt_tokens", "tokens", "coding", "disk_bytes",
-    "forecast", "others", "lossless", "advice", "bytes_to_prepare", "fits",
+    "forecast", "others", "lossless", "int8", "int4", "advice", "bytes_to_prepare", "fits",
 }  # fmt: skip
 FORECAST_KEYS = {
     "ram", "process", "cache", "activations", "read_ahead", "resident_bytes", "streamed_bytes_per_pass",
@@ -168,7 +168,10 @@ def test_a_plan_on_an_empty_directory_leaves_nothing(
     assert set(report) == PLAN_KEYS and set(report["forecast"]) == FORECAST_KEYS
     assert not report["prepared"] and not report["fits"] and report["model"]["name"] == "bigscience/bloom"
     assert [each["ram"] for each in report["others"]] == [size * 10**9 for size in (1, 2, 4, 8, 16, 32)]
-    assert set(report["lossless"]) == {"coding", "disk_bytes", "forecast", "others"}
+    for form in ("lossless", "int8", "int4"):
+        assert set(report[form]) == {"coding", "disk_bytes", "forecast", "others"}
+    assert report["int4"]["disk_bytes"] < 0.32 * report["disk_bytes"]
+    assert report["int8"]["disk_bytes"] < 0.53 * report["disk_bytes"]
     assert report["coding"] == "plain" and report["advice"] in ("plain", "lossless")
     assert not list(tmp_path.iterdir())
 
@@ -192,7 +195,7 @@ def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.slow
 def test_a_form_that_stays_as_a_whole_is_the_same_in_more_ram(quick, tmp_path: Path) -> None:
     found = plan_module.plan(tmp_path, 2**40, "bloom-560m", 16, 4)
-    for form in (found.form, found.lossless):
+    for form in (found.form, *found.others.values()):
         last = max(form.others)
         assert not form.others[last].memory_plan.streamed_bytes
         assert form.with_ram(last * 2) is form.with_ram(last) is form.others[last]

@@ -12,13 +12,14 @@ import runner
 from runner import BloomdeskError
 from runner.estimate import family, forecast
 from runner.estimate.rates import Rates
-from runner.format.coded import LOSSLESS
 from runner.format.manifest import load_manifest
+from runner.format.quantised import FORMS
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
 from toolkit.commands.schedule import space_to_prepare
 
-DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9)
+DESKTOP = Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9, int8=14e9, int4=13e9)
+PLAIN, LOSSLESS = forecast.Stored(), forecast.Stored("lossless", 0.67)
 BLOOM = family.hyperparameters("bigscience/bloom")
 GB = 10**9
 
@@ -89,33 +90,37 @@ def test_it_cuts_and_shares_as_an_opened_model_does(
 
 def test_a_lossless_form_is_read_in_less_and_decoded_in_more_time() -> None:
     plain, coded = (
-        forecast.forecast(BLOOM, 16 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)
+        forecast.forecast(BLOOM, 16 * GB, GB // 2, DESKTOP, 16, 64, stored) for stored in (PLAIN, LOSSLESS)
     )
     slower_disk = replace(DESKTOP, disk=GB)
     ratio = (
-        forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64, 0.67).limit_seconds
+        forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64, LOSSLESS).limit_seconds
         / forecast.forecast(BLOOM, 16 * GB, GB // 2, slower_disk, 16, 64).limit_seconds
     )
     assert 0.64 < ratio < 0.67  # what stays is worth more, too
     assert coded.limit_seconds == pytest.approx(coded.memory_plan.streamed_bytes / 7e9)
     assert coded.limit_seconds < plain.limit_seconds
-    in_ram = [forecast.forecast(BLOOM, 512 * GB, GB // 2, DESKTOP, 16, 64, share) for share in (1.0, 0.67)]
+    in_ram = [
+        forecast.forecast(BLOOM, 512 * GB, GB // 2, DESKTOP, 16, 64, stored) for stored in (PLAIN, LOSSLESS)
+    ]
     assert in_ram[0].seconds_per_token < in_ram[1].seconds_per_token
 
 
-def test_a_lossless_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     make_checkpoint.synthetic(tmp_path / "source", hidden_size=256, heads=8, blocks=2, vocab_size=1200)
-    convert(tmp_path / "source", tmp_path / "bloom", form=LOSSLESS)
-    share = forecast.coded_share(load_manifest(tmp_path / "bloom"))
-    assert 0.6 < share < 0.7
+    convert(tmp_path / "source", tmp_path / "bloom", form=form)
+    stored = forecast.stored_as(load_manifest(tmp_path / "bloom"))
+    low, high = {"plain": (1, 1), "lossless": (0.6, 0.7), "int8": (0.51, 0.52), "int4": (0.3, 0.35)}[form]
+    assert low <= stored.share <= high
     model = runner.load(tmp_path / "bloom", ram=1)
-    expected = forecast.chunk_bytes(model.weights.model, share)
+    expected = forecast.chunk_bytes(model.weights.model, stored)
     found = [chunk.nbytes for chunk in model.weights.stream.chunks]
     assert len(found) == pytest.approx(len(expected), rel=0.05)
     assert sum(found) == pytest.approx(sum(expected), rel=1e-4)
     parts = sum(path.stat().st_size for path in (tmp_path / "bloom").glob("*.safetensors"))
-    assert forecast.disk_bytes(model.weights.model, share) == pytest.approx(parts, rel=0.01)
+    assert forecast.disk_bytes(model.weights.model, stored) == pytest.approx(parts, rel=0.01)
 
 
 def test_names_of_the_family_are_known_and_others_refused() -> None:

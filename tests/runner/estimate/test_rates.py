@@ -102,4 +102,4 @@ def test_places_that_cannot_be_measured_are_refused(tmp_path: Path, monkeypatch:
 def test_the_kernel_rates_are_above_zero(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "MEMORY_BYTES", 2**22)
     found = rates.kernel_rates(Kernel(dtype, workers(1)), dtype)
-    assert len(found) == 3 and all(rate > 0 for rate in found)
+    assert len(found) == 5 and all(rate > 0 for rate in found)

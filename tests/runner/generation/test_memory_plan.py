@@ -24,7 +24,7 @@ from runner.generation.memory_plan import (
     spread,
 )
 from runner.units import parse_size
-from runner.weights.ring import buffer_bytes
+from runner.weights.chunks import buffer_bytes
 from scripts.fakehub import checkpoint as make_checkpoint
 from toolkit.commands.convert import convert
 
@@ -142,7 +142,8 @@ def test_resident_chunks_stay_resident_with_more_room(sizes: list[int], part: fl
     left = room + more - sum(sizes[index] for index in after)
     assert left >= 0 and all(sizes[index] > left for index in range(len(sizes)) if index not in after)
     less = sum(sizes[index] for index in before) - 1
-    assert spread(sizes, less, before) == spread(sizes, less)
+    fewer = spread(sizes, less, before)
+    assert fewer <= before and sum(sizes[index] for index in fewer) <= max(0, less)
 
 
 @pytest.mark.parametrize("room", [-5, 0])
@@ -192,7 +193,8 @@ tokens = list(generation)
 plan = generation.plan
 assert plan.resident_bytes > 20e6 and plan.streamed_bytes > 60e6, plan
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-print(ram, peak, sum(map(cached, chunks)), *tokens)
+streamed = [chunk for index, chunk in enumerate(chunks) if index not in plan.resident]
+print(ram, peak, sum(map(cached, streamed)), *tokens)
 """
 
 

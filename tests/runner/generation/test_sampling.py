@@ -223,11 +223,70 @@ def test_the_end_of_the_text_waits_or_ends_nothing(prepared) -> None:
         ({"temperature": 1, "n": 0}, "n must"),
         ({"temperature": 1, "seed": 2**64}, "a seed is"),
         ({"stop": ("",)}, "empty"),
+        ({"temperature": 10**400}, "finite"),
+        ({"temperature": "1"}, '"temperature" is a number'),
+        ({"temperature": 1, "seed": 1.5}, '"seed" is a whole number'),
+        ({"temperature": 1, "n": True}, '"n" is a whole number'),
+        ({"temperature": 1, "n": 2**31}, "at most 65,536"),
+        ({"ignore_eos": 1}, '"ignore_eos" is true or false'),
+        ({"repetition_penalty": 1e-300}, "repetition penalty must be above 0, from 1e-12"),
+        ({"presence_penalty": -1e308}, "from -1e12 to 1e12"),
+        ({"frequency_penalty": math.inf}, "from -1e12 to 1e12"),
+        ({"logit_bias": {5: 1e300}}, "from -1e12 to 1e12"),
+        ({"logit_bias": {5: math.nan}}, "from -1e12 to 1e12"),
+        ({"logit_bias": {"5": 1}}, "maps token ids to numbers"),
+        ({"logit_bias": {5: True}}, "maps token ids to numbers"),
+        ({"stop": ("\udcff",)}, "stop text is not valid UTF-8"),
+        ({"stop": (1,)}, '"stop" is a text'),
+        ({"regex": "\ud800"}, "constraint is not valid UTF-8"),
     ],
 )
 def test_impossible_options_are_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(BloomdeskError, match=message):
         Sampling(**wrong)
+
+
+def test_a_text_as_stop_is_one_stop_text() -> None:
+    assert Sampling(stop="abc").stop == ("abc",) == Sampling(stop=["abc"]).stop
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-38, 1e-30])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"min_p": 0.5}, {"top_k": 2}])
+def test_the_coldest_text_is_the_likeliest(temperature: float, options: dict[str, float]) -> None:
+    for row in (torch.randn(50), torch.randn(50) - 9, torch.randn(50) * 1e30):
+        sampler = Sampler(Sampling(temperature=temperature, seed=1, min_new_tokens=1, **options), [1], [2])
+        row[2] = row.max() - 1
+        expected = Sampler(Sampling(min_new_tokens=1), [1], [2]).choose(row, [])
+        assert sampler.choose(row, []) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": -1e12, "frequency_penalty": -1e12},
+        {"repetition_penalty": 1e-12, "logit_bias": {5: 1e12, 6: -1e12}},
+        {"repetition_penalty": 1e12, "logit_bias": {5: -1e12, 6: 1e12}},
+    ],
+)
+def test_the_largest_changes_leave_numbers(options: dict[str, object]) -> None:
+    drawn = Sampling(temperature=1e-12, top_p=0.9, min_p=0.1, seed=1, **options)
+    row, ids = torch.randn(50), [5, 6, 6]
+    assert Sampler(drawn, ids, [2]).processed(row, ids).isfinite().all()
+    assert Sampler(drawn, ids, [2]).choose(row, ids) == Sampler(Sampling(**options), ids, [2]).choose(
+        row, ids
+    )
+
+
+def test_more_tokens_than_may_come_are_refused(prepared) -> None:
+    model = runner.load(prepared()[1])
+    with pytest.raises(BloomdeskError, match="min_new_tokens, 9, is more than max_new_tokens, 8"):
+        model.generate([5], max_new_tokens=8, sampling=Sampling(min_new_tokens=9))
+
+
+def test_two_biases_of_a_token_are_refused(prepared) -> None:
+    command = ["generate", prepared()[1], "x", "--logit-bias", "5=1"]
+    assert "two logit biases of token id 5" in refused(*command, "--logit-bias", "05=2")
+    assert "a token id and a number" in refused(*command, "--logit-bias", "1_0=2")
 
 
 def test_the_command_draws_reports_its_seed_and_resumes_with_it(

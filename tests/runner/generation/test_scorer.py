@@ -124,7 +124,8 @@ def test_lines_are_scored_and_a_rerun_goes_on(
     assert run(*command, "--out", out).returncode == 0
     whole = out.read_bytes()
     found = [json.loads(line) for line in whole.splitlines()]
-    assert [{key: line[key] for key in line if key != "text_sha256"} for line in found] == printed
+    added = {"text_sha256", "model"}
+    assert [{key: line[key] for key in line if key not in added} for line in found] == printed
     text, named, empty, last = found
     assert text["token_logprobs"][0] is None and len(text["tokens"]) == len(text["token_logprobs"])
     assert named["id"] == "b" and None not in named["token_logprobs"]
@@ -151,6 +152,55 @@ def test_a_long_text_goes_on(miniature: tuple[Path, Path], files: tuple[Path, Pa
     assert run(*command).stdout == first and out.read_bytes() == whole
     (tmp_path / "other.txt").write_text("another text of some tokens")
     assert "does not hold results" in refused("score", miniature[1], tmp_path / "other.txt", "--out", out)
+    # Windows of other lengths would not be those of one perplexity.
+    assert "the context is 40, that" in refused(*command[:3], "--context", "50", "--out", out)
+    assert "the stride is 15, that" in refused(*command[:5], "--stride", "20", "--out", out)
+    assert out.read_bytes() == whole
+
+
+def test_results_of_another_model_are_not_taken_for_this_ones(
+    prepared, made: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    texts, prompts = tmp_path / "texts.jsonl", tmp_path / "prompts.txt"
+    texts.write_text('{"text": "a b c"}\n')
+    prompts.write_text("a b\n")
+    generate = ["--prompts", prompts, "--max-new-tokens", "1"]
+    for name, command in {"score": [texts], "generate": generate}.items():
+        out = tmp_path / f"{name}.jsonl"
+        assert run(name, made, *command, "--out", out).returncode == 0
+        assert "it is of another model" in refused(name, prepared()[1], *command, "--out", out)
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [line.pop("model") for line in lines] == [runner.load(made).weights.fingerprint[:16]]
+        # As older versions wrote it.
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert run(name, made, *command, "--out", out).returncode == 0
+
+
+def test_ends_of_lines_are_scored_as_they_are(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"Hello\r\nworld\r\n")
+    count = len(runner.load(made).tokenizer.encode("Hello\r\nworld\r\n"))
+    assert json.loads(run("score", made, path, "--json").stdout)["tokens"] == count - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.jsonl", ["--context", "5"], "--context and --stride are for a long text"),
+        ("a.jsonl", ["--stride", "5"], "--context and --stride are for a long text"),
+        ("a.txt", ["--context", "1"], "--context must be at least 2 tokens, found 1"),
+        ("a.txt", ["--context", "4", "--stride", "4"], "--stride must be at least 1 and below --context"),
+        ("a.txt", ["--out", "scores.txt"], "a name that ends in .jsonl"),
+        ("a.jsonl", ["--out", "a.jsonl"], "is the file that is read"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text('{"text": "a b c"}\n')
+    assert message in refused("score", made, name, *options)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +215,10 @@ def test_a_long_text_goes_on(miniature: tuple[Path, Path], files: tuple[Path, Pa
         ("a.jsonl", '\n{"text": ""}', "line 2: no token is left to score"),
         ("a.jsonl", '{"context": "a", "continuation": ""}', "line 1: no token is left to score"),
         ("a.jsonl", "[]", "line 1: expected"),
+        ("a.jsonl", '{"text": "a\\ud800 b"}', "line 1: not valid UTF-8 text"),
+        ("a.jsonl", '{"text": "a b", "continuaton": "c"}', 'line 1: unknown "continuaton"'),
+        ("a.jsonl", '{"text": "a b", "text": "c d"}', 'line 1: "text" is there twice'),
+        ("a.jsonl", '{"id": 1, "text": "a b"}\n' * 2, "line 2: the id 1 is that of line 1"),
     ],
 )
 def test_what_cannot_be_scored_is_named(

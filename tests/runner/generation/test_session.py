@@ -18,6 +18,7 @@ from runner.generation import session_files as files
 from runner.generation.model import Model
 from runner.generation.options import GREEDY, Sampling
 from runner.generation.session_files import CACHE, SESSION, SessionFiles
+from runner.system.lock import sole_writer
 from tests.support.commands import refused, run, started
 from tests.support.prompts import tokens
 
@@ -235,3 +236,76 @@ def test_a_session_that_can_never_be_written_does_not_end_the_text(
     monkeypatch.setattr(SessionFiles, "begin", fail)
     with pytest.warns(UserWarning, match="not written any more: Permission denied"):
         assert text(model, tmp_path / "s", 5) == whole
+
+
+def test_a_longer_prompt_gets_its_own_text_though_the_disk_takes_nothing(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens that are there are a part of the prompt then, and not what follows it."""
+    ids = text(model, tmp_path, 8)[0]
+    longer = [*PROMPT, *ids[:2], 7]
+    whole = text(model, None, 5, longer)[:2]
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.warns(UserWarning, match="not written any more: No space left"):
+        assert text(model, tmp_path, 5, longer)[:2] == whole
+    monkeypatch.undo()
+    assert text(model, tmp_path, 5, longer)[:2] == whole
+
+
+def test_a_text_that_another_process_has_begun_there_ends_the_writing(model: Model, tmp_path: Path) -> None:
+    """Each gets its own text, and the session is of one of them alone."""
+    other = [*PROMPT[:70], *tokens(40, 9)]
+    wholes = [text(model, None, 10, prompt)[:2] for prompt in (PROMPT, other)]
+    first = model.generate(PROMPT, max_new_tokens=10, sampling=DRAWN, session=tmp_path)
+    begun = [next(first) for _ in range(3)]
+    second = model.generate(other, max_new_tokens=10, sampling=DRAWN, session=tmp_path)
+    next(second)
+    with pytest.warns(UserWarning, match="another process has written there"):
+        assert [*begun, *first] == wholes[0][0]
+    assert [*second.sequence.ids[:1], *second] == wholes[1][0]
+    assert text(model, tmp_path, 10, other) == (*wholes[1], 0)
+    assert text(model, tmp_path, 10)[:2] == wholes[0]
+
+
+def test_records_of_another_text_count_as_nothing(model: Model, tmp_path: Path) -> None:
+    """As of two processes that wrote into one session."""
+    whole = text(model, tmp_path / "one", 6)
+    text(model, tmp_path / "other", 6, [*PROMPT[:-1], 8])
+    (tmp_path / "one" / CACHE).write_bytes((tmp_path / "other" / CACHE).read_bytes())
+    assert text(model, tmp_path / "one", 6)[:2] == whole[:2]
+
+
+def test_a_session_that_another_process_uses_is_refused(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["generate", miniature[1], "John", "--max-new-tokens", "2", "--session", tmp_path]
+    with sole_writer(tmp_path):
+        assert "another bloomdesk is writing there" in refused(*command)
+    assert run(*command).stdout
+
+
+def test_what_a_kill_or_a_system_leaves_in_a_new_session_is_no_hindrance(
+    model: Model, tmp_path: Path
+) -> None:
+    for name in (CACHE, SESSION + ".incomplete", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"left")
+    (tmp_path / "lost+found").mkdir()
+    whole = text(model, tmp_path, 5)
+    assert whole == text(model, None, 5) and text(model, tmp_path, 5) == (*whole[:2], 0)
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a pipe", "a device"])
+def test_a_cache_that_is_no_file_is_named(model: Model, tmp_path: Path, kind: str) -> None:
+    text(model, tmp_path, 2)
+    path = tmp_path / CACHE
+    path.unlink()
+    if kind == "a directory":
+        path.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(BloomdeskError, match=r"cache\.bin is not a regular file"):
+        text(model, tmp_path, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def test_streamers_criteria_and_pipelines_work(models, capsys: pytest.CaptureFix
         ({"inputs_embeds": torch.zeros(1, 2, 48)}, "embeddings"),
         ({"past_key_values": object()}, "past_key_values"),
         ({"attention_mask": torch.ones(1, 9)}, "attention mask"),
+        ({"output_hidden_states": True}, "output_hidden_states cannot be had"),
+        ({"output_attentions": True}, "output_attentions cannot be had"),
     ],
 )
 def test_what_the_runner_cannot_do_is_named(models, options: dict[str, Any], message: str) -> None:
@@ -137,6 +140,34 @@ def test_what_the_runner_cannot_do_is_named(models, options: dict[str, Any], mes
         models[0](torch.tensor([[5], [6]]), past_key_values=cache)
     with pytest.raises(ValueError, match="below 0"):
         cache.crop(1)
+
+
+@pytest.mark.parametrize("token", [-1, 10**12])
+def test_a_token_outside_the_vocabulary_is_named(models, token: int) -> None:
+    with pytest.raises(BloomdeskError, match=f"token id {token} is outside the vocabulary"):
+        models[0](torch.tensor([[5, token]]))
+
+
+def test_a_mask_that_changes_what_is_cached_is_refused(models) -> None:
+    cache = models[0](torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    with pytest.raises(BloomdeskError, match="differs from that of the positions in the cache"):
+        models[0](torch.tensor([[7]]), past_key_values=cache, attention_mask=torch.tensor([[0, 1, 1]]))
+
+
+def test_a_copied_cache_goes_its_own_way(models) -> None:
+    """As transformers' recipe for a prompt that many texts begin with has it."""
+    model, ids = models[0], torch.tensor([[5, 6, 7, 8]])
+    kept = model(ids[:, :2], use_cache=True).past_key_values
+    wanted = model(ids).logits[:, 2:]
+    for _ in range(2):
+        assert torch.equal(model(ids[:, 2:], past_key_values=deepcopy(kept)).logits, wanted)
+
+
+def test_loading_and_saving_say_where_the_weights_are(models, tmp_path: Path) -> None:
+    with pytest.raises(BloomdeskError, match="opened by from_prepared"):
+        BloomdeskForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(BloomdeskError, match="in the prepared directory"):
+        models[0].save_pretrained(tmp_path)
 
 
 @pytest.mark.slow

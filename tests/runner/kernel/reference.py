@@ -17,7 +17,9 @@ def float32(value: Fraction) -> float:
     exponent -= abs(value) < Fraction(2) ** exponent
     unit = Fraction(2) ** (max(exponent, -126) - 23)
     nearest = round(value / unit) * unit
-    return float(nearest) if abs(nearest) < 2**128 else math.copysign(math.inf, nearest)
+    size = float(abs(nearest)) if abs(nearest) < 2**128 else math.inf
+    # A fraction has no sign if it is zero, and what underflows has.
+    return math.copysign(size, value)
 
 
 def fused(a: float, b: float, c: float) -> float:
@@ -105,3 +107,95 @@ def decoded(panel: bytes, count: int) -> list[int]:
     others = [panel[32 + 80 * (place // GROUP) + 16 + place % GROUP] for place in range(count)]
     turned = [exponent << 8 | other for exponent, other in zip(symbols, others, strict=True)]
     return [word >> 1 | (word & 1) << 15 for word in turned]
+
+
+def single(value: float) -> float:
+    """The nearest float32 of a float64, ties to even."""
+    return float32(Fraction(value)) if math.isfinite(value) and value else value
+
+
+def rounded(kind: str, value: float) -> float:
+    """The nearest number of a dtype to a float32, ties to even."""
+    if kind == "float32" or not math.isfinite(value):
+        return value
+    if kind == "float16":
+        try:
+            return struct.unpack("<e", struct.pack("<e", value))[0]
+        except OverflowError:
+            return math.copysign(math.inf, value)
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    return struct.unpack("<f", struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000))[0]
+
+
+def power_of_e(x: float) -> tuple[float, float]:
+    """(2^n, rest), of which 2^n * (1 + rest) is e to the power of x: ten terms of its series, in float64."""
+    if math.isnan(x):
+        return 1.0, x
+    whole = 1.5 * 2.0**52
+    n = (x * float.fromhex("0x1.71547652b82fep0") + whole) - whole
+    high, low = float.fromhex("0x1.62e42feep-1"), float.fromhex("0x1.a39ef35793c76p-33")
+    r, total = (x - n * high) - n * low, 0.0
+    for term in range(10, 0, -1):
+        total = (total + 1 / math.factorial(term)) * r
+    return 2.0**n, total
+
+
+def exponential(x: float) -> float:
+    scale, rest = power_of_e(-150.0 if x < -150 else x)
+    return scale + scale * rest
+
+
+def hyperbolic_tangent(x: float) -> float:
+    scale, rest = power_of_e(-2 * min(abs(x), 20.0) if x == x else x)
+    less = scale * rest + (scale - 1)
+    return math.copysign(single(-less / (less + 2)), x)
+
+
+def gelu(kind: str, x: float) -> float:
+    """The tanh approximation, each operation rounded to float32 and to the dtype."""
+
+    def of(value: float) -> float:
+        return rounded(kind, single(value))
+
+    cube = of(of(x * CUBIC) * x)
+    inner = of(of(x * FACTOR) * of(cube + 1))
+    return of(of(x * 0.5) * of(rounded(kind, hyperbolic_tangent(inner)) + 1))
+
+
+CUBIC, FACTOR = (struct.unpack("<f", struct.pack("<f", value))[0] for value in (0.044715, 0.79788456))
+
+
+def in_lanes(values: Sequence[float]) -> float:
+    """The sum of float64 numbers, in 8 lanes that are folded in halves."""
+    lanes = [0.0] * LANES
+    for place, value in enumerate(values):
+        lanes[place % LANES] += value
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [low + high for low, high in zip(lanes[:half], lanes[half:], strict=True)]
+    return lanes[0]
+
+
+def layer_norm(
+    kind: str, x: Sequence[float], weight: Sequence[float], bias: Sequence[float], epsilon: float
+) -> list[float]:
+    mean = in_lanes(x) / len(x)
+    scale = 1 / math.sqrt(in_lanes([(value - mean) * (value - mean) for value in x]) / len(x) + epsilon)
+    numbers = zip(x, weight, bias, strict=True)
+    return [rounded(kind, single((value - mean) * scale * w + b)) for value, w, b in numbers]
+
+
+def attention_weights(
+    kind: str, products: Sequence[float], alibi: Sequence[float], last: int, scale: float
+) -> list[float]:
+    """Softmax of `products * scale + alibi`, with the dtype's lowest number added beyond position `last`."""
+    lowest = {"float16": -65504.0, "bfloat16": -(2.0**128 - 2.0**120), "float32": -(2.0**128 - 2.0**104)}[
+        kind
+    ]
+    scores = []
+    for place, (product, bias) in enumerate(zip(products, alibi, strict=True)):
+        score = rounded(kind, single(single(product * scale) + bias))
+        scores.append(rounded(kind, single(score + (lowest if place > last else 0.0))))
+    powers = [single(exponential(score - max(scores))) for score in scores]
+    part = 1 / in_lanes(powers)
+    return [rounded(kind, single(power * part)) for power in powers]

@@ -72,6 +72,14 @@ def test_a_product_has_the_bits_of_the_reference(data: st.DataObject) -> None:
     release(held)
 
 
+def test_what_underflows_keeps_its_sign() -> None:
+    """The last of these products rounds to -0, and so does their sum with -0."""
+    x, weight, out = torch.tensor([[1e-19, -1e-20]]), torch.tensor([[1e-31, 1e-31]]), torch.tensor([[-0.0]])
+    assert math.copysign(1, reference.dot(x[0].tolist(), weight[0].tolist(), -0.0)) == -1
+    Kernel(torch.float32, workers(1)).accumulate(x, weight, out)
+    assert math.copysign(1, out.item()) == -1
+
+
 def release(held: list[tuple[torch.Tensor, Guarded]]) -> None:
     for _, memory in held:
         memory.__exit__()

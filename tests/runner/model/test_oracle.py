@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import runner
 from runner.generation.model import Model
-from tests.support.oracle import use_own_products
+from tests.support.oracle import use_own_arithmetic
 
 STEPS = 64
 ORDERS = 2  # further orders of summation in which the reference is computed
@@ -62,10 +62,18 @@ def spread(model: BloomForCausalLM, ids: list[int], expected: list[torch.Tensor]
     """Largest difference between the reference's logits in some orders of summation.
 
     The columns of every weight matrix, and the inputs that they are multiplied with, are permuted. So the products are
-    the same but for the order in which the processor sums them, which is what the runner does, too.
+    the same but for the order in which the processor sums them, and LayerNorm and softmax are those of float64, rounded
+    once: which is what the runner does, too.
     """
     runs = [torch.cat(expected).float()]
-    linear = F.linear
+    linear, layer_norm, softmax = F.linear, F.layer_norm, F.softmax
+
+    def exact_layer_norm(x: torch.Tensor, shape, weight: torch.Tensor, bias: torch.Tensor, epsilon: float):
+        return layer_norm(x.double(), shape, weight.double(), bias.double(), epsilon).to(x.dtype)
+
+    def exact_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return softmax(scores.double(), dim).to(dtype)
+
     for seed in range(ORDERS):
 
         def permuted(
@@ -76,13 +84,15 @@ def spread(model: BloomForCausalLM, ids: list[int], expected: list[torch.Tensor]
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "linear", permuted)
+            patch.setattr(F, "layer_norm", exact_layer_norm)
+            patch.setattr(F, "softmax", exact_softmax)
             runs.append(torch.cat(reference_steps(model, ids, tokens)).float())
     return max(float((one - other).abs().max()) for one, other in combinations(runs, 2))
 
 
 @pytest.fixture
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_products(monkeypatch)
+def own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_arithmetic(monkeypatch)
 
 
 def compare_exactly(source: Path, directory: Path, dtype: torch.dtype, ids: list[int]) -> list[int]:
@@ -130,8 +140,8 @@ def test_logits_and_tokens_are_those_of_transformers(prepared, dtype: str, heads
 
 @pytest.mark.parametrize("heads", [6, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_but_the_order_of_sums_is_that_of_transformers(
-    prepared, own_products, dtype: str, heads: int
+def test_all_but_sums_and_functions_is_that_of_transformers(
+    prepared, own_arithmetic, dtype: str, heads: int
 ) -> None:
     check_synthetic(prepared, dtype, heads, compare_exactly)
 
@@ -154,13 +164,13 @@ def test_miniature(miniature) -> None:
 
 
 @pytest.mark.slow
-def test_miniature_exactly(miniature, own_products) -> None:
+def test_miniature_exactly(miniature, own_arithmetic) -> None:
     source, directory = miniature
     ids = runner.load(directory).tokenizer.encode(MINIATURE_PROMPT)
     compare_exactly(source, directory, torch.bfloat16, ids)
 
 
-def test_residual_after_layernorm(prepared, own_products, tmp_path: Path) -> None:
+def test_residual_after_layernorm(prepared, own_arithmetic, tmp_path: Path) -> None:
     """`apply_residual_connection_post_layernorm` changes the result as it does in transformers."""
     from toolkit.commands.convert import convert
 

@@ -151,30 +151,6 @@ def mapped(tmp_path: Path) -> MappedFile:
     return MappedFile(tmp_path / "file", 40 * mmap.PAGESIZE)
 
 
-@on_linux
-def test_only_what_the_page_cache_has_is_read(mapped: MappedFile) -> None:
-    page = mmap.PAGESIZE
-    view = memoryview(bytearray(40 * page))
-    assert files.read_cached(mapped.path, 5, view[: 39 * page]) == 39 * page
-    assert view[: 39 * page].tobytes() == b"\1" * 39 * page
-    assert files.read_cached(mapped.path, 39 * page, view) == page  # and there the file ends
-    mapped.drop()
-    assert files.read_cached(mapped.path, 0, view) == 0
-    assert not any(mapped.cached()[1:])  # it may look for one page, and no more are read ahead
-    with files.open_for_rows(mapped.path) as file:
-        os.pread(file.fileno(), 3 * page, 0)
-    there = mapped.cached().index(False) if False in mapped.cached() else 40  # the system may have read more
-    assert there >= 3
-    assert files.read_cached(mapped.path, 0, view) == there * page
-
-
-def test_without_linux_calls_nothing_is_read_from_the_page_cache(
-    mapped: MappedFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(platform, "LINUX_CALLS", False)
-    assert files.read_cached(mapped.path, 0, memoryview(bytearray(100))) == 0
-
-
 def test_anonymous_memory_is_aligned_for_any_disk() -> None:
     for nbytes in (4096, 5 * 4096, 2**22):
         own = torch.frombuffer(memory.anonymous(nbytes), dtype=torch.uint8)
@@ -197,7 +173,11 @@ def test_a_stream_leaves_nothing_in_the_page_cache(prepared, tmp_path: Path) -> 
         for index in range(len(cut)):
             with stream.chunk(index) as weights:
                 assert weights.eq(1).all()
-    assert sum(made.cached()) <= 2  # the resident chunk was looked for there
+    # The resident chunk lies there, and what shares a block of pages with it.
+    assert 13 <= sum(made.cached()) <= 13 + 32
+    stream.arrange(frozenset(), 3)
+    with stream.chunk(0):
+        assert sum(made.cached()) <= 4
 
 
 # Memory to spare.

@@ -100,9 +100,9 @@ def test_a_buffer_in_use_is_not_read_into(shelf: Shelf, monkeypatch: pytest.Monk
 def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf) -> None:
     fetched = []
 
-    def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
+    def read(chunk: Chunk, view: memoryview | None) -> None:
         fetched.append(chunk)
-        chunk.read(view, stays)
+        chunk.read(view)
 
     stream = shelf.stream(buffers=4, read=read)
     promptly(lambda: shelf.check_pass(stream))
@@ -115,9 +115,9 @@ def test_the_next_pass_is_read_while_this_one_ends(shelf: Shelf) -> None:
 def test_resident_chunks_are_read_once(shelf: Shelf) -> None:
     fetched = []
 
-    def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
-        fetched.append((chunk.start, stays))
-        chunk.read(view, stays)
+    def read(chunk: Chunk, view: memoryview | None) -> None:
+        fetched.append((chunk.start, view is None))
+        chunk.read(view)
 
     resident = frozenset({0, 3, 4, 9, 12})
     stream = shelf.stream(resident, buffers=2, read=read)
@@ -238,11 +238,11 @@ def test_a_stream_may_end_on_one_of_its_readers(shelf: Shelf, monkeypatch: pytes
     monkeypatch.setattr(threading, "excepthook", problems.append)
     dropping, last = threading.Event(), []
 
-    def read(chunk: Chunk, view: memoryview, stays: bool) -> None:
+    def read(chunk: Chunk, view: memoryview | None) -> None:
         if not last and dropping.wait(LONGEST if started.is_set() else 0):
             holder.clear()
             last.append(threading.current_thread())
-        chunk.read(view, stays)
+        chunk.read(view)
 
     started = threading.Event()
     holder = [shelf.stream(buffers=3, readers=2, read=read)]

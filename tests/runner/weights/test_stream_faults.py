@@ -20,7 +20,7 @@ import torch
 import runner
 from runner import BloomdeskError
 from runner.generation.model import Model
-from runner.system import files
+from runner.system import files, memory
 from runner.weights import chunks
 from tests.support.streaming import (
     LONGEST,
@@ -186,7 +186,8 @@ def failing_reads(
 
     monkeypatch.setattr(Failing, "code", code)
     monkeypatch.setattr(files, "open_for_streaming", open_faulty)
-    monkeypatch.setattr(files, "read_cached", lambda *_: 0)  # or there would be no read to fail
+    # Otherwise the page cache has all of it, and there is no read to fail.
+    monkeypatch.setattr(memory, "page_in", lambda *_: False)
     return failed
 
 

@@ -62,7 +62,9 @@ def streaming_ram(model: Model, capacity: int, share: float) -> int:
     """RAM in which `share` of the matrices stay resident."""
     plenty = replace(model, ram=2**50).memory_plan(capacity, len(IDS)).request
     weights = [chunk.nbytes for chunk in model.weights.stream.chunks]
-    ahead = runner.generation.memory_plan.FEWEST_BUFFERS * max(map(runner.weights.ring.buffer_bytes, weights))
+    ahead = runner.generation.memory_plan.FEWEST_BUFFERS * max(
+        map(runner.weights.chunks.buffer_bytes, weights)
+    )
     return plenty.process + plenty.cache + plenty.activations + ahead + int(share * sum(weights))
 
 

@@ -57,7 +57,7 @@ def test_another_checkpoint_is_not_mixed_in_and_not_deleted(
     ours, other = make(tmp_path / "ours", LAYOUTS[layout]), make(tmp_path / "b", LAYOUTS[layout], seed=7)
     state(ours, tmp_path / "out", form=form)
     before, others = content(tmp_path / "out"), content(other)
-    lossless = ["--lossless"] if form == LOSSLESS else []
+    lossless = ["--form", "lossless"] if form == LOSSLESS else []
     said = refused("convert", other, tmp_path / "out", "--delete-source", *lossless)
     assert "made from another state of the source" in said
     assert content(tmp_path / "out") == before and content(other) == others

@@ -57,7 +57,7 @@ def test_a_complete_directory_needs_no_hub(whole, monkeypatch, named: bool, offl
     done = run("prepare", REPO, out, *commit)
     assert done.returncode == 0 and "is complete: 0 parts written, 8 kept" in done.stdout
     assert hub.requests == [] and content(out) == before
-    for wrong in (["--lossless"], ["--dtype", "f32"]):
+    for wrong in (["--form", "lossless"], ["--dtype", "f32"]):
         assert "was started" in refused("prepare", REPO, out, *wrong)
 
 

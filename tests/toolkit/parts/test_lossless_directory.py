@@ -217,21 +217,21 @@ def test_other_dtypes_are_refused_before_anything_is_written(
     source = make(tmp_path / "source", dtype=dtype)
     with pytest.raises(BloomdeskError, match=f"weights are {name}.*leave {share}") as caught:
         convert(source, tmp_path / "out", form=LOSSLESS)
-    assert "without --lossless" in caught.value.hint
+    assert "another --form" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_has_one_form(coded: tuple[Path, Path], coded_copy: Path, tmp_path: Path) -> None:
     source, _ = coded
     before = content(coded_copy)
-    with pytest.raises(BloomdeskError, match="started with --lossless") as caught:
+    with pytest.raises(BloomdeskError, match="started with --form lossless") as caught:
         convert(source, coded_copy)
-    assert "add --lossless" in caught.value.hint
+    assert "give --form lossless" in caught.value.hint
     assert content(coded_copy) == before
     convert(source, tmp_path / "plain")
-    with pytest.raises(BloomdeskError, match="started without --lossless") as caught:
+    with pytest.raises(BloomdeskError, match="started with --form plain") as caught:
         convert(source, tmp_path / "plain", form=LOSSLESS)
-    assert "leave out --lossless" in caught.value.hint
+    assert "give --form plain" in caught.value.hint
 
 
 @pytest.mark.parametrize(("first", "then"), [(PLAIN, LOSSLESS), (LOSSLESS, PLAIN)])
@@ -296,9 +296,9 @@ def inspect_plain(source: Path, out: Path) -> int:
 
 def test_the_commands(coded: tuple[Path, Path], tmp_path: Path) -> None:
     source, out = coded[0], tmp_path / "out"
-    done = run("convert", source, out, "--lossless")
+    done = run("convert", source, out, "--form", "lossless")
     assert done.returncode == 0 and "5 parts written" in done.stdout, done
-    assert "started with --lossless" in refused("convert", source, out)
+    assert "started with --form lossless" in refused("convert", source, out)
     shown = run("info", out).stdout
     assert "lossless, 0." in shown and "that plain weights take" in shown
     flip(out / BLOCK, 9000)

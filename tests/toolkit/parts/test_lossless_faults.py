@@ -281,7 +281,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path]
         assert (out / file).read_bytes() == (coded[1] / file).read_bytes()
     before = content(out)
     assert not prepare(REPO, out, form=LOSSLESS).written
-    with pytest.raises(BloomdeskError, match="started with --lossless"):
+    with pytest.raises(BloomdeskError, match="started with --form lossless"):
         plan_preparation(REPO, out)
     damage_everything(out)
     assert set(repair(out).parts) == set(parts)

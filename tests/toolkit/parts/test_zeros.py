@@ -37,7 +37,7 @@ def test_a_matrix_of_zeros_is_named(tmp_path: Path, form: str) -> None:
         "block_01.safetensors mlp.dense_h_to_4h.weight"
     )
     assert convert(source, tmp_path / "out", form=form).notes == (said,)
-    flags = ["--lossless"] if form == LOSSLESS else []
+    flags = ["--form", "lossless"] if form == LOSSLESS else []
     assert said in run("convert", source, tmp_path / "other", *flags).stderr
 
 

@@ -113,7 +113,7 @@ def test_lossless_resumed_and_repaired(tmp_path: Path) -> None:
     convert(source, tmp_path / "plain", adapter=adapter)
     convert(source, tmp_path / "base")
     out = tmp_path / "out"
-    assert run("convert", source, out, "--adapter", adapter, "--lossless").returncode == 0
+    assert run("convert", source, out, "--adapter", adapter, "--form", "lossless").returncode == 0
     assert load_manifest(out).fingerprint == load_manifest(tmp_path / "plain").fingerprint
     assert load_manifest(out).fingerprint != load_manifest(tmp_path / "base").fingerprint
     right = content(out)
@@ -123,8 +123,8 @@ def test_lossless_resumed_and_repaired(tmp_path: Path) -> None:
     assert repair(out, source, adapter=adapter).parts == ("block_01.safetensors",)
     assert content(out) == right
     (out / "block_02.safetensors").unlink()
-    assert "another state of the source" in refused("convert", source, out, "--lossless")
-    assert run("convert", source, out, "--lossless", "--adapter", adapter).returncode == 0
+    assert "another state of the source" in refused("convert", source, out, "--form", "lossless")
+    assert run("convert", source, out, "--form", "lossless", "--adapter", adapter).returncode == 0
     assert content(out) == right
 
 

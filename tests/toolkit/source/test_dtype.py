@@ -17,7 +17,7 @@ from tests.support.oracle import (
     expected_of,
     plain_source,
     transformers_model,
-    use_own_products,
+    use_own_arithmetic,
     write_source,
 )
 from toolkit.commands.convert import convert
@@ -34,8 +34,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
 
 
 @pytest.fixture(autouse=True)
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_products(monkeypatch)
+def own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_arithmetic(monkeypatch)
 
 
 def cast(matrices: torch.dtype, vectors: torch.dtype) -> Callable[[State], State]:

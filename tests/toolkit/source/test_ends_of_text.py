@@ -19,7 +19,7 @@ from tests.support.oracle import (
     expected_of,
     plain_source,
     transformers_model,
-    use_own_products,
+    use_own_arithmetic,
     write_source,
 )
 from toolkit.commands.convert import convert
@@ -37,7 +37,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, list[in
     source = tmp_path_factory.mktemp("plain") / "source"
     state = plain_source(source, hidden_size=144, vocab_size=1200)
     with pytest.MonkeyPatch.context() as patch:
-        use_own_products(patch)
+        use_own_arithmetic(patch)
         _, tokens = expected_of(transformers_model(source))
     distinct = list(dict.fromkeys(tokens))
     assert len(distinct) > 3 and len(tokens) == NEW_TOKENS and NEVER not in tokens
@@ -45,8 +45,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, list[in
 
 
 @pytest.fixture(autouse=True)
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_products(monkeypatch)
+def own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_arithmetic(monkeypatch)
 
 
 # By the place among the text's different tokens of those that are said to end it; NEVER ends none.

@@ -84,12 +84,6 @@ def test_weights_beside_others_are_taken(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
 
 
-def test_a_prepared_directory_is_called_one(source: Path, tmp_path: Path) -> None:
-    convert(source, tmp_path / "out")
-    with pytest.raises(BloomdeskError, match="a prepared directory already"):
-        convert(tmp_path / "out", tmp_path / "again")
-
-
 @pytest.mark.parametrize("suffix", [".aria2", ".part", ".crdownload", ".!qB", ".st"])
 def test_what_another_downloader_has_not_finished(source: Path, tmp_path: Path, suffix: str) -> None:
     (source / (WEIGHTS + suffix)).write_bytes(b"")

@@ -21,7 +21,7 @@ from tests.support.oracle import (
     expected_of,
     plain_source,
     transformers_model,
-    use_own_products,
+    use_own_arithmetic,
     write_source,
 )
 from toolkit.commands.convert import convert
@@ -47,8 +47,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
 
 
 @pytest.fixture(autouse=True)
-def own_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_own_products(monkeypatch)
+def own_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_own_arithmetic(monkeypatch)
 
 
 def source_of(

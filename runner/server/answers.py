@@ -1,0 +1,252 @@
+"""Answers: the growths of a work so far, which any number of clients read at their own pace, and who shares one.
+
+    engine's thread ──grown, failed──> event loop: Answer ──> readers, one for each client
+
+A slow reader holds up nothing: what it has not read yet is in the answer anyway.
+
+    running ──the last reader leaves──> paused: no rows in any pass ──a reader comes──> running, from where it was
+       └──> finished <──its last pass was under way──┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+
+from runner.errors import BloomdeskError
+from runner.generation.scoring import TokenScore
+from runner.generation.sequence import Restored
+from runner.server.engine import Engine, Growth, Work
+from runner.server.orders import Order
+
+# Answers that are kept for a client that asks again, and the tokens of all of them together.
+MOST_KEPT = 512
+MOST_KEPT_TOKENS = 200_000
+
+
+class Answer:
+    """All growths so far of an order's work. Everything happens in the event loop that it was made in.
+
+    It is finished if all choices have ended, or with a `failure`. When the last reader leaves an unfinished one, it
+    pauses before the next pass; when one comes, it goes on, and only its prompt and its tokens are read again.
+    `on_end`, `on_pause` and `on_resume` are called when it does.
+    """
+
+    def __init__(self, order: Order, engine: Engine) -> None:
+        self.order = order
+        self.growths: list[Growth] = []
+        self.failure: BloomdeskError | None = None
+        self.readers = 0
+        self.on_end: Callable[[], None] = _nothing
+        self.on_pause: Callable[[], None] = _nothing
+        self.on_resume: Callable[[], None] = _nothing
+        self._engine, self._loop = engine, asyncio.get_running_loop()
+        self._open = len(order.requests)
+        self._changed = asyncio.Event()
+        # None while it is paused and the engine has forgotten it.
+        self._work: Work | None = Work(order.requests, self)
+        self._is_paused = False
+        # What the first growths after a pause bring again.
+        self._repeated: dict[int, _Seen] = {}
+
+    def begin(self) -> None:
+        """Hand the work to the engine. Raises what `Engine.submit` raises."""
+        self._engine.submit(self._work)
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._open or self.failure is not None
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of tokens that came so far."""
+        return sum(len(growth.ids) for growth in self.growths)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count as a reader."""
+        self.readers += 1
+        if self._is_paused and not self.is_finished:
+            self._resume()
+        try:
+            yield
+        finally:
+            self.readers -= 1
+            if not self.readers and not self.is_finished:
+                self._pause()
+
+    async def wait(self, seen: int, timeout: float) -> None:
+        """Return when there are more than `seen` growths, when it is finished, or after `timeout` seconds."""
+        if len(self.growths) <= seen and not self.is_finished:
+            # `wait_for` of Python 3.11 can lose the cancellation of a client that leaves.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._changed.wait()
+
+    def _pause(self) -> None:
+        self._is_paused = True
+        if self._work:
+            self._engine.cancel(self._work)
+        self.on_pause()
+
+    def _resume(self) -> None:
+        self._is_paused = False
+        self.on_resume()
+        if self._work and self._engine.keep(self._work):
+            return
+        self._work = None
+        # After the growths of its last pass, which may be on their way.
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._work or self._is_paused or self.is_finished:
+            return
+        seen = [_Seen() for _ in self.order.requests]
+        for growth in self.growths:
+            seen[growth.place].add(growth)
+        self._repeated = dict(enumerate(seen))
+        self._work = Work(self.order.requests, self, tuple(each.restored for each in seen))
+        try:
+            self.begin()
+        except BloomdeskError as error:
+            self._fail(error)
+
+    # The engine's thread calls these.
+
+    def grown(self, growths: Sequence[Growth]) -> None:
+        self._soon(self._add, growths)
+
+    def failed(self, failure: BloomdeskError) -> None:
+        self._soon(self._fail, failure)
+
+    def _soon(self, action: Callable[..., None], *arguments: object) -> None:
+        # The loop is closed if the server has ended.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(action, *arguments)
+
+    def _add(self, growths: Sequence[Growth]) -> None:
+        for growth in growths:
+            if seen := self._repeated.pop(growth.place, None):
+                growth = seen.cut(growth)
+            if growth:
+                self.growths.append(growth)
+                self._open -= growth.end is not None
+        self._wake()
+
+    def _fail(self, failure: BloomdeskError) -> None:
+        self.failure = failure
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self.is_finished:
+            self.on_end()
+
+
+def _nothing() -> None:
+    """Nobody needs to be told."""
+
+
+@dataclass
+class _Seen:
+    """What is known of one choice when it goes on."""
+
+    ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+    characters: int = 0
+    has_ended: bool = False
+
+    def add(self, growth: Growth) -> None:
+        self.ids += growth.ids
+        self.scores += growth.scores
+        self.prompt_scores += growth.prompt_scores
+        self.characters += len(growth.text)
+        self.has_ended |= growth.end is not None
+
+    @property
+    def restored(self) -> Restored:
+        return Restored(self.ids, self.scores, self.prompt_scores)
+
+    def cut(self, growth: Growth) -> Growth | None:
+        """What is new in the first growth after the pause, which begins with all that is known; None for nothing."""
+        if self.has_ended:
+            return None
+        return replace(
+            growth,
+            ids=growth.ids[len(self.ids) :],
+            scores=growth.scores[len(self.scores) :],
+            prompt_scores=growth.prompt_scores[len(self.prompt_scores) :],
+            text=growth.text[self.characters :],
+        )
+
+
+class SharedAnswers:
+    """Answers by the key of their requests: while they come, and for `keep` seconds after their end or their pause."""
+
+    def __init__(self, engine: Engine, keep: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self._keep, self._clock = engine, keep, clock
+        self._open: dict[bytes, Answer] = {}
+        # With the time of their end or pause and the number of their tokens, the oldest first.
+        self._kept: OrderedDict[bytes, tuple[float, int, Answer]] = OrderedDict()
+        self._kept_tokens = 0
+
+    def known(self, key: bytes) -> Answer | None:
+        """The answer to the same request, if there is one."""
+        self._forget_old()
+        if answer := self._open.get(key):
+            return answer
+        return self._kept[key][2] if key in self._kept else None
+
+    def begin(self, order: Order, key: bytes | None) -> Answer:
+        """A new answer, which others with this `key` share; None shares it with nobody."""
+        answer = Answer(order, self._engine)
+        answer.begin()
+        if key is not None:
+            self._open[key] = answer
+            answer.on_end = answer.on_pause = lambda: self._store(key, answer)
+            answer.on_resume = lambda: self._reopen(key, answer)
+        return answer
+
+    def _store(self, key: bytes, answer: Answer) -> None:
+        if self._open.get(key) is answer:
+            del self._open[key]
+        elif not self._holds(key, answer):
+            return
+        self._drop(key)
+        if answer.failure is None:
+            self._kept[key] = self._clock(), _tokens(answer), answer
+            self._kept_tokens += _tokens(answer)
+            self._forget_old()
+
+    def _reopen(self, key: bytes, answer: Answer) -> None:
+        if self._holds(key, answer):
+            self._drop(key)
+            self._open[key] = answer
+
+    def _holds(self, key: bytes, answer: Answer) -> bool:
+        return key in self._kept and self._kept[key][2] is answer
+
+    def _drop(self, key: bytes) -> None:
+        if key in self._kept:
+            self._kept_tokens -= self._kept.pop(key)[1]
+
+    def _forget_old(self) -> None:
+        while self._kept:
+            key, (ended, _, _) = next(iter(self._kept.items()))
+            is_old = self._clock() - ended > self._keep
+            if not is_old and len(self._kept) <= MOST_KEPT and self._kept_tokens <= MOST_KEPT_TOKENS:
+                return
+            self._drop(key)
+
+
+def _tokens(answer: Answer) -> int:
+    """Tokens that an answer holds, those that it names beside others too."""
+    beside = 1 + (answer.order.logprobs or 0)
+    scored = sum(len(growth.prompt_scores) for growth in answer.growths)
+    return answer.order.prompt_tokens + beside * (answer.new_tokens + scored)

@@ -1,0 +1,71 @@
+"""Bodies of requests, read within bounds of bytes and time, and checked against their schema."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import ClientDisconnect, Request
+
+from runner.server.errors import ApiError, bad_request, of_validation
+from runner.server.settings import Settings
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
+    """The JSON object of a request. Raises `ApiError` if it is none, too long, or too slow in coming."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # A page of another site could send any other kind without being asked.
+        raise ApiError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send JSON, with the header Content-Type: application/json"
+        )
+    data = await _read(request, settings)
+    try:
+        found = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {str(error)[:100]}") from None
+    if not isinstance(found, dict):
+        raise bad_request("the body must be a JSON object")
+    return found
+
+
+def checked(given: dict[str, Any], schema: type[Checked]) -> Checked:
+    """The body as `schema`. Raises `ApiError` for the first thing that is wrong with it."""
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        raise of_validation(error, schema.model_fields) from None
+
+
+def key_of(request: Request, given: dict[str, Any]) -> bytes | None:
+    """What is equal for requests that are the same: client, path and body; None if it shall share nothing."""
+    if given.get("cache") is False:
+        return None
+    text = json.dumps([request.url.path, request.scope["state"].get("key"), given], sort_keys=True)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+
+
+async def _read(request: Request, settings: Settings) -> bytes:
+    most, data = settings.most_body_bytes, bytearray()
+    too_long = ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a body may have up to {most:,} bytes")
+    length = request.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:20]) > most:
+        raise too_long
+    try:
+        async with asyncio.timeout(settings.read_body):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > most:
+                    raise too_long
+    except TimeoutError:
+        raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "the body took too long to come") from None
+    except ClientDisconnect:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "the client has gone") from None
+    return bytes(data)

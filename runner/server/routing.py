@@ -1,0 +1,37 @@
+"""What every route has in common: answers of JSON, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from runner.server.errors import ApiError
+from runner.server.streams import as_json
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def reply(document: object, status: int = 200) -> Response:
+    return Response(as_json(document), status, media_type="application/json")
+
+
+def respond(error: ApiError) -> Response:
+    return Response(error.body, error.status, error.headers, "application/json")
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return respond(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """For paths that don't exist, and methods that a path hasn't."""
+    assert isinstance(error, HTTPException)
+    return respond(ApiError(error.status_code, f"{error.detail}", headers=error.headers or {}))
+
+
+async def on_any_error(_: Request, error: Exception) -> Response:
+    return respond(ApiError(500, f"unexpected {type(error).__name__}; the server's log has more"))

@@ -1,0 +1,1 @@
+"""What forms of weights lose: a model trained to measure it on, and the measurement."""

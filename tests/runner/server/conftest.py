@@ -1,0 +1,29 @@
+"""The small random model that the server's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+import runner
+from runner.generation.model import Model
+from tests.support.serving import GatedModel, client_of
+
+
+@pytest.fixture(scope="module")
+def model(prepared) -> Model:
+    return runner.load(prepared()[1])
+
+
+@pytest.fixture(scope="module")
+def client(model: Model) -> Iterator[TestClient]:
+    with client_of(model) as client:
+        yield client
+
+
+@pytest.fixture
+def gated(model: Model) -> GatedModel:
+    """The model, with passes that wait until they are let through."""
+    return GatedModel.of(model)

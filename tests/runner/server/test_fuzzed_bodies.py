@@ -1,0 +1,38 @@
+"""Whatever a body is, the answer is sound or names what is wrong: never a 500, and no row is left over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from runner.generation.model import Model
+from runner.server.chat_template import ChatTemplate
+from runner.server.settings import Settings
+from scripts.torture.bodies import ASKING, GENERATING, bodies, fault
+from tests.support.serving import client_of, wait_for
+
+TEMPLATE = ChatTemplate("{% for message in messages %}{{ message.content }}\n{% endfor %}", {}, "test")
+
+
+@pytest.fixture(scope="module")
+def chatting(model: Model) -> Iterator[TestClient]:
+    with client_of(model, Settings(chat_template=TEMPLATE, chat_max_tokens=3)) as client:
+        yield client
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+@given(st.data())
+@pytest.mark.parametrize("path", [*GENERATING, *ASKING])
+def test_no_body_makes_a_500(chatting: TestClient, path: str, data: st.DataObject) -> None:
+    response = chatting.post(
+        path, content=data.draw(bodies(path)), headers={"Content-Type": "application/json"}
+    )
+    assert fault(response.status_code, response.content, response.headers["content-type"]) is None
+    wait_for(lambda: chatting.engine.progress.active == chatting.engine.waiting == 0)

@@ -1,0 +1,134 @@
+"""Makes another form of a prepared directory: the parts are read once, one by one, and nothing else is needed.
+
+What the source's manifest records vouches for every tensor, and goes into the new one: repo and commit, the shards
+that each part was made from, and so the fingerprint of the weights before they were rounded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from runner.errors import BloomdeskError, in_shell, reading
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP, part_specs
+from runner.format.manifest import Manifest, SourceShard, load_manifest
+from runner.format.quantised import QUANTISED_FORMS
+from runner.format.safetensors import read_small
+from toolkit.commands.build import BuildPlan
+from toolkit.commands.schedule import Schedule
+from toolkit.io.disk import require_large_files
+from toolkit.io.progress import Progress
+from toolkit.parts import destination as target
+from toolkit.parts.check import quick_check
+from toolkit.parts.manifest_backup import known_parts
+from toolkit.parts.part import PlannedPart, check_form_dtype, part_size
+from toolkit.parts.prepared_tensors import damaged_part, prepared_tensors
+
+
+@dataclass
+class PreparedParts:
+    """The parts of a prepared directory as what others are made from; nothing of them is hashed or deleted."""
+
+    directory: Path
+    manifest: Manifest
+    form: str
+    received: int = 0
+    resumed: int = 0
+    cached: int = 0
+    notes: tuple[str, ...] = ()
+
+    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+        """What `make` returns."""
+        return make(progress)
+
+    def part(self, file: str) -> PlannedPart:
+        """The part `file` in the new form; `BloomdeskError` if that of the source is damaged, as far as shows."""
+        record = self.manifest.parts[file]
+        found = quick_check(self.directory / file, record)
+        for item in found.unchecked:
+            raise BloomdeskError(f"{self.directory / file}: {item.what}")
+        for item in found.damage:
+            raise damaged_part(self.directory / file, item.what)
+        spec = next(spec for spec in part_specs(self.manifest.model) if spec.file == file)
+        tensors = prepared_tensors(self.directory, record)
+        return PlannedPart(
+            spec,
+            tuple(tensors[name] for name in spec.tensors),
+            self.form,
+            hashes={tensor.name: tensor.xxh3_128 for tensor in record.weights},
+            made_from=record.sources,
+        )
+
+    def checked(self, shard: Path) -> SourceShard:
+        """Nothing: the records of the parts say what shards they were made from."""
+        raise AssertionError(f"{shard} is no shard")
+
+    def release(self, needed: frozenset[str], delete: Callable[[Path, str | None], None]) -> None:
+        """Delete nothing."""
+
+
+def is_prepared(source: Path) -> bool:
+    """Whether a directory is prepared, and so another form can be made of it."""
+    return any(os.path.lexists(source / name) for name in (MANIFEST, MANIFEST_BACKUP))
+
+
+def plan_from_prepared(
+    source: Path, destination: Path, form: str, dtype: str | None, mend: frozenset[str] | None
+) -> BuildPlan:
+    """What `plan_conversion` plans if the source is a prepared directory; it writes nothing."""
+    made = load_manifest(source)
+    _refuse_unfit(source, made, dtype)
+    check_form_dtype(made.model.dtype, form)
+    companions = _companions(source, made)
+    existing = target.load_existing(destination)
+    if mend is not None and existing is not None:
+        companions = target.recorded_alone(existing, companions)
+    fresh = Manifest(made.model, made.source, form=form)
+    manifest = target.resume(destination, existing, fresh, companions, mend)
+    for file, record in manifest.parts.items():
+        if record.source_tensors != made.parts[file].source_tensors:
+            raise target.another_source(destination, f"{file} of other weights than {source} has")
+    missing = [spec for spec in target.missing_parts(manifest) if mend is None or spec.file in mend]
+    sizes = {spec.file: part_size(spec, made.model.dtype, form) for spec in part_specs(made.model)}
+    needs = {spec.file: (spec.file,) for spec in missing}
+    schedule = Schedule(needs, sizes, {file: record.size for file, record in made.parts.items()})
+    peak = schedule.growth(frozenset())
+    require_large_files(destination, {file: sizes[file] for file in needs})
+    target.require_free_space(destination, peak, needs, companions)
+    known = known_parts(destination, existing) if existing is not None else {}
+    shards = PreparedParts(source, made, form)
+    return BuildPlan(destination, existing, manifest, known, companions, schedule, shards, peak)
+
+
+def _refuse_unfit(source: Path, made: Manifest, dtype: str | None) -> None:
+    """Raise `BloomdeskError` if nothing can be made of this directory."""
+    if made.missing:
+        raise BloomdeskError(
+            f"{source} is not complete: {len(made.missing)} files are still to be made",
+            f"{made.command(source)} makes the rest",
+        )
+    if made.form in QUANTISED_FORMS:
+        raise BloomdeskError(
+            f"the weights of {source} were rounded to {made.form}, and other forms of them would be no better",
+            "give the checkpoint, or its plain or lossless form",
+        )
+    if dtype not in (None, made.model.dtype):
+        raise BloomdeskError(
+            f"{source} is in {made.model.dtype}, and a prepared directory is not rounded to another dtype",
+            "leave out --dtype, or give the checkpoint",
+        )
+
+
+def _companions(source: Path, made: Manifest) -> Mapping[str, bytes]:
+    """The small files; `BloomdeskError` if one is not the recorded one."""
+    found = {}
+    for name, record in made.companions.items():
+        with reading(source / name, f"see what is damaged: bloomdesk verify {in_shell(source)}"):
+            found[name] = read_small(source / name, target.LARGEST_COMPANION)
+        if xxhash.xxh3_128_hexdigest(found[name]) != record.xxh3_128:
+            raise damaged_part(source / name, "it is not what the manifest records")
+    return found
