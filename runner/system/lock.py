@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runner.errors import BloomdeskError, explained
+from runner.system.platform import WINDOWS
 
 # Error numbers of systems for a lock that another process holds.
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
@@ -49,7 +50,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-if os.name == "nt":
+if WINDOWS:
     import msvcrt
 
     # The locked byte is beyond any content of the file: nobody could write that byte, the holder included.

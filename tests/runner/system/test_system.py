@@ -62,7 +62,7 @@ def test_the_miniature_gives_the_same_tokens_without_linux_calls(
 
 
 ELSEWHERE = """
-import dataclasses, faulthandler, mmap, os, sys
+import dataclasses, faulthandler, mmap, os, sys, types
 faulthandler.dump_traceback_later(50, exit=True)
 import psutil, tokenizers, torch  # they are those of this system
 from runner.kernel.library import load_kernel
@@ -73,6 +73,8 @@ for module, names in ((os, ("O_DIRECT", "posix_fadvise", "pread", "preadv", "sch
         if hasattr(module, name): delattr(module, name)
 for name in ("fcntl", "resource", "termios", "pwd"):
     sys.modules[name] = None  # cannot be imported
+# Windows locks with a module of its own.
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=lambda descriptor, mode, nbytes: None)
 torch.set_num_threads(1)
 sys.platform = "win32"
 import runner, runner.generation.memory_plan, runner.weights.chunks, runner.system
