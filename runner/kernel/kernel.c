@@ -12,7 +12,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
-#if !defined(_WIN32)
+#if !defined(_WIN32) && !defined(WITHOUT_SYSTEM)
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -121,7 +121,7 @@ EXPORT int64_t spin_for_tasks(struct task *task, int64_t seen, int64_t spins, ui
 struct mapped { _Atomic uintptr_t start, end; _Atomic int64_t faults; };
 enum { MOST_MAPPED = 8192 };
 
-#if defined(_WIN32)
+#if defined(_WIN32) || defined(WITHOUT_SYSTEM)
 EXPORT struct mapped *watch_mapped(uintptr_t start, uintptr_t end) { (void)start; (void)end; return 0; }
 EXPORT void forget_mapped(struct mapped *mapped) { (void)mapped; }
 #else

@@ -257,7 +257,7 @@ def test_a_stop_text_cuts_as_it_does_without_a_grammar(model: Model) -> None:
             texts.add(model.text(found.sequence))
         (text,) = texts
         assert stop not in text
-    found = model.generate("1", sampling=Sampling(regex="(yes)+!", stop=("!",)))
+    found = model.generate("1", sampling=Sampling(regex="(yes){1,3}!", stop=("!",)))
     list(found)
     assert found.stop_reason == "stop" and not found.sequence.is_valid
     found = model.generate("1", sampling=Sampling(regex="(yes )+no", stop=(" no",)))

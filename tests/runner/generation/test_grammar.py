@@ -220,7 +220,7 @@ def test_an_unsound_constraint_is_one_sentence(model: Model, wrong: dict[str, st
         ({"json_schema": "{}", "regex": "a"}, "json_schema and regex exclude each other"),
         ({"regex": "a", "grammar": "start: /a/"}, "regex and grammar exclude"),
         ({"regex": "a", "ignore_eos": True}, "regex and ignore_eos exclude"),
-        ({"json_schema": {"type": "string"}}, "json_schema must be a text, found dict"),
+        ({"json_schema": {"type": "string"}}, '"json_schema" is a text, found'),
     ],
 )
 def test_contradictions_are_named(wrong: dict[str, object], message: str) -> None:

@@ -24,7 +24,11 @@ import runner
 from runner.errors import BloomdeskError
 from runner.integrations.transformers import BloomdeskForCausalLM, RunnerCache
 
-PROMPTS = ["SELECT name FROM", "John is 3 years older than his friend, and", "thank you"]
+PROMPTS = [
+    "SELECT name FROM",
+    "The Chinese translation of I have four birds is:",
+    "The SQL command to show all the users is:",
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,10 @@
 //
 // Each buffer ends right before memory that nobody may touch.
 
+#if !__has_feature(address_sanitizer)
+// Neither page faults of mapped files nor a C library.
+#define WITHOUT_SYSTEM
+#endif
 #include "kernel.c"
 
 #if __has_feature(address_sanitizer)
