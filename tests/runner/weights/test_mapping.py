@@ -150,4 +150,5 @@ def test_two_models_share_their_pages(prepared) -> None:
             )
             if str(part) in each
         ]
-        assert len(pss) == 2 and sum(pss) * 1024 < 1.1 * part.stat().st_size
+        # Models of earlier tests may still be there; their pages are the same.
+        assert len(pss) >= 2 and sum(pss) * 1024 < 1.1 * part.stat().st_size
