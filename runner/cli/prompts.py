@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runner.errors import BloomdeskError, reading
-from runner.generation.options import GREEDY, SAMPLING_FIELDS, Sampling, with_fields
+from runner.generation.options import GREEDY, SAMPLING_FIELDS, Sampling, can_be_written, is_whole, with_fields
 
 # Bytes; a longer line is not a prompt.
 LONGEST_LINE = 2**24
@@ -164,7 +164,7 @@ def _parsed(path: Path, sampling: Sampling, index: int, number: int, line: str) 
     if not isinstance(given.get("prompt"), str):
         raise BloomdeskError(f"{where}: expected {expected}")
     count = given.get("max_new_tokens")
-    if count is not None and not (_is_whole_number(count) and count >= 1):
+    if count is not None and not (is_whole(count) and count >= 1):
         raise BloomdeskError(f'{where}: "max_new_tokens" is a whole number of at least 1')
     own = {name: given[name] for name in given if name in SAMPLING_FIELDS}
     require_known(where, given, [*SAMPLING_FIELDS, *OTHER_FIELDS])
@@ -183,9 +183,9 @@ def parsed_line(where: str, line: str, expected: str) -> tuple[dict[str, Any], s
     if not isinstance(given, dict):
         raise BloomdeskError(f"{where}: expected {expected}")
     identity = given.get("id")
-    if not _is_whole_number(identity) and not isinstance(identity, str | None):
+    if not is_whole(identity) and not isinstance(identity, str | None):
         raise BloomdeskError(f'{where}: an "id" is a text or a whole number')
-    if isinstance(identity, str) and not _can_be_written(identity):
+    if isinstance(identity, str) and not can_be_written(identity):
         raise BloomdeskError(f'{where}: the "id" is not valid UTF-8 text', "give one without lone surrogates")
     return given, identity
 
@@ -198,16 +198,3 @@ def _each_once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise BloomdeskError(f'{where}: "{twice}" is there twice', "leave one out")
     return found
-
-
-def _can_be_written(text: str) -> bool:
-    """False with half of a pair of surrogates, which JSON can hold and UTF-8 can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_whole_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

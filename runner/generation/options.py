@@ -116,12 +116,12 @@ class Sampling:
             if not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool"):
                 raise BloomdeskError(f'"{name}" is {words}, found {_shown(value)}')
         for token, bias in self.logit_bias.items():
-            if not (_is_whole(token) and isinstance(bias, Real) and not isinstance(bias, bool)):
+            if not (is_whole(token) and isinstance(bias, Real) and not isinstance(bias, bool)):
                 raise BloomdeskError('"logit_bias" maps token ids to numbers, as in {"42": -5}')
         for text in (*self.stop, *filter(None, (getattr(self, name) for name in CONSTRAINTS))):
             if not isinstance(text, str):
                 raise BloomdeskError('"stop" is a text, or a list of texts')
-            if not _can_be_written(text):
+            if not can_be_written(text):
                 name = "a stop text" if text in self.stop else "a constraint"
                 raise BloomdeskError(f"{name} is not valid UTF-8 text: {_shown(text)}")
 
@@ -210,7 +210,8 @@ _KINDS = {
 }
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, and not true or false."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -220,7 +221,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _can_be_written(text: str) -> bool:
+def can_be_written(text: str) -> bool:
     """False with bytes that are no UTF-8, or half of a pair of surrogates."""
     try:
         text.encode()

@@ -59,18 +59,16 @@ def order_of(body: ChatBody, model: Model, settings: Settings) -> Order:
 def document(order: Order, model: Model, growths: Sequence[Growth]) -> dict[str, Any]:
     """The answer as a whole."""
     grown = Grown(order, model)
-    found: list[tuple[list[str], list[ShownToken]]] = [([], []) for _ in order.requests]
-    for place, text, tokens in map(grown.add, growths):
-        found[place][0].append(text)
-        found[place][1].extend(tokens)
     shown = [
         {
             "index": place,
-            "message": {"role": "assistant", "content": "".join(texts), "refusal": None},
+            "message": {"role": "assistant", "content": text, "refusal": None},
             "logprobs": _logprobs(order, tokens),
-            "finish_reason": grown.choices[place].finish_reason,
+            "finish_reason": choice.finish_reason,
         }
-        for place, (texts, tokens) in enumerate(found)
+        for place, ((text, tokens), choice) in enumerate(
+            zip(grown.add_all(growths), grown.choices, strict=True)
+        )
     ]
     return {**order.head("chatcmpl", OBJECT), "choices": shown, "usage": grown.usage}
 

@@ -124,6 +124,14 @@ class Grown:
         """The choice that has grown, its new text, and its tokens that have come to be certain."""
         return growth.place, *self.choices[growth.place].grow(growth)
 
+    def add_all(self, growths: Sequence[Growth]) -> list[tuple[str, list[ShownToken]]]:
+        """The text of each choice, and its tokens, after all `growths`."""
+        found: list[tuple[list[str], list[ShownToken]]] = [([], []) for _ in self.choices]
+        for place, text, tokens in map(self.add, growths):
+            found[place][0].append(text)
+            found[place][1].extend(tokens)
+        return [("".join(texts), tokens) for texts, tokens in found]
+
     @property
     def chosen(self) -> list[int]:
         """The places of those that are given back: of each prompt the likeliest, by the mean of its tokens."""

@@ -64,15 +64,12 @@ def order_of(body: CompletionBody, model: Model, settings: Settings) -> Order:
 def document(order: Order, model: Model, growths: Sequence[Growth]) -> dict[str, Any]:
     """The answer as a whole."""
     grown = Grown(order, model)
-    found: list[tuple[list[str], list[ShownToken]]] = [([], []) for _ in order.requests]
-    for place, text, tokens in map(grown.add, growths):
-        found[place][0].append(text)
-        found[place][1].extend(tokens)
-    shown = [
-        _choice(index, "".join(texts), _logprobs(order, tokens), grown.choices[place].finish_reason)
-        for index, place in enumerate(grown.chosen)
-        for texts, tokens in [found[place]]
-    ]
+    found = grown.add_all(growths)
+    shown = []
+    for index, place in enumerate(grown.chosen):
+        text, tokens = found[place]
+        reason = grown.choices[place].finish_reason
+        shown.append(_choice(index, text, _logprobs(order, tokens), reason))
     return {**_head(order), "choices": shown, "usage": grown.usage}
 
 

@@ -63,6 +63,14 @@ Adapter = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="A LoRA adapter to merge into the weights.", show_default="none"),
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."),
+]
+Draft = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
+]
 Ram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="RAM to use, like 12GB.", show_default="what is free")
 ]

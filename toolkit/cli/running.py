@@ -17,7 +17,7 @@ from runner.cli.score import score as run_score
 from runner.cli.serve import ServeOptions
 from runner.cli.serve import serve as run_serve
 from runner.generation.options import GenerationOptions, Sampling, read_biases
-from toolkit.cli.options import Json, Prepared, PromptTokens, Ram
+from toolkit.cli.options import Draft, Json, Prepared, PromptTokens, Ram, Speculate
 
 
 def generate(
@@ -44,16 +44,8 @@ def generate(
         int | None,
         typer.Option(metavar="N", help="Prompts that share a pass.", show_default="what the RAM suggests"),
     ] = None,
-    speculate: Annotated[
-        str,
-        typer.Option(
-            metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."
-        ),
-    ] = GenerationOptions.speculate,
-    draft: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
-    ] = None,
+    speculate: Speculate = GenerationOptions.speculate,
+    draft: Draft = None,
     temperature: Annotated[
         float,
         typer.Option(
@@ -186,16 +178,8 @@ def serve(
         int, typer.Option(metavar="N", min=0, max=65535, help="Where to listen; 0 takes a free one.")
     ] = ServeOptions.port,
     ram: Ram = None,
-    draft: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
-    ] = None,
-    speculate: Annotated[
-        str,
-        typer.Option(
-            metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."
-        ),
-    ] = GenerationOptions.speculate,
+    draft: Draft = None,
+    speculate: Speculate = GenerationOptions.speculate,
     max_batch: Annotated[
         int | None,
         typer.Option(
