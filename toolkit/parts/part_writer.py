@@ -27,9 +27,10 @@ from toolkit.io.writer import WriteBehind
 from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.export_record import not_as_exported
+from toolkit.parts.lossless_matrices import LosslessMatrices
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.prepared_tensors import damaged_part
-from toolkit.parts.quantised_part import write_quantised
+from toolkit.parts.quantised_matrices import QuantisedMatrices
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
 from toolkit.source.tensor import SourceTensor
@@ -53,11 +54,10 @@ def write_part(
     not the recorded ones, or a file that nobody recorded is in the way.
     """
     path = destination / part.spec.file
-    write = _write
-    if part.spec.matrices and part.form != PLAIN:
-        write = write_quantised if part.form in QUANTISED_FORMS else write_coded
+    is_plain = part.form == PLAIN or not part.spec.matrices
+    matrices_of = QuantisedMatrices if part.form in QUANTISED_FORMS else LosslessMatrices
     with disk_errors(path), atomic_file(path) as file:
-        record = write(part, file, progress)
+        record = _write(part, file, progress) if is_plain else write_coded(part, file, progress, matrices_of)
         file.flush()
         # Shards may still be hashed meanwhile.
         os.fsync(file.fileno())

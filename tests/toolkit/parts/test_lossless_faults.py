@@ -63,7 +63,7 @@ def test_a_part_that_does_not_decode_to_its_source_is_never_put_in_place(
 ) -> None:
     source, out = make(tmp_path / "source"), tmp_path / "out"
     wrong_encoder(monkeypatch, change)
-    words = f"{BLOCK} does not read back from the disk as the bits"
+    words = f"{BLOCK} does not read back from the disk as it should"
     with pytest.raises(BloomdeskError, match=words) as caught:
         convert(source, out, form=LOSSLESS)
     assert "check the disk" in caught.value.hint

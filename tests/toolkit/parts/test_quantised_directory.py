@@ -253,7 +253,7 @@ def test_a_decoder_that_errs_is_noticed(
             arguments[-1][0] ^= 1
 
     monkeypatch.setattr(quantiser, "dequantise_rows", dequantise)
-    with pytest.raises(BloomdeskError, match="does not read back from the disk as it was written"):
+    with pytest.raises(BloomdeskError, match="does not read back from the disk as it should"):
         convert(made[0], tmp_path / "out", form=made[2])
 
 
