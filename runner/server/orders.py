@@ -11,7 +11,7 @@ from typing import Any
 
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
-from runner.generation.options import SEED_BITS, Sampling
+from runner.generation.options import SEED_BITS, Sampling, with_fields
 from runner.generation.sequence import Request
 from runner.server.errors import ApiError, bad_request, explained, quoted
 from runner.server.schemas import GenerationBody, ResponseFormat
@@ -98,7 +98,7 @@ def sampling_of(body: GenerationBody, settings: Settings, choices: int, logprobs
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty,
         "frequency_penalty": body.frequency_penalty,
-        "logit_bias": _biases(body),
+        "logit_bias": body.logit_bias,
         "stop": _stops(body, settings),
         "min_new_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
@@ -109,9 +109,9 @@ def sampling_of(body: GenerationBody, settings: Settings, choices: int, logprobs
     if temperature:
         values |= {name: value for name, value in drawing.items() if value is not None}
     try:
-        return Sampling(temperature, **values).seeded()
+        return with_fields(Sampling(temperature), values).seeded()
     except BloomdeskError as error:
-        raise explained(error) from None
+        raise explained(error, _param_of(error.message)) from None
 
 
 def prompt_of(given: str | Sequence[int], model: Model, param: str) -> Prompt:
@@ -153,6 +153,7 @@ def includes_usage(body: GenerationBody) -> bool:
 def _param_of(message: str) -> str | None:
     """The field that an error of the model's is about."""
     about = {
+        "logit_bias": "logit_bias",
         "logit bias": "logit_bias",
         "JSON schema": "response_format",
         "prompt": "prompt",
@@ -170,13 +171,6 @@ def _stops(body: GenerationBody, settings: Settings) -> tuple[str, ...] | None:
     if not all(stops):
         raise bad_request("a stop text must not be empty", "stop")
     return stops
-
-
-def _biases(body: GenerationBody) -> dict[int, float] | None:
-    try:
-        return {int(token): bias for token, bias in body.logit_bias.items()} if body.logit_bias else None
-    except ValueError:
-        raise bad_request('logit_bias maps token ids to numbers, as in {"42": -5}', "logit_bias") from None
 
 
 def _schema(given: ResponseFormat | None) -> str | None:

@@ -237,6 +237,7 @@ def test_a_stop_text_ends_the_text_and_is_no_part_of_it(client: TestClient, mode
         ({"prompt": "x", "logprobs": 1000}, "logprobs", "at most"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", "token ids"),
         ({"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "vocabulary"),
+        ({"prompt": "x", "logit_bias": {"5": 1, "05": 2}}, "logit_bias", "two logit biases"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"prompt": "x", "response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
         (
