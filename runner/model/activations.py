@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runner.format.hyperparameters import Hyperparameters
 
-# Bytes for each element: float32 sums, their rounded form, and the temporaries of an activation function.
+# Bytes for each element, more than what a product's rows and its float32 sums take: an upper bound.
 BYTES_BY_FEATURE = 14
 BYTES_BY_SCORE = 14
 # The scores of a long prompt are computed in groups of rows of at most this size, or of a few rows.
