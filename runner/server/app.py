@@ -182,12 +182,12 @@ class Api:
             given = await read_object(request, self.settings)
             body, key = checked(given, schema), key_of(request, given)
             model, log = self._opened(), log_of(request.scope)
-            answer = key and self.answers.known(key)
-            log["joined"] = bool(answer)
+            answer, asked = key and self.answers.known(key), None
             if not answer:
-                order = await run_in_threadpool(form.order_of, body, model, self.settings)
-                answer = await self._answer(order, key)
+                asked = await run_in_threadpool(form.order_of, body, model, self.settings)
+                answer = await self._answer(asked, key)
             order = answer.order
+            log["joined"] = order is not asked
             log |= {"id": order.id, "prompt_tokens": order.prompt_tokens, "texts": len(order.requests)}
             if body.user is not None:
                 log["user"] = body.user
