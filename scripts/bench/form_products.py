@@ -37,26 +37,26 @@ Product = Callable[[Kernel, torch.Tensor, torch.Tensor], object]
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix in one form: its bytes, as int64, and its product."""
+    """A matrix in one form: the tensors that store it, and its product."""
 
-    words: torch.Tensor
+    tensors: Sequence[torch.Tensor]
     product: Product
 
     @property
     def nbytes(self) -> int:
-        return self.words.nbytes
+        return sum(each.nbytes for each in self.tensors)
 
-
-def words(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole int64 numbers in a tensor's memory."""
-    return tensor.view(-1).view(torch.uint8)[: tensor.nbytes // 8 * 8].view(torch.int64)
+    def sum(self) -> None:
+        """Go once through all whole int64 numbers in its memory."""
+        for each in self.tensors:
+            each.view(-1).view(torch.uint8)[: each.nbytes // 8 * 8].view(torch.int64).sum()
 
 
 def lossless(weights: torch.Tensor, data: bytearray) -> Stored:
     coded, lengths = encode_row_groups(data, weights.shape[1])
     held = torch.frombuffer(bytearray(coded), dtype=torch.uint8)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    return Stored(words(held), lambda kernel, x, out: kernel.accumulate_coded(x, held, offsets, out))
+    return Stored([held], lambda kernel, x, out: kernel.accumulate_coded(x, held, offsets, out))
 
 
 def quantised(weights: torch.Tensor, data: bytearray, coding: Coding) -> Stored:
@@ -64,7 +64,7 @@ def quantised(weights: torch.Tensor, data: bytearray, coding: Coding) -> Stored:
     held = torch.frombuffer(integers, dtype=STORED_DTYPES[coding.dtype]).view(coding.shape(weights.shape))
     own = torch.frombuffer(scales, dtype=STORED_DTYPES[coding.scale_dtype])
     own = own.view(coding.scales_shape(weights.shape))
-    return Stored(words(held), lambda kernel, x, out: kernel.accumulate_quantised(x, held, own, coding, out))
+    return Stored([held, own], lambda kernel, x, out: kernel.accumulate_quantised(x, held, own, coding, out))
 
 
 def every_form(outputs: int, columns: int) -> dict[str, Stored]:
@@ -72,7 +72,7 @@ def every_form(outputs: int, columns: int) -> dict[str, Stored]:
     weights = (torch.randn(outputs, columns, generator=generator) * 0.02).bfloat16()
     data = bytearray(weights.view(torch.uint8).numpy().tobytes())
     return {
-        "plain": Stored(words(weights), lambda kernel, x, out: kernel.accumulate(x, weights, out)),
+        "plain": Stored([weights], lambda kernel, x, out: kernel.accumulate(x, weights, out)),
         "lossless": lossless(weights, data),
         **{name: quantised(weights, data, coding) for name, coding in CODINGS.items()},
     }
@@ -81,7 +81,7 @@ def every_form(outputs: int, columns: int) -> dict[str, Stored]:
 def summed(stored: Stored, threads: int) -> float:
     """Seconds that torch takes to sum the same bytes."""
     torch.set_num_threads(threads)
-    return seconds(stored.words.sum)
+    return seconds(stored.sum)
 
 
 def measure(
