@@ -59,7 +59,7 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> int:
     """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
-    keys = _keys(options.keys)
+    keys = keys_of(options.keys)
     if not (_is_loopback(options.host) or keys or options.no_auth):
         raise BloomdeskError(
             f"--host {options.host} lets others in, and there is no key",
@@ -99,7 +99,7 @@ def serve(options: ServeOptions) -> int:
     return 0
 
 
-def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
+def keys_of(given: tuple[str, ...]) -> tuple[str, ...]:
     """The keys, without what surrounds them. Raises `BloomdeskError` if there is nothing else."""
     given = given or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
     keys = tuple(filter(None, map(str.strip, given)))

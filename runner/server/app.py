@@ -44,6 +44,8 @@ from runner.server.watch import watch
 
 OWNER = "bloomdesk"
 EVENTS = "text/event-stream"
+# Statuses of another model's name, and of a full queue.
+GENERATING = (404, 429)
 # Seconds between looks at whether the engine has ended.
 LOOK = 0.01
 
@@ -91,21 +93,26 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
     """All routes but that of their description."""
     yield (
         Route("/v1/completions", api.generating(completions, CompletionBody), methods=["POST"]),
-        Description("Continue prompts, or score them", CompletionBody, ("application/json", EVENTS)),
+        Description(
+            "Continue prompts, or score them",
+            CompletionBody,
+            ("application/json", EVENTS),
+            errors=GENERATING,
+        ),
     )
     yield (
         Route("/v1/chat/completions", api.generating(chat, ChatBody), methods=["POST"]),
-        Description("Answer messages", ChatBody, ("application/json", EVENTS)),
+        Description("Answer messages", ChatBody, ("application/json", EVENTS), errors=GENERATING),
     )
     yield Route("/v1/models", api.models), Description("The models: one")
-    yield Route("/v1/models/{model:path}", api.model), Description("The model of this name")
+    yield Route("/v1/models/{model:path}", api.model), Description("The model of this name", errors=(404,))
     yield (
         Route("/tokenize", api.asking(tokenized, TokenizeBody), methods=["POST"]),
-        Description("The token ids of a text", TokenizeBody),
+        Description("The token ids of a text", TokenizeBody, errors=(404,)),
     )
     yield (
         Route("/detokenize", api.asking(detokenized, DetokenizeBody), methods=["POST"]),
-        Description("The text of token ids", DetokenizeBody),
+        Description("The text of token ids", DetokenizeBody, errors=(404,)),
     )
     yield Route("/tokenizer_info", api.tokenizer_info), Description("What the tokenizer's file says")
     yield (

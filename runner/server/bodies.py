@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections import Counter
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -14,12 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runner.server.engine import Engine, Stopped
-from runner.server.errors import ApiError, bad_request, explained, of_validation
+from runner.server.errors import ApiError, bad_request, explained, of_validation, quoted
 from runner.server.settings import Settings
 
 Checked = TypeVar("Checked", bound=BaseModel)
 # Seconds between looks at whether the server ends.
 LOOK = 0.1
+# Characters of a client's own name of a field.
+LONGEST_PARAM = 64
 
 
 async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
@@ -32,12 +35,26 @@ async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
         )
     data = await _read(request, settings)
     try:
-        found = from_json(data, allow_inf_nan=False)
+        found = parsed(data)
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON: {str(error)[:100]}") from None
     if not isinstance(found, dict):
         raise bad_request("the body must be a JSON object")
     return found
+
+
+def parsed(data: bytes) -> Any:
+    """What JSON says. Raises `ValueError` if it is none, and `ApiError` if an object names something twice."""
+    found = from_json(data, allow_inf_nan=False)
+    # The first of two would be ignored.
+    json.loads(data, object_pairs_hook=_refuse_twins)
+    return found
+
+
+def _refuse_twins(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise bad_request(f"{quoted(name)} is there more than once", name[:LONGEST_PARAM])
 
 
 def checked(given: dict[str, Any], schema: type[Checked]) -> Checked:

@@ -175,7 +175,7 @@ def test_unknown_files_and_batches_are_not_found(openai: OpenAI) -> None:
 def test_what_is_done_of_a_cancelled_batch_is_kept(openai: OpenAI) -> None:
     lines = [line(1, max_tokens=1), *(line(number, max_tokens=900) for number in range(2, 8))]
     batch = begin(openai, lines)
-    while not openai.batches.retrieve(batch.id).request_counts.completed:
+    while not (before := openai.batches.retrieve(batch.id)).request_counts.completed:
         pass
     assert openai.batches.cancel(batch.id).status == "cancelling"
     batch = ended(openai, batch)
@@ -184,6 +184,10 @@ def test_what_is_done_of_a_cancelled_batch_is_kept(openai: OpenAI) -> None:
     left = results(openai, batch.error_file_id)
     assert [each["custom_id"] for each in left] == [f"id-{number}" for number in range(2, 8)]
     assert {each["error"]["code"] for each in left} == {"batch_cancelled"}
+    assert batch.usage.output_tokens >= before.usage.output_tokens > 1
+    with pytest.raises(APIStatusError, match="the batch is cancelled") as error:
+        openai.batches.cancel(batch.id)
+    assert error.value.status_code == 409
     with pytest.raises(APIStatusError) as error:
         openai.batches.cancel(ended(openai, begin(openai, [line(1)])).id)
     assert error.value.status_code == 409

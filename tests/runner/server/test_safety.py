@@ -79,6 +79,27 @@ def test_what_is_no_object_is_a_400(client: TestClient, body: bytes) -> None:
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"prompt": "x", "prompt": "y"}', "prompt"),
+        (b'{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}', "1"),
+        (b'{"prompt": "x", "se\\u0065d": 1, "seed": 2}', "seed"),
+    ],
+)
+def test_a_name_that_comes_twice_is_refused(client: TestClient, body: bytes, name: str) -> None:
+    response = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    assert "more than once" in response.json()["error"]["message"]
+
+
+def test_a_key_of_any_letters_opens(model: Model) -> None:
+    with client_of(model, Settings(keys=("kéy à", "other"))) as client:
+        for key, status in (("kéy à", 200), ("kéy", 401), ("other", 200)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert client.get("/v1/models", headers=headers).status_code == status
+
+
 def test_bodies_have_a_bound(model: Model) -> None:
     with client_of(model, Settings(most_body_bytes=1000)) as client:
         assert client.post(PATH, json=BODY | {"prompt": "x" * 1000}).status_code == 413
