@@ -262,7 +262,7 @@ def test_a_stop_text_ends_the_text_and_is_no_part_of_it(client: TestClient, mode
         ({"prompt": "x", "best_of": 2, "temperature": 0}, "best_of", "above 0"),
         ({"prompt": "x", "min_tokens": 20, "max_tokens": 5}, "min_tokens", "more than the text may get, 5"),
         ({"prompt": "x", "min_tokens": 1, "max_tokens": 0, "echo": True}, "min_tokens", "may get, 0"),
-        ({"prompt": "x", "stop": [1]}, "stop", "stop: should be a valid list"),
+        ({"prompt": "x", "stop": [1]}, "stop.0", "valid string"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of", "streamed"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", "at least 1"),
         ({"prompt": "x", "max_tokens": 10**8}, "max_tokens", "of RAM are too little"),
