@@ -78,6 +78,10 @@ Shares = Annotated[
     str | None,
     typer.Option(metavar="2,1,..", help="How many rows each slice gets beside the others."),
 ]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="A directory of it on another disk that has moved. Repeatable."),
+]
 Speculate = Annotated[
     str,
     typer.Option(metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."),

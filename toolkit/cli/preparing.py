@@ -20,6 +20,7 @@ from toolkit.cli.options import (
     DEFAULT_CONNECTIONS,
     DEFAULT_PATIENCE,
     Adapter,
+    Also,
     Connections,
     Dtype,
     Form,
@@ -184,11 +185,12 @@ def repair(
 def export(
     directory: Prepared,
     destination: Annotated[Path, typer.Argument(metavar="HUB_DIR", help="Where the checkpoint goes.")],
+    also: Also = None,
 ) -> None:
     """Write the standard checkpoint back. It is sharded safetensors, as transformers loads it."""
     from toolkit.commands.export import carry_out, plan_export
 
-    plan = plan_export(directory, destination)
+    plan = plan_export(directory, destination, also or ())
     _say_if_space_is_unknown(destination)
     with WorkProgress("exporting", plan.work) as progress:
         done = carry_out(plan, progress)

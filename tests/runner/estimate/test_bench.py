@@ -120,7 +120,7 @@ def test_bench_prints_json_or_aligned_rows(prepared, quick, capsys: pytest.Captu
     report = json.loads(capsys.readouterr().out)
     assert set(report) == BENCH_KEYS
     assert report["percent_of_limit"] == 100 * report["limit_seconds"] / report["seconds_per_token"]
-    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded", "int8", "int4"}
+    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded", "int8", "int4", "disks"}
     assert bench_command(directory, "3GB", 2, 3) == 0
     text = capsys.readouterr().out
     assert "of the limit" in text and "of 3 GB" in text
