@@ -166,8 +166,7 @@ def _disk_rates(place: Path, slices: SliceSet | None) -> tuple[float, tuple[floa
 def _disk_rate(place: Path, paths: Sequence[Path]) -> float:
     if sum(path.stat().st_size for path in paths) >= rates.SMALLEST_SCRATCH:
         return rates.disk_rate(paths)
-    with rates.scratch(place) as path:
-        return rates.disk_rate([path])
+    return rates.scratch_rate(place)
 
 
 def _tokenizer_bytes(held: Manifest | None) -> int:

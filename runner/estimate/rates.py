@@ -107,6 +107,18 @@ def disk_rates(of_disks: Sequence[Sequence[Path]]) -> tuple[float, ...]:
         return tuple(threads.map(disk_rate, of_disks))
 
 
+def scratch_rate(directory: Path) -> float:
+    """The rate of a disk, by a file that is written there, read and deleted; raises as `scratch` does."""
+    with scratch(directory) as path:
+        return disk_rate([path])
+
+
+def scratch_rates(directories: Sequence[Path]) -> tuple[float, ...]:
+    """The rate of each of several disks, all of which are written and read at once; raises as `scratch` does."""
+    with ThreadPoolExecutor(len(directories)) as threads:
+        return tuple(threads.map(scratch_rate, directories))
+
+
 def together(rates: Sequence[float], nbytes: Sequence[int]) -> float:
     """Bytes a second of disks that are read at once, if each has so many bytes of the weights: the last one decides."""
     seconds = max(count / rate for rate, count in zip(rates, nbytes, strict=True))

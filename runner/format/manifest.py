@@ -211,7 +211,8 @@ class Manifest:
     def command(self, directory: Path) -> str:
         """The command that makes the rest of an unfinished directory."""
         form = "" if self.form == PLAIN else f" --form {self.form}"
-        made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
+        is_alone = self.slice is not None and not self.places
+        made_by = f"prepare {self.source.repo}" if self.source.repo and not is_alone else "convert SRC"
         return f"bloomdesk {made_by} {in_shell(directory)}{form}{self._slice_options}"
 
     @property
