@@ -55,6 +55,7 @@ class ServeOptions:
     max_file_size: str | None = None
     max_lines: int | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    also: tuple[Path, ...] = ()
 
 
 def serve(options: ServeOptions) -> int:
@@ -80,7 +81,7 @@ def serve(options: ServeOptions) -> int:
     import runner
 
     ram = ram_of(options.ram)
-    engine = Engine(lambda: runner.load(options.directory, ram), options.generation)
+    engine = Engine(lambda: runner.load(options.directory, ram, also=options.also), options.generation)
     settings = _settings(options, keys)
     full = Log(TOO_MANY_CONNECTIONS, _say, as_json=settings.log_json)
     with _data(options.data), listening(options.host, options.port) as listener:
@@ -110,11 +111,11 @@ def keys_of(given: tuple[str, ...]) -> tuple[str, ...]:
 
 def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
     """Raises `BloomdeskError` for what is wrong with the directory, before anything listens."""
-    from runner.format.manifest import load_manifest
+    from runner.format.slice_set import find_slices, require_all_slices
     from runner.server.chat_template import load_template, tokenizer_config
     from runner.server.settings import Settings
 
-    load_manifest(options.directory)
+    require_all_slices(find_slices(options.directory, options.also))
     bounds = {
         "most_waiting": options.max_waiting,
         "most_file_bytes": options.max_file_size and parse_size(options.max_file_size),
