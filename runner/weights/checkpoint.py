@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ class Weights:
     """All weights of a model; nothing of the matrices is read before its use.
 
     fingerprint      what distinguishes these weights from all others, whatever their form
+    model_identity   the same for all forms of one model, those in fewer bits too
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `layout.block_tensors`
     final_layernorm  vectors weight, bias [E]
@@ -48,6 +49,7 @@ class Weights:
 
     model: Hyperparameters
     fingerprint: str
+    model_identity: str
     embedding: Part
     blocks: tuple[Part, ...]
     final_layernorm: Part
@@ -95,10 +97,23 @@ class Weights:
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
-        fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
+        known, count = (manifest.fingerprint or "", manifest.source_fingerprint or ""), manifest.model.n_layer
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        return cls(manifest.model, fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel)
+        return cls(manifest.model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel)
+
+    def with_vectors_of(self, other: Weights) -> Weights:
+        """These weights with the vectors of another form of the same model, so that these are in RAM once."""
+
+        def sharing(own: Part, others: Part) -> Part:
+            return replace(own, vectors=others.vectors)
+
+        return replace(
+            self,
+            embedding=sharing(self.embedding, other.embedding),
+            blocks=tuple(map(sharing, self.blocks, other.blocks)),
+            final_layernorm=sharing(self.final_layernorm, other.final_layernorm),
+        )
 
 
 Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]
