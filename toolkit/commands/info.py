@@ -82,6 +82,7 @@ class Info:
             "damaged": list(self.damaged),
             "unread": [item.file for item in self.unread],
             "fingerprint": manifest.fingerprint,
+            "source_fingerprint": manifest.source_fingerprint,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
             "model": manifest.model.recorded,

@@ -14,6 +14,7 @@ import torch
 
 import runner
 from runner import BloomdeskError
+from runner.cli.generate import _setup
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.quantised import INT4_FORM, INT8_FORM
 from runner.generation.live_batch import LiveBatch
@@ -101,6 +102,7 @@ def test_no_form_of_the_model_changes_a_token(
     for batch in (1, 3):
         running = batched(model, requests(sampling), batch, "off", forms(draft))
         assert running.proposer.draft.is_form
+        assert "another form of the same model, which shares its KV cache" in _setup(running)
         assert run(running) == alone(form, sampling)
         assert running.proposed > 20 and running.accepted > 0
 
@@ -361,6 +363,7 @@ def test_other_weights_are_an_ordinary_draft(forms: Forms, alone, free, kept) ->
     for form in (PLAIN, INT4_FORM):
         running = batched(model, requests(GREEDY), 3, "off", forms(form, seed=1))
         assert not running.proposer.draft.is_form
+        assert "another form of the same model" not in _setup(running)
         assert run(running) == alone(PLAIN, GREEDY) and running.proposed > 20
 
 
