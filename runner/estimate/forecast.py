@@ -130,14 +130,16 @@ def forecast(
     prompt_tokens: int,
     new_tokens: int,
     stored: Stored = PLAIN_STORED,
+    draft: int = 0,
 ) -> Forecast:
     """Forecast of a prompt and of `new_tokens` passes of one row, in `ram` bytes of which `process` are taken.
 
-    Raises `BloomdeskError` if the RAM is too little.
+    A draft model takes `draft` bytes. Raises `BloomdeskError` if the RAM is too little.
     """
     chunks = chunk_bytes(model, stored)
     capacities = (prompt_tokens + new_tokens,)
-    shared = memory_plan(MemoryRequest(model, tuple(chunks), ram, process, capacities, prompt_tokens))
+    request = MemoryRequest(model, tuple(chunks), ram, process, capacities, prompt_tokens, draft=draft)
+    shared = memory_plan(request)
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
     least = limit(weights, shared.streamed_bytes, rates, stored)
     prompt = max(

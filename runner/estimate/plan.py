@@ -14,12 +14,16 @@ from runner.estimate.forecast import (
     BLOOMS_TOKENIZER,
     LOSSLESS_SHARE,
     PLAIN_STORED,
+    SECONDS_BY_BLOCK,
     Forecast,
     Stored,
+    chunk_bytes,
     disk_bytes,
     forecast,
+    limit,
     process_bytes,
     stored_as,
+    weight_bytes,
 )
 from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
@@ -28,6 +32,7 @@ from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest, load_manifest
 from runner.format.quantised import QUANTISED_FORMS
 from runner.generation.memory_plan import default_total
+from runner.generation.speculation.draft_model import bytes_beside_weights
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
@@ -56,6 +61,30 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """What a draft model, or another form of the model, takes beside it: bytes of RAM, and seconds of a draft token.
+
+    `forecast` is that of the model in the RAM that is left.
+    """
+
+    is_form: bool
+    nbytes: int
+    seconds: float
+    forecast: Forecast
+
+    @classmethod
+    def of(
+        cls, draft: Manifest, held: Manifest, rates: Rates, capacity: int, expected: Callable[[int], Forecast]
+    ) -> Drafting:
+        """`expected` forecasts passes of `held` beside a draft of some bytes."""
+        stored, is_form = stored_as(draft), draft.source_fingerprint == held.source_fingerprint
+        nbytes = sum(chunk_bytes(draft.model, stored))
+        nbytes += bytes_beside_weights(draft.model, 1, capacity, is_form=is_form)
+        seconds = limit(weight_bytes(draft.model), 0, rates, stored) + SECONDS_BY_BLOCK * draft.model.n_layer
+        return cls(is_form, nbytes, seconds, expected(nbytes))
+
+
+@dataclass(frozen=True)
 class Plan:
     """One model on the disk of a directory; sizes in bytes.
 
@@ -72,6 +101,7 @@ class Plan:
     others: Mapping[str, Form]
     manifest: Manifest | None = None
     load: float = 0.0
+    drafting: Drafting | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -91,7 +121,14 @@ class Plan:
         return LOSSLESS if is_faster else PLAIN
 
 
-def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
+def plan(
+    directory: Path,
+    ram: int | None,
+    name: str | None,
+    prompt_tokens: int,
+    tokens: int,
+    draft: Path | None = None,
+) -> Plan:
     """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
     If the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError` for an
@@ -102,6 +139,11 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     has_manifest = any((directory / name).exists() for name in (MANIFEST, MANIFEST_BACKUP))
     manifest = load_manifest(directory) if has_manifest else None
     held = manifest if name is None else None
+    if draft and not held:
+        raise BloomdeskError(
+            f"{draft} drafts for a prepared directory, and there is none", "leave out --draft"
+        )
+    drafts = load_manifest(draft) if draft else None
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
@@ -114,6 +156,10 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
     chosen = ram or default_total()
 
+    def beside(nbytes: int) -> Forecast:
+        stored = stored_as(held)
+        return forecast(model, chosen, process, found, prompt_tokens, tokens, stored, nbytes)
+
     def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
             return forecast(model, size, process, found, prompt_tokens, tokens, stored)
@@ -124,7 +170,8 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     lossless = (Stored(LOSSLESS, LOSSLESS_SHARE),) if model.dtype == CODED_DTYPE else ()
     choices = (*lossless, *map(Stored, QUANTISED_FORMS)) if own.form == PLAIN else ()
     others = {stored.form: form(stored) for stored in choices}
-    return Plan(name, model, free_bytes(place), found, own, others, held, load)
+    drafting = Drafting.of(drafts, held, found, prompt_tokens + tokens, beside) if drafts else None
+    return Plan(name, model, free_bytes(place), found, own, others, held, load, drafting)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:

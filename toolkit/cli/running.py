@@ -281,9 +281,12 @@ def plan(
         int, typer.Option(metavar="N", min=1, help="Tokens to generate.")
     ] = GenerationOptions.max_new_tokens,
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
+    draft: Draft = None,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
     from toolkit.commands.schedule import space_to_prepare
 
-    return plan_command.plan(space_to_prepare, directory, ram, model, tokens, prompt_tokens, as_json=as_json)
+    return plan_command.plan(
+        space_to_prepare, directory, ram, model, tokens, prompt_tokens, draft, as_json=as_json
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.format.hyperparameters import Hyperparameters
 from runner.format.safetensors import read_small
 from runner.generation.grammar import GrammarError
 from runner.generation.memory_plan import FEWEST_BUFFERS
@@ -26,7 +27,7 @@ from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, Segment
 from runner.model.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from runner.system import memory
-from runner.weights.checkpoint import Weights
+from runner.weights.checkpoint import TORCH_DTYPES, Weights
 
 # Rows of one pass. All weights are in RAM, so a prompt in several passes costs no more.
 MOST_ROWS = 128
@@ -78,11 +79,8 @@ class DraftModel:
 
     def nbytes(self, sequences: int, capacity: int) -> int:
         """All bytes of RAM that it takes for `sequences` sequences of up to `capacity` positions."""
-        shape, dtype = self._model.weights.model, self._model.weights.dtype
-        rows = min(MOST_ROWS, sequences * capacity)
-        activations = activation_bytes(shape, rows, capacity, dtype.itemsize, sequences)
-        caches = 0 if self.is_form else sequences * KVCache.nbytes(shape, capacity, dtype)
-        return self._process_nbytes + self.weight_bytes + caches + activations
+        beside = bytes_beside_weights(self._model.weights.model, sequences, capacity, is_form=self.is_form)
+        return self._process_nbytes + self.weight_bytes + beside
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
         """Up to `count` tokens for each (sequence, count), which share the draft's passes.
@@ -176,6 +174,13 @@ class DraftModel:
                     token = self._vocab_size
                 found.append((place, token))
         return found
+
+
+def bytes_beside_weights(model: Hyperparameters, sequences: int, capacity: int, *, is_form: bool) -> int:
+    """Bytes of a draft's activations and caches for `sequences` sequences of up to `capacity` positions."""
+    dtype, rows = TORCH_DTYPES[model.dtype], min(MOST_ROWS, sequences * capacity)
+    caches = 0 if is_form else sequences * KVCache.nbytes(model, capacity, dtype)
+    return caches + activation_bytes(model, rows, capacity, dtype.itemsize, sequences)
 
 
 def _forced(sampler: Sampler, new_ids: Ids) -> tuple[list[int], bool]:
