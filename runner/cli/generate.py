@@ -146,7 +146,8 @@ def _name_contradictions(options: GenerateOptions) -> None:
         print(f"--speculate off leaves out n-grams alone: {draft} drafts", file=sys.stderr)
     if draft is not None and os.path.realpath(draft) == os.path.realpath(options.directory):
         print(
-            f"{draft} is its own draft, which costs as much as it saves: give a smaller BLOOM",
+            f"{draft} is its own draft, which costs as much as it saves: "
+            "give a smaller BLOOM, or its int4 form, which bloomdesk convert makes",
             file=sys.stderr,
         )
 
@@ -335,6 +336,9 @@ def _setup(batch: Batch) -> str:
         kept = (
             f"{size(plan.resident_bytes)} of weights stay, {size(plan.streamed_bytes)} are read in each pass"
         )
+    if (draft := batch.proposer.draft) is not None:
+        kept += f", and a draft of {size(plan.request.draft)}"
+        kept += ", another form of the same model, which shares its KV cache" if draft.is_form else ""
     return (
         f"RAM {size(plan.request.ram)}: {kept}; batch {plan.request.batch}; speculation {batch.proposer.words}; "
         "set them with --ram, --batch, --speculate"

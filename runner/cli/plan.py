@@ -16,7 +16,7 @@ from runner.units import duration, number, parse_size, size
 
 if TYPE_CHECKING:
     from runner.estimate.forecast import Forecast
-    from runner.estimate.plan import Form, Plan
+    from runner.estimate.plan import Drafting, Form, Plan
     from runner.generation.memory_plan import MemoryPlan
 
 
@@ -27,6 +27,7 @@ def plan(
     model: str | None = None,
     tokens: int = DEFAULT_NEW_TOKENS,
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
+    draft: Path | None = None,
     *,
     also: Sequence[Path] = (),
     as_json: bool = False,
@@ -37,7 +38,7 @@ def plan(
     """
     from runner.estimate.plan import plan
 
-    found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens, also)
+    found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens, also, draft)
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
     asked = {"prompt_tokens": prompt_tokens, "tokens": tokens}
@@ -80,6 +81,8 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
     if memory.streamed_bytes:
         read = f"{size(memory.streamed_bytes)} are read from the disk"
     yield Row("each token", f"{duration(forecast.seconds_per_token)}; {read}")
+    if found.drafting:
+        yield _draft_row(found.drafting)
     prompt = f"{duration(forecast.prompt_seconds)} for {asked['prompt_tokens']} tokens"
     yield Row("prompt", f"{prompt}, while all weights are read from the disk once")
     for name, other in found.others.items():
@@ -94,6 +97,16 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
     fields = {name: other and _form_fields(other) for name, other in others.items()}
     yield Row(fields={**fields, "advice": found.advice})
     yield from _table(found)
+
+
+def _draft_row(found: Drafting) -> Row:
+    """What a pass takes beside a draft; how many tokens it gives is known only when it runs."""
+    which = ", another form of the same model" if found.is_form else ""
+    memory, seconds = found.forecast.memory_plan, found.forecast.seconds_per_token
+    words = f"{size(found.nbytes)} of RAM{which}; then a pass takes {duration(seconds)}, "
+    words += f"reads {size(memory.streamed_bytes)} and gives several tokens, {duration(found.seconds)} each to draft"
+    fields = {"is_form": found.is_form, "bytes": found.nbytes, "seconds": found.seconds}
+    return Row("draft", words, {"draft": {**fields, "forecast": _forecast_fields(found.forecast)}})
 
 
 def _busy_words(load: float) -> str:

@@ -134,16 +134,18 @@ def forecast(
     new_tokens: int,
     stored: Stored = PLAIN_STORED,
     shares: tuple[int, ...] = even(1),
+    draft: int = 0,
 ) -> Forecast:
     """Forecast of a prompt and of `new_tokens` passes of one row, in `ram` bytes of which `process` are taken.
 
-    The weights are spread over as many disks as there are `shares`. Raises `BloomdeskError` if the RAM is too little.
+    The weights are spread over as many disks as there are `shares`; a draft model takes `draft` bytes. Raises
+    `BloomdeskError` if the RAM is too little.
     """
     of_disks = [chunk_bytes(model, stored, Slice(index, shares)) for index in range(len(shares))]
     chunks = tuple(nbytes for own in of_disks for nbytes in own)
     disks = tuple(disk for disk, own in enumerate(of_disks) for _ in own)
     capacities = (prompt_tokens + new_tokens,)
-    request = MemoryRequest(model, chunks, ram, process, capacities, prompt_tokens, disks=disks)
+    request = MemoryRequest(model, chunks, ram, process, capacities, prompt_tokens, draft=draft, disks=disks)
     shared = memory_plan(request)
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
     least = limit(weights, shared.streamed_bytes, rates, stored)

@@ -15,22 +15,27 @@ from runner.estimate.forecast import (
     BLOOMS_TOKENIZER,
     LOSSLESS_SHARE,
     PLAIN_STORED,
+    SECONDS_BY_BLOCK,
     Forecast,
     Stored,
+    chunk_bytes,
     disk_bytes,
     forecast,
+    limit,
     process_bytes,
     stored_as,
+    weight_bytes,
 )
 from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest
+from runner.format.manifest import Manifest, load_manifest
 from runner.format.quantised import QUANTISED_FORMS
 from runner.format.slice_set import SliceSet, find_slices, require_all_slices
 from runner.format.slices import even
 from runner.generation.memory_plan import default_total
+from runner.generation.speculation.draft_model import bytes_beside_weights
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
 from runner.weights.checkpoint import TORCH_DTYPES
@@ -59,6 +64,31 @@ class Form:
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """What a draft model, or another form of the model, takes beside it: bytes of RAM, and seconds of a draft token.
+
+    `forecast` is that of the model in the RAM that is left.
+    """
+
+    is_form: bool
+    nbytes: int
+    seconds: float
+    forecast: Forecast
+
+    @classmethod
+    def of(
+        cls, draft: Manifest, held: Manifest, rates: Rates, capacity: int, expected: Callable[[int], Forecast]
+    ) -> Drafting:
+        """`expected` forecasts passes of `held` beside a draft of some bytes."""
+        known = held.source_fingerprint
+        stored, is_form = stored_as([draft]), known is not None and draft.source_fingerprint == known
+        nbytes = sum(chunk_bytes(draft.model, stored))
+        nbytes += bytes_beside_weights(draft.model, 1, capacity, is_form=is_form)
+        seconds = limit(weight_bytes(draft.model), 0, rates, stored) + SECONDS_BY_BLOCK * draft.model.n_layer
+        return cls(is_form, nbytes, seconds, expected(nbytes))
+
+
+@dataclass(frozen=True)
 class Plan:
     """One model on the disk of a directory; sizes in bytes.
 
@@ -75,6 +105,7 @@ class Plan:
     others: Mapping[str, Form]
     manifest: Manifest | None = None
     load: float = 0.0
+    drafting: Drafting | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -101,6 +132,7 @@ def plan(
     prompt_tokens: int,
     tokens: int,
     also: Sequence[Path] = (),
+    draft: Path | None = None,
 ) -> Plan:
     """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
@@ -115,6 +147,11 @@ def plan(
     if slices is not None:
         require_all_slices(slices)
     held = slices.first if slices is not None and name is None else None
+    if draft and not held:
+        raise BloomdeskError(
+            f"{draft} drafts for a prepared directory, and there is none", "leave out --draft"
+        )
+    drafts = load_manifest(draft) if draft else None
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
@@ -128,9 +165,14 @@ def plan(
     found = Rates(disk, *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]), disks)
     chosen = ram or default_total()
 
+    shares = slices.shares if held and slices is not None else even(1)
+
+    def beside(nbytes: int) -> Forecast:
+        stored = stored_as([*slices.manifests.values()])
+        return forecast(model, chosen, process, found, prompt_tokens, tokens, stored, shares, nbytes)
+
     def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
-            shares = slices.shares if held and slices is not None else even(1)
             return forecast(model, size, process, found, prompt_tokens, tokens, stored, shares)
 
         return Form(stored.form, disk_bytes(model, stored), expected(chosen), _others(expected))
@@ -139,7 +181,8 @@ def plan(
     lossless = (Stored(LOSSLESS, LOSSLESS_SHARE),) if model.dtype == CODED_DTYPE else ()
     choices = (*lossless, *map(Stored, QUANTISED_FORMS)) if own.form == PLAIN else ()
     others = {stored.form: form(stored) for stored in choices}
-    return Plan(name, model, free_bytes(place), found, own, others, held, load)
+    drafting = Drafting.of(drafts, held, found, prompt_tokens + tokens, beside) if drafts else None
+    return Plan(name, model, free_bytes(place), found, own, others, held, load, drafting)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:

@@ -95,8 +95,9 @@ class Model(ModelRunner):
         """The continuation: an iterator of token ids that ends with `</s>`, a stop text or after `max_new_tokens`.
 
         The tokens are the likeliest ones, unless `sampling` says otherwise. A step of the iterator is one pass, or none
-        if the pass before gave several tokens. Draft tokens, of the text's n-grams with `speculate="lookup"` and of the
-        small model in `draft`, change no token; with `speculate="off"` and no draft a pass gives one token.
+        if the pass before gave several tokens. Draft tokens change no token: those of the text's n-grams with
+        `speculate="lookup"`, and those of a small model, or of another form of this one, in the directory `draft`. With
+        `speculate="off"` and no draft a pass gives one token.
 
         With a directory `session`, each pass is kept there, and a later call goes on from it: from the end if prompt
         and sampling are the same, else from where the prompts differ.

@@ -33,7 +33,7 @@ class GenerationOptions:
     """Options of a run. Raises `BloomdeskError` for an unknown `speculate`, or a `batch` below 1.
 
     speculate   "lookup" has n-grams of the text propose tokens, "off" does not; neither changes the output
-    draft       directory of a small prepared BLOOM that proposes tokens as well
+    draft       directory of a small prepared BLOOM, or of another form of the model, that proposes tokens as well
     batch       the largest number of prompts that share a pass; None leaves it to the memory plan
     """
 

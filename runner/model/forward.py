@@ -50,6 +50,8 @@ class ModelRunner:
             if prefix and lengths.get(prefix, prefix.length) != prefix.capacity:
                 raise ValueError("a prefix must be full before its sequences are read")
             lengths[cache] = segment.length
+        for cache in lengths:
+            cache.drop_guesses()
         try:
             with one_thread():
                 logits = self._through_parts(segments, on_part)

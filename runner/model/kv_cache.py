@@ -9,6 +9,7 @@ Sequences that begin with the same tokens share the cache of these, a prefix; a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,11 @@ class KVCache:
     With a `prefix`, the positions before its capacity are those of the prefix, and count in `length` from the start: a
     pass may carry rows for this cache once the prefix is full, or carries the rows that fill it first. One that
     `is_prefix` itself ends anywhere: its sequences have the rest of its last lanes.
+
+    Another form of the model may write what it guesses behind `length`, by `for_guesses`:
+
+        positions    0 ........ length ........ guessed ........ capacity
+                     computed   guesses         zeros
     """
 
     def __init__(
@@ -149,6 +155,8 @@ class KVCache:
         self.prefix, self.is_prefix = prefix, is_prefix
         self.capacity = capacity
         self.length = self.start
+        # End of the positions that may hold guesses.
+        self.guessed = 0
 
     @property
     def chain(self) -> tuple[KVCache, ...]:
@@ -191,6 +199,21 @@ class KVCache:
             raise ValueError(f"a cache of {self.length} positions cannot go back to {length}")
         self.clear(length, self.length)
         self.length = length
+
+    def for_guesses(self, count: int) -> KVCache:
+        """This cache for a draft: the same memory with a length of its own, for up to `count` more positions.
+
+        What the draft writes never counts here, also if it is interrupted.
+        """
+        draft = copy(self)
+        self.guessed = max(self.guessed, min(self.length + count, self.capacity))
+        return draft
+
+    def drop_guesses(self) -> None:
+        """Set what a draft has written to zeros, as a pass expects it."""
+        if self.guessed > self.length:
+            self.clear(self.length, self.guessed)
+        self.guessed = 0
 
     def first_unsound_block(self) -> int | None:
         """The first block with a key or a value that is not finite, of its prefixes too."""

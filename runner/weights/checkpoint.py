@@ -40,6 +40,7 @@ class Weights:
     """All weights of a model; nothing of the matrices is read before its use.
 
     fingerprint      what distinguishes these weights from all others, whatever their form
+    model_identity   the same for all forms of one model, those in fewer bits too; None if it is not known
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `layout.block_tensors`
     final_layernorm  vectors weight, bias [E]
@@ -49,6 +50,7 @@ class Weights:
 
     model: Hyperparameters
     fingerprint: str
+    model_identity: str | None
     embedding: Part
     blocks: tuple[Part, ...]
     final_layernorm: Part
@@ -94,7 +96,21 @@ class Weights:
         count = model.n_layer
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        return cls(model, slices.fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel)
+        known = slices.fingerprint, slices.first.source_fingerprint
+        return cls(model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel)
+
+    def with_vectors_of(self, other: Weights) -> Weights:
+        """These weights with the vectors of another form of the same model, so that these are in RAM once."""
+
+        def sharing(own: Part, others: Part) -> Part:
+            return replace(own, vectors=others.vectors)
+
+        return replace(
+            self,
+            embedding=sharing(self.embedding, other.embedding),
+            blocks=tuple(map(sharing, self.blocks, other.blocks)),
+            final_layernorm=sharing(self.final_layernorm, other.final_layernorm),
+        )
 
 
 def _open_slices(slices: SliceSet, whole: PartSpec) -> Opened:

@@ -3,8 +3,8 @@
     python -m scripts.torture.same_text [--settings 40] [--tokens 500]
 
 Settings of sampling are drawn at random. Each text of the miniature is made alone, in a batch of 16, with n-grams and
-the draft model, and in a session that is ended at 20 random moments within a pass, and opened again by a newly loaded
-model.
+the draft model, behind its own int4 form, and in a session that is ended at 20 random moments within a pass, and opened
+again by a newly loaded model.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def main() -> None:
         convert(work / "source", work / "bloom")
         checkpoint.main(["miniature-draft", str(work / "draft source")])
         convert(work / "draft source", work / "draft")
+        convert(work / "bloom", work / "int4", form="int4")
         model = runner.load(work / "bloom")
         chosen = list(settings(given.settings, model.weights.model.vocab_size))
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(chosen))]
@@ -115,6 +116,10 @@ def main() -> None:
                 given.tokens, draft=work / "draft", batch=BATCH
             ),
             "with a draft": GenerationOptions(given.tokens, draft=work / "draft", batch=1),
+            "with its int4 form as draft": GenerationOptions(given.tokens, "off", work / "int4", batch=1),
+            "in a batch of 16, with its int4 form as draft": GenerationOptions(
+                given.tokens, "off", work / "int4", batch=BATCH
+            ),
         }
         made = {
             way: in_company(model, prompts, chosen, given.tokens, options) for way, options in ways.items()

@@ -21,6 +21,7 @@ from scripts.bench import batch as bench_batch
 from scripts.bench import form_products
 from scripts.bench import growth as bench_growth
 from scripts.bench import product as bench_product
+from scripts.bench import self_draft as bench_self_draft
 from scripts.bench import speculation as bench_speculation
 from scripts.bench import true_size as bench_true_size
 from scripts.bench.harness import Point, Run, Turn, table
@@ -28,6 +29,7 @@ from scripts.bench.peers import forms
 from scripts.bench.true_size import share_for
 from scripts.bench.turns import Limits
 from scripts.miniature.texts import draw_texts
+from toolkit.commands.convert import convert
 from toolkit.commands.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +145,7 @@ def batch_turn(way: str, ids: list[list[int]], passes: list[tuple[float, int, bo
         ],
         "ids": ids,
         "batch": len(ids),
-        **dict.fromkeys(("proposed", "accepted", "drafting_seconds", "streamed_bytes"), 0),
+        **dict.fromkeys(("proposed", "accepted", "drafting_seconds", "streamed_bytes", "draft_bytes"), 0),
     }
     return Turn(report=report, point=way, round=1)
 
@@ -170,6 +172,52 @@ def test_batches_are_counted_without_the_prompts_passes(made: Path, tmp_path: Pa
     rows = [{"point": bench_batch.TOGETHER, "tokens_per_second": 2.5}]
     text = bench_batch.beside_peers(rows, tmp_path / "peers.json")
     assert text == "The best peer, quick: 0.250 tokens a second; all means together are 10.0 times that."
+
+
+def test_a_form_that_drafts_is_compared_with_none(made: Path) -> None:
+    points = [
+        Point(f"{drawing}{draft}", [], Limits(None, None), made)
+        for drawing in ("greedy, lossless", "drawn, lossless")
+        for draft in ("", ", int4 draft")
+    ]
+    run = Run(argparse.Namespace(), made, points)
+    run.turns = [
+        batch_turn("greedy, lossless", [[1, 2]], [(9.0, 1, True), (2.0, 1, False)]),
+        batch_turn("greedy, lossless, int4 draft", [[1, 2]], [(9.0, 1, True), (3.0, 3, False)]),
+        batch_turn("drawn, lossless", [[1, 7]], [(9.0, 1, True), (2.0, 1, False)]),
+        batch_turn("drawn, lossless, int4 draft", [[1, 8]], [(9.0, 1, True), (1.0, 2, False)]),
+    ]
+    rows = run.measured(bench_self_draft.BENCHMARK)
+    assert [each["times_without"] for each in rows] == [None, 2.0, None, 4.0]
+    assert [each["same"] for each in rows] == ["same", "same", "same", "DIFFERENT"]
+
+
+@pytest.mark.slow
+def test_passes_of_given_prompts_in_little_ram_with_a_form_as_draft(made: Path, tmp_path: Path) -> None:
+    """One prompt at a time, each with a pass of its own; the draft fits, and the rest is streamed."""
+    draft = tmp_path / "int4"
+    convert(made, draft, form="int4")
+    (tmp_path / "prompts.json").write_text("[[5, 6, 7], [8, 9]]")
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.bench.peers.batch_passes",
+        made,
+        "--prompt",
+        "0",
+        "--tokens",
+        "9",
+    ]
+    settings = {"prompts": tmp_path / "prompts.json", "temperature": 1, "weights": 3_700_000, "chunk": 9000}
+    found = []
+    for more in ({}, {"draft": draft}):
+        words = [word for item in {**settings, **more}.items() for word in ("--set", "{}={}".format(*item))]
+        done = subprocess.run([*map(str, command), "--threads", "1", *words], check=True, capture_output=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    plain, drafted = found
+    assert plain["ids"] == drafted["ids"] and len(plain["ids"]) == 2
+    assert plain["draft_bytes"] == 0 < drafted["draft_bytes"]
+    assert sum(each["prompt"] for each in plain["passes"]) == 2 and plain["batch"] == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the plots extra is not installed")

@@ -100,7 +100,9 @@ Speculate = Annotated[
 ]
 Draft = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Draft tokens from a small prepared BLOOM, too. Changes no token."),
+    typer.Option(
+        metavar="DIR", help="Draft tokens from a small prepared BLOOM, or DST's int4 form. Changes no token."
+    ),
 ]
 Ram = Annotated[
     str | None, typer.Option(metavar="SIZE", help="RAM to use, like 12GB.", show_default="what is free")

@@ -297,11 +297,20 @@ def plan(
     ] = GenerationOptions.max_new_tokens,
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
     also: Also = None,
+    draft: Draft = None,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
     from toolkit.commands.schedule import space_to_prepare
 
     return plan_command.plan(
-        space_to_prepare, directory, ram, model, tokens, prompt_tokens, also=also or (), as_json=as_json
+        space_to_prepare,
+        directory,
+        ram,
+        model,
+        tokens,
+        prompt_tokens,
+        draft,
+        also=also or (),
+        as_json=as_json,
     )

@@ -101,6 +101,7 @@ class Info:
             "unread": [item.file for item in self.unread],
             **({"slice": asdict(manifest.slice), "slices": self.places} if manifest.slice else {}),
             "fingerprint": manifest.fingerprint,
+            "source_fingerprint": manifest.source_fingerprint,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
             "model": manifest.model.recorded,

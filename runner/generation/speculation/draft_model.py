@@ -1,6 +1,11 @@
-"""A draft model: a small model that proposes what the large one is likely to say.
+"""A draft model proposes what the large one is likely to say: a small model, or the large one in fewer bits.
 
 Speculative decoding, https://arxiv.org/abs/2211.17192, with greedy verification: only equal tokens are accepted.
+Another form of the large model (https://arxiv.org/abs/2509.18344) needs no cache of its own. It reads the keys and
+values that the large model has computed, and writes those of its guesses behind them:
+
+    computed by the large model ........ | guesses ....      the draft's passes
+    computed by the large model ........................     the next pass, which replaces them
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.format.hyperparameters import Hyperparameters
 from runner.format.safetensors import read_small
 from runner.generation.grammar import GrammarError
 from runner.generation.memory_plan import FEWEST_BUFFERS
@@ -21,7 +27,7 @@ from runner.model.forward import ModelRunner
 from runner.model.kv_cache import KVCache, Segment
 from runner.model.tokenizer import LARGEST_TOKENIZER, Tokenizer
 from runner.system import memory
-from runner.weights.checkpoint import Weights
+from runner.weights.checkpoint import TORCH_DTYPES, Weights
 
 # Rows of one pass. All weights are in RAM, so a prompt in several passes costs no more.
 MOST_ROWS = 128
@@ -29,7 +35,7 @@ MOST_ROWS = 128
 
 @dataclass(eq=False)
 class _Reading:
-    """The draft's cache of a sequence, and the tokens that were fed to it."""
+    """The draft's cache of a sequence, and the tokens that are in it."""
 
     cache: KVCache
     sampler: Sampler
@@ -37,11 +43,17 @@ class _Reading:
 
 
 class DraftModel:
-    """A prepared checkpoint that is read once and stays in RAM, with its own cache for each sequence."""
+    """A prepared checkpoint that is read once and stays in RAM, with its own cache for each sequence.
 
-    def __init__(self, model: ModelRunner, vocab_size: int, process_nbytes: int) -> None:
+    One that `is_form` of the large model uses the caches of that.
+    """
+
+    def __init__(
+        self, model: ModelRunner, vocab_size: int, process_nbytes: int, *, is_form: bool = False
+    ) -> None:
         """`vocab_size` is that of the large model, `process_nbytes` the bytes that opening the draft took."""
         self.cost = CostModel()
+        self.is_form = is_form
         self._model = model
         self._vocab_size = vocab_size
         self._process_nbytes = process_nbytes
@@ -52,9 +64,13 @@ class DraftModel:
         """Raises `BloomdeskError` if the directory is not a sound prepared checkpoint, or has other tokens."""
         before = memory.memory_in_use()
         weights = Weights.open(directory)
-        _check_tokens(directory, weights.model.vocab_size, large, tokenizer)
+        is_form = large.model_identity is not None and weights.model_identity == large.model_identity
+        if is_form:
+            weights = weights.with_vectors_of(large)
+        else:
+            _check_tokens(directory, weights.model.vocab_size, large, tokenizer)
         taken = max(0, memory.memory_in_use() - before)
-        return cls(ModelRunner(weights), large.model.vocab_size, taken)
+        return cls(ModelRunner(weights), large.model.vocab_size, taken, is_form=is_form)
 
     @property
     def weight_bytes(self) -> int:
@@ -63,11 +79,8 @@ class DraftModel:
 
     def nbytes(self, sequences: int, capacity: int) -> int:
         """All bytes of RAM that it takes for `sequences` sequences of up to `capacity` positions."""
-        shape, dtype = self._model.weights.model, self._model.weights.dtype
-        rows = min(MOST_ROWS, sequences * capacity)
-        activations = activation_bytes(shape, rows, capacity, dtype.itemsize, sequences)
-        caches = sequences * KVCache.nbytes(shape, capacity, dtype)
-        return self._process_nbytes + self.weight_bytes + caches + activations
+        beside = bytes_beside_weights(self._model.weights.model, sequences, capacity, is_form=self.is_form)
+        return self._process_nbytes + self.weight_bytes + beside
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
         """Up to `count` tokens for each (sequence, count), which share the draft's passes.
@@ -78,7 +91,8 @@ class DraftModel:
         texts = [sequence.text for sequence, _ in wanted]
         lengths = [len(text) for text in texts]
         readings = [
-            self._synchronised(sequence, text) for (sequence, _), text in zip(wanted, texts, strict=True)
+            self._beside(sequence, text, count) if self.is_form else self._synchronised(sequence, text)
+            for (sequence, count), text in zip(wanted, texts, strict=True)
         ]
         unfinished = [place for place, (_, count) in enumerate(wanted) if count]
         while unfinished:
@@ -121,6 +135,14 @@ class DraftModel:
         del reading.fed[common:]
         return reading
 
+    def _beside(self, sequence: Sequence, text: Ids, count: int) -> _Reading:
+        """The reading of what the large model has computed of a sequence, for `count` draft tokens after the text."""
+        known, computed = self._readings.get(sequence), sequence.cache.length
+        sampler = known.sampler if known else sequence.sampler.fork()
+        cache = sequence.cache.for_guesses(len(text) - computed + count)
+        self._readings[sequence] = _Reading(cache, sampler, list(text[:computed]))
+        return self._readings[sequence]
+
     def _pass(
         self,
         places: list[int],
@@ -152,6 +174,13 @@ class DraftModel:
                     token = self._vocab_size
                 found.append((place, token))
         return found
+
+
+def bytes_beside_weights(model: Hyperparameters, sequences: int, capacity: int, *, is_form: bool) -> int:
+    """Bytes of a draft's activations and caches for `sequences` sequences of up to `capacity` positions."""
+    dtype, rows = TORCH_DTYPES[model.dtype], min(MOST_ROWS, sequences * capacity)
+    caches = 0 if is_form else sequences * KVCache.nbytes(model, capacity, dtype)
+    return caches + activation_bytes(model, rows, capacity, dtype.itemsize, sequences)
 
 
 def _forced(sampler: Sampler, new_ids: Ids) -> tuple[list[int], bool]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import runner
 from runner import BloomdeskError
 from runner.cli.bench import bench as bench_command
 from runner.cli.plan import plan as plan_command
@@ -21,8 +22,10 @@ from runner.estimate import forecast, rates
 from runner.estimate import plan as plan_module
 from runner.format.manifest import load_manifest
 from runner.generation.model import Model
+from runner.generation.speculation.draft_model import DraftModel
 from runner.system import files, memory, platform
 from tests.support.commands import started
+from toolkit.commands.convert import convert
 from toolkit.parts.destination import write_manifest
 
 RATES = rates.Rates(disk=7e9, memory=40e9, compute=400e9, decoded=12e9, int8=14e9, int4=13e9)
@@ -217,6 +220,29 @@ def test_a_busy_machine_is_said(
     assert plan_command(lambda model: 0, prepared()[1], tokens=4, prompt_tokens=8) == 0
     said = "a load of 1.5 for each core: other programs are at work, so rates and times can't be trusted"
     assert (said in capsys.readouterr().out) == is_busy
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_a_draft_takes(
+    prepared, quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As much as the draft itself plans for, and so much less for the model."""
+    directory, form = prepared()[1], tmp_path / "int4"
+    other = prepared(hidden_size=48, heads=3, blocks=1, seed=5)[1]
+    convert(directory, form, form="int4")
+    model = runner.load(directory)
+    for draft, is_form in ((form, True), (other, False)):
+        given = {"tokens": 4, "prompt_tokens": 8, "draft": draft}
+        assert plan_command(lambda model: 0, directory, as_json=True, **given) == 0
+        found = json.loads(capsys.readouterr().out)["draft"]
+        opened = DraftModel.open(draft, model.weights, model.tokenizer)
+        assert found["is_form"] == opened.is_form == is_form
+        assert found["bytes"] == pytest.approx(opened.nbytes(1, 12) - opened._process_nbytes, rel=0.02)
+        assert found["seconds"] > 0 and found["forecast"]["streamed_bytes_per_pass"] == 0
+        assert plan_command(lambda model: 0, directory, **given) == 0
+        assert ("another form of the same model" in capsys.readouterr().out) == is_form
+    with pytest.raises(BloomdeskError, match="drafts for a prepared directory, and there is none"):
+        plan_command(lambda model: 0, tmp_path, draft=form)
 
 
 def test_a_plan_for_an_unfinished_directory_says_how_to_go_on(

@@ -15,40 +15,11 @@ import runner.generation.speculation.draft_model
 from runner import BloomdeskError
 from runner.generation.memory_plan import MARGIN
 from runner.generation.sequence import Request, Sequence
-from runner.generation.speculation.cost import CostModel
 from runner.generation.speculation.draft_model import DraftModel
-from runner.generation.speculation.policy import AcceptanceRate, SpeculationPolicy
 from runner.model.forward import ModelRunner
 from scripts.fakehub import checkpoint as make_checkpoint
 from tests.support.prompts import DTYPES, batched, plain, tokens
 from toolkit.commands.convert import convert
-
-
-class QuickCost(CostModel):
-    """The cost of a draft model that takes no time."""
-
-    def learn(self, *_: object, **__: object) -> None:
-        self.first_row = 1e-6
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows cost nothing, as if the disk were slow, and drafting hardly anything."""
-
-    def learn(self: CostModel, *_: object, **__: object) -> None:
-        self.disk_seconds, self.first_row = 1.0, 0.01
-
-    monkeypatch.setattr(CostModel, "learn", learn)
-    monkeypatch.setattr(runner.generation.speculation.draft_model, "CostModel", QuickCost)
-
-
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The draft model is never given up, and always used."""
-    monkeypatch.setattr(SpeculationPolicy, "draft_is_useless", lambda self, *_: False)
-    monkeypatch.setattr("runner.generation.speculation.policy.FIRST_LIMIT", 1e9)
-    monkeypatch.setattr("runner.generation.speculation.policy.LARGEST_LIMIT", 1e9)
-    monkeypatch.setattr(AcceptanceRate, "rate", 0.5)
 
 
 @pytest.fixture
@@ -173,11 +144,11 @@ def test_its_ram_is_in_the_memory_plan(prepared, other: Path) -> None:
     assert "or without the draft" in refused.value.hint
 
 
-def test_a_draft_model_with_other_tokens_is_refused(prepared, tmp_path: Path) -> None:
+def test_a_draft_model_with_other_tokens_is_refused(prepared, other: Path, tmp_path: Path) -> None:
     model = runner.load(prepared()[1])
     with pytest.raises(BloomdeskError, match=r"cannot draft: its tokenizer.json has other tokens"):
         model.generate([5], draft=prepared(vocab_size=300, hidden_size=64, heads=8)[1])
-    draft = Path(shutil.copytree(prepared()[1], tmp_path / "draft"))
+    draft = Path(shutil.copytree(other, tmp_path / "draft"))
     text = json.loads((draft / "tokenizer.json").read_text())
     (draft / "tokenizer.json").write_text(json.dumps(text, indent=3))  # other bytes, the same tokens
     assert list(model.generate([5, 6], max_new_tokens=4, draft=draft))
