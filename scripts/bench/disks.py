@@ -142,7 +142,7 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     """Medians over the rounds of one choice of disks."""
     facts = harness.pass_facts(done)
     streamed = median(turn.report["streamed_bytes"] for turn in done)
-    brakes = sum(rate for _, rate in point.limits.brakes(point.form))
+    brakes = (point.limits.disk or 0) + sum(rate for _, rate in point.limits.also)
     return {
         **facts,
         "streamed_bytes": streamed,
@@ -154,19 +154,17 @@ def row(run: Run, point: Point, done: list[Turn], rows: list[Row]) -> Row:
     }
 
 
+def asked(given: argparse.Namespace) -> list[Limits]:
+    """The limits of each choice of disks."""
+    return [Limits(int(given.ram), rates[0]) for rates in given.rates]
+
+
 def main() -> int:
     """The exit status."""
     with Mounts() as mounts:
-        benchmark = Benchmark(
-            "disks",
-            "A model on two disks beside the sum of their rates.",
-            options,
-            partial(points, mounts),
-            row,
-            COLUMNS,
-            limits=lambda given: [Limits(int(given.ram), max(max(rates) for rates in given.rates))],
-        )
-        return harness.main(benchmark)
+        description = "A model on two disks beside the sum of their rates."
+        made = partial(points, mounts)
+        return harness.main(Benchmark("disks", description, options, made, row, COLUMNS, limits=asked))
 
 
 if __name__ == "__main__":
