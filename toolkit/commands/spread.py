@@ -61,6 +61,11 @@ def plan_spread(directory: Path, also: Sequence[Path], shares: Sequence[int] = (
     if manifest.slice is not None:
         _require_same(directory, manifest, places)
         return SpreadPlan(directory, None)
+    if manifest.missing:
+        raise BloomdeskError(
+            f"{directory} is not complete: {len(manifest.missing)} files are still to be made",
+            f"{manifest.command(directory)} makes the rest",
+        )
     slices = {staging if each == directory else each: own for each, own in places.slices.items()}
     # In their directories they know each other by their places at the end.
     placement = Placement(slices, places.places)

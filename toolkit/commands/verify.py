@@ -110,6 +110,7 @@ def plan_verify(
         raise BloomdeskError(
             "a quick check reads no tensors, so it takes no sample", "ask for one of the two"
         )
+    refuse_while_spreading(directory)
     record, wrong = _find_record(directory)
     damage = tuple(Damage(file, None, what) for file, what in wrong.items())
     regions: tuple[Region, ...] = ()
