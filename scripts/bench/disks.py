@@ -3,11 +3,11 @@
     python -m scripts.bench.disks --work WORK --like bloom-3b --json disks.json
     python -m scripts.bench.disks --work WORK --shape 14336,112,1,2000 --json disks.json
 
-WORK gets images of two ext4 file systems, loop-mounted, so each is a disk with a brake of its own; that takes root. The
-checkpoint of random weights is spread over them for each pair of rates in `--rates`, by shares of these rates, with
-`convert --also`; "0.4" is the first disk alone. Each turn is a prompt of 16 tokens, then passes of one row, in a
-control group of its own, as scripts/bench/harness.py takes turns. Its RAM is so little that nearly all weights are
-streamed; what a pass streams over its seconds is compared with the sum of the brakes.
+WORK gets images of ext4 file systems, loop-mounted, so each is a disk with a brake of its own; that takes root. For
+each of `--rates` a checkpoint of random weights is spread over as many disks by shares of their rates, with `convert
+--also`; the images stay for the next run. Each turn is a prompt of 16 tokens, then passes of one row, in a group
+of its own, as scripts/bench/harness.py takes turns. Its RAM is so little that nearly all weights are streamed; what a
+pass streams over its seconds is compared with the sum of the brakes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from scripts.bench.turns import CannotRun, Limits, numbers, size
 from scripts.fakehub.checkpoint import TRUE_SHAPES, TRUE_VOCABULARY
 
 PROMPT_TOKENS = 16
+# On each disk.
+FOLDER = "bloom"
 SHARE = 10**6
 # Of a file system, beside what it holds.
 SPARE = 2**28
@@ -71,36 +73,44 @@ def pairs(text: str) -> list[tuple[float, ...]]:
 
 
 def points(mounts: Mounts, given: argparse.Namespace, work: Path) -> tuple[Path, list[Point]]:
-    """A point for each choice of disks, of which each is made anew."""
+    """A point for each choice of disks."""
     shape = given.shape or (*TRUE_SHAPES[given.like], TRUE_VOCABULARY)
-    model = Hyperparameters(shape[0], shape[1], shape[2], shape[3], "BF16")
-    each = weight_bytes(model)
-    turns.check_room(work, 2 * each + len(given.rates) * (each + 2 * SPARE))
-    source = forms.random_weights(work / "source", shape)
-    found, prompt = [], None
-    for number, rates in enumerate(given.rates):
-        disks = [
-            mounts.disk(work / f"{number}-{disk}", round(each * rate / sum(rates)))
-            for disk, rate in enumerate(rates)
+    nbytes = weight_bytes(Hyperparameters(shape[0], shape[1], shape[2], shape[3], "BF16"))
+    turns.check_room(work, nbytes)
+    disks = {
+        rates: [
+            mounts.disk(place_of(work, rates, index), round(nbytes * rate / sum(rates)))
+            for index, rate in enumerate(rates)
         ]
-        first, *others = (disk / "bloom" for disk in disks)
-        made = spread(source, first, others, rates, given.form)
-        prompt = prompt or harness.prompt_of(made, PROMPT_TOKENS)
-        limits = Limits(int(given.ram), rates[0], tuple(zip(disks[1:], rates[1:], strict=True)))
-        command = harness.peer("one_row_passes", made, prompt, given.tokens + 1, given, limits)
-        name = "+".join(f"{rate / 1e9:g}" for rate in rates)
-        found.append(Point(name, command, limits, made, others=tuple(others)))
-    shutil.rmtree(work / "source")
+        for rates in given.rates
+    }
+    if not all(forms.is_prepared(first / FOLDER) for first, *_ in disks.values()):
+        forms.random_weights(work / "source", shape)
+    found = [point(given, work, rates, mounted) for rates, mounted in disks.items()]
+    shutil.rmtree(work / "source", ignore_errors=True)
     return found[0].form, found
 
 
-def spread(source: Path, first: Path, others: Sequence[Path], rates: Sequence[float], form: str) -> Path:
-    """The checkpoint on these disks, by shares of their rates."""
-    flags = ["--form", form]
-    if others:
-        flags += [word for other in others for word in ("--also", str(other))]
-        flags += ["--shares", ",".join(str(round(rate / SHARE)) for rate in rates)]
-    return forms.convert(source, first, *flags)
+def point(given: argparse.Namespace, work: Path, rates: Sequence[float], disks: Sequence[Path]) -> Point:
+    """The checkpoint on disks of these rates, spread by shares of them."""
+    first, *others = (disk / FOLDER for disk in disks)
+    flags = [word for other in others for word in ("--also", str(other))]
+    flags += ["--shares", ",".join(str(round(rate / SHARE)) for rate in rates)] if others else []
+    made = forms.convert(work / "source", first, "--form", given.form, *flags)
+    limits = Limits(int(given.ram), rates[0], tuple(zip(disks[1:], rates[1:], strict=True)))
+    prompt = harness.prompt_of(made, PROMPT_TOKENS)
+    command = harness.peer("one_row_passes", made, prompt, given.tokens + 1, given, limits)
+    return Point(in_words(rates), command, limits, made, others=tuple(others))
+
+
+def in_words(rates: Sequence[float]) -> str:
+    """ "0.4+0.2", in GB a second."""
+    return "+".join(f"{rate / 1e9:g}" for rate in rates)
+
+
+def place_of(work: Path, rates: Sequence[float], index: int) -> Path:
+    """Where a disk is mounted; its image is beside it."""
+    return work / f"{in_words(rates).replace('.', '_')}-{index}"
 
 
 class Mounts:
@@ -116,14 +126,17 @@ class Mounts:
         self._stack.close()
 
     def disk(self, place: Path, nbytes: int) -> Path:
-        """A new disk with room for `nbytes`, mounted at `place`. Raises `CannotRun` if that is impossible here."""
+        """A disk with room for `nbytes`, made if it is missing, and mounted at `place`.
+
+        Raises `CannotRun` if that is impossible here.
+        """
         image = place.with_suffix(".img")
         place.mkdir(parents=True, exist_ok=True)
         try:
-            with image.open("wb") as file:
-                file.truncate(nbytes + SPARE)
-            self._stack.callback(image.unlink, missing_ok=True)
-            _call("mkfs.ext4", "-q", "-m", "0", image)
+            if not image.exists():
+                with image.open("wb") as file:
+                    file.truncate(nbytes + SPARE)
+                _call("mkfs.ext4", "-q", "-m", "0", image)
             # Without direct reads of the image, the page cache below would answer in the disk's place.
             device = _call("losetup", "--find", "--show", "--direct-io=on", image).strip()
             self._stack.callback(_call, "losetup", "--detach", device)
