@@ -41,6 +41,8 @@ EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
 HEAD = "head.safetensors"
 QUERY_KEY_VALUE = "self_attention.query_key_value.weight"
+# In a directory that is being spread over several disks: what it will hold.
+SPREADING = ".spread"
 # A part's data starts on a page.
 DATA_ALIGNMENT = 4096
 

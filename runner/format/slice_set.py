@@ -6,10 +6,12 @@ The other slices are where the manifest of one says that they were made, or wher
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
+from runner.format.layout import SPREADING
 from runner.format.manifest import Manifest, UnsoundManifest, digest, load_manifest
 from runner.format.slices import even
 
@@ -98,6 +100,7 @@ def find_all_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
 
     Raises `BloomdeskError` with the next step if there is, and what `find_slices` raises.
     """
+    refuse_while_spreading(directory)
     found = find_slices(directory, also)
     require_all_slices(found)
     for index, manifest in found.manifests.items():
@@ -108,6 +111,19 @@ def find_all_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
                 f"{manifest.command(found.directories[index])} resumes where it stopped",
             )
     return found
+
+
+def refuse_while_spreading(directory: Path) -> None:
+    """Raise `BloomdeskError` if a command that spreads the directory over several disks has not ended."""
+    if (directory / SPREADING).is_dir():
+        also = " --also DIR"
+        with suppress(BloomdeskError):
+            places = load_manifest(directory / SPREADING).places
+            also = "".join(f" --also {in_shell(Path(place))}" for place in places[1:])
+        raise BloomdeskError(
+            f"{directory} is being spread over several disks, and that has not ended",
+            f"bloomdesk spread {in_shell(directory)}{also} goes on",
+        )
 
 
 def require_all_slices(found: SliceSet) -> None:

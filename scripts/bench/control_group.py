@@ -80,11 +80,13 @@ class ControlGroup:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The limits of a group, and where this process finds the file systems of groups and its own ones."""
+    """The limits of a group, and where this process finds the file systems of groups and its own ones.
+
+    `rates` are bytes a second by the "major:minor" of a disk.
+    """
 
     ram: int | None
-    rate: int | None
-    disk: str | None
+    rates: dict[str, int]
     mounts: list[Mount]
     own_groups: Path
 
@@ -95,11 +97,14 @@ def control_group(
     ram: int | None = None,
     read_rate: float | None = None,
     disk_of: Path | None = None,
+    also: Sequence[tuple[Path, float]] = (),
     mounts_file: Path = MOUNTS,
     groups_file: Path = OWN_GROUPS,
     disk: str | None = None,
 ) -> Iterator[ControlGroup]:
     """A group limited to `ram` bytes and `read_rate` bytes a second from the disk that `disk_of` lies on.
+
+    `also` are paths on further disks, and their rates.
 
     At the end, also after an exception or Ctrl-C, processes still in the group are killed and the group removed.
     `disk` is the "major:minor" of that disk, if it is not to be looked up. Raises `NoControlGroups` if no way works,
@@ -110,13 +115,10 @@ def control_group(
     if ram is None and read_rate is None:
         yield ControlGroup()
         return
-    wanted = Wanted(
-        ram,
-        None if read_rate is None else int(read_rate),
-        None if read_rate is None else disk or block_device(disk_of),
-        mounts(mounts_file),
-        groups_file,
-    )
+    rates = {block_device(path): int(rate) for path, rate in also}
+    if read_rate is not None:
+        rates[disk or block_device(disk_of)] = int(read_rate)
+    wanted = Wanted(ram, rates, mounts(mounts_file), groups_file)
     refusals = []
     for make in (_make_v1, _make_v2, _make_scope):
         with ExitStack() as undo:
@@ -197,8 +199,9 @@ def _make_v1(undo: ExitStack, wanted: Wanted) -> ControlGroup:
         if (swap := directory / "memory.memsw.limit_in_bytes").exists():
             swap.write_text(str(wanted.ram))
         group.peak_file = directory / "memory.max_usage_in_bytes"
-    if wanted.rate is not None:
-        (made("blkio") / "blkio.throttle.read_bps_device").write_text(f"{wanted.disk} {wanted.rate}")
+    brake = made("blkio") / "blkio.throttle.read_bps_device" if wanted.rates else None
+    for disk, rate in wanted.rates.items():
+        brake.write_text(f"{disk} {rate}")
     return group
 
 
@@ -207,7 +210,7 @@ def _make_v2(undo: ExitStack, wanted: Wanted) -> ControlGroup:
     if mount is None:
         raise NoControlGroups("v2: not mounted")
     controllers = {"memory"} if wanted.ram is not None else set()
-    controllers |= {"io"} if wanted.rate is not None else set()
+    controllers |= {"io"} if wanted.rates else set()
     own = own_group("", mount, wanted.own_groups)
     directory = _made(undo, _v2_parent(undo, mount, own, controllers))
     group = ControlGroup("v2", [directory])
@@ -217,8 +220,8 @@ def _make_v2(undo: ExitStack, wanted: Wanted) -> ControlGroup:
             swap.write_text("0")
         if (peak := directory / "memory.peak").exists():
             group.peak_file = peak
-    if wanted.rate is not None:
-        (directory / "io.max").write_text(f"{wanted.disk} rbps={wanted.rate}")
+    for disk, rate in wanted.rates.items():
+        (directory / "io.max").write_text(f"{disk} rbps={rate}")
     return group
 
 
@@ -254,8 +257,8 @@ def _make_scope(undo: ExitStack, wanted: Wanted) -> ControlGroup:
     scope = [program, "--scope", "--quiet", "--collect", *([] if os.geteuid() == 0 else ["--user"])]
     if wanted.ram is not None:
         scope += ["-p", f"MemoryMax={wanted.ram}", "-p", "MemorySwapMax=0"]
-    if wanted.rate is not None:
-        scope += ["-p", f"IOReadBandwidthMax=/dev/block/{wanted.disk} {wanted.rate}"]
+    for disk, rate in wanted.rates.items():
+        scope += ["-p", f"IOReadBandwidthMax=/dev/block/{disk} {rate}"]
     trial = subprocess.run([*scope, "true"], capture_output=True, text=True, timeout=60)
     if trial.returncode:
         raise NoControlGroups(f"systemd-run: {trial.stderr.strip().splitlines()[-1:] or trial.returncode}")

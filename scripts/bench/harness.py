@@ -105,7 +105,7 @@ def at_once(works: Sequence[Callable[[], object]]) -> float:
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured in one turn of each round: a command that reads `form` under limits.
+    """What is measured in one turn of each round: a command that reads `form`, and `others`, under limits.
 
     `forecast` is a second command, run cold under the same limits after the first; its report is kept beside it.
     """
@@ -115,6 +115,7 @@ class Point:
     limits: Limits
     form: Path
     forecast: Sequence[object] | None = None
+    others: Sequence[Path] = ()
 
     @property
     def warm(self) -> bool:
@@ -178,13 +179,14 @@ class Run:
 
     def turn(self, point: Point, number: int) -> Turn:
         """A fresh process from nothing in the page cache to its last pass, between two looks at the disk."""
-        rates = [] if point.warm else [turns.disk_rate(self.prepared, point.limits)]
-        cold = {self.prepared, *(each.form for each in self.points)}
+        place = point.form if point.others else self.prepared
+        rates = [] if point.warm else [turns.disk_rate(place, point.limits)]
+        cold = {self.prepared, *(path for each in self.points for path in (each.form, *each.others))}
         turns.cool(cold)
         if point.warm:
             forms.warm(point.form)
         turn = turns.take_turn(point.command, point.limits, point.form, self.given.timeout)
-        rates += [] if point.warm else [turns.disk_rate(self.prepared, point.limits)]
+        rates += [] if point.warm else [turns.disk_rate(place, point.limits)]
         made = Turn(**asdict(turn), point=point.name, round=number, disk_rates=rates)
         if point.forecast and not turn.failure:
             turns.cool(cold)

@@ -50,10 +50,14 @@ class CannotRun(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """RAM in bytes, the page cache included, and the disk's rate in bytes a second; None is no limit."""
+    """RAM in bytes, the page cache included, and the disk's rate in bytes a second; None is no limit.
+
+    `also` are places on further disks, and their rates.
+    """
 
     ram: int | None
     disk: float | None
+    also: tuple[tuple[Path, float], ...] = ()
 
     def __str__(self) -> str:
         ram = "all RAM" if self.ram is None else f"{self.ram / 1e9:g} GB"
@@ -78,7 +82,7 @@ class Turn:
 def take_turn(command: Sequence[object], limits: Limits, disk_of: Path, timeout: float | None = None) -> Turn:
     """Run a command that prints a JSON object last, in a group of its own; the files should be cold before."""
     turn = Turn()
-    with control_group(ram=limits.ram, read_rate=limits.disk, disk_of=disk_of) as group:
+    with control_group(ram=limits.ram, read_rate=limits.disk, disk_of=disk_of, also=limits.also) as group:
         turn.group = group.kind
         try:
             turn.report = last_object(group.command(map(str, command)), timeout)

@@ -79,6 +79,7 @@ for command in (
     preparing.download,
     preparing.prepare,
     preparing.convert,
+    preparing.spread,
     preparing.verify,
     preparing.repair,
     preparing.export,

@@ -146,6 +146,23 @@ def convert(
     print_lines(completed_lines(destination, _built("converting", plan)))
 
 
+def spread(
+    directory: Prepared,
+    also: NewAlso = None,
+    shares: Shares = None,
+) -> None:
+    """Spread a prepared directory over several disks. Running it again goes on."""
+    from toolkit.commands.spread import carry_out, plan_spread
+
+    given = placement_of(directory, None, also or (), shares_of(shares))
+    plan = plan_spread(directory, also or (), shares_of(shares) or given.shares)
+    with WorkProgress("spreading", plan.work) as progress:
+        done = carry_out(plan, progress)
+    for note in done.notes:
+        print(note, file=sys.stderr)
+    print_lines(completed_lines(directory, done))
+
+
 def verify(
     directory: Prepared,
     quick: Annotated[bool, typer.Option("--quick", help="Check presence, sizes and headers only.")] = False,

@@ -26,7 +26,7 @@ from toolkit.io.progress import Progress
 from toolkit.parts import destination as target
 from toolkit.parts.check import quick_check
 from toolkit.parts.part import PlannedPart, check_form_dtype
-from toolkit.parts.prepared_tensors import damaged_part, prepared_tensors
+from toolkit.parts.prepared_tensors import damaged_part, prepared_tensors, tensors_as_stored
 
 
 @dataclass
@@ -54,6 +54,9 @@ class PreparedParts:
         for item in found.damage:
             raise damaged_part(self.directory / file, item.what)
         spec = next(spec for spec in part_specs(self.manifest.model) if spec.file == file)
+        if record.codings:
+            tensors = tensors_as_stored(self.directory, record)
+            return PlannedPart(spec, tensors, self.form, made_from=record.sources, cut=record)
         tensors = prepared_tensors(self.directory, record)
         return PlannedPart(
             spec,
@@ -83,13 +86,21 @@ def plan_from_prepared(
     made = load_manifest(source)
     _refuse_unfit(source, made, dtype)
     check_form_dtype(made.model.dtype, form)
+    return plan_from_parts(PreparedParts(source, made, form), placement, mend)
+
+
+def plan_from_parts(
+    parts: PreparedParts, placement: Placement, mend: frozenset[str] | None = None, *, frees: bool = False
+) -> BuildPlan:
+    """The plan that makes the directories of `placement` from these parts; if it `frees` space, each goes."""
+    source, made = parts.directory, parts.manifest
     companions = _companions(source, made)
     existing = {directory: target.load_existing(directory) for directory in placement.directories}
     if mend is not None:
         (held,) = existing.values()
         placement = resumed(placement.directories[0], held)
         companions = target.recorded_alone(held, companions) if held is not None else companions
-    fresh = Manifest(made.model, made.source, form=form)
+    fresh = Manifest(made.model, made.source, form=parts.form)
     destinations = tuple(
         destination_of(placement, directory, held, fresh, companions, mend)
         for directory, held in existing.items()
@@ -106,8 +117,9 @@ def plan_from_prepared(
     needs = {spec.file: (spec.file,) for spec in missing}
     sizes = {file: record.size for file, record in made.parts.items()}
     schedule = Schedule(needs, part_sizes(common(destinations)), sizes)
-    peak = require_space(destinations, schedule, companions)
-    return BuildPlan(destinations, companions, schedule, PreparedParts(source, made, form), peak)
+    deletable = frozenset(needs) if frees else frozenset[str]()
+    peak = require_space(destinations, schedule, companions, deletable, source)
+    return BuildPlan(destinations, companions, schedule, parts, peak)
 
 
 def _refuse_unfit(source: Path, made: Manifest, dtype: str | None) -> None:

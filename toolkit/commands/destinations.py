@@ -72,13 +72,14 @@ def require_space(
 ) -> int:
     """The most bytes taken beyond those taken now; `BloomdeskError` if a disk has too few, or takes no such files.
 
-    Shards that are `deletable` free space on the disk of the `source`.
+    Shards that are `deletable` free space on the disk of the `source`, for one directory there.
     """
-    peak = 0
+    peak, left = 0, deletable
     for each in destinations:
-        own = schedule.of(each.manifest)
-        frees = len(destinations) == 1 or (source is not None and _same_disk(each.directory, source))
-        growth = own.growth(deletable if frees else frozenset())
+        own, frees = schedule.of(each.manifest), frozenset[str]()
+        if len(destinations) == 1 or (source is not None and _same_disk(each.directory, source)):
+            frees, left = left, frees
+        growth = own.growth(frees)
         require_large_files(each.directory, own.needed_sizes)
         target.require_free_space(each.directory, growth, own.needs, companions)
         peak += growth

@@ -15,13 +15,23 @@ from toolkit.parts import destination as target
 
 @dataclass(frozen=True)
 class Placement:
-    """The slice of each directory, in order; None if the only one gets all rows."""
+    """The slice of each directory, in order; None if the only one gets all rows.
+
+    `places` are what the manifests of several say of where all of them are.
+    """
 
     slices: Mapping[Path, Slice | None]
+    places: tuple[str, ...] = ()
 
     @property
     def directories(self) -> tuple[Path, ...]:
         return tuple(self.slices)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Those of all slices; none of a directory that gets all rows."""
+        own = next(iter(self.slices.values()))
+        return own.shares if own is not None else ()
 
     @property
     def is_whole(self) -> bool:
@@ -30,8 +40,7 @@ class Placement:
 
     def manifest(self, directory: Path, fresh: Manifest) -> Manifest:
         """The manifest `fresh` of the whole checkpoint as the directory begins with it."""
-        places = tuple(str(each.absolute()) for each in self.slices) if len(self.slices) > 1 else ()
-        return replace(fresh, slice=self.slices[directory], places=places)
+        return replace(fresh, slice=self.slices[directory], places=self.places)
 
 
 def placed(
@@ -55,7 +64,8 @@ def placed(
         raise BloomdeskError(
             f"there are {len(shares)} shares for {len(directories)} directories", "give each of them one"
         )
-    return Placement({each: Slice(index, shares) for index, each in enumerate(directories)})
+    places = tuple(str(each.absolute()) for each in directories)
+    return Placement({each: Slice(index, shares) for index, each in enumerate(directories)}, places)
 
 
 def recorded_shares(directories: Sequence[Path]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
 from runner.format.manifest import Manifest
+from runner.format.slice_set import refuse_while_spreading
 from runner.system.atomic import TEMPORARY_SUFFIX
 from toolkit.hub.record import RECORD
 from toolkit.io.progress import Progress, silent
@@ -109,6 +110,7 @@ def plan_verify(
         raise BloomdeskError(
             "a quick check reads no tensors, so it takes no sample", "ask for one of the two"
         )
+    refuse_while_spreading(directory)
     record, wrong = _find_record(directory)
     damage = tuple(Damage(file, None, what) for file, what in wrong.items())
     regions: tuple[Region, ...] = ()
@@ -159,7 +161,8 @@ def _find_record(directory: Path) -> tuple[Manifest | ExportRecord, dict[str, st
 
 
 def refuse_download(directory: Path) -> None:
-    """Raise `BloomdeskError` if `directory` holds a download, which is no prepared checkpoint."""
+    """Raise `BloomdeskError` if `directory` holds a download, which is no prepared checkpoint, or is being spread."""
+    refuse_while_spreading(directory)
     if (directory / RECORD).exists() and not (directory / MANIFEST).exists():
         raise BloomdeskError(
             f"{directory} is a downloaded checkpoint, not a prepared one",

@@ -23,6 +23,7 @@ from runner.format.layout import (
     PartSpec,
 )
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
+from runner.format.slice_set import refuse_while_spreading
 from runner.format.slices import Slice
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.clutter import is_clutter
@@ -81,6 +82,7 @@ def resume(
     Those to `mend`, if that is given, are the ones that a check has found not to be; others may be unreadable.
     Raises `BloomdeskError` if `existing` is of another form, source or model, or has another of the small files.
     """
+    refuse_while_spreading(destination)
     if existing is None:
         return fresh
     check_form(destination, existing, fresh.form)

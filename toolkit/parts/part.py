@@ -10,7 +10,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
-from runner.format.manifest import SourceShard
+from runner.format.manifest import PartRecord, SourceShard
 from runner.format.safetensors import open_regular, tensor_nbytes
 from toolkit.io.disk import read_errors
 from toolkit.io.reader import NO_FILE, retried
@@ -26,7 +26,8 @@ class PlannedPart:
 
     `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first. `hashes` are
     the xxh3-128 of source tensors, by key, that a record of the source vouches for. `made_from` are the shards of the
-    part of a prepared directory that it is made from, else None.
+    part of a prepared directory that it is made from, else None. If that is in fewer bits, and `cut` into slices as it
+    is, this is its record, and `tensors` are those that it stores.
     """
 
     spec: PartSpec
@@ -35,10 +36,11 @@ class PlannedPart:
     lm_head: SourceTensor | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
     made_from: tuple[SourceShard, ...] | None = None
+    cut: PartRecord | None = None
 
     @property
     def dtype(self) -> str:
-        return self.tensors[0].dtype
+        return self.tensors[0].dtype if self.cut is None else self.cut.decoded[0].dtype
 
     @property
     def named(self) -> tuple[tuple[str, SourceTensor], ...]:

@@ -12,16 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import xxhash
-
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import part_header
-from runner.format.manifest import PartRecord, SourceShard, TensorRecord
+from runner.format.manifest import PartRecord, SourceShard
 from runner.format.quantised import QUANTISED_FORMS
-from runner.format.safetensors import tensor_nbytes
 from toolkit.io.progress import Progress
 from toolkit.parts.coded_part import write_coded
+from toolkit.parts.copied_part import write_cut, write_plain
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.export_record import not_as_exported
 from toolkit.parts.lossless_matrices import LosslessMatrices
@@ -32,7 +29,7 @@ from toolkit.parts.quantised_matrices import QuantisedMatrices
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
 from toolkit.source.tensor import SourceTensor
-from toolkit.source.tensor_reader import Block, TensorReader, spans_of
+from toolkit.source.tensor_reader import TensorReader, spans_of
 
 
 def write_part(
@@ -48,10 +45,8 @@ def write_part(
     the disk as the bits of the source, the source's tensors are not the recorded ones, or a file that nobody recorded
     is in the way.
     """
-    is_plain = part.form == PLAIN or not part.spec.matrices
-    matrices_of = QuantisedMatrices if part.form in QUANTISED_FORMS else LosslessMatrices
     with output_files(outputs) as files:
-        made = _write(part, files, progress) if is_plain else write_coded(part, files, progress, matrices_of)
+        made = _write(part, files, progress)
         sources = part.made_from
         if sources is None:
             sources = tuple(sha256(shard) for shard in part.sources)
@@ -59,11 +54,23 @@ def write_part(
         return [_checked(part, file, record) for file, record in zip(files, made, strict=True)]
 
 
+def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -> list[PartRecord]:
+    """All bytes of a part in `files`, and what there is to record but the sources."""
+    if part.cut is not None:
+        return write_cut(part, files, progress)
+    if part.form == PLAIN or not part.spec.matrices:
+        return write_plain(part, files, progress)
+    matrices_of = QuantisedMatrices if part.form in QUANTISED_FORMS else LosslessMatrices
+    return write_coded(part, files, progress, matrices_of)
+
+
 def _checked(part: PlannedPart, file: OutputFile, record: PartRecord) -> PartRecord:
     """The record, after all checks that come before the file gets its name."""
     output = file.output
     if output.known is None:
-        _check_hashes(part, record)
+        # What was cut was compared with its record.
+        if part.cut is None:
+            _check_hashes(part, record)
     else:
         # With equal hashes, the tensors are also those of the shards that were recorded first.
         check_tensors(part, record, output.known)
@@ -77,7 +84,8 @@ def _checked(part: PlannedPart, file: OutputFile, record: PartRecord) -> PartRec
 
 def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> None:
     """Raise `BloomdeskError` if `part` was made from other tensors than are recorded."""
-    for tensor, found, expected in zip(part.tensors, made.source_tensors, known.source_tensors, strict=True):
+    named = part.tensors if part.cut is None else part.tensors[:1] * len(made.source_tensors)
+    for tensor, found, expected in zip(named, made.source_tensors, known.source_tensors, strict=True):
         if found != expected:
             raise BloomdeskError(
                 f"{tensor.file}: {tensor.key} is not what {part.spec.file} was made from: "
@@ -103,71 +111,6 @@ def _check_replacement(path: Path, temporary: Path, record: PartRecord, *, recor
         read_back(temporary, record.xxh3_128, f"{path} is as it was: run the same command again")
     elif file_hash(path) != record.xxh3_128:
         raise foreign_file(path)
-
-
-def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -> list[PartRecord]:
-    """Copy the tensors into `files`; what there is to record but the sources."""
-    plain, is_sliced = [_PlainFile(part, file) for file in files], any(each.output.is_slice for each in files)
-    spans = [each for tensor in part.tensors for each in spans_of(tensor)]
-    done = len(part_header(part.spec.stored(part.dtype, {})))
-    with TensorReader(spans) as reader:
-        for index, (name, tensor) in enumerate(part.named):
-            whole, position = xxhash.xxh3_128(), 0
-            for block in reader.blocks(index):
-                for each in plain:
-                    each.write(name, block, position)
-                if is_sliced:
-                    whole.update(block)
-                position += len(block)
-                done += len(block)
-                progress(part.spec.file, done, part.size)
-            for each in plain:
-                each.finish_tensor(name, tensor, whole.hexdigest())
-    return [each.finish() for each in plain]
-
-
-class _PlainFile:
-    """The file of an output while tensors are copied into it, and what is recorded of them."""
-
-    def __init__(self, part: PlannedPart, file: OutputFile) -> None:
-        self._part, self._file = part, file
-        header = part_header(file.output.spec.stored(part.dtype, {}))
-        self._whole, self._own = xxhash.xxh3_128(header), xxhash.xxh3_128()
-        self._tensors: list[TensorRecord] = []
-        self._wholes: list[TensorRecord] = []
-        file.write(header)
-
-    def write(self, name: str, block: Block, position: int) -> None:
-        """Append what belongs here of the bytes that begin at `position` of the tensor `name`."""
-        rows, end, is_last = self._file.output.rows.get(name), position + len(block), False
-        if rows is not None:
-            row = tensor_nbytes(self._part.dtype, self._part.spec.tensors[name][1:])
-            first, last = (min(max(row * at, position), end) for at in (rows.start, rows.stop))
-            block, is_last = memoryview(block)[first - position : last - position], row * rows.stop <= end
-        if len(block):
-            self._file.write(block)
-            self._own.update(block)
-            self._whole.update(block)
-            if is_last:
-                # The next block goes elsewhere, and this one's buffer is used again.
-                self._file.wait()
-
-    def finish_tensor(self, name: str, tensor: SourceTensor, whole: str) -> None:
-        """Record the tensor, which has the hash `whole` in the source."""
-        output, own = self._file.output, self._own.hexdigest()
-        # Its last block is given back.
-        self._file.wait()
-        self._tensors.append(TensorRecord(name, tensor.dtype, output.spec.tensors[name], own))
-        if output.is_slice and name in output.rows:
-            self._wholes.append(TensorRecord(name, tensor.dtype, tensor.shape, whole))
-        self._own = xxhash.xxh3_128()
-
-    def finish(self) -> PartRecord:
-        """The record, once all is on the disk."""
-        self._file.finish()
-        size, whole = self._file.position, self._whole.hexdigest()
-        spec, tensors = self._part.spec, tuple(self._tensors)
-        return PartRecord(spec.file, size, whole, tensors, (), wholes=tuple(self._wholes))
 
 
 class UntiedHead(BloomdeskError):

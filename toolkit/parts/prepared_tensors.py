@@ -13,6 +13,7 @@ from runner.format.manifest import PartRecord
 from runner.kernel.decode import decode_row_groups
 from toolkit.io.reader import OpenedFile, read_block
 from toolkit.parts.part_reader import StoredTensor, stored_tensors
+from toolkit.parts.regions import regions_of
 from toolkit.parts.row_groups import chunk_nbytes
 from toolkit.source.tensor import SourceTensor
 
@@ -26,6 +27,15 @@ def prepared_tensors(directory: Path, record: PartRecord) -> dict[str, SourceTen
             tensor.name, tensor.dtype, tensor.shape, path, stored.region.start, tensor.nbytes, decoded=decoded
         )
     return found
+
+
+def tensors_as_stored(directory: Path, record: PartRecord) -> tuple[SourceTensor, ...]:
+    """The tensors that the part's file has, whatever they stand for, in its order."""
+    path, places = directory / record.file, {region.tensor: region for region in regions_of(record)}
+    return tuple(
+        SourceTensor(each.name, each.dtype, each.shape, path, places[each.name].start, each.nbytes)
+        for each in record.tensors
+    )
 
 
 def damaged_part(path: Path, what: str) -> BloomdeskError:

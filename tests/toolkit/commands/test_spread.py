@@ -1,0 +1,182 @@
+"""A directory that is spread over several disks: as if it had been made so, killed at any moment, and nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import runner
+from runner.errors import BloomdeskError
+from runner.format.layout import SPREADING
+from runner.format.manifest import load_manifest
+from runner.format.quantised import FORMS
+from runner.format.slices import Slice
+from tests.support.commands import refused, run, started
+from tests.support.lossless import content, flip, interrupt_at, make
+from tests.support.streaming import soon
+from toolkit.commands import spread as spread_module
+from toolkit.commands.convert import convert
+from toolkit.commands.export import export
+from toolkit.commands.repair import repair
+from toolkit.commands.spread import spread
+from toolkit.commands.verify import verify
+
+BLOCK = "block_01.safetensors"
+SHARES = (2, 1)
+Disks = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, and a whole directory of each form, named after it."""
+    base = tmp_path_factory.mktemp("spread")
+    make(base / "source", hidden_size=96, heads=6, vocab_size=1200)
+    for form in FORMS:
+        convert(base / "source", base / form, form=form)
+    return base
+
+
+@pytest.fixture
+def disks(world: Path, tmp_path: Path) -> Callable[[str], Disks]:
+    """A copy of the directory of a form, and the place for its second slice."""
+
+    def of(form: str) -> Disks:
+        return Path(shutil.copytree(world / form, tmp_path / "a")), tmp_path / "b"
+
+    return of
+
+
+def assert_spread(world: Path, form: str, disks: Disks, tmp_path: Path) -> None:
+    """The parts are those that a conversion into slices gives, and what belongs to the rounding is known."""
+    expected = tmp_path / "expected" / "a", tmp_path / "expected" / "b"
+    convert(world / "source", expected[0], form=form, also=expected[1:], shares=SHARES)
+    for index, (found, other) in enumerate(zip(disks, expected, strict=True)):
+        manifest = load_manifest(found)
+        assert manifest.slice == Slice(index, SHARES) and manifest.places == tuple(map(str, disks))
+        assert manifest.fingerprint == load_manifest(world / form).fingerprint
+        assert manifest.source_fingerprint == load_manifest(world / form).source_fingerprint
+        wanted = {name: data for name, data in content(other).items() if not name.startswith("manifest")}
+        assert {
+            name: data for name, data in content(found).items() if not name.startswith("manifest")
+        } == wanted
+        assert verify(found).sound
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_parts_are_those_of_a_spread_conversion(world: Path, disks, tmp_path: Path, form: str) -> None:
+    here = disks(form)
+    tokens = list(runner.load(here[0]).generate("Hello", max_new_tokens=4))
+    assert len(spread(here[0], here[1:], shares=SHARES).written) == 5
+    assert_spread(world, form, here, tmp_path)
+    assert list(runner.load(here[0]).generate("Hello", max_new_tokens=4)) == tokens
+    export(here[0], tmp_path / "hub")
+    export(world / form, tmp_path / "whole")
+    assert content(tmp_path / "hub") == content(tmp_path / "whole")
+    assert not spread(here[0], here[1:], shares=SHARES).written
+    flip(here[1] / BLOCK, 5000)
+    assert repair(here[1], world / "source").parts == (BLOCK,)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("at", ["embedding.safetensors", BLOCK, "final_layernorm.safetensors"])
+def test_an_interrupted_one_goes_on(world: Path, disks, tmp_path: Path, form: str, at: str) -> None:
+    here = disks(form)
+    with pytest.raises(KeyboardInterrupt):
+        spread(here[0], here[1:], interrupt_at(at), shares=SHARES)
+    for command in (["generate", here[0], "x"], ["export", here[0], tmp_path / "hub"], ["repair", here[0]]):
+        said = refused(*command)
+        assert "has not ended" in said and f"bloomdesk spread {here[0]} --also" in said
+    assert "has not ended" in refused("verify", here[0], status=2)
+    assert "has not ended" in refused("convert", world / "source", here[0], "--form", form)
+    spread(here[0], here[1:], shares=SHARES)
+    assert_spread(world, form, here, tmp_path)
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_the_last_step_may_be_cut_short_anywhere(
+    world: Path, disks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    here, calls, real = disks("plain"), [0], spread_module.replace_file
+
+    def replace_file(temporary: Path, path: Path) -> None:
+        calls[0] += 1
+        if calls[0] > step:
+            raise KeyboardInterrupt
+        real(temporary, path)
+
+    monkeypatch.setattr(spread_module, "replace_file", replace_file)
+    if step < 5:
+        with pytest.raises(KeyboardInterrupt):
+            spread(here[0], here[1:], shares=SHARES)
+        assert "has not ended" in refused("generate", here[0], "x")
+    monkeypatch.undo()
+    spread(here[0], here[1:], shares=SHARES)
+    assert_spread(world, "plain", here, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["lossless", "int4"])
+def test_a_killed_one_goes_on(world: Path, disks, tmp_path: Path, form: str) -> None:
+    here = disks(form)
+    arguments = ["spread", here[0], "--also", here[1], "--shares", "2,1"]
+    for part in ("embedding.safetensors", BLOCK):
+        with started(*arguments) as process:
+            soon(lambda part=part: (here[1] / part).exists() or process.poll() is not None)
+            process.send_signal(signal.SIGKILL)
+    assert run(*arguments).returncode == 0
+    assert_spread(world, form, here, tmp_path)
+
+
+def test_a_part_goes_only_when_its_slices_are_proven(
+    world: Path, disks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = disks("plain")
+    with pytest.raises(KeyboardInterrupt):
+        spread(here[0], here[1:], interrupt_at(BLOCK), shares=SHARES)
+    assert not (here[0] / "block_00.safetensors").exists() and (here[0] / BLOCK).exists()
+    # Slices that decay on their disk keep the whole part.
+    shutil.copy(world / "plain" / "block_00.safetensors", here[0])
+    flip(here[1] / "block_00.safetensors", -1)
+    with pytest.raises(BloomdeskError, match="does not read back"):
+        spread(here[0], here[1:], shares=SHARES)
+    assert (here[0] / "block_00.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_part_is_not_spread(disks, form: str) -> None:
+    here = disks(form)
+    flip(here[0] / BLOCK, (here[0] / BLOCK).stat().st_size // 2)
+    with pytest.raises(BloomdeskError, match=f"{here[0] / BLOCK} is damaged"):
+        spread(here[0], here[1:], shares=SHARES)
+    assert (here[0] / BLOCK).exists() and not (here[1] / BLOCK).exists()
+
+
+def test_the_first_disk_needs_space_for_one_part_more(disks, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = disks("plain")
+    asked: dict[Path, int] = {}
+
+    def note(directory: Path, needed: int, *_: object) -> None:
+        asked[directory] = needed
+
+    monkeypatch.setattr("toolkit.commands.destinations.target.require_free_space", note)
+    spread(here[0], here[1:], shares=SHARES)
+    parts = [part.size for part in load_manifest(here[0]).parts.values()]
+    assert max(parts) <= asked[here[0] / SPREADING] < 2 * max(parts) < sum(parts)
+    assert asked[here[1]] == sum(part.size for part in load_manifest(here[1]).parts.values())
+
+
+def test_what_cannot_be_spread_is_refused(world: Path, disks, tmp_path: Path) -> None:
+    here = disks("plain")
+    with pytest.raises(BloomdeskError, match="no other directory"):
+        spread(here[0], [])
+    spread(here[0], here[1:], shares=SHARES)
+    with pytest.raises(BloomdeskError, match="only whole checkpoints are spread"):
+        spread(here[0], [tmp_path / "c"], shares=(1, 1))
+    with pytest.raises(KeyboardInterrupt):
+        convert(world / "source", tmp_path / "half", interrupt_at(BLOCK))
+    with pytest.raises(BloomdeskError, match="is not complete"):
+        spread(tmp_path / "half", [tmp_path / "c"])
