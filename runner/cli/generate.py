@@ -42,7 +42,8 @@ Write = Callable[[int, Mapping[str, object]], None]
 class GenerateOptions:
     """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB".
 
-    The prompt "-" is read from standard input, and that of a `prompt_file` from there.
+    The prompt "-" is read from standard input, and that of a `prompt_file` from there. `also` are slices of a model
+    on several disks that have moved.
     """
 
     directory: Path
@@ -55,6 +56,7 @@ class GenerateOptions:
     session: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: Sampling = GREEDY
+    also: tuple[Path, ...] = ()
 
 
 def generate(options: GenerateOptions) -> int:
@@ -98,7 +100,7 @@ def generate(options: GenerateOptions) -> int:
     from runner.cli.results import Results, model_of, require_usable_name  # one prompt starts without it
 
     require_usable_name(options.out, options.prompts)
-    with Results(options.out, given, model_of(options.directory)) as results:
+    with Results(options.out, given, model_of(options.directory, options.also)) as results:
         left = tuple(
             prompt for prompt in given if not prompt.choices <= results.done.get(prompt.index, set())
         )
@@ -285,7 +287,7 @@ def _seed(sampling: Sampling) -> str:
 def _opened(options: GenerateOptions) -> Model:
     import runner
 
-    return runner.load(options.directory, ram_of(options.ram))
+    return runner.load(options.directory, ram_of(options.ram), also=options.also)
 
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:

@@ -45,6 +45,7 @@ class ScoreOptions:
     as_json: bool = False
     context: int | None = None
     stride: int | None = None
+    also: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _tokens(options: ScoreOptions, line: Line, model: Model) -> Text:
 def _results(options: ScoreOptions, items: Sequence[Any]) -> Results | nullcontext[None]:
     if options.out is None:
         return nullcontext()
-    return Results(options.out, items, model_of(options.directory))
+    return Results(options.out, items, model_of(options.directory, options.also))
 
 
 def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
@@ -299,4 +300,4 @@ def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
 def _opened(options: ScoreOptions) -> Model:
     import runner
 
-    return runner.load(options.directory, ram_of(options.ram))
+    return runner.load(options.directory, ram_of(options.ram), also=options.also)

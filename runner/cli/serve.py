@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import ipaddress
@@ -30,6 +31,9 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "BLOOMDESK_API_KEY"
 # Connections beyond this get a 503 at once.
 MOST_CONNECTIONS = 1024
+# Seconds that clients have to read what they are told at the end.
+GOODBYE = 5.0
+LOOK = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,12 @@ class ServeOptions:
     max_file_size: str | None = None
     max_lines: int | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    also: tuple[Path, ...] = ()
 
 
 def serve(options: ServeOptions) -> int:
     """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
-    keys = options.keys or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
+    keys = keys_of(options.keys)
     if not (_is_loopback(options.host) or keys or options.no_auth):
         raise BloomdeskError(
             f"--host {options.host} lets others in, and there is no key",
@@ -64,8 +69,11 @@ def serve(options: ServeOptions) -> int:
     try:
         import uvicorn
 
+        from runner.cli.connections import Connection
         from runner.server.app import create_app
         from runner.server.engine import Engine
+        from runner.server.logs import Log
+        from runner.server.routing import TOO_MANY_CONNECTIONS
     except ImportError as error:
         raise BloomdeskError(
             f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
@@ -73,14 +81,15 @@ def serve(options: ServeOptions) -> int:
     import runner
 
     ram = ram_of(options.ram)
-    engine = Engine(lambda: runner.load(options.directory, ram), options.generation)
+    engine = Engine(lambda: runner.load(options.directory, ram, also=options.also), options.generation)
     settings = _settings(options, keys)
+    full = Log(TOO_MANY_CONNECTIONS, _say, as_json=settings.log_json)
     with _data(options.data), listening(options.host, options.port) as listener:
         config = uvicorn.Config(
             create_app(engine, settings, _say, data=options.data),
             access_log=False,
             log_level="warning",
-            limit_concurrency=MOST_CONNECTIONS,
+            http=Connection.bounded(settings.read_head, MOST_CONNECTIONS, full),
             server_header=False,
         )
         host, port = listener.getsockname()[:2]
@@ -91,13 +100,22 @@ def serve(options: ServeOptions) -> int:
     return 0
 
 
+def keys_of(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys, without what surrounds them. Raises `BloomdeskError` if there is nothing else."""
+    given = given or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
+    keys = tuple(filter(None, map(str.strip, given)))
+    if given and not keys:
+        raise BloomdeskError("the API key is blank", f"give --api-key KEY, or unset {KEY_VARIABLE}")
+    return keys
+
+
 def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
     """Raises `BloomdeskError` for what is wrong with the directory, before anything listens."""
-    from runner.format.manifest import load_manifest
+    from runner.format.slice_set import find_slices, require_all_slices
     from runner.server.chat_template import load_template, tokenizer_config
     from runner.server.settings import Settings
 
-    load_manifest(options.directory)
+    require_all_slices(find_slices(options.directory, options.also))
     bounds = {
         "most_waiting": options.max_waiting,
         "most_file_bytes": options.max_file_size and parse_size(options.max_file_size),
@@ -171,5 +189,20 @@ def _server(config: uvicorn.Config, engine: Engine) -> uvicorn.Server:
         async def on_tick(self, counter: int) -> bool:
             # Without a model there is nothing to serve.
             return await super().on_tick(counter) or engine.failure is not None
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            hurry = asyncio.create_task(self._hurry())
+            try:
+                await super().shutdown(sockets)
+            finally:
+                hurry.cancel()
+
+        async def _hurry(self) -> None:
+            """Once everybody has been told, nobody who reads nothing holds up the end."""
+            while not engine.join(0):
+                await asyncio.sleep(LOOK)
+            await asyncio.sleep(GOODBYE)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     return Server(config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, load_manifest
+from runner.format.manifest import Manifest
 from runner.format.quantised import QUANTISED_FORMS
+from runner.format.slice_set import SliceSet, find_all_slices, find_slices, require_all_slices
+from runner.format.slices import even
 from runner.generation.memory_plan import default_total
 from runner.generation.speculation.draft_model import bytes_beside_weights
 from runner.system import memory
@@ -74,13 +77,19 @@ class Drafting:
 
     @classmethod
     def of(
-        cls, draft: Manifest, held: Manifest, rates: Rates, capacity: int, expected: Callable[[int], Forecast]
+        cls,
+        draft: SliceSet,
+        held: SliceSet,
+        rates: Rates,
+        capacity: int,
+        expected: Callable[[int], Forecast],
     ) -> Drafting:
         """`expected` forecasts passes of `held` beside a draft of some bytes."""
-        stored, is_form = stored_as(draft), draft.source_fingerprint == held.source_fingerprint
-        nbytes = sum(chunk_bytes(draft.model, stored))
-        nbytes += bytes_beside_weights(draft.model, 1, capacity, is_form=is_form)
-        seconds = limit(weight_bytes(draft.model), 0, rates, stored) + SECONDS_BY_BLOCK * draft.model.n_layer
+        model, stored = draft.first.model, stored_as([*draft.manifests.values()])
+        is_form = draft.source_fingerprint == held.source_fingerprint != ""
+        nbytes = sum(chunk_bytes(model, stored))
+        nbytes += bytes_beside_weights(model, 1, capacity, is_form=is_form)
+        seconds = limit(weight_bytes(model), 0, rates, stored) + SECONDS_BY_BLOCK * model.n_layer
         return cls(is_form, nbytes, seconds, expected(nbytes))
 
 
@@ -127,23 +136,27 @@ def plan(
     name: str | None,
     prompt_tokens: int,
     tokens: int,
+    also: Sequence[Path] = (),
     draft: Path | None = None,
 ) -> Plan:
     """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
-    If the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError` for an
-    unknown name, a disk that cannot be measured, and too little RAM.
+    If the directory holds nothing prepared, a file is written there, read and deleted. `also` are directories of a
+    model on several disks that have moved. Raises `BloomdeskError` for an unknown name, a slice that is not found, a
+    disk that cannot be measured, and too little RAM.
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
     has_manifest = any((directory / name).exists() for name in (MANIFEST, MANIFEST_BACKUP))
-    manifest = load_manifest(directory) if has_manifest else None
-    held = manifest if name is None else None
+    slices = find_slices(directory, also) if has_manifest else None
+    if slices is not None:
+        require_all_slices(slices)
+    held = slices.first if slices is not None and name is None else None
     if draft and not held:
         raise BloomdeskError(
             f"{draft} drafts for a prepared directory, and there is none", "leave out --draft"
         )
-    drafts = load_manifest(draft) if draft else None
+    drafts = find_all_slices(draft) if draft else None
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
@@ -153,24 +166,28 @@ def plan(
     # Compiled before the process is measured, so that the kernel's memory counts.
     kernel = rates.compiled(model.dtype)
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
-    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
+    disk, disks = _disk_rates(place, slices)
+    found = Rates(disk, *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]), disks)
     chosen = ram or default_total()
 
-    def beside(nbytes: int) -> Forecast:
-        stored = stored_as(held)
-        return forecast(model, chosen, process, found, prompt_tokens, tokens, stored, nbytes)
+    shares = slices.shares if held and slices is not None else even(1)
 
     def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
-            return forecast(model, size, process, found, prompt_tokens, tokens, stored)
+            return forecast(model, size, process, found, prompt_tokens, tokens, stored, shares)
 
         return Form(stored.form, disk_bytes(model, stored), expected(chosen), _others(expected))
 
-    own = form(stored_as(held) if held else PLAIN_STORED)
+    held_as = stored_as([*slices.manifests.values()]) if held and slices is not None else PLAIN_STORED
+    own = form(held_as)
     lossless = (Stored(LOSSLESS, LOSSLESS_SHARE),) if model.dtype == CODED_DTYPE else ()
     choices = (*lossless, *map(Stored, QUANTISED_FORMS)) if own.form == PLAIN else ()
     others = {stored.form: form(stored) for stored in choices}
-    drafting = Drafting.of(drafts, held, found, prompt_tokens + tokens, beside) if drafts else None
+
+    def beside(draft_nbytes: int) -> Forecast:
+        return forecast(model, chosen, process, found, prompt_tokens, tokens, held_as, shares, draft_nbytes)
+
+    drafting = Drafting.of(drafts, slices, found, prompt_tokens + tokens, beside) if drafts else None
     return Plan(name, model, free_bytes(place), found, own, others, held, load, drafting)
 
 
@@ -186,13 +203,19 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
     return others
 
 
-def _disk_rate(place: Path, manifest: Manifest | None) -> float:
-    paths = [place / file for file in manifest.parts] if manifest else []
-    paths = [path for path in paths if path.is_file()]
+def _disk_rates(place: Path, slices: SliceSet | None) -> tuple[float, tuple[float, ...]]:
+    """The rate of the disk, or of several together; and that of each if there are several."""
+    if slices is None or slices.count == 1:
+        return _disk_rate(place, slices.files[0] if slices is not None else []), ()
+    with ThreadPoolExecutor(slices.count) as threads:
+        disks = tuple(threads.map(_disk_rate, slices.directories.values(), slices.files))
+    return rates.together(disks, slices.shares), disks
+
+
+def _disk_rate(place: Path, paths: Sequence[Path]) -> float:
     if sum(path.stat().st_size for path in paths) >= rates.SMALLEST_SCRATCH:
         return rates.disk_rate(paths)
-    with rates.scratch(place) as path:
-        return rates.disk_rate([path])
+    return rates.scratch_rate(place)
 
 
 def _tokenizer_bytes(held: Manifest | None) -> int:

@@ -44,13 +44,14 @@ class Model(ModelRunner):
     process_nbytes: int
 
     @classmethod
-    def open(cls, directory: Path, ram: int | None = None) -> Model:
+    def open(cls, directory: Path, ram: int | None = None, also: Sequence[Path] = ()) -> Model:
         """The model in `directory`; by default `ram` is most of what the machine, or its control group, can spare.
 
-        Raises `BloomdeskError` if the directory is not a sound, complete prepared checkpoint.
+        If it is spread over several directories, those of `also` are where others are now. Raises `BloomdeskError` if
+        the directory is not a sound, complete prepared checkpoint.
         """
         memory.give_freed_memory_back()
-        weights = Weights.open(directory)
+        weights = Weights.open(directory, also)
         tokenizer = Tokenizer(directory / "tokenizer.json")
         grammars = Grammars(tokenizer, weights.model.vocab_size, weights.model.eos_token_ids)
         return cls(weights, tokenizer, grammars, ram or default_total(), memory.memory_in_use())
@@ -62,8 +63,10 @@ class Model(ModelRunner):
     def memory_request(self, capacities: Iterable[int], rows: int) -> MemoryRequest:
         """What passes of up to `rows` rows need, with a cache for each of `capacities` positions."""
         chunks = tuple(chunk.nbytes for chunk in self.weights.stream.chunks)
-        process = self.process_nbytes + self.grammars.nbytes
-        return MemoryRequest(self.weights.model, chunks, self.ram, process, tuple(capacities), rows)
+        process, disks = self.process_nbytes + self.grammars.nbytes, self.weights.stream.disks
+        return MemoryRequest(
+            self.weights.model, chunks, self.ram, process, tuple(capacities), rows, disks=disks
+        )
 
     def memory_plan(self, capacity: int, rows: int) -> MemoryPlan:
         """The memory plan for one sequence. Raises `BloomdeskError` if the RAM is too little."""

@@ -539,71 +539,122 @@ INLINE float bfloat16_at(const uint8_t *place) {
     return value;
 }
 
-// Round 16 values to their dtype, ties to even, and store them.
+// What scales are multiplied with so that `rounded_16` gives weights.
+INLINE float factor_of(enum kind kind) { return kind == BFLOAT16 ? 65536 : 1; }
+
+// The nearest numbers of the dtype to values over its factor, ties to even. The product of v and 1 - 2^-16 is rounded to
+// 24 bits, which are the first 8 of the 2^-16 v that it has lost: so the difference is that, rounded to 8 bits.
+INLINE values_16 rounded_16(enum kind kind, values_16 values) {
+    if (kind == FLOAT16) return __builtin_convertvector(__builtin_convertvector(values, float16_16), values_16);
+    return kind == BFLOAT16 ? values - values * (65535 / 65536.0f) : values;
+}
+
 INLINE void store_16(enum kind kind, values_16 values, uint8_t *out) {
-    if (kind == FLOAT32) {
-        *(values_16 *)out = values;
-    } else if (kind == FLOAT16) {
-        *(float16_16 *)out = __builtin_convertvector(values, float16_16);
+    if (kind == FLOAT32) *(values_16 *)out = values;
+    if (kind == FLOAT16) *(float16_16 *)out = __builtin_convertvector(values, float16_16);
+    if (kind == BFLOAT16) *(halves_16 *)out = __builtin_convertvector((bits_16)values >> 16, halves_16);
+}
+
+// Columns that share a scale and a minimum, half a group of INT8, and the bytes of their integers.
+enum { PART = INT4_GROUP, PARTS = SUPER_GROUP / PART };
+INLINE int64_t part_bytes(enum coding coding) { return group_bytes(coding) * PART / group_columns(coding); }
+typedef VECTOR(uint32_t, PARTS) part_bits;
+typedef VECTOR(int32_t, PARTS) part_integers;
+typedef VECTOR(float, PARTS) part_values;
+
+INLINE uint32_t word_at(const uint8_t *place) {
+    uint32_t word;
+    memcpy(&word, place, sizeof word);
+    return word;
+}
+
+// The eight numbers of 6 bits in 48: four lie within the first 32, four within the last.
+INLINE part_values sixes_at(const uint8_t *place) {
+    uint32_t low = word_at(place), high = word_at(place + 2);
+    const part_bits shifts = {0, 6, 12, 18, 8, 14, 20, 26};
+    part_bits sixes = (part_bits){low, low, low, low, high, high, high, high} >> shifts & TOP_SCALE;
+    return __builtin_convertvector((part_integers)sixes, part_values);
+}
+
+// Of each part of a super-group what its integers are multiplied with, and what is added then, times the dtype's factor.
+struct lines {
+    float scale[PARTS], less[PARTS];
+};
+
+INLINE struct lines lines_at(enum coding coding, enum kind kind, const uint8_t *scales, int64_t parts) {
+    struct lines lines = {{0}, {0}};
+    if (coding == INT8) {
+        for (int i = 0; i < parts; i++) lines.scale[i] = bfloat16_at(scales + i / 2 * 2) * factor_of(kind);
     } else {
-        bits_16 bits = (bits_16)values;
-        *(halves_16 *)out = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, halves_16);
+        // Each unit is the upper half of a float.
+        part_bits units = word_at(scales) - (part_bits){0};
+        *(part_values *)lines.scale = sixes_at(scales + 4) * ((part_values)(units << 16) * factor_of(kind));
+        *(part_values *)lines.less = sixes_at(scales + 10) * ((part_values)(units & 0xffff0000) * -factor_of(kind));
     }
+    return lines;
 }
 
-// Six bits of a super-group's scales or minimums.
-INLINE uint64_t sixes_at(const uint8_t *place) {
-    uint64_t sixes = 0;
-    memcpy(&sixes, place, 6);
-    return sixes;
+// 16 weights of a part with these integers. The product is exact, so it makes no difference whether its addition is fused.
+INLINE values_16 weights_of(enum kind kind, integers_16 q, float scale, float less) {
+#pragma clang fp contract(fast)
+    return rounded_16(kind, __builtin_convertvector(q, values_16) * scale + less);
 }
 
-INLINE void decode_int8(enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns, uint8_t *out) {
-    for (int64_t k = 0; k < columns; k += INT8_GROUP, scales += 2) {
-        float scale = bfloat16_at(scales);
-        UNROLLED for (int part = 0; part < INT8_GROUP; part += QUARTER) {
-            signed_16 some = *(const signed_16 *)(data + k + part);
-            store_16(kind, __builtin_convertvector(some, values_16) * scale, out + (k + part) * size_of(kind));
-        }
-    }
-}
+// The weights of a part.
+struct part {
+    values_16 low, high;
+};
 
-INLINE void decode_int45(enum coding coding, enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns,
-                         uint8_t *out) {
+INLINE struct part decode_part(enum coding coding, enum kind kind, const uint8_t *data, float scale, float less) {
     const integers_16 places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int64_t k = 0; k < columns; k += SUPER_GROUP, scales += SCALE_BYTES) {
-        float scale_unit = bfloat16_at(scales), least_unit = bfloat16_at(scales + 2);
-        uint64_t sixes = sixes_at(scales + 4), least_sixes = sixes_at(scales + 10);
-        int64_t end = least(columns, k + SUPER_GROUP);
-        for (int64_t c = k; c < end; c += INT4_GROUP, data += group_bytes(coding), sixes >>= 6, least_sixes >>= 6) {
-            float scale = scale_unit * (float)(sixes & TOP_SCALE), least_value = least_unit * (float)(least_sixes & TOP_SCALE);
-            bytes_16 packed = *(const bytes_16 *)data;
-            integers_16 low = __builtin_convertvector(packed & 15, integers_16);
-            integers_16 high = __builtin_convertvector(packed >> 4, integers_16);
-            if (coding == INT5) {
-                uint32_t fifths;
-                memcpy(&fifths, data + QUARTER, sizeof fifths);
-                low |= ((integers_16){0} + (int32_t)(fifths & 0xffff)) >> places << 4 & 16;
-                high |= ((integers_16){0} + (int32_t)(fifths >> 16)) >> places << 4 & 16;
-            }
-            store_16(kind, __builtin_convertvector(low, values_16) * scale - least_value, out + c * size_of(kind));
-            store_16(kind, __builtin_convertvector(high, values_16) * scale - least_value, out + (c + QUARTER) * size_of(kind));
-        }
+    integers_16 low, high;
+    if (coding == INT8) {
+        low = __builtin_convertvector(*(const signed_16 *)data, integers_16);
+        high = __builtin_convertvector(*(const signed_16 *)(data + QUARTER), integers_16);
+    } else {
+        integers_16 packed = __builtin_convertvector(*(const bytes_16 *)data, integers_16);
+        low = packed & 15;
+        high = packed >> 4;
+    }
+#if defined(__AVX512F__)
+    if (coding == INT4) {
+        // One register holds all 16 weights that there are.
+        __m512 all = (__m512)weights_of(kind, places, scale, less);
+        return (struct part){(values_16)_mm512_permutexvar_ps((__m512i)low, all),
+                             (values_16)_mm512_permutexvar_ps((__m512i)high, all)};
+    }
+#endif
+    if (coding == INT5) {
+        integers_16 fifths = (int32_t)word_at(data + QUARTER) - (integers_16){0};
+        low |= fifths >> places << 4 & 16;
+        high |= fifths >> QUARTER >> places << 4 & 16;
+    }
+    return (struct part){weights_of(kind, low, scale, less), weights_of(kind, high, scale, less)};
+}
+
+INLINE void decode_row(enum coding coding, enum kind kind, const uint8_t *data, const uint8_t *scales, int64_t columns,
+                       float *out) {
+    for (int64_t k = 0; k < columns; k += SUPER_GROUP, scales += scale_bytes(coding, SUPER_GROUP)) {
+        int64_t parts = (least(columns - k, SUPER_GROUP) + PART - 1) / PART;
+        struct lines lines = lines_at(coding, kind, scales, parts);
+        for (int64_t i = 0; i < parts; i++, data += part_bytes(coding), out += PART)
+            *(struct part *)out = decode_part(coding, kind, data, lines.scale[i], lines.less[i]);
     }
 }
 
-// Decode `rows` rows of up to a panel's columns, which begin at a multiple of them, into rows of whole groups, which
-// follow each other in `out`.
+// Columns of a row that are decoded at a time: as float32, those of a group of outputs stay in the first cache.
+enum { DECODED_COLUMNS = 512 };
+
+// Decode `rows` rows of up to that many columns, which begin at a multiple of them, into rows of them.
 #define FOR_CODINGS(kind)                                                                   \
     switch (coding) {                                                                       \
-    case INT8: decode_int8(kind, data, scales, columns, out); break;                        \
-    case INT4: decode_int45(INT4, kind, data, scales, columns, out); break;                 \
-    default: decode_int45(INT5, kind, data, scales, columns, out); break;                   \
+    case INT8: decode_row(INT8, kind, data, scales, columns, out); break;                   \
+    case INT4: decode_row(INT4, kind, data, scales, columns, out); break;                   \
+    default: decode_row(INT5, kind, data, scales, columns, out); break;                     \
     }
-static void decode_quantised_panel(enum coding coding, enum kind kind, const uint8_t *data, int64_t data_stride,
-                                   const uint8_t *scales, int64_t scale_stride, int64_t rows, int64_t columns, uint8_t *out) {
-    int64_t whole = groups_of(coding, columns) * group_columns(coding);
-    for (int64_t row = 0; row < rows; row++, data += data_stride, scales += scale_stride, out += whole * size_of(kind)) {
+static void decode_columns(enum coding coding, enum kind kind, const uint8_t *data, int64_t data_stride,
+                           const uint8_t *scales, int64_t scale_stride, int64_t rows, int64_t columns, float *out) {
+    for (int64_t row = 0; row < rows; row++, data += data_stride, scales += scale_stride, out += DECODED_COLUMNS) {
         switch (kind) {
         case FLOAT32: FOR_CODINGS(FLOAT32); break;
         case FLOAT16: FOR_CODINGS(FLOAT16); break;
@@ -615,11 +666,14 @@ static void decode_quantised_panel(enum coding coding, enum kind kind, const uin
 EXPORT void decode_quantised(int64_t coding, int64_t kind, const uint8_t *data, const uint8_t *scales, int64_t rows,
                              int64_t columns, uint8_t *out, uint8_t *scratch) {
     int64_t size = size_of(kind), data_stride = data_bytes(coding, columns), scale_stride = scale_bytes(coding, columns);
+    float *decoded = (float *)scratch;
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t k = 0; k < columns; k += PANEL_COLUMNS) {
-            int64_t width = least(PANEL_COLUMNS, columns - k);
-            decode_quantised_panel(coding, kind, data + row * data_stride + data_bytes(coding, k), 0,
-                                   scales + row * scale_stride + scale_bytes(coding, k), 0, 1, width, scratch);
+        for (int64_t k = 0; k < columns; k += DECODED_COLUMNS) {
+            int64_t width = least(DECODED_COLUMNS, columns - k);
+            decode_columns(coding, kind, data + row * data_stride + data_bytes(coding, k), 0,
+                           scales + row * scale_stride + scale_bytes(coding, k), 0, 1, width, decoded);
+            // Narrowed in their place.
+            for (int64_t i = 0; i < width; i += QUARTER) store_16(kind, *(values_16 *)(decoded + i), scratch + i * size);
             memcpy(out + (row * columns + k) * size, scratch, width * size);
         }
 }
@@ -775,7 +829,7 @@ EXPORT int64_t encode_quantised(int64_t coding, int64_t kind, const uint8_t *row
                                 uint8_t *data, uint8_t *scales) {
     int64_t step = coding == INT8 ? INT8_GROUP : SUPER_GROUP;
     // What they decode to may be a little larger, and is to be finite, too.
-    const float limit = kind == FLOAT16 ? 3e4f : 1e38f;
+    const float limit = kind == FLOAT16 ? 3e4f : kind == BFLOAT16 ? 1e32f : 1e38f;
     for (int64_t row = 0; row < count; row++)
         for (int64_t k = 0; k < columns; k += step) {
             float weights[SUPER_GROUP] = {0};
@@ -1000,26 +1054,32 @@ INLINE void fetch(struct ahead *ahead) {
     for (; ahead->next < stop; ahead->next += 64) __builtin_prefetch(ahead->next, 0, 2);
 }
 
+// Add `width` columns of `rows` rows of x, up to those of a tile, times a group of outputs to their sums.
+static void multiply_columns(enum kind kind, int rows, struct matrix weight, int64_t outputs, enum tile_sort sort,
+                             struct matrix x, int64_t width, int begins, sums *state, struct ahead *ahead) {
+    const int64_t most = WIDE * registers_of(rows);
+    for (int64_t n = 0; n < outputs;) {
+        struct matrix here = {weight.data + n * weight.stride, weight.stride};
+        int is_rest = n + most > outputs;
+        // The second half of a register without a second output computes the first one again.
+        if (n + 1 == outputs) here.stride = 0;
+        fetch(ahead);
+        tiles[kind][rows - 1][is_rest ? REST : sort](here, x, width, begins, state + n / WIDE);
+        n += is_rest ? WIDE : most;
+    }
+}
+
 // Add `rows` rows of x, up to those of a tile, times a group of outputs, over one chunk of columns, to `out`.
 static void multiply_few(enum kind kind, int rows, struct matrix weight, int64_t outputs, enum tile_sort sort,
                          struct matrix x, int64_t columns, struct matrix out, struct ahead *ahead) {
-    const int64_t size = kind == FLOAT32 ? 4 : 2, most = WIDE * registers_of(rows);
+    const int64_t size = kind == FLOAT32 ? 4 : 2;
     int64_t whole = columns / LANES * LANES, values = ahead->next < ahead->end ? FETCHING_VALUES : VALUES_IN_CACHE;
     int64_t step = least(values, VALUES_IN_CACHE / rows) / LANES * LANES;
     __attribute__((aligned(64))) sums state[MOST_ROWS * GROUP_REGISTERS];
     if (!whole) memset(state, 0, sizeof state);
     for (int64_t k = 0; k < whole; k += step) {
-        struct matrix some = {x.data + k * sizeof(float), x.stride};
-        int64_t width = least(step, whole - k);
-        for (int64_t n = 0; n < outputs;) {
-            struct matrix here = {weight.data + n * weight.stride + k * size, weight.stride};
-            int is_rest = n + most > outputs;
-            // The second half of a register without a second output computes the first one again.
-            if (n + 1 == outputs) here.stride = 0;
-            fetch(ahead);
-            tiles[kind][rows - 1][is_rest ? REST : sort](here, some, width, !k, state + n / WIDE);
-            n += is_rest ? WIDE : most;
-        }
+        struct matrix some = {x.data + k * sizeof(float), x.stride}, here = {weight.data + k * size, weight.stride};
+        multiply_columns(kind, rows, here, outputs, sort, some, least(step, whole - k), !k, state, ahead);
     }
     add_sums(kind, rows, weight, outputs, x, whole, columns, state, out);
 }
@@ -1034,6 +1094,87 @@ static void multiply_rows(enum kind kind, int64_t rows, struct matrix weight, in
         out.data += some * out.stride;
         rows -= some;
         sort = WHOLE;
+    }
+}
+
+// Add whole super-groups of columns of `rows` rows of x times a few outputs in fewer bits to their sums. The weights are
+// decoded in registers.
+enum { MOST_DECODED = 6 };
+INLINE int decoded_outputs(int rows) { return rows == 1 ? 6 : rows == 2 ? 4 : 2; }
+
+INLINE void decoding_tile(enum coding coding, int rows, struct matrix weight, struct matrix scales, struct matrix x,
+                          int64_t columns, sums *state) {
+    const int outputs = decoded_outputs(rows), registers = outputs / WIDE;
+    sums sum[MOST_ROWS][MOST_DECODED] = {{{0}}};
+    for (int64_t k = 0; k < columns; k += SUPER_GROUP) {
+        struct lines lines[MOST_DECODED];
+        const uint8_t *data = weight.data + data_bytes(coding, k);
+        UNROLLED for (int n = 0; n < outputs; n++) {
+            lines[n] = lines_at(coding, BFLOAT16, scales.data + n * scales.stride + scale_bytes(coding, k), PARTS);
+            UNROLLED for (int64_t byte = 0; byte < data_bytes(coding, SUPER_GROUP); byte += 64)
+                __builtin_prefetch(data + (n + outputs) * weight.stride + byte);
+        }
+        for (int i = 0; i < PARTS; i++, data += part_bytes(coding)) {
+            const float *values = (const float *)x.data + k + i * PART;
+            UNROLLED for (int n = 0; n < outputs; n += WIDE) {
+                struct part parts[WIDE];
+                UNROLLED for (int w = 0; w < WIDE; w++) {
+                    const struct lines *own = &lines[n + w];
+                    parts[w] = decode_part(coding, BFLOAT16, data + (n + w) * weight.stride, own->scale[i], own->less[i]);
+                }
+                UNROLLED for (int j = 0; j < PART; j += LANES) {
+                    sums weights = load_weights(FLOAT32, (const uint8_t *)((const float *)parts + j), sizeof *parts);
+                    UNROLLED for (int t = 0; t < rows; t++)
+                        sum[t][n / WIDE] = fused(weights, load_x(values + t * x.stride / 4 + j), sum[t][n / WIDE]);
+                }
+                // Outputs one after another, as the rows of `tile`.
+                if (rows > 1) __asm__ volatile("" ::: "memory");
+            }
+        }
+    }
+    UNROLLED for (int t = 0; t < rows; t++)
+        UNROLLED for (int r = 0; r < registers; r++) state[t * GROUP_REGISTERS + r] = sum[t][r];
+}
+
+typedef void decoding_function(struct matrix weight, struct matrix scales, struct matrix x, int64_t columns, sums *state);
+#define DEFINE_DECODING(coding, rows)                                                                               \
+    static void decoding_##coding##_##rows(struct matrix w, struct matrix s, struct matrix x, int64_t k, sums *state) { \
+        decoding_tile(coding, rows, w, s, x, k, state);                                                             \
+    }
+#define NAME_DECODING(coding, rows) decoding_##coding##_##rows,
+FOR_ROWS(DEFINE_DECODING, INT8)
+FOR_ROWS(DEFINE_DECODING, INT4)
+FOR_ROWS(DEFINE_DECODING, INT5)
+static decoding_function *const decoding_tiles[][MOST_ROWS] = {
+    {0}, {FOR_ROWS(NAME_DECODING, INT8)}, {FOR_ROWS(NAME_DECODING, INT4)}, {FOR_ROWS(NAME_DECODING, INT5)}};
+
+// Add `rows` rows of x times a group of outputs in fewer bits, over one chunk of columns, to `out`. Few rows decode in
+// registers, each tile by itself. Many share weights that are decoded some columns at a time into the first cache.
+static void multiply_quantised(enum coding coding, enum kind kind, struct matrix weight, struct matrix scales, int64_t rows,
+                               int64_t outputs, struct matrix x, int64_t columns, struct matrix out, uint8_t *scratch) {
+    struct matrix decoded = {scratch, DECODED_COLUMNS * sizeof(float)};
+    sums *state = (sums *)(scratch + OUTPUTS_IN_CACHE * decoded.stride);
+    if (rows <= MOST_ROWS && kind == BFLOAT16 && outputs == OUTPUTS_IN_CACHE && columns % SUPER_GROUP == 0) {
+        for (int64_t n = 0; n < outputs; n += decoded_outputs((int)rows)) {
+            struct matrix here = {weight.data + n * weight.stride, weight.stride};
+            struct matrix own = {scales.data + n * scales.stride, scales.stride};
+            decoding_tiles[coding][rows - 1](here, own, x, columns, state + n / WIDE);
+        }
+        add_sums(FLOAT32, (int)rows, decoded, outputs, x, columns, columns, state, out);
+        return;
+    }
+    for (int64_t k = 0; k < columns; k += DECODED_COLUMNS) {
+        int64_t width = least(DECODED_COLUMNS, columns - k), whole = width / LANES * LANES;
+        struct matrix some = {x.data + k * sizeof(float), x.stride};
+        struct ahead nothing = {0, 0};
+        decode_columns(coding, kind, weight.data + data_bytes(coding, k), weight.stride, scales.data + scale_bytes(coding, k),
+                       scales.stride, outputs, width, (float *)decoded.data);
+        for (int64_t left = (rows + MOST_ROWS - 1) / MOST_ROWS, row = 0, few; left; left--, row += few) {
+            few = (rows - row + left - 1) / left;
+            struct matrix here = {some.data + row * x.stride, x.stride};
+            multiply_columns(FLOAT32, (int)few, decoded, outputs, WHOLE, here, whole, !k, state + row * GROUP_REGISTERS, &nothing);
+        }
+        if (k + width == columns) add_sums(FLOAT32, (int)rows, decoded, outputs, some, whole, width, state, out);
     }
 }
 
@@ -1066,15 +1207,15 @@ static int multiply_on_thread(enum kind kind, struct matrix weight, const int64_
                     panel += taken;
                     ahead = (struct ahead){panel, least_pointer(panel + taken, all_end)};
                     here = (struct matrix){scratch, columns * size};
-                } else if (coding) {
-                    decode_quantised_panel(coding, kind, weight.data + start * weight.stride + data_bytes(coding, k),
-                                           weight.stride, scales.data + start * scales.stride + scale_bytes(coding, k),
-                                           scales.stride, outputs, columns, scratch);
-                    here = (struct matrix){scratch, groups_of(coding, columns) * group_columns(coding) * size};
                 }
                 struct matrix some = {x.data + first * x.stride + k * sizeof(float), x.stride};
                 struct matrix there = {out.data + first * out.stride + start * sizeof(float), out.stride};
-                multiply_rows(kind, rows, here, outputs, sort, some, columns, there, ahead);
+                if (coding) {
+                    here.data = weight.data + start * weight.stride + data_bytes(coding, k);
+                    struct matrix own = {scales.data + start * scales.stride + scale_bytes(coding, k), scales.stride};
+                    multiply_quantised(coding, kind, here, own, rows, outputs, some, columns, there, scratch);
+                } else
+                    multiply_rows(kind, rows, here, outputs, sort, some, columns, there, ahead);
             }
             // A row group consists of its panels and nothing else.
             if (offsets && panel != end) return 0;

@@ -23,7 +23,7 @@ from runner.generation.sequence import Restored
 from runner.server.engine import Engine, Growth, Work
 from runner.server.orders import Order
 
-# Answers that are kept for a client that asks again, and the tokens of all of them together.
+# Answers that have ended or paused and are kept for a client that asks again: how many, and with how many tokens.
 MOST_KEPT = 512
 MOST_KEPT_TOKENS = 200_000
 
@@ -186,22 +186,47 @@ class _Seen:
         )
 
 
+class _Shelf:
+    """Answers that are kept, the oldest first: up to so many, with so many tokens, and the last one in any case."""
+
+    def __init__(self) -> None:
+        # With the time since which it is kept, and the number of its tokens.
+        self._answers: OrderedDict[bytes, tuple[float, int, Answer]] = OrderedDict()
+        self._tokens = 0
+
+    def get(self, key: bytes) -> Answer | None:
+        return self._answers[key][2] if key in self._answers else None
+
+    def put(self, key: bytes, answer: Answer, now: float) -> None:
+        self._answers[key] = now, _tokens(answer), answer
+        self._tokens += _tokens(answer)
+        while len(self._answers) > 1 and (len(self._answers) > MOST_KEPT or self._tokens > MOST_KEPT_TOKENS):
+            self.drop(next(iter(self._answers)))
+
+    def drop(self, key: bytes) -> None:
+        if key in self._answers:
+            self._tokens -= self._answers.pop(key)[1]
+
+    def forget(self, before: float) -> None:
+        """Drop those that are kept since an earlier time."""
+        for key in [key for key, (since, _, _) in self._answers.items() if since < before]:
+            self.drop(key)
+
+
 class SharedAnswers:
     """Answers by the key of their requests: while they come, and for `keep` seconds after their end or their pause."""
 
     def __init__(self, engine: Engine, keep: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._keep, self._clock = engine, keep, clock
         self._open: dict[bytes, Answer] = {}
-        # With the time of their end or pause and the number of their tokens, the oldest first.
-        self._kept: OrderedDict[bytes, tuple[float, int, Answer]] = OrderedDict()
-        self._kept_tokens = 0
+        # Paused ones have cost passes that nobody has had anything of, so no others take their place.
+        self._ended, self._paused = _Shelf(), _Shelf()
 
     def known(self, key: bytes) -> Answer | None:
         """The answer to the same request, if there is one."""
-        self._forget_old()
-        if answer := self._open.get(key):
-            return answer
-        return self._kept[key][2] if key in self._kept else None
+        for shelf in (self._ended, self._paused):
+            shelf.forget(self._clock() - self._keep)
+        return self._open.get(key) or self._kept(key)
 
     def begin(self, order: Order, key: bytes | None) -> Answer:
         """A new answer, which others with this `key` share; None shares it with nobody."""
@@ -216,33 +241,24 @@ class SharedAnswers:
     def _store(self, key: bytes, answer: Answer) -> None:
         if self._open.get(key) is answer:
             del self._open[key]
-        elif not self._holds(key, answer):
+        elif self._kept(key) is not answer:
             return
         self._drop(key)
         if answer.failure is None:
-            self._kept[key] = self._clock(), _tokens(answer), answer
-            self._kept_tokens += _tokens(answer)
-            self._forget_old()
+            shelf = self._ended if answer.is_finished else self._paused
+            shelf.put(key, answer, self._clock())
 
     def _reopen(self, key: bytes, answer: Answer) -> None:
-        if self._holds(key, answer):
+        if self._kept(key) is answer:
             self._drop(key)
             self._open[key] = answer
 
-    def _holds(self, key: bytes, answer: Answer) -> bool:
-        return key in self._kept and self._kept[key][2] is answer
+    def _kept(self, key: bytes) -> Answer | None:
+        return self._ended.get(key) or self._paused.get(key)
 
     def _drop(self, key: bytes) -> None:
-        if key in self._kept:
-            self._kept_tokens -= self._kept.pop(key)[1]
-
-    def _forget_old(self) -> None:
-        while self._kept:
-            key, (ended, _, _) = next(iter(self._kept.items()))
-            is_old = self._clock() - ended > self._keep
-            if not is_old and len(self._kept) <= MOST_KEPT and self._kept_tokens <= MOST_KEPT_TOKENS:
-                return
-            self._drop(key)
+        for shelf in (self._ended, self._paused):
+            shelf.drop(key)
 
 
 def _tokens(answer: Answer) -> int:

@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from runner.server import chat, completions
 from runner.server.admission import admit, check_fits
 from runner.server.answers import Answer, SharedAnswers
 from runner.server.auth import Gate
-from runner.server.bodies import checked, key_of, read_object
+from runner.server.bodies import Unsent, checked, key_of, read_object
 from runner.server.engine import Engine, Growth
 from runner.server.errors import ApiError, explained
 from runner.server.jobs.api import JobsApi
@@ -45,6 +44,8 @@ from runner.server.watch import watch
 
 OWNER = "bloomdesk"
 EVENTS = "text/event-stream"
+# Statuses of another model's name, and of a full queue.
+GENERATING = (404, 429)
 # Seconds between looks at whether the engine has ended.
 LOOK = 0.01
 
@@ -81,6 +82,7 @@ def create_app(
     middleware = [
         Middleware(Counted, metrics=api.metrics),
         Middleware(Gate, keys=settings.keys, hosts=settings.hosts),
+        Middleware(Unsent, engine=engine),
     ]
     if write_line:
         middleware.insert(0, Middleware(Log, write=write_line, as_json=settings.log_json))
@@ -91,21 +93,26 @@ def _routes(api: Api) -> Iterator[tuple[Route, Description]]:
     """All routes but that of their description."""
     yield (
         Route("/v1/completions", api.generating(completions, CompletionBody), methods=["POST"]),
-        Description("Continue prompts, or score them", CompletionBody, ("application/json", EVENTS)),
+        Description(
+            "Continue prompts, or score them",
+            CompletionBody,
+            ("application/json", EVENTS),
+            errors=GENERATING,
+        ),
     )
     yield (
         Route("/v1/chat/completions", api.generating(chat, ChatBody), methods=["POST"]),
-        Description("Answer messages", ChatBody, ("application/json", EVENTS)),
+        Description("Answer messages", ChatBody, ("application/json", EVENTS), errors=GENERATING),
     )
     yield Route("/v1/models", api.models), Description("The models: one")
-    yield Route("/v1/models/{model:path}", api.model), Description("The model of this name")
+    yield Route("/v1/models/{model:path}", api.model), Description("The model of this name", errors=(404,))
     yield (
         Route("/tokenize", api.asking(tokenized, TokenizeBody), methods=["POST"]),
-        Description("The token ids of a text", TokenizeBody),
+        Description("The token ids of a text", TokenizeBody, errors=(404,)),
     )
     yield (
         Route("/detokenize", api.asking(detokenized, DetokenizeBody), methods=["POST"]),
-        Description("The text of token ids", DetokenizeBody),
+        Description("The text of token ids", DetokenizeBody, errors=(404,)),
     )
     yield Route("/tokenizer_info", api.tokenizer_info), Description("What the tokenizer's file says")
     yield (
@@ -142,7 +149,7 @@ class Api:
         try:
             self.engine.opened()
         except BloomdeskError as error:
-            return reply({"status": error.message}, HTTPStatus.SERVICE_UNAVAILABLE)
+            raise explained(error) from None
         return reply({"status": "ok"})
 
     async def metrics_text(self, _: Request) -> Response:

@@ -67,6 +67,7 @@ class Choice:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Characters of the text so far, and those before the next token.
         self._length = self._offset = 0
+        self._in_prompt = bool(echo_ids)
         # Tokens that may turn out to be part of a stop text.
         self._held = [self._shown(echo_ids[0], None, is_prompt=True)] if shows_tokens and echo_ids else []
 
@@ -93,16 +94,29 @@ class Choice:
         return text, certain
 
     def _shown(self, token: int, score: TokenScore | None, *, is_prompt: bool = False) -> ShownToken:
-        name, offset = Name.of(self._tokenizer, token), self._offset
+        if self._in_prompt and not is_prompt:
+            # No character goes on from the prompt to the new text.
+            self._offset += len(self._decoder.decode(b"", final=True))
+            self._in_prompt = False
+        name = Name.of(self._tokenizer, token)
         # A special token is part of the text of a prompt, and of no new text.
-        data = name.bytes if is_prompt else self._tokenizer.token_bytes(token)
-        self._offset += len(self._decoder.decode(data))
+        offset = self._decode(name.bytes if is_prompt else self._tokenizer.token_bytes(token))
         if score is None:
             return ShownToken(name, offset)
         top = [(Name.of(self._tokenizer, other), logprob) for other, logprob in score.top]
         if token not in dict(score.top):
             top.append((name, score.logprob))
         return ShownToken(name, offset, score.logprob, tuple(top))
+
+    def _decode(self, data: bytes) -> int:
+        """The place of the character that has the first of the next bytes."""
+        was_unfinished = bool(self._decoder.getstate()[0])
+        head = self._decoder.decode(data[:1])
+        is_unfinished = bool(self._decoder.getstate()[0])
+        # If the byte does not go on with the character before, that is none, and is shown as such before this one.
+        offset = self._offset + (was_unfinished and len(head) + is_unfinished > 1)
+        self._offset += len(head) + len(self._decoder.decode(data[1:]))
+        return offset
 
 
 class Grown:

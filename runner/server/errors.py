@@ -12,12 +12,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from runner.errors import BloomdeskError
+from runner.generation.grammar import GrammarError
 from runner.server.engine import Stopped, Unavailable
 
 # Characters of a client's own text that are quoted back.
 LONGEST_QUOTE = 60
 # From 0 to 1: how like a field's name an unknown one must be to count as misspelt.
 LIKENESS = 0.75
+# How pydantic names what is no list or object in a union.
+ALTERNATIVES = ("str", "bool")
 
 
 class ApiError(Exception):
@@ -68,14 +71,24 @@ def failed(error: BloomdeskError) -> ApiError:
     """The error for work that was begun and could not be ended."""
     if isinstance(error, Stopped):
         return explained(error)
+    if isinstance(error, GrammarError):
+        return bad_request(error.message, "response_format")
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, error.message, code="failed")
 
 
 def of_validation(error: ValidationError, fields: Mapping[str, Any]) -> ApiError:
     """The error for the first thing that is wrong with a body, with the name of its field."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    # Inside a union, a location also names the alternatives.
-    place = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    found = error.errors(include_url=False)
+    # Of the alternatives of a union, the one that fits best fails deepest inside.
+    first = max(
+        (each for each in found if each["loc"][:1] == found[0]["loc"][:1]), key=lambda each: len(each["loc"])
+    )
+    # A location also names the alternatives.
+    place = [
+        str(part)
+        for depth, part in enumerate(first["loc"])
+        if isinstance(part, int) or (part.isidentifier() and not (depth and part in ALTERNATIVES))
+    ]
     param = ".".join(place) or None
     if first["type"] == "extra_forbidden":
         name = quoted(param or "")
@@ -85,6 +98,8 @@ def of_validation(error: ValidationError, fields: Mapping[str, Any]) -> ApiError
     if first["type"] == "missing":
         return bad_request(f"{param} is required", param)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        message += f", found {quoted(first['input'])}"
     return bad_request(f"{param}: {message}" if param else message, param)
 
 

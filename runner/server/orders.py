@@ -82,16 +82,22 @@ def model_named(name: str | None, settings: Settings) -> str:
 def sampling_of(body: GenerationBody, settings: Settings, choices: int, logprobs: int | None) -> Sampling:
     """How tokens are chosen, with a drawn seed if one is needed. Raises `ApiError` for what can't be."""
     temperature = 1.0 if body.temperature is None else body.temperature
+    # A body names the same number in its own way.
+    n = "best_of" if getattr(body, "best_of", None) else "n"
     if choices > settings.most_choices:
-        raise bad_request(f"at most {settings.most_choices} continuations of a prompt, found {choices}", "n")
+        raise bad_request(f"at most {settings.most_choices} continuations of a prompt, found {choices}", n)
     if choices > 1 and not temperature:
         raise bad_request(
-            "several continuations need a temperature above 0: without one they are all the same", "n"
+            "several continuations need a temperature above 0: without one they are all the same", n
         )
     if body.seed is not None and not 0 <= body.seed < 2**SEED_BITS:
         raise bad_request(f"a seed is a whole number from 0 to 2^{SEED_BITS} - 1", "seed")
     if logprobs is not None and logprobs > settings.most_logprobs:
-        raise bad_request(f"at most {settings.most_logprobs} log-probabilities of a token", "logprobs")
+        name = "top_logprobs" if hasattr(body, "top_logprobs") else "logprobs"
+        raise bad_request(f"at most {settings.most_logprobs} log-probabilities of a token", name)
+    schema = _schema(body.response_format)
+    if schema and body.ignore_eos:
+        raise bad_request("response_format and ignore_eos exclude each other", "ignore_eos")
     # Without a temperature these change nothing, as the likeliest token is among those that they leave.
     drawing = {"top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p, "seed": body.seed, "n": choices}
     given = {
@@ -103,7 +109,7 @@ def sampling_of(body: GenerationBody, settings: Settings, choices: int, logprobs
         "min_new_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
         "logprobs": logprobs,
-        "json_schema": _schema(body.response_format),
+        "json_schema": schema,
     }
     values = {name: value for name, value in given.items() if value is not None}
     if temperature:
@@ -132,6 +138,11 @@ def requests_of(
     scores_prompt: bool = False,
 ) -> tuple[Request, ...]:
     """A request for each continuation. Raises `ApiError` for what the model can't do."""
+    if sampling.min_new_tokens > max_tokens:
+        raise bad_request(
+            f"min_tokens, {sampling.min_new_tokens}, is more than the text may get, {max_tokens}",
+            "min_tokens",
+        )
     try:
         return tuple(
             replace(request, max_new_tokens=max_tokens, scores_prompt=scores_prompt)
@@ -174,7 +185,13 @@ def _stops(body: GenerationBody, settings: Settings) -> tuple[str, ...] | None:
 
 
 def _schema(given: ResponseFormat | None) -> str | None:
-    if given is None or given.type == "text":
+    if given is None:
+        return None
+    if given.json_schema and given.type != "json_schema":
+        raise bad_request(
+            f"a json_schema is for the type json_schema, found {given.type}", "response_format.json_schema"
+        )
+    if given.type == "text":
         return None
     if given.type == "json_object":
         return ANY_OBJECT

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
-from runner.format.manifest import PartRecord, load_manifest
+from runner.format.manifest import PartRecord
 from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
+from runner.format.slice_set import SliceSet, find_all_slices
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
-from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised
+from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised, interleaved
 from runner.weights.linear import Matrix
 from runner.weights.part_file import PartFile, read_range
 from runner.weights.stream import READERS, Stream
@@ -39,7 +40,7 @@ class Weights:
     """All weights of a model; nothing of the matrices is read before its use.
 
     fingerprint      what distinguishes these weights from all others, whatever their form
-    model_identity   the same for all forms of one model, those in fewer bits too
+    model_identity   the same for all forms of one model, those in fewer bits too; empty if it is not known
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `layout.block_tensors`
     final_layernorm  vectors weight, bias [E]
@@ -67,26 +68,21 @@ class Weights:
         return pass_nbytes(self.model)
 
     @classmethod
-    def open(cls, directory: Path, readers: int = READERS) -> Weights:
+    def open(cls, directory: Path, also: Sequence[Path] = (), readers: int = READERS) -> Weights:
         """Open a complete prepared directory; only headers and vectors are read, so it takes no time.
 
-        `readers` threads read ahead, torch's number of threads compute. Raises `BloomdeskError` if the directory is
-        incomplete, or a part's size or header is not what the manifest says.
+        If it is a slice, the others are found as `find_slices` says. `readers` threads read ahead from each disk,
+        torch's number of threads compute. Raises `BloomdeskError` if a slice is not found, a directory is incomplete,
+        or a part's size or header is not what the manifest says.
         """
-        manifest = load_manifest(directory)
-        if manifest.missing:
-            raise BloomdeskError(
-                f"{directory} is not complete: {len(manifest.missing)} files are still to be made, "
-                f"the next is {manifest.missing[0]}",
-                f"{manifest.command(directory)} resumes where it stopped",
-            )
-        dtype = TORCH_DTYPES[manifest.model.dtype]
+        slices = find_all_slices(directory, also)
+        model, dtype = slices.first.model, TORCH_DTYPES[slices.first.model.dtype]
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         # A pass looks up rows of the embedding first, and multiplies with all of it at its end.
-        embedding, *others = part_specs(manifest.model)
+        embedding, *others = part_specs(model)
         specs = [*others, embedding]
-        opened = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
-        streamed = opened if manifest.model.tie_word_embeddings else opened[:-1]
+        opened = [_open_slices(slices, spec) for spec in specs]
+        streamed = opened if model.tie_word_embeddings else opened[:-1]
         stream = Stream(
             [chunk for _, chunks in streamed for each in chunks.values() for chunk in each], readers
         )
@@ -97,10 +93,14 @@ class Weights:
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
-        known, count = (manifest.fingerprint or "", manifest.source_fingerprint or ""), manifest.model.n_layer
+        count, known = model.n_layer, (slices.fingerprint, slices.source_fingerprint)
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        return cls(manifest.model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel)
+        return cls(model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel)
+
+    def is_form_of(self, other: Weights) -> bool:
+        """Whether both are known to be made from the same weights."""
+        return self.model_identity != "" and self.model_identity == other.model_identity
 
     def with_vectors_of(self, other: Weights) -> Weights:
         """These weights with the vectors of another form of the same model, so that these are in RAM once."""
@@ -116,15 +116,31 @@ class Weights:
         )
 
 
+def _open_slices(slices: SliceSet, whole: PartSpec) -> Opened:
+    """The vectors of a part, and the chunks of its whole matrices, by name."""
+    vectors, of_disks = {}, []
+    for disk, (index, manifest) in enumerate(slices.manifests.items()):
+        spec, rows = whole.sliced(manifest.model, manifest.slice), whole.rows(manifest.model, manifest.slice)
+        vectors, chunks = _open_part(slices.directories[index], disk, spec, manifest.parts[spec.file])
+        of_disks.append({name: _shifted(each, rows[name].start) for name, each in chunks.items()})
+    names = whole.matrices
+    return vectors, {name: interleaved([chunks[name] for chunks in of_disks]) for name in names}
+
+
+def _shifted(chunks: Sequence[Chunk], rows: int) -> list[Chunk]:
+    """The chunks of a slice as those of the whole matrix, in which its first row is number `rows`."""
+    return [replace(chunk, first=chunk.first + rows, last=chunk.last + rows) for chunk in chunks]
+
+
 Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]
 
 
-def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:
-    """The vectors of a part, and the chunks of its matrices, by name."""
+def _open_part(directory: Path, disk: int, spec: PartSpec, record: PartRecord) -> Opened:
+    """The vectors of a part in one directory, on the disk of that number, and the chunks of its matrices, by name."""
     path = directory / spec.file
     repair = f"see what is damaged: bloomdesk verify {in_shell(directory)}"
     with reading(path, repair):
-        file = PartFile.of(path)
+        file = PartFile.of(path, disk)
     if file.size != record.size:
         raise BloomdeskError(f"{path} has {file.size:,} bytes, expected {record.size:,}", repair)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -124,10 +125,21 @@ def _tensor(memory: mmap.mmap, place: int, dtype: torch.dtype, shape: tuple[int,
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=place).view(shape)
 
 
+def interleaved(of_disks: Sequence[Sequence[Chunk]]) -> tuple[Chunk, ...]:
+    """The chunks of a matrix's rows on each disk, in an order in which all disks are always as far as one another."""
+    placed = []
+    for disk, chunks in enumerate(of_disks):
+        whole, position = sum(chunk.nbytes for chunk in chunks), 0
+        for chunk in chunks:
+            placed.append(((position + chunk.nbytes / 2) / whole, disk, chunk))
+            position += chunk.nbytes
+    return tuple(chunk for *_, chunk in sorted(placed, key=lambda each: each[:2]))
+
+
 def row_ranges(rows: int, nbytes: int) -> list[tuple[int, int]]:
     """Rows (first, last) of the chunks of a matrix of `nbytes` bytes, all of about one size."""
     count = min(rows, -(-nbytes // LARGEST_CHUNK))
-    return list(pairwise(rows * index // count for index in range(count + 1)))
+    return list(pairwise(rows * index // max(1, count) for index in range(count + 1)))
 
 
 def cut(file: PartFile, entry: TensorEntry, dtype: torch.dtype) -> tuple[Chunk, ...]:
@@ -156,7 +168,7 @@ def cut_quantised(
 ) -> tuple[Chunk, ...]:
     """The chunks of a matrix of `rows` rows in fewer bits: the tensors `entry` and `scales` of `file`."""
     dtype, scales_dtype = STORED_DTYPES[coding.dtype], STORED_DTYPES[coding.scale_dtype]
-    row, scales_row = entry.nbytes // rows, scales.nbytes // rows
+    row, scales_row = entry.nbytes // max(1, rows), scales.nbytes // max(1, rows)
     return tuple(
         Chunk(
             file,

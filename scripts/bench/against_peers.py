@@ -9,15 +9,16 @@ begins in the page cache, which is the mode for models that fit in RAM.
 
 The peers are small programs in scripts/bench/peers: bloomdesk, a token a pass, and the same on a directory made with
 `convert --form lossless`, whose passes read less; the tutorial of 2022, a block at a time and no KV cache;
-transformers with accelerate's disk offload; llama.cpp; AirLLM. One whose packages are missing is left out with a word
-(pip install accelerate; llama-cpp-python gguf; airllm sentencepiece scipy). A turn takes the prompt in one pass, the
-first token, then one pass for each further token; seconds a token are the median over the latter of all rounds.
+transformers with accelerate's disk offload; llama.cpp; AirLLM; bloomdesk and llama.cpp with four bits a weight, which
+are other weights with other tokens. One whose packages are missing is left out with a word (pip install accelerate;
+llama-cpp-python gguf; airllm sentencepiece scipy). A turn takes the prompt in one pass, the first token, then one pass
+for each further token; seconds a token are the median over the latter of all rounds.
 
 The limit is what no program can beat that keeps as much in RAM as bloomdesk: the bytes that it streams in a pass over
 the rate of the disk, or all weights over the rate of the memory. Both rates are measured in every round; the brake's
 counts unless the disk gives less.
 
-WORK takes 5 times the checkpoint, 6 times if the script makes it.
+WORK takes 6 times the checkpoint, 7 times if the script makes it.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ PEERS = {
     "tutorial": Peer("with_tutorial", ("transformers",), forms.torch_files, "torch"),
     "transformers": Peer("with_transformers", ("transformers", "accelerate"), forms.hub, "hub"),
     "llama.cpp": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.gguf, "bloom.gguf"),
+    "bloomdesk-int4": Peer("with_bloomdesk", (), forms.int4, "int4"),
+    "llama.cpp-Q4_K_M": Peer("with_llama_cpp", ("llama_cpp", "gguf"), forms.four_bits_gguf, "Q4_K_M.gguf"),
     "airllm": Peer("with_airllm", ("airllm",), forms.hub, "hub"),
 }
 COLUMNS = (

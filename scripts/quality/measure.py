@@ -3,7 +3,7 @@
     python -m scripts.quality.measure PLAIN TEXT [--forms DIR ...] [--gguf Q8_0 Q4_0 Q4_K_M] [--tokens 20000]
 
 PLAIN and each DIR are prepared directories of one model; TEXT is what none was trained on. It is cut into windows of
-256 tokens, of which all but the first are scored, each after those before it in its window. With --gguf llama.cpp's
+128 tokens, of which all but the first are scored, each after those before it in its window. With --gguf llama.cpp's
 own quantizer makes files of those kinds from the same weights, beside one in bfloat16, and llama.cpp runs them; they
 are compared with its own bfloat16.
 """
@@ -21,7 +21,7 @@ import torch
 
 import runner
 
-WINDOW = 256
+WINDOW = 128
 # Logits of a window [T, V] in float32.
 Logits = Callable[[Sequence[int]], torch.Tensor]
 
@@ -76,17 +76,6 @@ def llama(path: Path) -> Logits:
     return logits
 
 
-def quantise(plain: Path, kind: str) -> None:
-    """Write what llama.cpp's quantizer makes of a GGUF file beside it."""
-    import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    out = plain.with_name(f"{kind}.gguf")
-    if llama_cpp.llama_model_quantize(str(plain).encode(), str(out).encode(), options):
-        raise SystemExit(f"llama.cpp does not make {kind}")
-
-
 def windows(directory: Path, text: Path, tokens: int) -> list[list[int]]:
     """Whole windows of a text's first tokens."""
     ids = runner.load(directory).tokenizer.encode(text.read_text("utf-8"))[:tokens]
@@ -135,14 +124,15 @@ def main() -> None:
     paths = [given.plain, *given.forms]
     report([path.name for path in paths], paths, [ours(path) for path in paths], given)
     if given.gguf:
-        from scripts.bench.peers.gguf_bloom import write_gguf
+        from scripts.bench.peers.gguf_bloom import quantise, write_gguf
 
         with tempfile.TemporaryDirectory() as work:
             plain = Path(work, "BF16.gguf")
             write_gguf(given.plain, plain)
+            paths = [plain]
             for kind in given.gguf:
-                quantise(plain, kind)
-            paths = [plain, *(plain.with_name(f"{kind}.gguf") for kind in given.gguf)]
+                paths.append(plain.with_name(f"{kind}.gguf"))
+                quantise(plain, paths[-1], kind)
             report([path.stem for path in paths], paths, [llama(path) for path in paths], given)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from runner.estimate import family
 from runner.format.layout import block_file
 from runner.format.manifest import load_manifest
 from scripts.bench import batch as bench_batch
+from scripts.bench import form_products
 from scripts.bench import growth as bench_growth
 from scripts.bench import product as bench_product
 from scripts.bench import self_draft as bench_self_draft
@@ -242,12 +244,34 @@ def test_the_room_that_forms_take(made: Path, tmp_path: Path) -> None:
     assert 12.0e9 < forms.bytes_to_make(tmp_path, None, None, "bloom-3b", ["hub"]) < 12.1e9
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_products_of_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "product.json"
     given = ["--mb", "2", "--rounds", "1", "--threads", "2", "--rows", "1,3", "--columns", "72,300"]
     bench_product.main([*given, "--json", str(out)])
     measured = json.loads(out.read_text())["measured"]
     assert [(each["rows"], each["columns"]) for each in measured] == [(1, 72), (3, 72), (1, 300), (3, 300)]
-    ways = {"bloomdesk, threads: 1", "bloomdesk, threads: 2", "torch, threads: 2", "the memory"}
+    ways = {
+        "bloomdesk, threads: 1",
+        "bloomdesk, threads: 2",
+        "torch, threads: 2",
+        "the memory",
+        "the multipliers",
+    }
     assert all(set(each["rates"]) == ways and min(each["rates"].values()) > 0 for each in measured)
     assert capsys.readouterr().out.count("| rows | 1 | 3 |") == 2
+
+
+def test_products_of_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "forms.json"
+    given = ["--rounds", "1", "--threads", "2", "--rows", "1,3", "--outputs", "30", "--columns", "320"]
+    form_products.main([*given, "--json", str(out)])
+    measured = json.loads(out.read_text())["measured"]
+    assert [each["form"] for each in measured[:5]] == ["plain", "lossless", "int8", "int4", "int5"]
+    assert len(measured) == 5 * 2 * 2
+    assert all(
+        each["share"] == pytest.approx(each["bytes"] / each["memory"]) and each["weights"] > 0
+        for each in measured
+    )
+    assert capsys.readouterr().out.count("| int4 |") == 4

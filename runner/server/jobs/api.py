@@ -21,7 +21,6 @@ from runner.server.bodies import checked, read_object
 from runner.server.engine import Engine
 from runner.server.errors import ApiError, bad_request, explained, quoted
 from runner.server.jobs.batches import (
-    CANCELLED,
     CANCELLING,
     IN_PROGRESS,
     VALIDATING,
@@ -115,6 +114,13 @@ class JobsApi:
 
     async def content(self, request: Request) -> Response:
         file = self._file(request)
+        if not self.files.is_whole(file):
+            raise ApiError(
+                HTTPStatus.INTERNAL_SERVER_ERROR,
+                f"the bytes of {file.id} are missing or damaged on the server's disk: restore them from a copy",
+                "file_id",
+                "damaged",
+            )
         return FileResponse(
             self.files.path(file),
             headers={"x-content-type-options": "nosniff"},
@@ -178,7 +184,7 @@ class JobsApi:
         batch = self._batch(request)
         with _room():
             batch = await run_in_threadpool(self.batches.to, batch, CANCELLING, {VALIDATING, IN_PROGRESS})
-        if batch.status not in (CANCELLING, CANCELLED):
+        if batch.status != CANCELLING:
             raise ApiError(HTTPStatus.CONFLICT, f"the batch is {batch.status}, so it cannot be cancelled")
         self.worker.wake()
         return reply(self.batches.document(batch))

@@ -98,8 +98,15 @@ class Files:
         self.path(file).unlink(missing_ok=True)
         sync_directory(self._directory)
 
+    def is_whole(self, file: StoredFile) -> bool:
+        """Whether as many bytes are there as were stored."""
+        path = self.path(file)
+        return path.is_file() and path.stat().st_size == file.nbytes
+
     def is_sound(self, file: StoredFile) -> bool:
         """Whether the bytes are those that were stored."""
+        if not self.is_whole(file):
+            return False
         sha256 = hashlib.sha256()
         with self.path(file).open("rb") as data:
             while block := data.read(BLOCK):

@@ -99,6 +99,9 @@ class Job:
             self._close_lines(engine)
             self._finish(status.CANCELLED)
             return
+        if self.batch.status in (status.IN_PROGRESS, status.FINALIZING):
+            # So how far it has come is known, whichever model the server has.
+            self._load()
         if self.batch.status == status.FINALIZING and self._has_all():
             self._finish(status.COMPLETED)
             return
@@ -151,19 +154,19 @@ class Job:
             self._pending = []
 
     def tell_progress(self) -> None:
+        self._batches.tell(self.batch, self._progress())
+
+    def _progress(self) -> Progress:
         results = self._results.values()
         ok = sum(result.is_ok for result in results)
         tokens = sum(work.tokens for work in self._open.values())
         tokens += sum(len(text.ids) for each in self._earlier.values() for text in each.texts.values())
-        self._batches.tell(
-            self.batch,
-            Progress(
-                ok,
-                len(results) - ok,
-                sum(result.input_tokens for result in results),
-                sum(result.output_tokens for result in results) + tokens,
-                self.paused,
-            ),
+        return Progress(
+            ok,
+            len(results) - ok,
+            sum(result.input_tokens for result in results),
+            sum(result.output_tokens for result in results) + tokens,
+            self.paused,
         )
 
     def close(self) -> None:
@@ -207,11 +210,15 @@ class Job:
 
     def _load(self) -> None:
         """Find the lines, and what the journal has of them."""
-        if self._journal:
-            return
-        path = self._input()
-        lines = (line for line, _ in lines_of(path, self._settings.most_body_bytes))
-        self._lines = {line.number: line for line in lines}
+        if not self._journal:
+            self._load_journal()
+        if not self._lines:
+            path = self._input()
+            lines = (line for line, _ in lines_of(path, self._settings.most_body_bytes))
+            self._lines, self._path = {line.number: line for line in lines}, path
+            self._todo = deque(number for number in self._lines if number not in self._results)
+
+    def _load_journal(self) -> None:
         self._results, self._earlier = {}, {}
         journal = Journal(self._batches.journal(self.batch))
         try:
@@ -220,8 +227,7 @@ class Job:
         except BaseException:
             journal.close()
             raise
-        self._todo = deque(number for number in self._lines if number not in self._results)
-        self._path, self._journal = path, journal
+        self._journal = journal
 
     def _remember(self, place: Place, record: Record) -> None:
         number = record["line"]
@@ -265,6 +271,7 @@ class Job:
     def _close_lines(self, engine: Engine) -> None:
         for work in self._open.values():
             engine.cancel(work.work)
+            self._earlier[work.number] = Earlier(prompt_digest(work.order), dict(enumerate(work.texts)))
         self._open = {}
 
     def _finish(self, last: str) -> None:
@@ -274,7 +281,7 @@ class Job:
             return
         self._load()
         self.write()
-        results = self._results
+        results, progress = self._results, self._progress()
         bad = [number for number in self._lines if number not in results or not results[number].is_ok]
         good = [number for number in self._lines if number in results and results[number].is_ok]
         created = self.batch.times[status.FINALIZING if last == status.COMPLETED else status.CANCELLING]
@@ -291,8 +298,8 @@ class Job:
             last,
             completed=len(good),
             failed=sum(number in results for number in bad),
-            input_tokens=sum(result.input_tokens for result in results.values()),
-            output_tokens=sum(result.output_tokens for result in results.values()),
+            input_tokens=progress.input_tokens,
+            output_tokens=progress.output_tokens,
             has_output=bool(good),
             has_errors=bool(bad),
         )

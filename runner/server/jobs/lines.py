@@ -10,11 +10,10 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
-from pydantic_core import from_json
 
 from runner.generation.model import Model
 from runner.server import chat, completions
-from runner.server.bodies import checked
+from runner.server.bodies import checked, parsed
 from runner.server.engine import Growth
 from runner.server.errors import ApiError, bad_request, quoted
 from runner.server.jobs.batches import Batch
@@ -90,7 +89,7 @@ def read_line(data: bytes, endpoint: str, most_bytes: int) -> LineBody:
     if len(data) > most_bytes:
         raise bad_request(f"a line may have up to {most_bytes:,} bytes")
     try:
-        found = from_json(data, allow_inf_nan=False)
+        found = parsed(data)
     except ValueError as error:
         raise ApiError(400, f"not valid JSON: {str(error)[:100]}", code="invalid_json_line") from None
     if not isinstance(found, dict):

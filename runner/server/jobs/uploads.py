@@ -21,6 +21,8 @@ KIND = "multipart/form-data"
 FIELDS = ("purpose", "file")
 # Bytes of a field that is no file, and of what a form has around its file.
 MOST_FIELD_BYTES, MOST_FORM_BYTES = 4096, 2**16
+# So many are read that unknown ones can be named.
+MOST_FIELDS = 32
 LONGEST_NAME = 255
 # Slower than this, in bytes a second, a client is taken to be gone.
 SLOWEST = 50_000
@@ -50,7 +52,7 @@ async def read_upload(request: Request, settings: Settings) -> Upload:
         request.headers,
         _bounded(request, settings),
         max_files=1,
-        max_fields=len(FIELDS),
+        max_fields=MOST_FIELDS,
         max_part_size=MOST_FIELD_BYTES,
     )
     try:

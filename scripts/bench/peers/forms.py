@@ -7,6 +7,7 @@
       torch/       the tutorial's way: torch.save of each part
       hub/         transformers and AirLLM: safetensors, a shard for each block, `transformer.` before each name
       bloom.gguf   llama.cpp
+      int4/, Q4_K_M.gguf   bloomdesk's and llama.cpp's four bits
 
 What is there already is kept.
 """
@@ -143,6 +144,21 @@ def gguf(work: Path, directory: Path) -> Path:
     out = work / "bloom.gguf"
     if not out.exists():
         write_gguf(directory, out)
+    return out
+
+
+def int4(work: Path, directory: Path) -> Path:
+    """The int4 form of a prepared directory."""
+    return convert(directory, work / "int4", "--form", "int4")
+
+
+def four_bits_gguf(work: Path, directory: Path) -> Path:
+    """What llama.cpp's own quantizer makes of the GGUF file in `work`."""
+    out = work / "Q4_K_M.gguf"
+    if not out.exists():
+        from scripts.bench.peers.gguf_bloom import quantise
+
+        quantise(gguf(work, directory), out, "Q4_K_M")
     return out
 
 

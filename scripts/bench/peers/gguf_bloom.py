@@ -60,6 +60,16 @@ def write_gguf(directory: Path, out: Path) -> None:
     unfinished.replace(out)
 
 
+def quantise(plain: Path, out: Path, kind: str) -> None:
+    """Write what llama.cpp's own quantizer makes of a GGUF file, `kind` of bits. Raises RuntimeError if it does not."""
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(out).encode(), options):
+        raise RuntimeError(f"llama.cpp does not make {kind}")
+
+
 def tensors(directory: Path, model: Hyperparameters) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor by its GGUF name, in the order of a pass."""
     blocks = {

@@ -92,6 +92,42 @@ def test_bytes_and_values_are_those_of_the_reference(coding: Coding, weight: tor
             assert own[0].tolist() == reference.int8_weights(data, scales, len(row), name)
 
 
+@st.composite
+def stored_bytes(draw: st.DrawFn, coding: Coding, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any integers, scales and minimums of 4 rows of 256 columns, whose units are of about the same size."""
+    seed, size = (
+        draw(st.integers(0, 999)),
+        draw(st.integers(-12, 0) if dtype == "F16" else st.integers(-126, 90)),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    data, scales = (
+        torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        for shape in ((4, 256 * coding.nbytes // coding.columns), (4, 16))
+    )
+    if coding is INT8:
+        units = (1 + torch.rand(4, 4, generator=generator)) * 2.0**size
+        return data.view(torch.int8), units.bfloat16()
+    units = (1 + torch.rand(4, 2, generator=generator)) * 2.0 ** (size - draw(st.integers(0, 4)))
+    scales[:, :4] = units.bfloat16().view(torch.uint8)
+    return data, scales
+
+
+@SOME
+@given(st.sampled_from(list(CODINGS.values())), st.sampled_from(list(DTYPES)), st.data())
+def test_any_bytes_are_decoded_to_the_values_of_the_reference(
+    coding: Coding, dtype: str, data: st.DataObject
+) -> None:
+    """Many of them lie halfway between two numbers of the dtype."""
+    tensors = data.draw(stored_bytes(coding, dtype))
+    found = dequantised(tensors, (4, 256), coding, dtype).tolist()
+    for place in range(4):
+        row = [bytes(as_bytes(each[place])) for each in tensors]
+        if coding is INT8:
+            assert found[place] == reference.int8_weights(*row, 256, dtype)
+        else:
+            assert found[place] == reference.int45_weights(*row, 256, 4 if coding is INT4 else 5, dtype)
+
+
 @SOME
 @given(st.data())
 def test_a_product_has_the_bits_of_that_with_the_decoded_weights(data: st.DataObject) -> None:
@@ -176,11 +212,12 @@ def test_what_is_no_number_is_refused(coding: Coding, value: float, dtype: str) 
         quantised(weight, coding)
 
 
-def test_large_float16_weights_stay_finite_or_are_refused() -> None:
-    weight = normal(3, 100, scale=1.0).half()
-    weight[0, 0] = 29_000
+@pytest.mark.parametrize(("dtype", "large", "larger"), [("F16", 29_000, 65_000), ("BF16", 9e31, 2e32)])
+def test_large_weights_stay_finite_or_are_refused(dtype: str, large: float, larger: float) -> None:
+    weight = normal(3, 100, scale=large / 29_000).to(DTYPES[dtype])
+    weight[0, 0] = large
     assert all(there_and_back(weight, coding).isfinite().all() for coding in CODINGS.values())
-    weight[0, 0] = 65_000
+    weight[0, 0] = larger
     with pytest.raises(ValueError, match="too large"):
         quantised(weight, INT5)
 

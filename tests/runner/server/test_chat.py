@@ -102,6 +102,15 @@ def test_a_model_without_a_template_names_the_other_endpoint(client: TestClient)
     assert "/v1/completions" in error["message"] and "--chat-template" in error["message"]
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
+
+
+def test_an_image_is_refused_by_name(chatting: TestClient) -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, IMAGE]}]
+    error = chatting.post("/v1/chat/completions", json={"messages": messages}).json()["error"]
+    assert error["param"] == "messages.0.content.1.type" and "found 'image_url'" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -112,6 +121,9 @@ def test_a_model_without_a_template_names_the_other_endpoint(client: TestClient)
         ({"tools": []}, "tools"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 101}, "top_logprobs"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type"),
         ({"echo": True}, "echo"),
     ],
     ids=str,

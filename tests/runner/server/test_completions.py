@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import runner
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions, Sampling
 from runner.generation.scorer import Text
+from runner.server.settings import Settings
+from tests.support.grammars import LATER, MANY_WAYS
 from tests.support.prompts import tokens
 from tests.support.serving import Exchange, client_of, comments, events, serving
 
@@ -192,6 +195,35 @@ def test_scoring_alone_needs_no_new_token(client: TestClient, model: Model) -> N
     assert complete(client, prompt=text, echo=True, max_tokens=0)["choices"][0]["text"] == text
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_token_begins_where_its_own_first_character_is(client: TestClient, echo: bool) -> None:
+    """Also after bytes that are no character, in a prompt and where the new text begins."""
+    source = random.Random(1)
+    prompts = [[source.randrange(4, 1000) for _ in range(9)] for _ in range(60)]
+    fields = {"prompt": prompts, "max_tokens": 6, "temperature": 50, "seed": 1, "logprobs": 0, "echo": echo}
+    after_bytes = 0
+    for choice in complete(client, **fields)["choices"]:
+        text, last = choice["text"], ""
+        shown = zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True)
+        for name, offset in shown:
+            if not name.startswith(("bytes:", "<")):
+                assert text[offset:].startswith(name), (text, name, offset)
+                after_bytes += last.startswith("bytes:") and text[offset - 1] == "\ufffd"
+            last = name
+    assert after_bytes > 5
+
+
+def test_a_stop_after_an_unfinished_character_is_not_listed(client: TestClient, model: Model) -> None:
+    tokenizer = model.tokenizer
+    half = next(id_ for id_ in range(4, 1000) if tokenizer.token_bytes(id_)[:1] >= b"\xe4")
+    (stop,) = tokenizer.encode("a")
+    fields = {"temperature": 1e-3, "seed": 1, "logit_bias": {str(half): 1e5, str(stop): 1e5 - 10}}
+    fields |= {"frequency_penalty": 100, "max_tokens": 4, "logprobs": 0, "stop": "a"}
+    (choice,) = complete(client, prompt="x", **fields)["choices"]
+    assert choice["text"] == "\ufffd" and choice["finish_reason"] == "stop"
+    assert [name[:6] for name in choice["logprobs"]["tokens"]] == ["bytes:"]
+
+
 def test_a_stream_has_the_same_text_and_ends_with_done(client: TestClient, model: Model) -> None:
     body = {"prompt": "The quick", "temperature": 0, "max_tokens": 8, "stream": True}
     response = client.post("/v1/completions", json=body | {"stream_options": {"include_usage": True}})
@@ -226,6 +258,11 @@ def test_a_stop_text_ends_the_text_and_is_no_part_of_it(client: TestClient, mode
         ({"prompt": [99999]}, "prompt", "outside the vocabulary"),
         ({"prompt": "x", "n": 2, "temperature": 0}, "n", "above 0"),
         ({"prompt": "x", "n": 3, "best_of": 2}, "best_of", "at least n"),
+        ({"prompt": "x", "best_of": 129}, "best_of", "at most 128"),
+        ({"prompt": "x", "best_of": 2, "temperature": 0}, "best_of", "above 0"),
+        ({"prompt": "x", "min_tokens": 20, "max_tokens": 5}, "min_tokens", "more than the text may get, 5"),
+        ({"prompt": "x", "min_tokens": 1, "max_tokens": 0, "echo": True}, "min_tokens", "may get, 0"),
+        ({"prompt": "x", "stop": [1]}, "stop.0", "valid string"),
         ({"prompt": "x", "best_of": 2, "stream": True}, "best_of", "streamed"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens", "at least 1"),
         ({"prompt": "x", "max_tokens": 10**8}, "max_tokens", "of RAM are too little"),
@@ -248,6 +285,21 @@ def test_a_stop_text_ends_the_text_and_is_no_part_of_it(client: TestClient, mode
             "response_format",
             "cannot be used",
         ),
+        (
+            {"prompt": "x", "response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+            "found json_object",
+        ),
+        (
+            {"prompt": "x", "response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+            "found text",
+        ),
+        (
+            {"prompt": "x", "response_format": {"type": "json_object"}, "ignore_eos": True},
+            "ignore_eos",
+            "exclude each other",
+        ),
     ],
     ids=str,
 )
@@ -261,3 +313,19 @@ def test_what_is_refused_is_named(client: TestClient, fields: dict, param: str, 
 def test_another_model_is_not_found(client: TestClient) -> None:
     response = client.post("/v1/completions", json={"model": "gpt-4", "prompt": "x"})
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "schema", [MANY_WAYS, LATER, {"$ref": "#"}, {"type": "string", "pattern": "^(a?){500}a{500}$"}]
+)
+def test_a_schema_that_cannot_be_followed_is_a_400_that_names_it(model: Model, schema: dict) -> None:
+    """Whether that shows at once or at a later token."""
+    format_ = {"type": "json_schema", "json_schema": {"schema": schema}}
+    with client_of(model, Settings(first_byte=60)) as client:
+        response = client.post(
+            "/v1/completions", json={"prompt": "x", "max_tokens": 20, "response_format": format_}
+        )
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "response_format")
+        assert "cannot be" in error["message"]
+        assert complete(client, prompt="x")["choices"][0]["finish_reason"] == "length"

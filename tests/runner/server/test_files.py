@@ -15,8 +15,8 @@ from runner.errors import BloomdeskError
 from runner.generation.model import Model
 from runner.server.jobs.data import data_directory
 from runner.server.settings import Settings
-from tests.support.jobs import begin, ended, line, new_data, openai_of
-from tests.support.serving import client_of
+from tests.support.jobs import COMPLETIONS, begin, ended, line, new_data, openai_of
+from tests.support.serving import client_of, wait_for
 
 pytest.importorskip("python_multipart")
 CONTENT = bytes(range(256)) * 20_000
@@ -46,6 +46,19 @@ def test_a_file_comes_back_as_it_was_sent(openai: OpenAI) -> None:
     assert response.content == CONTENT
     assert response.response.headers["x-content-type-options"] == "nosniff"
     assert "attachment" in response.response.headers["content-disposition"]
+
+
+@pytest.mark.parametrize("left", [None, b"", CONTENT[:-1]])
+def test_a_file_whose_bytes_are_gone_is_named(openai: OpenAI, data: Path, left: bytes | None) -> None:
+    sent = openai.files.create(file=("a", CONTENT), purpose="batch")
+    path = data / "files" / f"{sent.id}.data"
+    path.unlink() if left is None else path.write_bytes(left)
+    with pytest.raises(APIStatusError, match=f"{sent.id} are missing or damaged") as error:
+        openai.files.content(sent.id)
+    assert error.value.status_code == 500
+    batch = openai.batches.create(input_file_id=sent.id, endpoint=COMPLETIONS, completion_window="24h")
+    wait_for(lambda: "missing or damaged" in (openai.batches.retrieve(batch.id).paused or ""))
+    openai.batches.cancel(batch.id)
 
 
 def test_files_are_listed_by_pages_and_by_purpose(openai: OpenAI) -> None:
@@ -92,6 +105,12 @@ def test_a_name_that_a_client_made_up_is_not_found(client: TestClient, name: str
         ({}, {"file": ("a", b"x")}, 400, "purpose"),
         ({"purpose": "batch", "file": "text"}, {"other": ("a", b"x")}, 400, "other"),
         ({"purpose": "batch", "expires_after": "1"}, {"file": ("a", b"x")}, 400, "expires_after"),
+        (
+            {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"},
+            {"file": ("a", b"x")},
+            400,
+            "expires_after[anchor]",
+        ),
         ({"purpose": "batch"}, {"file": ("a", b"x" * 6_000_001)}, 413, "file"),
         ({"purpose": "batch"}, {"file": ("a", b"x" * 7_000_000)}, 413, "file"),
         ({"purpose": "batch" * 1000}, {"file": ("a", b"x")}, 400, None),

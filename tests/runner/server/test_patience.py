@@ -10,6 +10,7 @@ import pytest
 from starlette.applications import Starlette
 
 from runner.generation.model import Model
+from runner.server.answers import MOST_KEPT
 from runner.server.engine import Engine
 from runner.server.settings import Settings
 from tests.support.serving import Exchange, GatedModel, comments, events, serving, soon
@@ -101,6 +102,43 @@ def test_a_result_is_kept_for_an_hour(model: Model) -> None:
             now[0] = 3601.0
             again = await Exchange(app, PATH, BODY).document()
             assert again["id"] != first["id"] and again["choices"] == first["choices"]
+
+    run(test)
+
+
+def test_unfinished_answers_are_kept_when_many_others_end(gated: GatedModel) -> None:
+    def short(number: int) -> dict:
+        return BODY | {"max_tokens": 1, "user": f"{number}"}
+
+    def named(exchange: Exchange) -> bytes:
+        return dict(exchange.messages[0]["headers"])[b"x-request-id"]
+
+    async def test() -> None:
+        async with serving(gated) as (app, _):
+            first = Exchange(app, PATH, BODY | {"stream": True})
+            await soon(lambda: len(gated.begun) == 1)
+            first.leave()
+            gated.let(10**6)
+            await first.task
+            ended = [await Exchange(app, PATH, short(number)).document() for number in range(MOST_KEPT + 1)]
+            again = Exchange(app, PATH, BODY | {"stream": True})
+            await again.task
+            assert named(again) == named(first)
+            latest = await Exchange(app, PATH, short(MOST_KEPT)).document()
+            oldest = await Exchange(app, PATH, short(0)).document()
+            assert latest["id"] == ended[-1]["id"] and oldest["id"] != ended[0]["id"]
+
+    run(test)
+
+
+def test_the_last_answer_is_kept_however_long(model: Model) -> None:
+    """200,000 tokens are kept, those beside others counted."""
+    long = {"prompt": [[5] * 150] * 16, "max_tokens": 1, "seed": 1, "echo": True, "logprobs": 100}
+
+    async def test() -> None:
+        async with serving(model) as (app, _):
+            first = await Exchange(app, PATH, long).document()
+            assert (await Exchange(app, PATH, long).document())["id"] == first["id"]
 
     run(test)
 

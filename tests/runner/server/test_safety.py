@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -11,6 +12,7 @@ from starlette.testclient import TestClient
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
 from runner.server.settings import Settings
+from tests.support.jobs import new_data
 from tests.support.serving import Exchange, client_of, serving
 
 PATH = "/v1/completions"
@@ -77,6 +79,27 @@ def test_what_is_no_object_is_a_400(client: TestClient, body: bytes) -> None:
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"prompt": "x", "prompt": "y"}', "prompt"),
+        (b'{"prompt": "x", "logit_bias": {"1": 1, "1": 2}}', "1"),
+        (b'{"prompt": "x", "se\\u0065d": 1, "seed": 2}', "seed"),
+    ],
+)
+def test_a_name_that_comes_twice_is_refused(client: TestClient, body: bytes, name: str) -> None:
+    response = client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    assert "more than once" in response.json()["error"]["message"]
+
+
+def test_a_key_of_any_letters_opens(model: Model) -> None:
+    with client_of(model, Settings(keys=("kéy à", "other"))) as client:
+        for key, status in (("kéy à", 200), ("kéy", 401), ("other", 200)):
+            headers = {"Authorization": f"Bearer {key}".encode()}
+            assert client.get("/v1/models", headers=headers).status_code == status
+
+
 def test_bodies_have_a_bound(model: Model) -> None:
     with client_of(model, Settings(most_body_bytes=1000)) as client:
         assert client.post(PATH, json=BODY | {"prompt": "x" * 1000}).status_code == 413
@@ -110,6 +133,23 @@ def test_a_slow_sender_is_told_so(model: Model) -> None:
             exchange._incoming.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
             found = await exchange.document()
             assert exchange.status == 408 and "too long" in found["error"]["message"]
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
+def test_a_body_that_has_not_come_holds_up_no_end(model: Model, tmp_path: Path, kind: str) -> None:
+    async def test() -> None:
+        async with serving(model, data=new_data(tmp_path / "data")) as (app, engine):
+            path = "/v1/files" if "form" in kind else PATH
+            exchange = Exchange(app, path, b"", {"content-type": kind})
+            exchange._incoming.get_nowait()
+            exchange._incoming.put_nowait({"type": "http.request", "body": b"--b", "more_body": True})
+            await asyncio.sleep(0.01)
+            assert not exchange.messages
+            engine.stop()
+            found = await exchange.document()
+            assert exchange.status == 503 and found["error"]["code"] == "shutting_down"
 
     asyncio.run(test())
 

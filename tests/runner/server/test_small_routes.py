@@ -71,6 +71,14 @@ def test_every_path_is_described(client: TestClient) -> None:
     assert found["openapi"] == "3.1.0"
     paths = {route.path.replace(":path}", "}") for route in client.app.routes}
     assert set(found["paths"]) == paths - {"/openapi.json"} - PATHS
+    for methods in found["paths"].values():
+        for operation in methods.values():
+            assert {"200", "401", "403", "500", "503"} <= set(operation["responses"])
+            assert ("415" in operation["responses"]) == ("requestBody" in operation)
+    files = found["paths"]["/v1/files"]
+    names = [each["name"] for each in files["get"]["parameters"]]
+    assert names == ["after", "limit", "order", "purpose"] and "507" in files["post"]["responses"]
+    assert "409" in found["paths"]["/v1/batches/{batch_id}/cancel"]["post"]["responses"]
     schema = found["components"]["schemas"]["CompletionBody"]
     assert schema["additionalProperties"] is False and schema["required"] == ["prompt"]
     assert {"best_of", "echo", "logit_bias", "min_p", "response_format"} <= set(schema["properties"])
