@@ -138,7 +138,7 @@ def forecast(
 ) -> Forecast:
     """Forecast of a prompt and of `new_tokens` passes of one row, in `ram` bytes of which `process` are taken.
 
-    The weights are spread over as many disks as there are `shares`; a draft model takes `draft` bytes. Raises
+    The weights are spread over as many disks as there are `shares`, and a draft model takes `draft` bytes. Raises
     `BloomdeskError` if the RAM is too little.
     """
     of_disks = [chunk_bytes(model, stored, Slice(index, shares)) for index in range(len(shares))]

@@ -30,9 +30,9 @@ from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, load_manifest
+from runner.format.manifest import Manifest
 from runner.format.quantised import QUANTISED_FORMS
-from runner.format.slice_set import SliceSet, find_slices, require_all_slices
+from runner.format.slice_set import SliceSet, find_all_slices, find_slices, require_all_slices
 from runner.format.slices import even
 from runner.generation.memory_plan import default_total
 from runner.generation.speculation.draft_model import bytes_beside_weights
@@ -77,14 +77,19 @@ class Drafting:
 
     @classmethod
     def of(
-        cls, draft: Manifest, held: Manifest, rates: Rates, capacity: int, expected: Callable[[int], Forecast]
+        cls,
+        draft: SliceSet,
+        held: SliceSet,
+        rates: Rates,
+        capacity: int,
+        expected: Callable[[int], Forecast],
     ) -> Drafting:
         """`expected` forecasts passes of `held` beside a draft of some bytes."""
-        known = held.source_fingerprint
-        stored, is_form = stored_as([draft]), known is not None and draft.source_fingerprint == known
-        nbytes = sum(chunk_bytes(draft.model, stored))
-        nbytes += bytes_beside_weights(draft.model, 1, capacity, is_form=is_form)
-        seconds = limit(weight_bytes(draft.model), 0, rates, stored) + SECONDS_BY_BLOCK * draft.model.n_layer
+        model, stored = draft.first.model, stored_as([*draft.manifests.values()])
+        is_form = draft.source_fingerprint == held.source_fingerprint != ""
+        nbytes = sum(chunk_bytes(model, stored))
+        nbytes += bytes_beside_weights(model, 1, capacity, is_form=is_form)
+        seconds = limit(weight_bytes(model), 0, rates, stored) + SECONDS_BY_BLOCK * model.n_layer
         return cls(is_form, nbytes, seconds, expected(nbytes))
 
 
@@ -151,7 +156,7 @@ def plan(
         raise BloomdeskError(
             f"{draft} drafts for a prepared directory, and there is none", "leave out --draft"
         )
-    drafts = load_manifest(draft) if draft else None
+    drafts = find_all_slices(draft) if draft else None
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
@@ -167,21 +172,22 @@ def plan(
 
     shares = slices.shares if held and slices is not None else even(1)
 
-    def beside(nbytes: int) -> Forecast:
-        stored = stored_as([*slices.manifests.values()])
-        return forecast(model, chosen, process, found, prompt_tokens, tokens, stored, shares, nbytes)
-
     def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
             return forecast(model, size, process, found, prompt_tokens, tokens, stored, shares)
 
         return Form(stored.form, disk_bytes(model, stored), expected(chosen), _others(expected))
 
-    own = form(stored_as([*slices.manifests.values()]) if held and slices is not None else PLAIN_STORED)
+    held_as = stored_as([*slices.manifests.values()]) if held and slices is not None else PLAIN_STORED
+    own = form(held_as)
     lossless = (Stored(LOSSLESS, LOSSLESS_SHARE),) if model.dtype == CODED_DTYPE else ()
     choices = (*lossless, *map(Stored, QUANTISED_FORMS)) if own.form == PLAIN else ()
     others = {stored.form: form(stored) for stored in choices}
-    drafting = Drafting.of(drafts, held, found, prompt_tokens + tokens, beside) if drafts else None
+
+    def beside(draft_nbytes: int) -> Forecast:
+        return forecast(model, chosen, process, found, prompt_tokens, tokens, held_as, shares, draft_nbytes)
+
+    drafting = Drafting.of(drafts, slices, found, prompt_tokens + tokens, beside) if drafts else None
     return Plan(name, model, free_bytes(place), found, own, others, held, load, drafting)
 
 

@@ -64,6 +64,12 @@ class SliceSet:
         known = [each.fingerprint for each in self.manifests.values() if each.fingerprint is not None]
         return known[0] if known else digest({"slices": [_hashes(each) for each in self.manifests.values()]})
 
+    @property
+    def source_fingerprint(self) -> str:
+        """The same for all forms of one model; empty if slices do not know of which whole they were cut."""
+        found = {each.source_fingerprint for each in self.manifests.values()}
+        return (found.pop() or "") if len(found) == 1 else ""
+
 
 def find_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     """The directory and those that hold its other slices, looked for in `also` first, then where they were made.

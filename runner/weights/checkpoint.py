@@ -40,7 +40,7 @@ class Weights:
     """All weights of a model; nothing of the matrices is read before its use.
 
     fingerprint      what distinguishes these weights from all others, whatever their form
-    model_identity   the same for all forms of one model, those in fewer bits too; None if it is not known
+    model_identity   the same for all forms of one model, those in fewer bits too; empty if it is not known
     embedding        matrix word_embeddings.weight [V, E], vectors word_embeddings_layernorm.{weight,bias} [E]
     blocks           one part of 12 tensors for each block, see `layout.block_tensors`
     final_layernorm  vectors weight, bias [E]
@@ -50,7 +50,7 @@ class Weights:
 
     model: Hyperparameters
     fingerprint: str
-    model_identity: str | None
+    model_identity: str
     embedding: Part
     blocks: tuple[Part, ...]
     final_layernorm: Part
@@ -93,11 +93,14 @@ class Weights:
                 matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
-        count = model.n_layer
+        count, known = model.n_layer, (slices.fingerprint, slices.source_fingerprint)
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        known = slices.fingerprint, slices.first.source_fingerprint
         return cls(model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel)
+
+    def is_form_of(self, other: Weights) -> bool:
+        """Whether both are known to be made from the same weights."""
+        return self.model_identity != "" and self.model_identity == other.model_identity
 
     def with_vectors_of(self, other: Weights) -> Weights:
         """These weights with the vectors of another form of the same model, so that these are in RAM once."""

@@ -296,8 +296,8 @@ def plan(
         int, typer.Option(metavar="N", min=1, help="Tokens to generate.")
     ] = GenerationOptions.max_new_tokens,
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
-    also: Also = None,
     draft: Draft = None,
+    also: Also = None,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""

@@ -64,7 +64,7 @@ class DraftModel:
         """Raises `BloomdeskError` if the directory is not a sound prepared checkpoint, or has other tokens."""
         before = memory.memory_in_use()
         weights = Weights.open(directory)
-        is_form = large.model_identity is not None and weights.model_identity == large.model_identity
+        is_form = weights.is_form_of(large)
         if is_form:
             weights = weights.with_vectors_of(large)
         else:

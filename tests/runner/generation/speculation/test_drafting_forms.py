@@ -367,6 +367,20 @@ def test_other_weights_are_an_ordinary_draft(forms: Forms, alone, free, kept) ->
         assert run(running) == alone(PLAIN, GREEDY) and running.proposed > 20
 
 
+def test_forms_that_are_spread_over_disks_draft_too(forms: Forms, alone, free, kept, tmp_path: Path) -> None:
+    source = forms(PLAIN)
+    for form in (LOSSLESS, INT4_FORM):
+        convert(source, tmp_path / form, form=form, also=[tmp_path / f"{form} 2"])
+    for form, draft in ((tmp_path / LOSSLESS, forms(INT4_FORM)), (source, tmp_path / INT4_FORM)):
+        running = batched(runner.load(form), requests(DRAWN), 3, "off", draft)
+        assert running.proposer.draft.is_form and run(running) == alone(PLAIN, DRAWN)
+
+
+def test_weights_of_unknown_source_are_no_form(forms: Forms) -> None:
+    unknown = replace(runner.load(forms(PLAIN)).weights, model_identity="")
+    assert not unknown.is_form_of(unknown)
+
+
 def test_one_that_was_edited_is_none(forms: Forms, tmp_path: Path) -> None:
     """Its manifest says what it was made from, and itself whether anybody changed that."""
     model = runner.load(forms(PLAIN))
