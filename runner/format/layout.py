@@ -13,6 +13,7 @@ from runner.format.coded import (
     CODING_VERSION,
     LARGEST_CODED,
     PLAIN,
+    ROW_GROUP_ROWS,
     ROW_GROUPS_SUFFIX,
     row_group_count,
 )
@@ -26,6 +27,7 @@ from runner.format.quantised import (
     coding_of,
 )
 from runner.format.safetensors import Described, Shape, encode_header, tensor_nbytes
+from runner.format.slices import Slice
 
 MANIFEST = "manifest.json"
 MANIFEST_BACKUP = "manifest.backup.json"
@@ -38,6 +40,7 @@ COMPANIONS = (*REQUIRED_COMPANIONS, "tokenizer_config.json", "special_tokens_map
 EMBEDDING = "embedding.safetensors"
 FINAL_LAYERNORM = "final_layernorm.safetensors"
 HEAD = "head.safetensors"
+QUERY_KEY_VALUE = "self_attention.query_key_value.weight"
 # A part's data starts on a page.
 DATA_ALIGNMENT = 4096
 
@@ -51,8 +54,22 @@ class PartSpec:
 
     @property
     def matrices(self) -> dict[str, Shape]:
-        """The tensors that all forms but the plain one code."""
+        """The tensors that all forms but the plain one code, and of which a slice has some rows."""
         return {name: shape for name, shape in self.tensors.items() if len(shape) == 2}
+
+    def rows(self, model: Hyperparameters, own: Slice | None) -> dict[str, range]:
+        """The rows of each matrix that are in a slice, by name; all of them without one."""
+        found = {}
+        for name, (count, _) in self.matrices.items():
+            unit = 3 * model.head_dim if name == QUERY_KEY_VALUE else ROW_GROUP_ROWS
+            found[name] = own.rows(count, unit) if own is not None else range(count)
+        return found
+
+    def sliced(self, model: Hyperparameters, own: Slice | None) -> PartSpec:
+        """What a slice has of the part: fewer rows of each matrix, and the vectors."""
+        rows = self.rows(model, own)
+        shapes = {name: (len(rows[name]), shape[1]) for name, shape in self.matrices.items()}
+        return PartSpec(self.file, {**self.tensors, **shapes})
 
     def nbytes(self, dtype: str) -> int:
         """Bytes of the tensors alone, uncoded."""
@@ -100,7 +117,7 @@ def block_tensors(hidden_size: int) -> dict[str, Shape]:
     return {
         "input_layernorm.weight": (E,),
         "input_layernorm.bias": (E,),
-        "self_attention.query_key_value.weight": (3 * E, E),
+        QUERY_KEY_VALUE: (3 * E, E),
         "self_attention.query_key_value.bias": (3 * E,),
         "self_attention.dense.weight": (E, E),
         "self_attention.dense.bias": (E,),
@@ -113,8 +130,15 @@ def block_tensors(hidden_size: int) -> dict[str, Shape]:
     }
 
 
-def part_specs(model: Hyperparameters) -> tuple[PartSpec, ...]:
-    """All parts of a model in the order of a pass: embedding, blocks, final LayerNorm, and a head that is not tied."""
+def part_specs(model: Hyperparameters, own: Slice | None = None) -> tuple[PartSpec, ...]:
+    """All parts of a model in the order of a pass: embedding, blocks, final LayerNorm, and a head that is not tied.
+
+    Those of a slice have fewer rows.
+    """
+    return tuple(spec.sliced(model, own) for spec in _whole_parts(model))
+
+
+def _whole_parts(model: Hyperparameters) -> tuple[PartSpec, ...]:
     E = model.hidden_size
     embedding = {
         "word_embeddings.weight": (model.vocab_size, E),

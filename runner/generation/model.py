@@ -75,7 +75,7 @@ class Model(ModelRunner):
         A pass may have up to `rows` rows, by default as many as the cache has positions.
         """
         plan = self.memory_plan(capacity, capacity if rows is None else rows)
-        self.weights.stream.arrange(plan.resident, plan.buffers)
+        self.arrange(plan)
         return self.new_cache(capacity)
 
     def generate(

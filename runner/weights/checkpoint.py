@@ -15,6 +15,7 @@ from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbyt
 from runner.format.manifest import PartRecord, load_manifest
 from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
+from runner.format.slices import Slice
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised
@@ -54,6 +55,13 @@ class Weights:
     head: Matrix
     stream: Stream
     kernel: Kernel
+    slice: Slice | None = None
+
+    @property
+    def heads(self) -> range:
+        """The heads whose rows of query_key_value are here."""
+        heads = self.model.n_head
+        return range(heads) if self.slice is None else self.slice.rows(heads)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +100,8 @@ class Weights:
         for spec, (vectors, chunks_by_name) in zip(specs, opened, strict=True):
             matrices = {}
             for name, chunks in chunks_by_name.items():
-                matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
+                shape = spec.matrices[name]
+                matrices[name] = Matrix(shape, dtype, chunks, index, stream, kernel, range(shape[0]))
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
         fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
