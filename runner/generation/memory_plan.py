@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runner import units
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.model.activations import activation_bytes
-from runner.model.kv_cache import JoinedValues, KVCache, whole_lanes
+from runner.model.kv_cache import CacheShape, JoinedValues, KVCache, OwnHeads, whole_lanes
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
 from runner.weights.chunks import buffer_bytes
@@ -22,13 +22,25 @@ MARGIN = 48 * 2**20
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Another machine that makes the same passes, with `heads` of the heads and chunks of its own, in bytes."""
+
+    name: str
+    ram: int
+    process: int
+    chunks: tuple[int, ...]
+    heads: int
+
+
+@dataclass(frozen=True)
 class MemoryRequest:
     """What passes need: `ram` bytes in all, of which the process already holds `process`.
 
     The matrices of `model` are in chunks of `chunks` bytes, in the order of a pass. There is a cache for each of
     `capacities` positions, and a pass has up to `rows` rows, of which `logit_rows` give logits. `draft` is the bytes
     of a draft model with its caches. The chunks `keep` are in RAM already, and stay there if they fit. `shared`
-    positions of the caches are the same memory as others, and sequences of up to `joined` positions share some.
+    positions of the caches are the same memory as others, and sequences of up to `joined` positions share some. Caches
+    are of `heads` heads, by default of all. Of other `machines` each must have the RAM for such passes, too.
     """
 
     model: Hyperparameters
@@ -42,6 +54,26 @@ class MemoryRequest:
     keep: frozenset[int] = frozenset()
     shared: int = 0
     joined: int = 0
+    heads: int | None = None
+    machines: tuple[Machine, ...] = ()
+
+    def on(self, machine: Machine) -> MemoryRequest:
+        """What such passes need on another machine, which has no draft model."""
+        return replace(
+            self,
+            chunks=machine.chunks,
+            ram=machine.ram,
+            process=machine.process,
+            heads=machine.heads,
+            draft=0,
+            keep=frozenset(),
+            machines=(),
+        )
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        heads = self.model.n_head if self.heads is None else self.heads
+        return OwnHeads(self.model.n_layer, heads, self.model.head_dim)
 
     @property
     def batch(self) -> int:
@@ -56,13 +88,13 @@ class MemoryRequest:
     @property
     def cache(self) -> int:
         """Bytes of all KV caches."""
-        return KVCache.nbytes(self.model, self.positions, TORCH_DTYPES[self.model.dtype])
+        return KVCache.nbytes(self.cache_shape, self.positions, TORCH_DTYPES[self.model.dtype])
 
     @property
     def activations(self) -> int:
         """Bytes of the activations of one pass."""
         dtype, longest = TORCH_DTYPES[self.model.dtype], max(self.capacities)
-        joined = JoinedValues.nbytes(self.model, self.joined, dtype) if self.joined else 0
+        joined = JoinedValues.nbytes(self.cache_shape, self.joined, dtype) if self.joined else 0
         return activation_bytes(self.model, self.rows, longest, dtype.itemsize, self.logit_rows) + joined
 
     @property
@@ -81,7 +113,12 @@ class MemoryRequest:
 
     @property
     def fits(self) -> bool:
-        """Whether the RAM is enough."""
+        """Whether the RAM is enough, on all machines."""
+        return self.fits_here and all(self.on(machine).fits_here for machine in self.machines)
+
+    @property
+    def fits_here(self) -> bool:
+        """Whether the RAM of this machine is enough."""
         return self.spare >= self.least_weights
 
 
@@ -125,12 +162,19 @@ def memory_plan(request: MemoryRequest) -> MemoryPlan:
     `BloomdeskError` if the RAM is too little even to stream everything.
     """
     if not request.fits:
-        raise _too_little(request)
+        raise _too_little(request) if not request.fits_here else _too_little_elsewhere(request)
     buffers = 0
     if request.spare < sum(request.chunks):
         buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, request.spare // 8 // request.buffer_nbytes))
     room = request.spare - buffers * request.buffer_nbytes
     return MemoryPlan(request, buffers, spread(request.chunks, room, request.keep))
+
+
+def _too_little_elsewhere(request: MemoryRequest) -> BloomdeskError:
+    """The error for the first other machine whose RAM is too little."""
+    lacking = next(each for each in request.machines if not request.on(each).fits_here)
+    found = _too_little(request.on(lacking))
+    return BloomdeskError(f"on {lacking.name}, {found.message}", found.hint)
 
 
 def _too_little(request: MemoryRequest) -> BloomdeskError:

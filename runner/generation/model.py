@@ -63,7 +63,10 @@ class Model(ModelRunner):
         """What passes of up to `rows` rows need, with a cache for each of `capacities` positions."""
         chunks = tuple(chunk.nbytes for chunk in self.weights.stream.chunks)
         process = self.process_nbytes + self.grammars.nbytes
-        return MemoryRequest(self.weights.model, chunks, self.ram, process, tuple(capacities), rows)
+        heads = len(self.weights.heads)
+        return MemoryRequest(
+            self.weights.model, chunks, self.ram, process, tuple(capacities), rows, heads=heads
+        )
 
     def memory_plan(self, capacity: int, rows: int) -> MemoryPlan:
         """The memory plan for one sequence. Raises `BloomdeskError` if the RAM is too little."""

@@ -1,0 +1,114 @@
+"""Rank 0: it has the prompts, the batch and the text, and tells the others each pass before it makes its own part."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from runner.cluster import orders
+from runner.cluster.gather import SliceGather
+from runner.cluster.group import SECONDS_BETWEEN_SIGNS, Group
+from runner.errors import LastingFailure
+from runner.generation.memory_plan import Machine, MemoryPlan, MemoryRequest
+from runner.generation.model import Model
+from runner.model.forward import OnPart
+from runner.model.kv_cache import Segment
+
+
+class Lead:
+    """Gives the orders. Once one pass has failed, the ranks are not at one place any more, and every later one fails.
+
+    While nothing happens, a thread asks the others for a sign of life; `on_failure` is called there if one gives none.
+    """
+
+    def __init__(self, group: Group, machines: Sequence[Machine]) -> None:
+        self.group, self.machines = group, tuple(machines)
+        self.numbers = orders.CacheNumbers()
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._plan: MemoryRequest | None = None
+        self._ends = threading.Event()
+        self._signs = threading.Thread(target=self._ask_for_signs, name="signs of life", daemon=True)
+        self._signs.start()
+
+    def plan_for(self, plan: MemoryRequest) -> None:
+        """Have the others plan their RAM for the same passes, with the next one."""
+        self._plan = plan
+
+    @contextmanager
+    def giving(self, order: dict[str, Any]) -> Iterator[None]:
+        """Tell the others an order, and have them until its own part is done."""
+        with self.group.lock:
+            if self.failure:
+                raise self._lasting()
+            try:
+                self.group.tell(order, self.group.others)
+                yield
+            except BaseException as error:
+                self.failure = error
+                raise
+
+    def _lasting(self) -> LastingFailure:
+        if isinstance(self.failure, LastingFailure):
+            return self.failure
+        return LastingFailure(f"the machines are not together any more: {self.failure}", "start all of them again")
+
+    @contextmanager
+    def making_pass(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Have the others make the pass, too."""
+        order = orders.pass_order(segments, self.numbers, self._plan)
+        with self.giving(order):
+            self._plan = None
+            yield
+
+    def answers(self, order: dict[str, Any]) -> list[Any]:
+        """What each of the others says to an order."""
+        with self.giving(order):
+            return [self.group.told(each) for each in self.group.others]
+
+    def close(self, reason: BaseException | None = None) -> None:
+        """End the others: all is done, or rank 0 ends for a `reason`."""
+        self._ends.set()
+        reason = self.failure or reason
+        if reason is None:
+            with self.giving({"order": orders.END}):
+                return
+        self.group.say_farewell(reason)
+
+    def _ask_for_signs(self) -> None:
+        while not self._ends.wait(SECONDS_BETWEEN_SIGNS) and not self.failure:
+            if self.group.lock.acquire(blocking=False):
+                try:
+                    self.answers({"order": orders.SIGN})
+                except BaseException:
+                    self.on_failure()
+                finally:
+                    self.group.lock.release()
+
+
+@dataclass(frozen=True, repr=False)
+class LeadModel(Model):
+    """A model of which this machine has the first slice."""
+
+    lead: Lead
+    gathering: SliceGather
+
+    @property
+    def gather(self) -> SliceGather:
+        return self.gathering
+
+    def memory_request(self, capacities: Iterable[int], rows: int) -> MemoryRequest:
+        return replace(super().memory_request(capacities, rows), machines=self.lead.machines)
+
+    def arrange(self, plan: MemoryPlan) -> None:
+        super().arrange(plan)
+        self.lead.plan_for(plan.request)
+
+    def forward_all(self, segments: Sequence[Segment], on_part: OnPart | None = None) -> list[torch.Tensor]:
+        with self.lead.making_pass(segments):
+            return super().forward_all(segments, on_part)
