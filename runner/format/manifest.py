@@ -50,12 +50,15 @@ from runner.format.layout import (
 )
 from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS, SCALES_SUFFIX, Coding
 from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_small, tensor_nbytes
+from runner.format.slices import Slice
 
 FORMAT = "bloomdesk-prepared"
 FORMAT_VERSIONS = {PLAIN: 1, LOSSLESS: 2, INT8_FORM: 4, INT4_FORM: 4}
 # Of the first two forms, for what their readers would not expect: a head that is not tied to the embedding, several
 # tokens that end a text, and later companions.
 EXTENDED_VERSION = 3
+# Of every form, if only a slice of each matrix is there.
+SLICED_VERSION = 5
 # Far above every BLOOM's, so that a damaged or hostile file cannot fill the memory.
 LARGEST_MANIFEST = 64 * 2**20
 # Error numbers of what is there in place of the file: a directory, a pipe or a device, a loop of links, gigabytes.
@@ -96,6 +99,9 @@ class PartRecord:
     `tensors` are those that the file stores, with hashes of the stored bytes; `decoded` are those that the coded ones
     decode to, with hashes of the decoded bytes. In fewer bits these are not what the source has: `originals` are its
     tensors, with hashes of their bytes.
+
+    In a slice these have fewer rows. `wholes` are the matrices of which they are rows, as all slices together decode
+    to them, and `whole_originals`, in fewer bits, what those were made from; none if they were never read whole.
     """
 
     file: str
@@ -105,6 +111,8 @@ class PartRecord:
     sources: tuple[SourceShard, ...]
     decoded: tuple[TensorRecord, ...] = ()
     originals: tuple[TensorRecord, ...] = ()
+    wholes: tuple[TensorRecord, ...] = ()
+    whole_originals: tuple[TensorRecord, ...] = ()
 
     @property
     def header(self) -> bytes:
@@ -121,13 +129,18 @@ class PartRecord:
 
     @property
     def weights(self) -> tuple[TensorRecord, ...]:
-        """The tensors as a pass uses them and an export has them, in the order of a pass: the coded ones decoded."""
+        """The tensors as a pass uses them, in the order of a pass: the coded ones decoded."""
         return self._with(self.decoded)
+
+    @property
+    def whole_weights(self) -> tuple[TensorRecord, ...]:
+        """The same of all slices together, as an export has them; the own rows if only these are known."""
+        return self._with(self.wholes or self.decoded)
 
     @property
     def source_tensors(self) -> tuple[TensorRecord, ...]:
         """The source's tensors that the part was made from, in the order of a pass, with hashes of uncoded bytes."""
-        return self._with(self.originals or self.decoded)
+        return self._with(self.whole_originals or self.wholes or self.originals or self.decoded)
 
     def _with(self, others: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:
         """The stored tensors, those that have one of `others` replaced by it."""
@@ -157,7 +170,8 @@ class Source:
 class Manifest:
     """What a directory holds so far, by file name; `form` is that of all parts.
 
-    `samples` are hashes of a local source's shards while parts are missing, by file name.
+    `samples` are hashes of a local source's shards while parts are missing, by file name. If only a `slice` of each
+    matrix is there, `places` are the directories of all slices when they were made together, in order.
     """
 
     model: Hyperparameters
@@ -166,10 +180,14 @@ class Manifest:
     companions: Mapping[str, CompanionRecord] = field(default_factory=dict)
     form: str = PLAIN
     samples: Mapping[str, str] = field(default_factory=dict)
+    slice: Slice | None = None
+    places: tuple[str, ...] = ()
 
     @property
     def format_version(self) -> int:
         model = self.model
+        if self.slice is not None:
+            return SLICED_VERSION
         if self.form in QUANTISED_FORMS:
             return FORMAT_VERSIONS[self.form]
         is_extended = (
@@ -180,16 +198,32 @@ class Manifest:
         return EXTENDED_VERSION if is_extended else FORMAT_VERSIONS[self.form]
 
     @property
+    def specs(self) -> tuple[PartSpec, ...]:
+        """The parts of the complete directory, in the order of a pass."""
+        return part_specs(self.model, self.slice)
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """Files of a complete directory that this manifest does not record."""
-        wanted = (*(spec.file for spec in part_specs(self.model)), *REQUIRED_COMPANIONS)
+        wanted = (*(spec.file for spec in self.specs), *REQUIRED_COMPANIONS)
         return tuple(file for file in wanted if file not in self.parts and file not in self.companions)
 
     def command(self, directory: Path) -> str:
         """The command that makes the rest of an unfinished directory."""
         form = "" if self.form == PLAIN else f" --form {self.form}"
         made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
-        return f"bloomdesk {made_by} {in_shell(directory)}{form}"
+        return f"bloomdesk {made_by} {in_shell(directory)}{form}{self._slice_options}"
+
+    @property
+    def _slice_options(self) -> str:
+        """What the command says of the slice."""
+        if self.slice is None:
+            return ""
+        shares = (
+            f" --shares {','.join(map(str, self.slice.shares))}" if len(set(self.slice.shares)) > 1 else ""
+        )
+        others = "".join(f" --also {in_shell(Path(place))}" for place in self.places[1:])
+        return f"{others or f' --slice {self.slice}'}{shares}"
 
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
@@ -201,9 +235,10 @@ class Manifest:
         """What distinguishes the weights that a pass uses from all others, whatever their files.
 
         The sha256 of the hyperparameters and of every tensor's name, dtype, shape and hash; None until all parts are
-        made. Plain and lossless weights are the same; those in fewer bits are others.
+        made. Plain and lossless weights are the same; those in fewer bits are others. A slice has that of all slices
+        together, or None if the hashes of whole matrices are not known.
         """
-        return self._digest_of([part.weights for part in self.parts.values()])
+        return self._digest_of([part.whole_weights for part in self.parts.values()])
 
     @property
     def source_fingerprint(self) -> str | None:
@@ -211,7 +246,12 @@ class Manifest:
         return self._digest_of([part.source_tensors for part in self.parts.values()])
 
     def _digest_of(self, tensors: Sequence[Sequence[TensorRecord]]) -> str | None:
-        if any(spec.file not in self.parts for spec in part_specs(self.model)):
+        specs = self.specs
+        if any(spec.file not in self.parts for spec in specs):
+            return None
+        if self.slice is not None and not all(
+            self.parts[spec.file].wholes for spec in specs if spec.matrices
+        ):
             return None
         named = [
             [file, *asdict(tensor).values()]
@@ -223,7 +263,7 @@ class Manifest:
     def with_part(self, record: PartRecord) -> Manifest:
         """This manifest with one more part, which gets its place in the order of a pass."""
         parts = {**self.parts, record.file: record}
-        order = [spec.file for spec in part_specs(self.model)]
+        order = [spec.file for spec in self.specs]
         return replace(self, parts={file: parts[file] for file in order if file in parts})
 
     def to_json(self) -> str:
@@ -232,12 +272,13 @@ class Manifest:
             "format": FORMAT,
             "format_version": self.format_version,
             **({} if self.form == PLAIN else {"coding": self.form}),
+            **({} if self.slice is None else {"slice": asdict(self.slice), "places": list(self.places)}),
             "source": asdict(self.source),
             "model": self.model.recorded,
             "fingerprint": self.fingerprint,
             **({"source_fingerprint": self.source_fingerprint} if self.form in QUANTISED_FORMS else {}),
             "source_shards": _shard_sizes(self.parts.values()),
-            "parts": [_part_body(record, self.form) for record in self.parts.values()],
+            "parts": [_part_body(record, self.form, self.slice) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
             **({"source_samples": dict(self.samples)} if self.samples and self.missing else {}),
         }
@@ -258,7 +299,7 @@ class Manifest:
             raise _unsound(where, f"its format is not {FORMAT!r}")
         claimed = body.pop("sha256", None)
         version = body.get("format_version")
-        versions = sorted({*FORMAT_VERSIONS.values(), EXTENDED_VERSION})
+        versions = sorted({*FORMAT_VERSIONS.values(), EXTENDED_VERSION, SLICED_VERSION})
         if type(version) is not int or version not in versions:
             known = " and ".join(map(str, versions))
             # A later version vouches for itself; damage does not.
@@ -333,7 +374,7 @@ def _unsound(where: Path, why: str) -> UnsoundManifest:
     )
 
 
-def _part_body(record: PartRecord, form: str) -> dict[str, Any]:
+def _part_body(record: PartRecord, form: str, own: Slice | None) -> dict[str, Any]:
     body = asdict(record)
     # Where earlier versions look, sizes would be unknown fields.
     body["sources"] = [{"file": shard.file, "sha256": shard.sha256} for shard in record.sources]
@@ -341,6 +382,10 @@ def _part_body(record: PartRecord, form: str) -> dict[str, Any]:
         del body["decoded"]
     if form not in QUANTISED_FORMS:
         del body["originals"]
+    if own is None:
+        del body["wholes"]
+    if own is None or form not in QUANTISED_FORMS:
+        del body["whole_originals"]
     return body
 
 
@@ -365,11 +410,15 @@ def _decode(body: dict[str, Any]) -> Manifest:
     for text in (source.repo, source.commit):
         if text is not None and not (isinstance(text, str) and text.isprintable() and len(text) < 200):
             raise ValueError("it does not say where it came from")
+    own, places = _decode_slice(body)
     specs = {spec.file: spec for spec in part_specs(model)}
     sizes = {(shard["file"], shard["sha256"]): shard["size"] for shard in body.get("source_shards", ())}
     if any(type(size) is not int or size < 0 for size in sizes.values()):
         raise ValueError("a source shard has no size")
-    parts = {entry["file"]: _decode_part(entry, specs, model.dtype, form, sizes) for entry in body["parts"]}
+    empty = Manifest(model, source, form=form, slice=own, places=places)
+    parts = {
+        entry["file"]: _decode_part(entry, empty, specs[entry["file"]], sizes) for entry in body["parts"]
+    }
     companions = {entry["file"]: CompanionRecord(**entry) for entry in body["companions"]}
     if len(parts) != len(body["parts"]) or len(companions) != len(body["companions"]):
         raise ValueError("a file is recorded twice")
@@ -384,7 +433,7 @@ def _decode(body: dict[str, Any]) -> Manifest:
         if not is_file_name(file):
             raise ValueError(f"{quoted(file)} is not the name of a shard")
         _check_hash(sampled, 32)
-    manifest = Manifest(model, source, parts, companions, form, samples)
+    manifest = replace(empty, parts=parts, companions=companions, samples=samples)
     if manifest.format_version != body["format_version"]:
         raise ValueError(f"its form is {quoted(form)}")
     if body.get("fingerprint", manifest.fingerprint) != manifest.fingerprint:
@@ -394,37 +443,43 @@ def _decode(body: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def _decode_slice(body: dict[str, Any]) -> tuple[Slice | None, tuple[str, ...]]:
+    """Which slice it is of, if it is one, and where all of them were made."""
+    if "slice" not in body:
+        return None, ()
+    entry, places = body["slice"], tuple(body["places"])
+    own = Slice(entry["index"], tuple(entry["shares"]))
+    if len(entry) > 2 or len(places) not in (0, own.count):
+        raise ValueError("it does not say where each slice is")
+    if not all(isinstance(place, str) and 0 < len(place) < 4096 and "\0" not in place for place in places):
+        raise ValueError("the place of a slice is no path")
+    return own, places
+
+
 def _decode_part(
-    entry: dict[str, Any],
-    specs: Mapping[str, PartSpec],
-    dtype: str,
-    form: str,
-    sizes: Mapping[tuple[str, str], int],
+    entry: dict[str, Any], manifest: Manifest, whole: PartSpec, sizes: Mapping[tuple[str, str], int]
 ) -> PartRecord:
     """The record of a part, which must be one that this program writes for a part of these tensors.
 
-    `sizes` are those of the source shards by name and sha256.
+    `manifest` has no parts yet, `whole` is the part without slices, and `sizes` are those of the source shards by
+    name and sha256.
     """
-    spec = specs[entry["file"]]
-    matrices = {name for name, _, _ in spec.decoded(form)} if form == LOSSLESS else set()
-    coded = {each["name"]: each["shape"][0] for each in entry["tensors"] if each["name"] in matrices}
-    for size in coded.values():
-        if type(size) is not int or not 0 < size <= LARGEST_CODED or size % CODED_ALIGNMENT:
-            raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
-    tensors = _decode_tensors(spec.stored(dtype, coded, form), entry["tensors"])
+    spec, dtype, form = whole.sliced(manifest.model, manifest.slice), manifest.model.dtype, manifest.form
+    tensors = _decode_tensors(spec.stored(dtype, _coded_sizes(entry, spec, form), form), entry["tensors"])
     decoded = _decode_tensors(spec.decoded(form, dtype), entry.get("decoded", ()))
     has_originals = form in QUANTISED_FORMS
     originals = _decode_tensors(spec.decoded(form, dtype), entry["originals"]) if has_originals else ()
-    sources = tuple(
-        SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
-        for each in entry["sources"]
+    of_all = [(name, dtype, shape) for name, shape in whole.matrices.items()]
+    wholes, whole_originals = (
+        _decode_tensors(of_all, entry[name]) if entry.get(name) else ()
+        for name in ("wholes", "whole_originals")
     )
-    for shard in sources:
-        _check_hash(shard.sha256, 64)
-        if not is_file_name(shard.file):
-            raise ValueError(f"{spec.file} has a source that is no file name")
-    record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], tensors, sources, decoded, originals)
-    if digest(_part_body(record, form)) != digest(entry):
+    if has_originals and len(wholes) != len(whole_originals):
+        raise ValueError(f"{spec.file} is recorded without what its whole matrices were made from")
+    sources = _decode_sources(entry, sizes)
+    tensor_records = (tensors, sources, decoded, originals, wholes, whole_originals)
+    record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], *tensor_records)
+    if digest(_part_body(record, form, manifest.slice)) != digest(entry):
         raise ValueError(
             f"{spec.file} is recorded with other tensors than the model has, or with unknown fields"
         )
@@ -433,6 +488,33 @@ def _decode_part(
     if not (rest == len(record.header) if decoded else 8 < rest <= 8 + MAX_HEADER_BYTES):
         raise ValueError(f"{spec.file} is recorded with a size that it cannot have")
     return record
+
+
+def _coded_sizes(entry: dict[str, Any], spec: PartSpec, form: str) -> dict[str, int]:
+    """The bytes of each losslessly coded matrix of a part, by name."""
+    matrices = spec.matrices if form == LOSSLESS else {}
+    coded = {each["name"]: each["shape"][0] for each in entry["tensors"] if each["name"] in matrices}
+    for name, size in coded.items():
+        has_rows = matrices[name][0] > 0
+        if (
+            type(size) is not int
+            or not has_rows <= size <= LARGEST_CODED * has_rows
+            or size % CODED_ALIGNMENT
+        ):
+            raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
+    return coded
+
+
+def _decode_sources(entry: dict[str, Any], sizes: Mapping[tuple[str, str], int]) -> tuple[SourceShard, ...]:
+    sources = tuple(
+        SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
+        for each in entry["sources"]
+    )
+    for shard in sources:
+        _check_hash(shard.sha256, 64)
+        if not is_file_name(shard.file):
+            raise ValueError(f"{quoted(entry['file'])} has a source that is no file name")
+    return sources
 
 
 def _decode_tensors(expected: Sequence[Described], entries: Sequence[Any]) -> tuple[TensorRecord, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS
 from runner.format.quantised import FORMS
+from runner.format.slices import MOST_SLICES, Slice, even
 
 Repo = Annotated[str, typer.Argument(metavar="REPO", help="A BLOOM or BLOOMZ on the Hub: bigscience/bloom.")]
 Prepared = Annotated[Path, typer.Argument(metavar="DST", help="A prepared directory.")]
@@ -63,6 +65,19 @@ Adapter = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="A LoRA adapter to merge into the weights.", show_default="none"),
 ]
+SliceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--slice",
+        metavar="K/N",
+        help="Store only the K-th of N slices of the rows of every matrix.",
+        show_default="all rows",
+    ),
+]
+Shares = Annotated[
+    str | None,
+    typer.Option(metavar="2,1,..", help="How many rows each slice gets beside the others."),
+]
 Speculate = Annotated[
     str,
     typer.Option(metavar="HOW", help="Draft tokens from the text so far (lookup), or off. Changes no token."),
@@ -85,6 +100,32 @@ def form_of(form: str, lossless: bool) -> str:
     if form not in FORMS:
         raise BloomdeskError(f"unknown --form {form!r}", f"give one of {', '.join(FORMS)}")
     return form
+
+
+def slice_of(text: str | None, shares: str | None) -> Slice | None:
+    """ "2/4" is the second of four slices. Raises `BloomdeskError` for one that cannot be."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if found is None:
+        raise BloomdeskError(f"--slice {text[:40]!r} is no slice", "write the second of four as --slice 2/4")
+    index, count = map(int, found.groups())
+    given = shares_of(shares) or even(min(count, MOST_SLICES + 1))
+    if len(given) != count:
+        raise BloomdeskError(f"--shares has {len(given)} shares for {count} slices", "give each slice one")
+    return Slice(index - 1, given)
+
+
+def shares_of(text: str | None) -> tuple[int, ...]:
+    """ "2,1" is twice as many rows for the first of two slices; none without a text.
+
+    Raises `BloomdeskError` for anything but positive integers.
+    """
+    if text is None:
+        return ()
+    if not re.fullmatch(r"\d{1,10}(,\d{1,10})*", text):
+        raise BloomdeskError(f"--shares {text[:40]!r} are no shares", "write them like --shares 2,1,1")
+    return tuple(map(int, text.split(",")))
 
 
 def dtype_of(name: str | None) -> str | None:

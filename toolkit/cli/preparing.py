@@ -31,9 +31,12 @@ from toolkit.cli.options import (
     Prepared,
     Repo,
     Revision,
+    Shares,
+    SliceOption,
     dtype_of,
     form_of,
     share_of,
+    slice_of,
 )
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
@@ -115,9 +118,12 @@ def convert(
     lossless: Lossless = False,
     dtype: Dtype = None,
     adapter: Adapter = None,
+    slice_: SliceOption = None,
+    shares: Shares = None,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
     from toolkit.commands.convert import plan_conversion
+    from toolkit.commands.placement import placed
 
     plan = plan_conversion(
         source,
@@ -126,6 +132,7 @@ def convert(
         form=form_of(form, lossless),
         dtype=dtype_of(dtype),
         adapter=adapter,
+        placement=placed(destination, slice_of(slice_, shares)),
     )
     print_lines(completed_lines(destination, _built("converting", plan)))
 

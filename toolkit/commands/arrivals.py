@@ -24,7 +24,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest, SourceShard
 from runner.system.atomic import TEMPORARY_SUFFIX
-from toolkit.commands.build import plan_source_part
+from toolkit.commands.build import Manifests, plan_source_part
 from toolkit.commands.download import bytes_begun, fetch_recorded
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
 from toolkit.hub.line import Line
@@ -131,8 +131,8 @@ class ArrivingShards:
         self._why = why
         self._rounded: dict[str, SourceTensor] = {}
 
-    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
-        """The manifest that `make` returns in its own thread; this one fetches shard after shard meanwhile."""
+    def run(self, make: Callable[[Progress], Manifests], progress: Progress) -> Manifests:
+        """The manifests that `make` returns in its own thread; this one fetches shard after shard meanwhile."""
         if self._schedule.shards or is_staging(self._directory):
             self._record = load_staging(self._destination, self._revision, self._schedule.shards)
         # The hashes end first, so that no part waits for one.
@@ -149,13 +149,13 @@ class ArrivingShards:
                     with self._changed:
                         self._sha256[name] = transfer.sha256
                         self._changed.notify_all()
-                manifest = making.result()
+                manifests = making.result()
             finally:
                 self._stopped = True
                 self._wake()
         self._remove_staging()
         self.notes = (*rounding_notes(self._rounded.values(), self._why), *self.notes)
-        return manifest
+        return manifests
 
     def part(self, file: str) -> PlannedPart:
         """The part `file`, as soon as its shards are there."""
@@ -269,7 +269,7 @@ class ArrivingShards:
             why = f"it cannot be removed: {error.strerror or error}"
         self.notes = (f"{self._directory} stays: {why}; nothing in it is needed any more",)
 
-    def _wait_for_turn(self, name: str, making: Future[Manifest]) -> None:
+    def _wait_for_turn(self, name: str, making: Future[Manifests]) -> None:
         """Wait until one more shard may come: the bound holds, or the current part needs this one."""
         with self._changed:
             self._changed.wait_for(
@@ -324,7 +324,7 @@ class ArrivingShards:
             self._changed.notify_all()
 
 
-def _raise_failure(making: Future[Manifest]) -> None:
+def _raise_failure(making: Future[Manifests]) -> None:
     if making.done():
         making.result()
 

@@ -1,6 +1,6 @@
 """The engine of convert, prepare and repair: makes the missing parts of a prepared directory, one at a time.
 
-    lock ──> nothing changed since the plan? ──> does the source hold what the kept parts were made from?
+    locks ──> nothing changed since the plan? ──> does the source hold what the kept parts were made from?
     for each part:  plan it from its shards ──> gather ──> PART.incomplete ──> fsync ──> source hashes right?
                     ──> rename ──> record in the manifest ──> delete shards that no later part needs
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -29,11 +29,15 @@ from toolkit.parts import destination as target
 from toolkit.parts.comparison import Comparison, compare
 from toolkit.parts.manifest_backup import recover_manifest
 from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
+from toolkit.parts.part_output import Output
 from toolkit.parts.part_writer import check_lm_head, write_part
 from toolkit.parts.release import Release
 from toolkit.parts.zeros import zero_notes
 from toolkit.source.key_map import Assignment
 from toolkit.source.tensor import SourceTensor
+
+# Of the directories that are made, in their order.
+Manifests = tuple[Manifest, ...]
 
 
 class Shards(Protocol):
@@ -47,7 +51,7 @@ class Shards(Protocol):
     cached: int
     notes: tuple[str, ...]
 
-    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+    def run(self, make: Callable[[Progress], Manifests], progress: Progress) -> Manifests:
         """What `make` returns, called once with a progress, while shards are hashed or fetched beside it."""
 
     def part(self, file: str) -> PlannedPart:
@@ -64,21 +68,31 @@ class Shards(Protocol):
 
 
 @dataclass(frozen=True)
+class Destination:
+    """A directory to make.
+
+    `existing` is the manifest that it has now, if any, and `manifest` what is kept of it. `known` are the records of
+    all parts that it has or had: made again, they must have the same tensors.
+    """
+
+    directory: Path
+    existing: Manifest | None
+    manifest: Manifest
+    known: Mapping[str, PartRecord]
+
+
+@dataclass(frozen=True)
 class BuildPlan:
     """What `carry_out` will do, checked as far as possible before anything is written.
 
-    `existing` is the manifest that the destination has now, if any, and `manifest` what is kept of it. `known` are the
-    records of all parts that the destination has or had: made again, they must have the same tensors. `comparisons`
-    are of the kept parts with the source. `companions` are the small files' bytes. `shards` serve one run.
+    `destinations` are one directory, or those of several slices. `comparisons` are of the kept parts with the source.
+    `companions` are the small files' bytes. `shards` serve one run.
     `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert` beyond what is taken now.
     `bytes_to_fetch` are those of all needed shards of the Hub. `notes` are sentences for the summary. Only a repair
     replaces files that hold something else than is recorded; it has read them whole.
     """
 
-    destination: Path
-    existing: Manifest | None
-    manifest: Manifest
-    known: Mapping[str, PartRecord]
+    destinations: tuple[Destination, ...]
     companions: Mapping[str, bytes]
     schedule: Schedule
     shards: Shards
@@ -87,6 +101,16 @@ class BuildPlan:
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
     is_repair: bool = False
+
+    @property
+    def destination(self) -> Path:
+        """The only directory, or that of the first slice."""
+        return self.destinations[0].directory
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is kept of the first directory."""
+        return self.destinations[0].manifest
 
     @property
     def bytes_to_write(self) -> int:
@@ -139,8 +163,10 @@ def plan_source_part(
 
 
 def carry_out(plan: BuildPlan, progress: Progress = silent) -> Summary:
-    """Hold the destination's lock and `build`; raises what that raises, or if another process writes there."""
-    with sole_writer_of(plan.destination):
+    """Hold the destinations' locks and `build`; raises what that raises, or if another process writes there."""
+    with ExitStack() as locks:
+        for each in plan.destinations:
+            locks.enter_context(sole_writer_of(each.directory))
         return build(plan, progress)
 
 
@@ -152,82 +178,118 @@ def build(plan: BuildPlan, progress: Progress = silent) -> Summary:
     then stays, and the same call resumes from it.
     """
     start = time.monotonic()
-    if target.load_existing(plan.destination) != plan.existing:
-        raise BloomdeskError(f"{plan.destination} has changed meanwhile", "run the same command again")
+    for each in plan.destinations:
+        if target.load_existing(each.directory) != each.existing:
+            raise BloomdeskError(f"{each.directory} has changed meanwhile", "run the same command again")
     compare(plan.destination, plan.comparisons, progress)
+    manifests = tuple(_begun(plan, each) for each in plan.destinations)
+    making = _Making(plan, manifests)
+    whole = plan.shards.run(making.run, progress)
+    return _summary(plan, making, whole, time.monotonic() - start)
+
+
+def _begun(plan: BuildPlan, destination: Destination) -> Manifest:
+    """The manifest of a directory whose small files are in place."""
     # What is to be made again stays recorded: its hashes are known nowhere else.
-    manifest = plan.manifest
-    for record in plan.known.values():
+    manifest = destination.manifest
+    for record in destination.known.values():
         manifest = manifest.with_part(record)
-    if manifest != plan.existing or plan.schedule.needs or not _has_companions(plan):
-        manifest = target.initialise(plan.destination, manifest, plan.companions)
-    else:
-        recover_manifest(plan.destination)
-    release = Release(plan.destination)
-    aside: list[Path] = []
-    whole = plan.shards.run(lambda report: _make_parts(plan, manifest, release, aside, report), progress)
-    written = tuple(plan.schedule.needs)
-    kept = tuple(file for file in whole.parts if file not in written)
-    size = sum(whole.parts[file].size for file in written)
-    seconds = time.monotonic() - start
-    return Summary(
-        written,
-        kept,
-        size,
-        seconds,
-        release.bytes,
-        plan.shards.received,
-        plan.shards.resumed,
-        (
-            *plan.notes,
-            *plan.shards.notes,
-            *(zero_notes(whole.parts.values()) if written else ()),
-            *(f"{path} holds what was there, and is no part of this checkpoint" for path in aside),
-            *(f"{shard} stays: not all of its parts were made from these bytes" for shard in release.spared),
-        ),
-        plan.shards.cached,
-    )
+    if manifest != destination.existing or plan.schedule.needs or not _has_companions(plan, destination):
+        return target.initialise(destination.directory, manifest, plan.companions)
+    recover_manifest(destination.directory)
+    return manifest
 
 
-def _has_companions(plan: BuildPlan) -> bool:
-    """True if the destination's small files are as they should be."""
+def _has_companions(plan: BuildPlan, destination: Destination) -> bool:
+    """True if the directory's small files are as they should be."""
     return all(
-        read_if_exists(plan.destination / name, target.LARGEST_COMPANION) == data
+        read_if_exists(destination.directory / name, target.LARGEST_COMPANION) == data
         for name, data in plan.companions.items()
     )
 
 
-def _make_parts(
-    plan: BuildPlan, manifest: Manifest, release: Release, aside: list[Path], progress: Progress
-) -> Manifest:
-    """The manifest with every part, each recorded as soon as it is in place; `aside` gets the files that made way."""
+def _summary(plan: BuildPlan, making: _Making, whole: Manifests, seconds: float) -> Summary:
+    written = tuple(plan.schedule.needs)
+    shards, release = plan.shards, making.release
+    return Summary(
+        written,
+        tuple(file for file in whole[0].parts if file not in written),
+        making.bytes,
+        seconds,
+        release.bytes,
+        shards.received,
+        shards.resumed,
+        (
+            *plan.notes,
+            *shards.notes,
+            *(zero_notes(whole[0].parts.values()) if written else ()),
+            *(f"{path} holds what was there, and is no part of this checkpoint" for path in making.aside),
+            *(f"{shard} stays: not all of its parts were made from these bytes" for shard in release.spared),
+        ),
+        shards.cached,
+    )
 
-    def delete(shard: Path, sha256: str | None) -> None:
-        release.delete(shard, sha256, manifest)
 
-    def make_way(path: Path) -> None:
-        # It has another size or header than the recorded part: cut off, or somebody's work.
-        if not plan.is_repair:
-            aside.append(set_aside(path))
+class _Making:
+    """Makes the parts; `manifests` record each as soon as it is in place, and `aside` are the files that made way."""
 
-    # An earlier run may have made the parts of a shard and ended before it deleted the shard.
-    shards, place = plan.shards, _place(plan.destination)
-    shards.release(frozenset(plan.schedule.shards), delete)
-    for file in plan.schedule.needs:
-        _refuse_lost_link(plan.destination / file)
-        known = plan.known.get(file)
-        record = write_part(shards.part(file), plan.destination, shards.checked, progress, known, make_way)
+    def __init__(self, plan: BuildPlan, manifests: Manifests) -> None:
+        self._plan = plan
+        self._manifests = {
+            each.directory: manifest for each, manifest in zip(plan.destinations, manifests, strict=True)
+        }
+        self.release = Release()
+        self.aside: list[Path] = []
+        self.bytes = 0
+
+    def run(self, progress: Progress) -> Manifests:
+        """The manifests with every part."""
+        # An earlier run may have made the parts of a shard and ended before it deleted the shard.
+        shards, schedule = self._plan.shards, self._plan.schedule
+        places = {directory: _place(directory) for directory in self._manifests}
+        shards.release(frozenset(schedule.shards), self._delete)
+        for file in schedule.needs:
+            destinations = [each for each in self._plan.destinations if file not in each.manifest.parts]
+            for each in destinations:
+                _refuse_lost_link(each.directory / file)
+            part = shards.part(file)
+            outputs = self._outputs(part, destinations)
+            for output, record in zip(
+                outputs, write_part(part, outputs, shards.checked, progress), strict=True
+            ):
+                self._record(output, record, places)
+            shards.release(schedule.needed_after(file), self._delete)
+        return tuple(self._manifests.values())
+
+    def _outputs(self, part: PlannedPart, destinations: Sequence[Destination]) -> list[Output]:
+        found = []
+        for each in destinations:
+            output = Output.of(each.directory, part.spec, each.manifest)
+            known = each.known.get(part.spec.file)
+            found.append(replace(output, known=known, make_way=self._make_way, is_first=not found))
+        return found
+
+    def _record(self, output: Output, record: PartRecord, places: Mapping[Path, tuple[int, int]]) -> None:
+        """Write to the manifest of a directory that a part is in its place."""
+        directory = output.directory
         if record.decoded:
-            release.trust(record)
-        manifest = manifest.with_part(record)
-        if _place(plan.destination) != place:
+            self.release.trust(output.path)
+        self.bytes += record.size
+        self._manifests[directory] = self._manifests[directory].with_part(record)
+        if _place(directory) != places[directory]:
             raise BloomdeskError(
-                f"{plan.destination} was moved, and another directory has its name",
+                f"{directory} was moved, and another directory has its name",
                 "put it back under this name, and run the same command again",
             )
-        target.write_manifest(plan.destination, manifest)
-        shards.release(plan.schedule.needed_after(file), delete)
-    return manifest
+        target.write_manifest(directory, self._manifests[directory])
+
+    def _delete(self, shard: Path, sha256: str | None) -> None:
+        self.release.delete(shard, sha256, self._manifests)
+
+    def _make_way(self, path: Path) -> None:
+        # It has another size or header than the recorded part: cut off, or somebody's work.
+        if not self._plan.is_repair:
+            self.aside.append(set_aside(path))
 
 
 def _place(directory: Path) -> tuple[int, int]:

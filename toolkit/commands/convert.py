@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -13,16 +14,17 @@ from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import GENERATION_CONFIG
 from runner.format.manifest import Manifest, Source
 from runner.format.quantised import QUANTISED_FORMS
-from toolkit.commands.build import BuildPlan, Summary, carry_out, plan_source_part
+from runner.format.slices import Slice
+from toolkit.commands.build import BuildPlan, Destination, Summary, carry_out, plan_source_part
 from toolkit.commands.convert_prepared import is_prepared, plan_from_prepared
+from toolkit.commands.destinations import common, destination_of, kept_by_any, require_space
+from toolkit.commands.placement import Placement, placed, resumed
 from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.commands.shards_on_disk import KEEP_SOURCE, ShardsOnDisk, deletable, state_of
 from toolkit.commands.vouched import Vouched, read_companions, vouched, with_samples
-from toolkit.io.disk import require_large_files
 from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 from toolkit.parts.comparison import comparisons_of
-from toolkit.parts.manifest_backup import known_parts
 from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.part_writer import UntiedHead
 from toolkit.source.adapter import Adapter, read_adapter
@@ -42,17 +44,23 @@ def convert(
     form: str = PLAIN,
     dtype: str | None = None,
     adapter: Path | None = None,
+    own: Slice | None = None,
+    also: Sequence[Path] = (),
+    shares: Sequence[int] = (),
 ) -> Summary:
     """Make a prepared directory of the checkpoint in `source`, or resume one of the same source and form.
 
     The source may be a prepared directory itself, plain or lossless. The LoRA adapter in the directory `adapter` is
-    merged into the weights as peft's merge_and_unload does it.
+    merged into the weights as peft's merge_and_unload does it. With a slice `own` only its rows are stored; with
+    directories `also` each of them gets a slice, and the first is that of `destination`, by their `shares`.
 
     Raises `BloomdeskError` before anything is written if the source is not a complete, sound BLOOM, the adapter can't
     be merged, or the destination can't take it; and later if a shard is not what the download recorded, or the disk
     fails. What is finished then stays, and the same call resumes from it.
     """
-    return carry_out(plan_conversion(source, destination, form=form, dtype=dtype, adapter=adapter), progress)
+    placement = placed(destination, own, also, shares)
+    plan = plan_conversion(source, destination, form=form, dtype=dtype, adapter=adapter, placement=placement)
+    return carry_out(plan, progress)
 
 
 def plan_conversion(
@@ -64,14 +72,16 @@ def plan_conversion(
     dtype: str | None = None,
     adapter: Path | None = None,
     mend: frozenset[str] | None = None,
+    placement: Placement | None = None,
 ) -> BuildPlan:
     """Everything that `convert` checks before it writes; it writes nothing.
 
     By default the `dtype` is the one that transformers would choose. With `delete_source` each shard is deleted as
     soon as the parts made from it are on disk and checked. `mend` are the recorded parts that are damaged or missing,
-    if only these are to be made again.
+    if only these are to be made again. `placement` is that of `destination` and others, if it gets a slice.
     """
-    asked = _Asked(source, destination, delete_source, form, dtype, adapter, mend)
+    placement = placement or placed(destination)
+    asked = _Asked(source, destination, placement, delete_source, form, dtype, adapter, mend)
     try:
         return _plan(asked)
     except UntiedHead:
@@ -84,6 +94,7 @@ class _Asked:
 
     source: Path
     destination: Path
+    placement: Placement
     delete_source: bool
     form: str
     dtype: str | None
@@ -97,17 +108,20 @@ def _plan(asked: _Asked) -> BuildPlan:
     source, destination, mend = asked.source, asked.destination, asked.mend
     if not source.is_dir():
         raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
-    if os.path.realpath(source) == os.path.realpath(destination):
-        raise BloomdeskError(f"{destination} is the source itself", "give another directory to write to")
+    for each in asked.placement.directories:
+        if os.path.realpath(source) == os.path.realpath(each):
+            raise BloomdeskError(f"{each} is the source itself", "give another directory to write to")
     if is_prepared(source):
         if asked.delete_source or asked.adapter is not None:
             option = "--adapter" if asked.adapter is not None else "--delete-source"
             raise BloomdeskError(
                 f"{source} is prepared already, and {option} is for checkpoints", f"leave out {option}"
             )
-        return plan_from_prepared(source, destination, asked.form, asked.dtype, mend)
+        return plan_from_prepared(source, asked.placement, asked.form, asked.dtype, mend)
     refuse_foreign(source)
     existing, model, companions = _small_files(asked)
+    if mend is not None:
+        asked = replace(asked, placement=resumed(destination, existing))
     shards = _find_shards(source, destination, existing, mend)
     seen = {path: state_of(shards.place(path)) for path in shards.files}
     tensors = read_listed(shards)
@@ -127,40 +141,60 @@ def _plan(asked: _Asked) -> BuildPlan:
         tensors = adapter.applied(tensors, assignment.plain_names(model))
         seen[adapter.file] = state_of(adapter.file)
     fresh = Manifest(model, _origin(asked, existing, known), form=asked.form)
-    manifest = target.resume(destination, existing, fresh, companions, mend)
     notes = _notes(shards, assignment, tensors.values(), adapter, chosen.why)
-    if mend is None and target.missing_parts(manifest) and not (known.is_recorded and adapter is None):
+    sampled = None
+    if mend is None and not (known.is_recorded and adapter is None):
         others = adapter.files if adapter is not None else ()
-        manifest, about_samples = with_samples(destination, manifest, shards, others)
-        notes += about_samples
+        sampled = partial(with_samples, shards=shards, others=others)
+    destinations, about_samples = _destinations(asked, existing, fresh, companions, sampled)
+    manifest = common(destinations)
     schedule = schedule_of(
         manifest, shards, assignment, {path.name: size for path, (size, *_) in seen.items()}, mend
     )
     parts, comparisons = {}, ()
     if assignment is not None:
         parts = _plan_parts(schedule, manifest, shards, tensors, assignment, known.tensors)
-        comparisons = comparisons_of(manifest, assignment, tensors) if mend is None else ()
+        if mend is None:
+            comparisons = comparisons_of(kept_by_any(destinations), assignment, tensors)
     to_delete = ()
     if asked.delete_source:
         _refuse_loss(asked, tensors.values(), adapter, chosen.why)
         to_delete = deletable(shards)
-    peak = schedule.growth(frozenset(path.name for path in to_delete))
-    require_large_files(destination, {file: schedule.part_sizes[file] for file in schedule.needs})
-    target.require_free_space(destination, peak, schedule.needs, companions)
+    names = frozenset(path.name for path in to_delete)
+    peak = require_space(destinations, schedule, companions, names, source)
     # The hashes of the tensors tell whether what mends is the recorded source.
     sha256 = known.shards if mend is None else {}
     return BuildPlan(
-        destination,
-        existing,
-        manifest,
-        known_parts(destination, existing) if existing is not None else {},
+        destinations,
         companions,
         schedule,
         ShardsOnDisk(parts, sha256, to_delete, seen, shards.place),
         peak,
         comparisons=comparisons,
-        notes=notes,
+        notes=notes + about_samples,
     )
+
+
+def _destinations(
+    asked: _Asked,
+    existing: Manifest | None,
+    fresh: Manifest,
+    companions: Mapping[str, bytes],
+    sampled: Callable[[Path, Manifest], tuple[Manifest, tuple[str, ...]]] | None,
+) -> tuple[tuple[Destination, ...], tuple[str, ...]]:
+    """The directories to make, the first of which has the manifest `existing`, and sentences for the user.
+
+    `sampled` adds samples of the shards to a manifest.
+    """
+    found, notes = [], ()
+    for directory in asked.placement.directories:
+        held = existing if directory == asked.destination else target.load_existing(directory)
+        each = destination_of(asked.placement, directory, held, fresh, companions, asked.mend)
+        if sampled is not None and target.missing_parts(each.manifest):
+            manifest, notes = sampled(directory, each.manifest)
+            each = replace(each, manifest=manifest)
+        found.append(each)
+    return tuple(found), notes
 
 
 def _small_files(asked: _Asked) -> tuple[Manifest | None, Hyperparameters, dict[str, bytes]]:
@@ -219,6 +253,8 @@ def _notes(
 def _refuse_loss(asked: _Asked, tensors: Iterable[SourceTensor], adapter: Adapter | None, why: str) -> None:
     """Raise `BloomdeskError` if the source could not be had back from what is made of it."""
     source = asked.source
+    if not asked.placement.is_whole:
+        raise BloomdeskError(f"the other slices of {source} are made elsewhere, and need it", KEEP_SOURCE)
     if asked.form in QUANTISED_FORMS:
         raise BloomdeskError(f"the weights of {source} can't be had back from {asked.form}", KEEP_SOURCE)
     if rounding := rounding_notes(tensors, why):

@@ -18,14 +18,14 @@ from runner.format.layout import MANIFEST, MANIFEST_BACKUP, part_specs
 from runner.format.manifest import Manifest, SourceShard, load_manifest
 from runner.format.quantised import QUANTISED_FORMS
 from runner.format.safetensors import read_small
-from toolkit.commands.build import BuildPlan
-from toolkit.commands.schedule import Schedule
-from toolkit.io.disk import require_large_files
+from toolkit.commands.build import BuildPlan, Manifests
+from toolkit.commands.destinations import common, destination_of, require_space
+from toolkit.commands.placement import Placement, resumed
+from toolkit.commands.schedule import Schedule, part_sizes
 from toolkit.io.progress import Progress
 from toolkit.parts import destination as target
 from toolkit.parts.check import quick_check
-from toolkit.parts.manifest_backup import known_parts
-from toolkit.parts.part import PlannedPart, check_form_dtype, part_size
+from toolkit.parts.part import PlannedPart, check_form_dtype
 from toolkit.parts.prepared_tensors import damaged_part, prepared_tensors
 
 
@@ -41,7 +41,7 @@ class PreparedParts:
     cached: int = 0
     notes: tuple[str, ...] = ()
 
-    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+    def run(self, make: Callable[[Progress], Manifests], progress: Progress) -> Manifests:
         """What `make` returns."""
         return make(progress)
 
@@ -77,35 +77,46 @@ def is_prepared(source: Path) -> bool:
 
 
 def plan_from_prepared(
-    source: Path, destination: Path, form: str, dtype: str | None, mend: frozenset[str] | None
+    source: Path, placement: Placement, form: str, dtype: str | None, mend: frozenset[str] | None
 ) -> BuildPlan:
     """What `plan_conversion` plans if the source is a prepared directory; it writes nothing."""
     made = load_manifest(source)
     _refuse_unfit(source, made, dtype)
     check_form_dtype(made.model.dtype, form)
     companions = _companions(source, made)
-    existing = target.load_existing(destination)
-    if mend is not None and existing is not None:
-        companions = target.recorded_alone(existing, companions)
+    existing = {directory: target.load_existing(directory) for directory in placement.directories}
+    if mend is not None:
+        (held,) = existing.values()
+        placement = resumed(placement.directories[0], held)
+        companions = target.recorded_alone(held, companions) if held is not None else companions
     fresh = Manifest(made.model, made.source, form=form)
-    manifest = target.resume(destination, existing, fresh, companions, mend)
-    for file, record in manifest.parts.items():
-        if record.source_tensors != made.parts[file].source_tensors:
-            raise target.another_source(destination, f"{file} of other weights than {source} has")
-    missing = [spec for spec in target.missing_parts(manifest) if mend is None or spec.file in mend]
-    sizes = {spec.file: part_size(spec, made.model.dtype, form) for spec in part_specs(made.model)}
+    destinations = tuple(
+        destination_of(placement, directory, held, fresh, companions, mend)
+        for directory, held in existing.items()
+    )
+    for destination in destinations:
+        for file, record in destination.manifest.parts.items():
+            if record.source_tensors != made.parts[file].source_tensors:
+                raise target.another_source(
+                    destination.directory, f"{file} of other weights than {source} has"
+                )
+    missing = [
+        spec for spec in target.missing_parts(common(destinations)) if mend is None or spec.file in mend
+    ]
     needs = {spec.file: (spec.file,) for spec in missing}
-    schedule = Schedule(needs, sizes, {file: record.size for file, record in made.parts.items()})
-    peak = schedule.growth(frozenset())
-    require_large_files(destination, {file: sizes[file] for file in needs})
-    target.require_free_space(destination, peak, needs, companions)
-    known = known_parts(destination, existing) if existing is not None else {}
-    shards = PreparedParts(source, made, form)
-    return BuildPlan(destination, existing, manifest, known, companions, schedule, shards, peak)
+    sizes = {file: record.size for file, record in made.parts.items()}
+    schedule = Schedule(needs, part_sizes(common(destinations)), sizes)
+    peak = require_space(destinations, schedule, companions)
+    return BuildPlan(destinations, companions, schedule, PreparedParts(source, made, form), peak)
 
 
 def _refuse_unfit(source: Path, made: Manifest, dtype: str | None) -> None:
     """Raise `BloomdeskError` if nothing can be made of this directory."""
+    if made.slice is not None:
+        raise BloomdeskError(
+            f"{source} is {made.slice.described} alone, and other forms are made of whole checkpoints",
+            f"write that back first: bloomdesk export {in_shell(source)} HUB_DIR",
+        )
     if made.missing:
         raise BloomdeskError(
             f"{source} is not complete: {len(made.missing)} files are still to be made",

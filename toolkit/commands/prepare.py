@@ -18,8 +18,10 @@ from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS, GENERATION_CONFIG, REQUIRED_COMPANIONS
 from runner.format.manifest import Manifest, Source
 from toolkit.commands.arrivals import ArrivingShards, is_staging, load_staging, staged_bytes
-from toolkit.commands.build import BuildPlan, Summary, carry_out
+from toolkit.commands.build import BuildPlan, Destination, Summary, carry_out
+from toolkit.commands.destinations import destination_of
 from toolkit.commands.download import read_small_file
+from toolkit.commands.placement import resumed
 from toolkit.commands.schedule import schedule_of
 from toolkit.hub import revision as hub
 from toolkit.hub.line import Line
@@ -108,8 +110,9 @@ def plan_preparation(
     check_form_dtype(choice.dtype, form)
     origin = Source(chosen.repo, chosen.commit)
     fresh = Manifest(replace(model, dtype=choice.dtype), origin, form=form)
-    manifest = target.resume(destination, existing, fresh, companions, mend)
-    known = known_parts(destination, existing) if existing is not None else {}
+    placement = resumed(destination, existing)
+    made = destination_of(placement, destination, existing, fresh, companions, mend)
+    manifest = made.manifest
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
     if mend is None:
@@ -122,10 +125,7 @@ def plan_preparation(
     target.require_free_space(destination, to_come, schedule.needs, companions)
     shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, line, choice.why)
     return BuildPlan(
-        destination,
-        existing,
-        manifest,
-        known,
+        (made,),
         companions,
         schedule,
         shards,
@@ -161,8 +161,8 @@ def _plan_of_nothing(
     chosen = left.revision if left is not None else Revision(source.repo or "", source.commit or "", ())
     schedule = schedule_of(existing, ShardList(()), None, {})
     shards = ArrivingShards(destination, existing, schedule, chosen, ShardList(()), CONNECTIONS, line)
-    known = known_parts(destination, existing)
-    return BuildPlan(destination, existing, existing, known, companions, schedule, shards, peak_bytes=0)
+    made = Destination(destination, existing, existing, known_parts(destination, existing))
+    return BuildPlan((made,), companions, schedule, shards, peak_bytes=0)
 
 
 def _refuse_other_commit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runner.format.coded import PLAIN
 from runner.format.hyperparameters import Hyperparameters
@@ -73,6 +73,11 @@ class Schedule:
             yield part, held
             arrived &= self.needed_after(part)
 
+    def of(self, manifest: Manifest) -> Schedule:
+        """The same for one of several directories: its own missing parts in its own sizes."""
+        needs = {part: shards for part, shards in self.needs.items() if part not in manifest.parts}
+        return replace(self, needs=needs, part_sizes=part_sizes(manifest))
+
     def growth(self, deletable: frozenset[str]) -> int:
         """The most bytes beyond those taken now, if all shards exist and `deletable` ones go after their last part."""
         written = freed = peak = 0
@@ -105,9 +110,12 @@ def schedule_of(
                 # The head must equal the embedding.
                 names.append(shards.weight_map[assignment.lm_head])
         needs[spec.file] = tuple(dict.fromkeys(names))
-    dtype, form = manifest.model.dtype, manifest.form
-    sizes = {spec.file: part_size(spec, dtype, form) for spec in part_specs(manifest.model)}
-    return Schedule(needs, sizes, shard_sizes)
+    return Schedule(needs, part_sizes(manifest), shard_sizes)
+
+
+def part_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes of all parts of a directory, or the expected most if tensors are coded."""
+    return {spec.file: part_size(spec, manifest.model.dtype, manifest.form) for spec in manifest.specs}
 
 
 def space_to_prepare(model: Hyperparameters, form: str = PLAIN) -> int:

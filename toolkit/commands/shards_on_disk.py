@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import Manifest, SourceShard
+from runner.format.manifest import SourceShard
+from toolkit.commands.build import Manifests
 from toolkit.hub.hub_cache import blob_name
 from toolkit.io.disk import read_errors
 from toolkit.io.hasher import ShardHashes
@@ -44,7 +45,7 @@ class ShardsOnDisk:
     cached: int = 0
     notes: tuple[str, ...] = ()
 
-    def run(self, make: Callable[[Progress], Manifest], progress: Progress) -> Manifest:
+    def run(self, make: Callable[[Progress], Manifests], progress: Progress) -> Manifests:
         """What `make` returns."""
         with self.hashes:
             return make(progress)

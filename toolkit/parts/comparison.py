@@ -15,7 +15,7 @@ from toolkit.io.progress import Progress
 from toolkit.io.reader import READ_THREADS
 from toolkit.source.key_map import Assignment
 from toolkit.source.tensor import SourceTensor
-from toolkit.source.tensor_reader import TensorReader, slices_of
+from toolkit.source.tensor_reader import TensorReader, spans_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def comparisons_of(
 
 def compare(destination: Path, comparisons: Sequence[Comparison], progress: Progress) -> None:
     """Read all the tensors; `BloomdeskError` at the first that is not the one that a part was made from."""
-    slices = [each for comparison in comparisons for each in slices_of(comparison.tensor)]
-    with TensorReader(slices, READ_THREADS) as reader:
+    spans = [each for comparison in comparisons for each in spans_of(comparison.tensor)]
+    with TensorReader(spans, READ_THREADS) as reader:
         for index, comparison in enumerate(comparisons):
             tensor, own, done = comparison.tensor, xxhash.xxh3_128(), 0
             same = (tensor.dtype, tensor.shape) == (comparison.record.dtype, comparison.record.shape)

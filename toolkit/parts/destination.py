@@ -21,9 +21,9 @@ from runner.format.layout import (
     REQUIRED_COMPANIONS,
     TOKENIZER,
     PartSpec,
-    part_specs,
 )
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest
+from runner.format.slices import Slice
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.clutter import is_clutter
 from runner.system.disk import free_bytes
@@ -84,6 +84,7 @@ def resume(
     if existing is None:
         return fresh
     check_form(destination, existing, fresh.form)
+    check_slice(destination, existing, fresh.slice)
     if existing.source != fresh.source:
         held = existing.source
         what = f"{held.repo} at {held.commit}" if held.repo else "a local checkpoint"
@@ -91,7 +92,9 @@ def resume(
     if not existing.parts:
         # Nothing has the earlier form and dtype yet.
         model = replace(existing.model, dtype=fresh.model.dtype)
-        existing = replace(existing, form=fresh.form, model=model, samples={})
+        existing = replace(existing, form=fresh.form, model=model, samples={}, slice=fresh.slice)
+    # Directories may move.
+    existing = replace(existing, places=fresh.places)
     # Earlier versions did not read generation_config.json, and no part depends on it.
     existing = replace(existing, model=replace(existing.model, eos_token_id=fresh.model.eos_token_id))
     if existing.model != fresh.model:
@@ -126,6 +129,16 @@ def check_form(destination: Path, existing: Manifest, form: str) -> None:
         raise BloomdeskError(
             f"{destination} was started with --form {existing.form}, and a directory has one form",
             f"give --form {existing.form} to resume it, or give a new directory",
+        )
+
+
+def check_slice(destination: Path, existing: Manifest, own: Slice | None) -> None:
+    """Raise `BloomdeskError` if the directory has parts of another slice than `own`."""
+    if existing.parts and existing.slice != own:
+        held = "all rows" if existing.slice is None else existing.slice.described
+        raise BloomdeskError(
+            f"{destination} was started with {held}, and a directory has the same rows of every matrix",
+            f"to resume it: {existing.command(destination)}; or give a new directory",
         )
 
 
@@ -164,7 +177,7 @@ def drop_missing(destination: Path, manifest: Manifest) -> Manifest:
 
 def missing_parts(manifest: Manifest) -> tuple[PartSpec, ...]:
     """The parts still to be made, in the order of a pass."""
-    return tuple(spec for spec in part_specs(manifest.model) if spec.file not in manifest.parts)
+    return tuple(spec for spec in manifest.specs if spec.file not in manifest.parts)
 
 
 def read_companions(source: Path) -> dict[str, bytes]:

@@ -13,10 +13,9 @@ import xxhash
 
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups, row_group_count
 from runner.format.manifest import TensorRecord
-from toolkit.parts.coded_part import Written, hashed
+from toolkit.parts.coded_part import Rows, Written, hashed
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.row_groups import Block, Coders, RowGroups, batches_of_row_groups
-from toolkit.source.tensor import SourceTensor
 
 
 class LosslessMatrices:
@@ -27,17 +26,16 @@ class LosslessMatrices:
         self._tables: dict[str, bytes] = {}
         self._groups: dict[str, list[RowGroups]] = {}
 
-    def write(self, name: str, tensor: SourceTensor, chunks: Iterator[Block], written: Written) -> None:
-        rows, columns = tensor.shape
+    def write(self, name: str, rows: Rows, written: Written) -> None:
         bits, stored = xxhash.xxh3_128(), xxhash.xxh3_128()
         lengths: list[int] = []
 
-        behind = written.behind
-        behind.wait()
-        position = behind.position
-        behind.write(bytes(8 * (row_group_count(rows) + 1)))
-        for coded, of_row_groups in self._coders.encoded(hashed(chunks, bits), columns):
-            behind.write(coded)
+        file = written.file
+        position = file.position
+        file.write(bytes(8 * (row_group_count(rows.count) + 1)))
+        chunks = hashed(rows.chunks, bits, rows.whole.decoded)
+        for coded, of_row_groups in self._coders.encoded(chunks, rows.shape[1]):
+            file.write(coded)
             stored.update(coded)
             lengths += of_row_groups
         offsets = tuple(accumulate(lengths, initial=0))
@@ -46,7 +44,11 @@ class LosslessMatrices:
         hash_of_table = xxhash.xxh3_128_hexdigest(table)
         written.tensors.append(TensorRecord(name + ROW_GROUPS_SUFFIX, "I64", (len(offsets),), hash_of_table))
         written.tensors.append(TensorRecord(name, "U8", (offsets[-1],), stored.hexdigest()))
-        written.decoded.append(TensorRecord(name, tensor.dtype, tensor.shape, bits.hexdigest()))
+        written.decoded.append(TensorRecord(name, rows.tensor.dtype, rows.shape, bits.hexdigest()))
+
+    def pass_over(self, name: str, rows: Rows) -> None:
+        for chunk in rows.chunks:
+            rows.whole.decoded.update(chunk)
 
     def sizes(self, stored: TensorRecord, decoded: TensorRecord) -> list[int]:
         offsets = read_row_groups(self._tables[stored.name], *decoded.shape, stored.nbytes)

@@ -41,6 +41,11 @@ class PlannedPart:
         return self.tensors[0].dtype
 
     @property
+    def named(self) -> tuple[tuple[str, SourceTensor], ...]:
+        """The source tensors with their names in the part, in order."""
+        return tuple(zip(self.spec.tensors, self.tensors, strict=True))
+
+    @property
     def size(self) -> int:
         """Bytes of the file, or the expected most if tensors are coded."""
         return part_size(self.spec, self.dtype, self.form)

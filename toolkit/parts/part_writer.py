@@ -8,10 +8,9 @@ Memory is a few blocks at any size of tensor.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import xxhash
 
@@ -20,61 +19,59 @@ from runner.format.coded import PLAIN
 from runner.format.layout import part_header
 from runner.format.manifest import PartRecord, SourceShard, TensorRecord
 from runner.format.quantised import QUANTISED_FORMS
-from runner.system.atomic import atomic_file
-from toolkit.io.disk import disk_errors
+from runner.format.safetensors import tensor_nbytes
 from toolkit.io.progress import Progress
-from toolkit.io.writer import WriteBehind
 from toolkit.parts.coded_part import write_coded
 from toolkit.parts.destination import foreign_file
 from toolkit.parts.export_record import not_as_exported
 from toolkit.parts.lossless_matrices import LosslessMatrices
 from toolkit.parts.part import PlannedPart
+from toolkit.parts.part_output import Output, OutputFile, output_files
 from toolkit.parts.prepared_tensors import damaged_part
 from toolkit.parts.quantised_matrices import QuantisedMatrices
 from toolkit.parts.release import file_hash, read_back
 from toolkit.source.key_map import LM_HEADS
 from toolkit.source.tensor import SourceTensor
-from toolkit.source.tensor_reader import TensorReader, slices_of
+from toolkit.source.tensor_reader import Block, TensorReader, spans_of
 
 
 def write_part(
     part: PlannedPart,
-    destination: Path,
+    outputs: Sequence[Output],
     sha256: Callable[[Path], SourceShard],
     progress: Progress,
-    known: PartRecord | None = None,
-    make_way: Callable[[Path], object] = lambda path: None,
-) -> PartRecord:
-    """The manifest's record of a part, written into `destination` whole or not at all.
+) -> list[PartRecord]:
+    """The manifests' records of a part, written into each of `outputs` whole or not at all.
 
     `sha256` gives a source shard's checked hash and raises if it is wrong; it is called once the bytes are
-    written, before the rename. `known` is the record of a part that is made again; what has its name then is given to
-    `make_way`, right before it is replaced. Raises `BloomdeskError` if a shard
-    or the disk fails, coded tensors do not read back from the disk as the bits of the source, the source's tensors are
-    not the recorded ones, or a file that nobody recorded is in the way.
+    written, before the rename. Raises `BloomdeskError` if a shard or a disk fails, coded tensors do not read back from
+    the disk as the bits of the source, the source's tensors are not the recorded ones, or a file that nobody recorded
+    is in the way.
     """
-    path = destination / part.spec.file
     is_plain = part.form == PLAIN or not part.spec.matrices
     matrices_of = QuantisedMatrices if part.form in QUANTISED_FORMS else LosslessMatrices
-    with disk_errors(path), atomic_file(path) as file:
-        record = _write(part, file, progress) if is_plain else write_coded(part, file, progress, matrices_of)
-        file.flush()
-        # Shards may still be hashed meanwhile.
-        os.fsync(file.fileno())
+    with output_files(outputs) as files:
+        made = _write(part, files, progress) if is_plain else write_coded(part, files, progress, matrices_of)
         sources = part.made_from
         if sources is None:
             sources = tuple(sha256(shard) for shard in part.sources)
-        record = replace(record, sources=sources)
-        if known is None:
-            _check_hashes(part, record)
-        else:
-            # With equal hashes, the tensors are also those of the shards that were recorded first.
-            check_tensors(part, record, known)
-            record = replace(record, sources=known.sources)
-        if os.path.lexists(path):
-            _check_replacement(path, Path(file.name), record, recorded=known is not None)
-            if known is not None:
-                make_way(path)
+        made = [replace(record, sources=sources) for record in made]
+        return [_checked(part, file, record) for file, record in zip(files, made, strict=True)]
+
+
+def _checked(part: PlannedPart, file: OutputFile, record: PartRecord) -> PartRecord:
+    """The record, after all checks that come before the file gets its name."""
+    output = file.output
+    if output.known is None:
+        _check_hashes(part, record)
+    else:
+        # With equal hashes, the tensors are also those of the shards that were recorded first.
+        check_tensors(part, record, output.known)
+        record = replace(record, sources=output.known.sources)
+    if os.path.lexists(output.path):
+        _check_replacement(output.path, file.place, record, recorded=output.known is not None)
+        if output.known is not None:
+            output.make_way(output.path)
     return record
 
 
@@ -108,25 +105,68 @@ def _check_replacement(path: Path, temporary: Path, record: PartRecord, *, recor
         raise foreign_file(path)
 
 
-def _write(part: PlannedPart, file: BinaryIO, progress: Progress) -> PartRecord:
-    """The record of a plain part, its bytes gathered, hashed and written to `file`."""
-    header = part_header(part.spec.stored(part.dtype, {}))
-    whole = xxhash.xxh3_128(header)
-    records = []
-    slices = [each for tensor in part.tensors for each in slices_of(tensor)]
-    with TensorReader(slices) as reader, WriteBehind(file.fileno()) as behind:
-        behind.write(header)
-        done = len(header)
-        for index, (name, shape) in enumerate(part.spec.tensors.items()):
-            tensor, own = part.tensors[index], xxhash.xxh3_128()
+def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -> list[PartRecord]:
+    """Copy the tensors into `files`; what there is to record but the sources."""
+    plain = [_PlainFile(part, file) for file in files]
+    spans = [each for tensor in part.tensors for each in spans_of(tensor)]
+    done = len(part_header(part.spec.stored(part.dtype, {})))
+    with TensorReader(spans) as reader:
+        for index, (name, tensor) in enumerate(part.named):
+            whole, position = xxhash.xxh3_128(), 0
             for block in reader.blocks(index):
-                behind.write(block)
-                own.update(block)
+                for each in plain:
+                    each.write(name, block, position)
                 whole.update(block)
+                position += len(block)
                 done += len(block)
                 progress(part.spec.file, done, part.size)
-            records.append(TensorRecord(name, tensor.dtype, shape, own.hexdigest()))
-    return PartRecord(part.spec.file, part.size, whole.hexdigest(), tuple(records), ())
+            for each in plain:
+                each.finish_tensor(name, tensor, whole.hexdigest())
+    return [each.finish() for each in plain]
+
+
+class _PlainFile:
+    """The file of an output while tensors are copied into it, and what is recorded of them."""
+
+    def __init__(self, part: PlannedPart, file: OutputFile) -> None:
+        self._part, self._file = part, file
+        header = part_header(file.output.spec.stored(part.dtype, {}))
+        self._whole, self._own = xxhash.xxh3_128(header), xxhash.xxh3_128()
+        self._tensors: list[TensorRecord] = []
+        self._wholes: list[TensorRecord] = []
+        file.write(header)
+
+    def write(self, name: str, block: Block, position: int) -> None:
+        """Append what belongs here of the bytes that begin at `position` of the tensor `name`."""
+        rows, end, is_last = self._file.output.rows.get(name), position + len(block), False
+        if rows is not None:
+            row = tensor_nbytes(self._part.dtype, self._part.spec.tensors[name][1:])
+            first, last = (min(max(row * at, position), end) for at in (rows.start, rows.stop))
+            block, is_last = memoryview(block)[first - position : last - position], row * rows.stop <= end
+        if len(block):
+            self._file.write(block)
+            self._own.update(block)
+            self._whole.update(block)
+            if is_last:
+                # The next block goes elsewhere, and this one's buffer is used again.
+                self._file.wait()
+
+    def finish_tensor(self, name: str, tensor: SourceTensor, whole: str) -> None:
+        """Record the tensor, which has the hash `whole` in the source."""
+        output, own = self._file.output, self._own.hexdigest()
+        # Its last block is given back.
+        self._file.wait()
+        self._tensors.append(TensorRecord(name, tensor.dtype, output.spec.tensors[name], own))
+        if output.is_slice and name in output.rows:
+            self._wholes.append(TensorRecord(name, tensor.dtype, tensor.shape, whole))
+        self._own = xxhash.xxh3_128()
+
+    def finish(self) -> PartRecord:
+        """The record, once all is on the disk."""
+        self._file.finish()
+        size, whole = self._file.position, self._whole.hexdigest()
+        spec, tensors = self._part.spec, tuple(self._tensors)
+        return PartRecord(spec.file, size, whole, tensors, (), wholes=tuple(self._wholes))
 
 
 class UntiedHead(BloomdeskError):
@@ -135,7 +175,7 @@ class UntiedHead(BloomdeskError):
 
 def check_lm_head(lm_head: SourceTensor, embedding: SourceTensor) -> None:
     """Raise `UntiedHead` if the two differ: the head is planned to be the embedding, and another would be lost."""
-    with TensorReader(slices_of(lm_head)) as ours, TensorReader(slices_of(embedding)) as theirs:
+    with TensorReader(spans_of(lm_head)) as ours, TensorReader(spans_of(embedding)) as theirs:
         for left, right in zip(ours.blocks(0), theirs.blocks(0), strict=True):
             if left != right:
                 if not lm_head.key.endswith(LM_HEADS[0]):

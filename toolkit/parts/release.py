@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
 
 from runner.errors import BloomdeskError, in_shell
-from runner.format.manifest import Manifest, PartRecord
+from runner.format.manifest import Manifest
 from runner.format.safetensors import open_regular
 from toolkit.io.disk import disk_errors, read_errors
 from toolkit.io.hasher import hash_file
@@ -17,38 +18,37 @@ from toolkit.io.writer import drop_cached
 class Release:
     """Deletes shards and counts their bytes; each part is read back once before the first deletion that it allows."""
 
-    def __init__(self, destination: Path) -> None:
-        self._destination = destination
-        self._proven: set[str] = set()
+    def __init__(self) -> None:
+        self._proven: set[Path] = set()
         self.bytes = 0
         self.spared: list[Path] = []
 
-    def trust(self, record: PartRecord) -> None:
+    def trust(self, part: Path) -> None:
         """Count a part as proven that was read back from the disk when it was written."""
-        self._proven.add(record.file)
+        self._proven.add(part)
 
-    def delete(self, shard: Path, sha256: str | None, manifest: Manifest) -> None:
+    def delete(self, shard: Path, sha256: str | None, manifests: Mapping[Path, Manifest]) -> None:
         """Delete `shard`, which no missing part needs; a user's shard stays if no part was made from its bytes.
 
-        `sha256` is that of the user's shard as it is now, or None for one that this program has fetched. Raises
-        `BloomdeskError`, and deletes nothing, if a part made from it does not read back as written.
+        `sha256` is that of the user's shard as it is now, or None for one that this program has fetched; `manifests`
+        are those of the directories that are made from it. Raises `BloomdeskError`, and deletes nothing, if a part
+        made from it does not read back as written.
         """
         made = [
-            (record, source.sha256)
+            (directory / record.file, record, source.sha256)
+            for directory, manifest in manifests.items()
             for record in manifest.parts.values()
             for source in record.sources
             if source.file == shard.name
         ]
-        if sha256 is not None and {known for _, known in made} != {sha256}:
+        if sha256 is not None and {known for *_, known in made} != {sha256}:
             self.spared.append(shard)
             return
-        for record, _ in made:
-            if record.file not in self._proven:
-                again = f"bloomdesk repair {in_shell(self._destination)} --source {in_shell(shard.parent)}"
-                read_back(
-                    self._destination / record.file, record.xxh3_128, f"its source is still there: {again}"
-                )
-                self._proven.add(record.file)
+        for part, record, _ in made:
+            if part not in self._proven:
+                again = f"bloomdesk repair {in_shell(part.parent)} --source {in_shell(shard.parent)}"
+                read_back(part, record.xxh3_128, f"its source is still there: {again}")
+                self._proven.add(part)
         with disk_errors(shard, "deleted"):
             self.bytes += shard.stat().st_size
             shard.unlink()

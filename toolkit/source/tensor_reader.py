@@ -21,7 +21,7 @@ Block = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
-class Slice:
+class Span:
     """The elements `[first, first + count)` of a tensor in row-major order; `nbytes` are those that are read as."""
 
     tensor: SourceTensor
@@ -42,31 +42,38 @@ class Slice:
         return ByteRange(tensor.place, tensor.offset + self.first * itemsize, self.count * itemsize)
 
 
-def slices_of(tensor: SourceTensor, nbytes: int | None = None) -> list[Slice]:
-    """The tensor as one slice, or as consecutive ones of `nbytes` bytes and a shorter last one."""
-    numel = math.prod(tensor.shape)
-    step = max(1, nbytes // BYTES_PER_ELEMENT[tensor.dtype] if nbytes else numel)
-    return [Slice(tensor, first, min(step, numel - first)) for first in range(0, numel, step)] or [
-        Slice(tensor, 0, 0)
-    ]
+def spans_of(tensor: SourceTensor, nbytes: int | None = None) -> list[Span]:
+    """The tensor as one span, or as consecutive ones of `nbytes` bytes and a shorter last one."""
+    return _cut(tensor, 0, math.prod(tensor.shape), nbytes) or [Span(tensor, 0, 0)]
+
+
+def row_spans(tensor: SourceTensor, rows: range, nbytes: int) -> list[Span]:
+    """These rows of a matrix as consecutive spans of `nbytes` bytes and a shorter last one; none without rows."""
+    columns = tensor.shape[1]
+    return _cut(tensor, rows.start * columns, rows.stop * columns, nbytes)
+
+
+def _cut(tensor: SourceTensor, first: int, last: int, nbytes: int | None) -> list[Span]:
+    step = max(1, nbytes // BYTES_PER_ELEMENT[tensor.dtype] if nbytes else last - first)
+    return [Span(tensor, start, min(step, last - start)) for start in range(first, last, step)]
 
 
 class TensorReader(ReadAhead):
-    """Reads `slices` of source tensors; a block stays valid until `held` further ones are requested.
+    """Reads `spans` of source tensors; a block stays valid until `held` further ones are requested.
 
     The page cache keeps what was read: the shard's hash reads the same bytes.
     """
 
-    def __init__(self, slices: Sequence[Slice], threads: int = 1, held: int = 2) -> None:
-        super().__init__([each.range for each in slices], threads, held=held, keep_cached=True)
-        self.slices = slices
+    def __init__(self, spans: Sequence[Span], threads: int = 1, held: int = 2) -> None:
+        super().__init__([each.range for each in spans], threads, held=held, keep_cached=True)
+        self.spans = spans
 
     def blocks(self, index: int) -> Iterator[Block]:
-        """The row-major bytes of the slice at `index`, which must be after that of the last call.
+        """The row-major bytes of the span at `index`, which must be after that of the last call.
 
         Raises `BloomdeskError` if the shard can't be read.
         """
-        part = self.slices[index]
+        part = self.spans[index]
         tensor = part.tensor
         with read_errors(tensor.file):
             if tensor.decoded is not None:
@@ -88,10 +95,10 @@ class TensorReader(ReadAhead):
             yield from blocks
 
     def whole(self, index: int) -> Block:
-        """All bytes of the slice at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
+        """All bytes of the span at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
         blocks = self.blocks(index)
         first = next(blocks, memoryview(b""))
-        if len(first) == self.slices[index].nbytes:
+        if len(first) == self.spans[index].nbytes:
             return first
         data = bytearray(first)
         for block in blocks:
@@ -101,5 +108,5 @@ class TensorReader(ReadAhead):
 
 def _read(tensor: SourceTensor) -> Block:
     """All bytes of a tensor of its own, row-major."""
-    with TensorReader(slices_of(tensor)) as reader:
+    with TensorReader(spans_of(tensor)) as reader:
         return bytes(reader.whole(0))

@@ -90,8 +90,10 @@ def test_an_edited_manifest_is_refused() -> None:
 
 
 def test_another_format_version_is_refused() -> None:
-    with pytest.raises(BloomdeskError, match="format version 5, this program reads 1 and 2 and 3 and 4"):
-        Manifest.from_json(whole().to_json().replace('"format_version": 1', '"format_version": 5'), WHERE)
+    with pytest.raises(
+        BloomdeskError, match="format version 6, this program reads 1 and 2 and 3 and 4 and 5"
+    ):
+        Manifest.from_json(whole().to_json().replace('"format_version": 1', '"format_version": 6'), WHERE)
 
 
 def signed(change: Any) -> str:

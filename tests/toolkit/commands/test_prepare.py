@@ -311,8 +311,8 @@ def test_a_directory_of_another_format_version_is_refused(serve, tmp_path: Path)
     serve()
     prepare(REPO, tmp_path / "out")
     manifest = tmp_path / "out" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 5'))
-    with pytest.raises(BloomdeskError, match="format version 5, this program reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 6'))
+    with pytest.raises(BloomdeskError, match="format version 6, this program reads 1"):
         plan_preparation(REPO, tmp_path / "out")
 
 

@@ -25,7 +25,7 @@ from toolkit.commands.verify import verify
 from toolkit.source import merge
 from toolkit.source.shards import read_shard
 from toolkit.source.tensor import Addition
-from toolkit.source.tensor_reader import TensorReader, slices_of
+from toolkit.source.tensor_reader import TensorReader, spans_of
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -171,8 +171,8 @@ def test_a_product_has_the_same_bits_in_tiles(
     save_file({"left": left, "right": right, "base": torch.zeros(rows, 50)}, path)
     tensors = read_shard(path)
     base = replace(tensors["base"], addition=Addition(tensors["left"], tensors["right"], 1.5))
-    with TensorReader(slices_of(base, 4 * 77)) as reader:
-        found = b"".join(bytes(reader.whole(index)) for index in range(len(reader.slices)))
+    with TensorReader(spans_of(base, 4 * 77)) as reader:
+        found = b"".join(bytes(reader.whole(index)) for index in range(len(reader.spans)))
     assert torch.equal(
         torch.frombuffer(bytearray(found), dtype=torch.float32).view(rows, 50), left @ right * 1.5
     )
