@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from runner.cli.ram import ram_of
+from runner.cli import machines
 from runner.errors import BloomdeskError, refused
 from runner.generation.options import GenerationOptions
 from runner.units import parse_size
@@ -22,6 +22,7 @@ from runner.units import parse_size
 if TYPE_CHECKING:
     import uvicorn
 
+    from runner.generation.model import Model
     from runner.server.engine import Engine
     from runner.server.settings import Settings
 
@@ -55,6 +56,9 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> int:
     """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
+    asked = {"command": "serve"}
+    if machines.follows(options.directory):
+        return machines.follow(options.directory, options.ram, asked)
     keys = options.keys or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
     if not (_is_loopback(options.host) or keys or options.no_auth):
         raise BloomdeskError(
@@ -70,12 +74,15 @@ def serve(options: ServeOptions) -> int:
         raise BloomdeskError(
             f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
         ) from None
-    import runner
+    held = contextlib.ExitStack()
 
-    ram = ram_of(options.ram)
-    engine = Engine(lambda: runner.load(options.directory, ram), options.generation)
+    def open_model() -> Model:
+        opened = machines.opened(options.directory, options.ram, asked, engine.give_up)
+        return held.enter_context(opened)
+
+    engine = Engine(open_model, options.generation)
     settings = _settings(options, keys)
-    with _data(options.data), listening(options.host, options.port) as listener:
+    with held, _data(options.data), listening(options.host, options.port) as listener:
         config = uvicorn.Config(
             create_app(engine, settings, _say, data=options.data),
             access_log=False,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from runner.cluster import orders
 from runner.cluster.gather import LEAD, SliceGather
 from runner.cluster.group import Group
-from runner.generation.memory_plan import MemoryRequest, memory_plan
+from runner.cluster.joining import Card, join
+from runner.format.manifest import load_manifest
+from runner.generation.memory_plan import Machine, MemoryRequest, default_total, memory_plan
 from runner.model.forward import ModelRunner
+from runner.system import memory
+from runner.weights.checkpoint import Weights
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,22 @@ class Follower:
         self._group, self._model, self._own = group, model, own
         self._caches = orders.Caches(model.new_cache)
 
+    @classmethod
+    def join(cls, directory: Path, ram: int | None, asked: Mapping[str, Any]) -> Follower:
+        """A follower with the slice in `directory`; `asked` are the options that all must have been given.
+
+        Raises what `Weights.open` and `joining.join` raise.
+        """
+        memory.give_freed_memory_back()
+        weights = Weights.open(directory)
+        own = Machine.here(
+            ram or default_total(), memory.memory_in_use(), weights.stream.chunks, len(weights.heads)
+        )
+        group, _ = join(Card.of(load_manifest(directory), asked, own))
+        model = FollowingModel(weights, SliceGather(group, weights.model, weights.slice))
+        request = MemoryRequest(weights.model, own.chunks, own.ram, own.process, (1,), 1, heads=own.heads)
+        return cls(group, model, request)
+
     def run(self) -> None:
         """Return when rank 0 says that all is done. Raises what `Group` raises, and what fails here."""
         act = {orders.PASS: self._make_pass, orders.SIGN: self._give_sign}
@@ -42,11 +63,9 @@ class Follower:
             raise
 
     def _make_pass(self, order: Mapping[str, Any]) -> None:
-        stream = self._model.weights.stream
         self._caches.follow(order["caches"])
         if request := orders.planned(order, self._own):
-            plan = memory_plan(request)
-            self._model.arrange(plan)
+            self._model.arrange(memory_plan(replace(request, keep=self._model.weights.stream.resident)))
         self._model.forward_all(orders.segments_of(order, self._caches))
 
     def _give_sign(self, order: Mapping[str, Any]) -> None:

@@ -131,5 +131,5 @@ def _pieces(columns: range, column_bytes: int) -> Iterator[range]:
 
 def _rows(spec: PartSpec, model: Hyperparameters, own: Slice) -> dict[str, list[range]]:
     """The rows that each slice has of each matrix, by name."""
-    of_slices = [spec.rows(model, each) for each in own.all]
+    of_slices = [spec.rows(model, Slice(index, own.shares)) for index in range(own.count)]
     return {name: [rows[name] for rows in of_slices] for name in spec.matrices}

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from runner.cluster.group import PATIENCE, Group
 from runner.errors import BloomdeskError, LastingFailure
 from runner.format.manifest import Manifest, digest
-from runner.format.slices import Slice
 from runner.generation.memory_plan import Machine
 
 INTERFACE_VARIABLE, PATIENCE_VARIABLE = "GLOO_SOCKET_IFNAME", "BLOOMDESK_PATIENCE"
@@ -49,15 +48,15 @@ class Card:
     token: str = field(default_factory=lambda: secrets.token_hex(8))
 
     @classmethod
-    def of(cls, manifest: Manifest, own: Slice, asked: Mapping[str, Any], machine: Machine) -> Card:
-        """The card of a rank with the slice `own`; `asked` are the options that decide the text."""
+    def of(cls, manifest: Manifest, asked: Mapping[str, Any], machine: Machine) -> Card:
+        """The card of a rank with the slice of `manifest`; `asked` are the options that decide the text."""
         from importlib.metadata import version
 
         versions = f"bloomdesk {version('bloomdesk')}, torch {torch.__version__.split('+')[0]}"
         return cls(
             machine.name,
-            own.index,
-            own.shares,
+            manifest.slice.index,
+            manifest.slice.shares,
             versions,
             source_of(manifest),
             manifest.form,

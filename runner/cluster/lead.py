@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ import torch
 from runner.cluster import orders
 from runner.cluster.gather import SliceGather
 from runner.cluster.group import SECONDS_BETWEEN_SIGNS, Group
-from runner.errors import LastingFailure
+from runner.cluster.joining import Card, join
+from runner.errors import BloomdeskError, LastingFailure
+from runner.format.manifest import load_manifest
 from runner.generation.memory_plan import Machine, MemoryPlan, MemoryRequest
 from runner.generation.model import Model
 from runner.model.forward import OnPart
@@ -30,7 +33,7 @@ class Lead:
         self.group, self.machines = group, tuple(machines)
         self.numbers = orders.CacheNumbers()
         self.failure: BaseException | None = None
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[BloomdeskError], None] = lambda failure: None
         self._plan: MemoryRequest | None = None
         self._ends = threading.Event()
         self._signs = threading.Thread(target=self._ask_for_signs, name="signs of life", daemon=True)
@@ -56,7 +59,9 @@ class Lead:
     def _lasting(self) -> LastingFailure:
         if isinstance(self.failure, LastingFailure):
             return self.failure
-        return LastingFailure(f"the machines are not together any more: {self.failure}", "start all of them again")
+        return LastingFailure(
+            f"the machines are not together any more: {self.failure}", "start all of them again"
+        )
 
     @contextmanager
     def making_pass(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -86,7 +91,7 @@ class Lead:
                 try:
                     self.answers({"order": orders.SIGN})
                 except BaseException:
-                    self.on_failure()
+                    self.on_failure(self._lasting())
                 finally:
                     self.group.lock.release()
 
@@ -97,6 +102,20 @@ class LeadModel(Model):
 
     lead: Lead
     gathering: SliceGather
+
+    @classmethod
+    def join(cls, directory: Path, ram: int | None, asked: Mapping[str, Any]) -> LeadModel:
+        """The model whose first slice is in `directory`, together with those who have the others.
+
+        `asked` are the options that all must have been given. Raises what `Model.open` and `joining.join` raise.
+        """
+        own = Model.open(directory, ram)
+        stream, heads = own.weights.stream, len(own.weights.heads)
+        machine = Machine.here(own.ram, own.process_nbytes, stream.chunks, heads)
+        group, cards = join(Card.of(load_manifest(directory), asked, machine))
+        lead = Lead(group, [replace(each.machine, name=group.title(each.index)) for each in cards[1:]])
+        gathering = SliceGather(group, own.weights.model, own.weights.slice)
+        return cls(own.weights, own.tokenizer, own.grammars, own.ram, own.process_nbytes, lead, gathering)
 
     @property
     def gather(self) -> SliceGather:

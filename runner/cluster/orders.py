@@ -1,12 +1,12 @@
 """Orders: what rank 0 tells the others before each pass, and between passes.
 
-    pass     caches that are new, caches that are gone, segments, and, if it has changed, what the RAM is planned for
-    sign     nothing to do; the answer says that the rank is there
-    session  the lead's positions: which of them does the session here have?
-    keep     go on from that many positions of the session
-    fill     load the session's positions into a cache
-    save     append a cache's positions to the session
-    end      all is done
+pass     caches that are new, caches that are gone, segments, and, if it has changed, what the RAM is planned for
+sign     nothing to do; the answer says that the rank is there
+session  the lead's positions: which of them does the session here have?
+keep     go on from that many positions of the session
+fill     load the session's positions into a cache
+save     append a cache's positions to the session
+end      all is done
 """
 
 from __future__ import annotations
@@ -81,15 +81,15 @@ def pass_order(
     segments: Sequence[Segment], numbers: CacheNumbers, plan: MemoryRequest | None
 ) -> dict[str, Any]:
     """The order for a pass; `plan` says what the RAM is planned for, if it has changed."""
-    rows = [
-        [numbers.number(each.cache), each.cache.length, list(each.ids), each.logits] for each in segments
-    ]
+    rows = [[numbers.number(each.cache), each.cache.length, list(each.ids), each.logits] for each in segments]
     planned = None if plan is None else {name: getattr(plan, name) for name in _PLANNED}
     return {"order": PASS, "caches": numbers.changes(), "segments": rows, "plan": planned}
 
 
 def segments_of(order: Mapping[str, Any], caches: Caches) -> list[Segment]:
-    return [Segment(ids, caches.at(number, length), logits) for number, length, ids, logits in order["segments"]]
+    return [
+        Segment(ids, caches.at(number, length), logits) for number, length, ids, logits in order["segments"]
+    ]
 
 
 def planned(order: Mapping[str, Any], own: MemoryRequest) -> MemoryRequest | None:

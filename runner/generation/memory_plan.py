@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from runner import units
@@ -12,7 +13,7 @@ from runner.model.activations import activation_bytes
 from runner.model.kv_cache import CacheShape, JoinedValues, KVCache, OwnHeads, whole_lanes
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
-from runner.weights.chunks import buffer_bytes
+from runner.weights.chunks import Chunk, buffer_bytes
 
 # Fraction of what the machine can spare that a run takes by default; the rest keeps the machine usable.
 DEFAULT_SHARE = 0.9
@@ -30,6 +31,11 @@ class Machine:
     process: int
     chunks: tuple[int, ...]
     heads: int
+
+    @classmethod
+    def here(cls, ram: int, process: int, chunks: Iterable[Chunk], heads: int) -> Machine:
+        """This machine, by its name."""
+        return cls(socket.gethostname(), ram, process, tuple(chunk.nbytes for chunk in chunks), heads)
 
 
 @dataclass(frozen=True)

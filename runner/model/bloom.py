@@ -130,7 +130,7 @@ def attention(
     own = Finish(block.vectors["self_attention.query_key_value.bias"])
     fused = block.matrices["self_attention.query_key_value.weight"].product(x, own).view(T, H, 3, D)
     context = torch.empty(T, H, D)
-    for cache, each in zip(caches, attended, strict=True):
+    for cache, each in zip(caches, attended, strict=True) if H else ():
         rows = slice(each.first, each.last)
         attend(fused[rows], cache, each, alibi, context[rows])
     whole = gather.context(context.view(T, H * D))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
-from runner.format.manifest import PartRecord, load_manifest
+from runner.format.manifest import Manifest, PartRecord, load_manifest
 from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
 from runner.format.slices import Slice
@@ -90,8 +90,8 @@ class Weights:
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         # A pass looks up rows of the embedding first, and multiplies with all of it at its end.
         embedding, *others = part_specs(manifest.model)
-        specs = [*others, embedding]
-        opened = [_open_part(directory, spec, manifest.parts[spec.file]) for spec in specs]
+        specs, own = [*others, embedding], manifest.slice
+        opened = [_open_slice(directory, spec, manifest) for spec in specs]
         streamed = opened if manifest.model.tie_word_embeddings else opened[:-1]
         stream = Stream(
             [chunk for _, chunks in streamed for each in chunks.values() for chunk in each], readers
@@ -100,17 +100,29 @@ class Weights:
         for spec, (vectors, chunks_by_name) in zip(specs, opened, strict=True):
             matrices = {}
             for name, chunks in chunks_by_name.items():
-                shape = spec.matrices[name]
-                matrices[name] = Matrix(shape, dtype, chunks, index, stream, kernel, range(shape[0]))
+                shape, rows = spec.matrices[name], spec.rows(manifest.model, own)[name]
+                matrices[name] = Matrix(shape, dtype, chunks, index, stream, kernel, rows)
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
         fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        return cls(manifest.model, fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel)
+        return cls(manifest.model, fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel, own)
 
 
 Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]
+
+
+def _open_slice(directory: Path, whole: PartSpec, manifest: Manifest) -> Opened:
+    """The vectors of a part, and the chunks of its matrices, by name, with numbers of rows of the whole matrices."""
+    spec, rows = whole.sliced(manifest.model, manifest.slice), whole.rows(manifest.model, manifest.slice)
+    vectors, chunks = _open_part(directory, spec, manifest.parts[spec.file])
+    return vectors, {name: _shifted(each, rows[name].start) for name, each in chunks.items()}
+
+
+def _shifted(chunks: Sequence[Chunk], rows: int) -> tuple[Chunk, ...]:
+    """The chunks of a slice as those of the whole matrix, in which its first row is number `rows`."""
+    return tuple(replace(chunk, first=chunk.first + rows, last=chunk.last + rows) for chunk in chunks)
 
 
 def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:

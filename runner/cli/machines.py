@@ -1,0 +1,74 @@
+"""A command on several machines: the one with the first slice carries it out, the others follow its passes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.cli.ram import ram_of
+from runner.errors import BloomdeskError
+
+if TYPE_CHECKING:
+    from runner.generation.model import Model
+
+# What torchrun sets for the processes that it starts.
+_WORLD_SIZE = "WORLD_SIZE"
+
+
+def are_several() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get(_WORLD_SIZE) or 1) > 1
+
+
+def follows(directory: Path) -> bool:
+    """Whether this process only follows another one. Raises `BloomdeskError` if it has no slice."""
+    if not are_several():
+        return False
+    from runner.format.manifest import load_manifest
+
+    own = load_manifest(directory).slice
+    if own is None:
+        raise BloomdeskError(
+            f"{directory} holds the whole model, and {os.environ[_WORLD_SIZE]} processes were started for it",
+            "prepare a slice on each machine, with --slice 1/4 and so on; or run it without torchrun",
+        )
+    return own.index > 0
+
+
+def follow(directory: Path, ram: str | None, asked: Mapping[str, Any]) -> int:
+    """Exit status, after the passes that the first machine asked for; `asked` are the options of the command."""
+    from runner.cluster.follow import Follower
+
+    Follower.join(directory, ram_of(ram), asked).run()
+    return 0
+
+
+@contextmanager
+def opened(
+    directory: Path,
+    ram: str | None,
+    asked: Mapping[str, Any],
+    on_failure: Callable[[BloomdeskError], None] = lambda failure: None,
+) -> Iterator[Model]:
+    """The model in a directory or, if torchrun has started several, that of all machines together.
+
+    `on_failure` is called in a thread if another machine is lost between passes.
+    """
+    if not are_several():
+        import runner
+
+        yield runner.load(directory, ram_of(ram))
+        return
+    from runner.cluster.lead import LeadModel
+
+    model = LeadModel.join(directory, ram_of(ram), asked)
+    model.lead.on_failure = on_failure
+    try:
+        yield model
+    except BaseException as error:
+        model.lead.close(error)
+        raise
+    model.lead.close()
