@@ -66,7 +66,8 @@ def generate(options: GenerateOptions) -> int:
     """
     options = replace(options, asked=_asked(options))
     if machines.follows(options.directory):
-        return machines.follow(options.directory, options.ram, options.asked)
+        with _sole_user(options.session):
+            return machines.follow(options.directory, options.ram, options.asked, options.session)
     given = [options.prompt, options.prompt_file, options.prompts]
     if sum(each is not None for each in given) != 1:
         raise BloomdeskError(

@@ -38,11 +38,11 @@ def follows(directory: Path) -> bool:
     return own.index > 0
 
 
-def follow(directory: Path, ram: str | None, asked: Mapping[str, Any]) -> int:
+def follow(directory: Path, ram: str | None, asked: Mapping[str, Any], session: Path | None = None) -> int:
     """Exit status, after the passes that the first machine asked for; `asked` are the options of the command."""
     from runner.cluster.follow import Follower
 
-    Follower.join(directory, ram_of(ram), asked).run()
+    Follower.join(directory, ram_of(ram), asked, session).run()
     return 0
 
 

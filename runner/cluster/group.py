@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runner.errors import LastingFailure
+from runner.errors import LastingFailure, refused
 
 # Seconds that a rank may take between two signs of life, and after which the lead gives one.
 PATIENCE, SECONDS_BETWEEN_SIGNS = 25.0, 5.0
@@ -138,7 +138,8 @@ class Group:
         if isinstance(reason, LastingFailure):
             text = reason.message
         elif not isinstance(reason, KeyboardInterrupt):
-            text = f"{self.title(self.rank)} has ended: {getattr(reason, 'message', reason)}"
+            known = refused(reason) if isinstance(reason, OSError | MemoryError) else reason
+            text = f"{self.title(self.rank)} has ended: {getattr(known, 'message', known)}"
         _within(_LOOK, lambda: self.store.set(_farewell(self.rank), text))
 
     def _farewell_of(self, other: int) -> str | None:

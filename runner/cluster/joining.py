@@ -64,6 +64,11 @@ class Card:
             machine,
         )
 
+    @property
+    def identity(self) -> str:
+        """What distinguishes the weights of its slice from all others."""
+        return f"{self.source}, {self.form}, slice {self.index} of {self.shares}"
+
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Card:
         names = {each.name for each in fields(cls)}

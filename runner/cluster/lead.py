@@ -15,10 +15,12 @@ from runner.cluster import orders
 from runner.cluster.gather import SliceGather
 from runner.cluster.group import SECONDS_BETWEEN_SIGNS, Group
 from runner.cluster.joining import Card, join
+from runner.cluster.sessions import LeadSession
 from runner.errors import BloomdeskError, LastingFailure
 from runner.format.manifest import load_manifest
 from runner.generation.memory_plan import Machine, MemoryPlan, MemoryRequest
 from runner.generation.model import Model
+from runner.generation.sequence import Request
 from runner.model.forward import OnPart
 from runner.model.kv_cache import Segment
 
@@ -76,14 +78,19 @@ class Lead:
         with self.giving(order):
             return [self.group.told(each) for each in self.group.others]
 
+    def give(self, order: dict[str, Any]) -> None:
+        """Tell the others an order that has no part for rank 0."""
+        with self.giving(order):
+            return
+
     def close(self, reason: BaseException | None = None) -> None:
         """End the others: all is done, or rank 0 ends for a `reason`."""
         self._ends.set()
         reason = self.failure or reason
         if reason is None:
-            with self.giving({"order": orders.END}):
-                return
-        self.group.say_farewell(reason)
+            self.give({"order": orders.END})
+        else:
+            self.group.say_farewell(reason)
 
     def _ask_for_signs(self) -> None:
         while not self._ends.wait(SECONDS_BETWEEN_SIGNS) and not self.failure:
@@ -102,6 +109,8 @@ class LeadModel(Model):
 
     lead: Lead
     gathering: SliceGather
+    # What distinguishes these weights from all others, with the slice.
+    identity: str
 
     @classmethod
     def join(cls, directory: Path, ram: int | None, asked: Mapping[str, Any]) -> LeadModel:
@@ -112,10 +121,12 @@ class LeadModel(Model):
         own = Model.open(directory, ram)
         stream, heads = own.weights.stream, len(own.weights.heads)
         machine = Machine.here(own.ram, own.process_nbytes, stream.chunks, heads)
-        group, cards = join(Card.of(load_manifest(directory), asked, machine))
+        card = Card.of(load_manifest(directory), asked, machine)
+        group, cards = join(card)
         lead = Lead(group, [replace(each.machine, name=group.title(each.index)) for each in cards[1:]])
         gathering = SliceGather(group, own.weights.model, own.weights.slice)
-        return cls(own.weights, own.tokenizer, own.grammars, own.ram, own.process_nbytes, lead, gathering)
+        parts = own.weights, own.tokenizer, own.grammars, own.ram, own.process_nbytes
+        return cls(*parts, lead, gathering, card.identity)
 
     @property
     def gather(self) -> SliceGather:
@@ -127,6 +138,9 @@ class LeadModel(Model):
     def arrange(self, plan: MemoryPlan) -> None:
         super().arrange(plan)
         self.lead.plan_for(plan.request)
+
+    def session(self, directory: Path, request: Request, warn: Callable[[str], None]) -> LeadSession:
+        return LeadSession(directory, self.identity, request, warn, self.lead)
 
     def forward_all(self, segments: Sequence[Segment], on_part: OnPart | None = None) -> list[torch.Tensor]:
         with self.lead.making_pass(segments):

@@ -67,6 +67,9 @@ class Caches:
             prefix = None if before is None else self._caches[before]
             self._caches[number] = self._new_cache(capacity, prefix, is_prefix=is_prefix)
 
+    def __getitem__(self, number: int) -> KVCache:
+        return self._caches[number]
+
     def at(self, number: int, length: int) -> KVCache:
         """A cache, without the positions from `length` on, which the lead has removed."""
         found = self._caches[number]

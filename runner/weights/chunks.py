@@ -127,7 +127,7 @@ def _tensor(memory: mmap.mmap, place: int, dtype: torch.dtype, shape: tuple[int,
 def row_ranges(rows: int, nbytes: int) -> list[tuple[int, int]]:
     """Rows (first, last) of the chunks of a matrix of `nbytes` bytes, all of about one size."""
     count = min(rows, -(-nbytes // LARGEST_CHUNK))
-    return list(pairwise(rows * index // count for index in range(count + 1)))
+    return list(pairwise(rows * index // max(1, count) for index in range(count + 1)))
 
 
 def cut(file: PartFile, entry: TensorEntry, dtype: torch.dtype) -> tuple[Chunk, ...]:
@@ -156,7 +156,7 @@ def cut_quantised(
 ) -> tuple[Chunk, ...]:
     """The chunks of a matrix of `rows` rows in fewer bits: the tensors `entry` and `scales` of `file`."""
     dtype, scales_dtype = STORED_DTYPES[coding.dtype], STORED_DTYPES[coding.scale_dtype]
-    row, scales_row = entry.nbytes // rows, scales.nbytes // rows
+    row, scales_row = entry.nbytes // max(1, rows), scales.nbytes // max(1, rows)
     return tuple(
         Chunk(
             file,
