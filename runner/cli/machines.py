@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # What torchrun sets for the processes that it starts.
 _WORLD_SIZE = "WORLD_SIZE"
+# Of torch's machine code, which reads it when it is imported.
+LOG_LEVEL_VARIABLE = "TORCH_CPP_LOG_LEVEL"
 
 
 def are_several() -> bool:
@@ -27,6 +29,8 @@ def follows(directory: Path) -> bool:
     """Whether this process only follows another one. Raises `BloomdeskError` if it has no slice."""
     if not are_several():
         return False
+    # Of a lost connection torch would write a page of its own beside the one sentence.
+    os.environ.setdefault(LOG_LEVEL_VARIABLE, "ERROR")
     from runner.format.manifest import load_manifest
 
     own = load_manifest(directory).slice

@@ -75,7 +75,7 @@ class Follower:
             while (order := self._group.told(LEAD))["order"] != orders.END:
                 act[order["order"]](order)
         except BaseException as error:
-            self._group.say_farewell(error)
+            self._group.leave(error)
             raise
 
     def _make_pass(self, order: Mapping[str, Any]) -> None:

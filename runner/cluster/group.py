@@ -21,10 +21,13 @@ import torch.distributed as dist
 from runner.errors import LastingFailure, refused
 
 # Seconds that a rank may take between two signs of life, and after which the lead gives one.
-PATIENCE, SECONDS_BETWEEN_SIGNS = 25.0, 5.0
-# Seconds for a look into the store, which may be on the machine that is gone.
-_LOOK = 3.0
+PATIENCE, SECONDS_BETWEEN_SIGNS = 18.0, 5.0
+# Seconds for a look into the store, which may be on the machine that is gone; and those in which a silent rank may still
+# say that it waits for another, or the others read what this one leaves there.
+_LOOK, GRACE = 3.0, 5.0
 _INTERRUPTED = "interrupted"
+# In the store, the number of ranks that have left.
+_LEFT = "bloomdesk/left"
 # Bytes of an order that go with its length.
 _HEAD = 4096
 
@@ -60,11 +63,15 @@ class Waiting:
 
 @dataclass
 class Group:
-    """All ranks, of which this is number `rank`; `names` are those of their machines."""
+    """All ranks, of which this is number `rank`; `names` are those of their machines.
+
+    The store lives as long as this process, or torchrun beside it, if it `keeps_store`.
+    """
 
     rank: int
     names: Sequence[str]
     store: dist.Store
+    keeps_store: bool
     patience: float = PATIENCE
     wire: Wire = field(default_factory=Wire)
     # Held by whoever uses the connections.
@@ -119,32 +126,51 @@ class Group:
 
     def failure(self, other: int, error: RuntimeError) -> BaseException:
         """The error to raise for one of a connection with rank `other`: what that one said last, if anything."""
-        said = self._farewell_of(other)
+        is_silent = "imed out" in str(error)
+        said = self._farewell_of(other, GRACE if is_silent else 0.0)
         if said == _INTERRUPTED:
             return KeyboardInterrupt()
         if said:
             return LastingFailure(said, "")
         why = "it has ended, or its machine or the network has"
-        if "imed out" in str(error):
+        if is_silent:
             why = f"nothing came from it for {self.patience:.0f} s"
         return LastingFailure(
             f"the connection with {self.title(other)} is broken: {why}",
             "see what that machine says; with --session, the same command on all of them goes on",
         )
 
-    def say_farewell(self, reason: BaseException) -> None:
-        """Leave the others word of why this rank ends; they notice when its connections close."""
+    def leave(self, reason: BaseException) -> None:
+        """Leave the others word of why this rank ends, and close its connections, by which they notice."""
         text = _INTERRUPTED
         if isinstance(reason, LastingFailure):
             text = reason.message
         elif not isinstance(reason, KeyboardInterrupt):
             known = refused(reason) if isinstance(reason, OSError | MemoryError) else reason
             text = f"{self.title(self.rank)} has ended: {getattr(known, 'message', known)}"
-        _within(_LOOK, lambda: self.store.set(_farewell(self.rank), text))
+        _within(_LOOK, lambda: self._say_farewell(text))
 
-    def _farewell_of(self, other: int) -> str | None:
-        key = _farewell(other)
-        return _within(_LOOK, lambda: self.store.get(key).decode() if self.store.check([key]) else None)
+    def _say_farewell(self, text: str) -> None:
+        self.store.set(_farewell(self.rank), text)
+        left = self.store.add(_LEFT, 1)
+        dist.destroy_process_group()
+        deadline = time.monotonic() + GRACE / 2
+        while self.keeps_store and left < len(self.names) and time.monotonic() < deadline:
+            time.sleep(GRACE / 100)
+            left = self.store.add(_LEFT, 0)
+
+    def _farewell_of(self, other: int, seconds: float) -> str | None:
+        """What a rank has said, or says in the next `seconds`."""
+        key, deadline = _farewell(other), time.monotonic() + seconds
+
+        def look() -> str | None:
+            while not self.store.check([key]):
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(GRACE / 100)
+            return self.store.get(key).decode()
+
+        return _within(_LOOK + seconds, look)
 
 
 def _farewell(rank: int) -> str:

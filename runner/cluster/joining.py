@@ -104,7 +104,7 @@ def join(card: Card) -> tuple[Group, list[Card]]:
     _require_agreement(cards, world)
     cards.sort(key=lambda each: each.index)
     names = [each.host for each in cards]
-    group = Group(card.index, names, dist.PrefixStore(name, store), patience)
+    group = Group(card.index, names, dist.PrefixStore(name, store), number == 0, patience)
     _connect(group)
     return group, cards
 

@@ -90,7 +90,7 @@ class Lead:
         if reason is None:
             self.give({"order": orders.END})
         else:
-            self.group.say_farewell(reason)
+            self.group.leave(reason)
 
     def _ask_for_signs(self) -> None:
         while not self._ends.wait(SECONDS_BETWEEN_SIGNS) and not self.failure:
