@@ -35,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_current_directory()
         return generate(
             GenerateOptions(
-                Path(given.directory), given.prompt, ram=given.ram, as_json=given.json, generation=generation
+                Path(given.directory),
+                given.prompt,
+                ram=given.ram,
+                as_json=given.json,
+                generation=generation,
+                also=tuple(map(Path, given.also)),
             )
         )
 
@@ -52,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=tokens, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--ram", metavar="SIZE", help="RAM to use, like 12GB; default: what is free")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="DIR", help="a slice of it that has moved; repeatable"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

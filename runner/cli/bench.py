@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ def bench(
     tokens: int = DEFAULT_TOKENS,
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
     *,
+    also: Sequence[Path] = (),
     as_json: bool = False,
 ) -> int:
     """Exit status, after the report was printed; `ram` is a size like 12GB."""
@@ -32,7 +33,7 @@ def bench(
 
     line = StatusLine(sys.stderr)
     try:
-        found = bench(directory, ram_of(ram), tokens, prompt_tokens, line.show_part)
+        found = bench(directory, ram_of(ram), tokens, prompt_tokens, line.show_part, also)
     finally:
         line.clear()
     print_rows(_rows(directory, found), as_json=as_json)

@@ -42,7 +42,8 @@ Write = Callable[[int, Mapping[str, object]], None]
 class GenerateOptions:
     """What to generate: from one `prompt`, or a file of `prompts`, whose results go to `out`; `ram` is like "12GB".
 
-    The prompt "-" is read from standard input, and that of a `prompt_file` from there.
+    The prompt "-" is read from standard input, and that of a `prompt_file` from there. `also` are slices of a model
+    on several disks that have moved.
     """
 
     directory: Path
@@ -57,6 +58,7 @@ class GenerateOptions:
     sampling: Sampling = GREEDY
     # What all machines must have been asked, if there are several.
     asked: Mapping[str, object] = field(default_factory=dict)
+    also: tuple[Path, ...] = ()
 
 
 def generate(options: GenerateOptions) -> int:
@@ -104,7 +106,7 @@ def generate(options: GenerateOptions) -> int:
     from runner.cli.results import Results, model_of, require_usable_name  # one prompt starts without it
 
     require_usable_name(options.out, options.prompts)
-    with Results(options.out, given, model_of(options.directory)) as results:
+    with Results(options.out, given, model_of(options.directory, options.also)) as results:
         left = tuple(
             prompt for prompt in given if not prompt.choices <= results.done.get(prompt.index, set())
         )
@@ -168,7 +170,10 @@ def _name_contradictions(options: GenerateOptions) -> None:
 
 
 def _generate_one(options: GenerateOptions) -> int:
-    with machines.opened(options.directory, options.ram, options.asked) as model, _sole_user(options.session):
+    with (
+        machines.opened(options.directory, options.ram, options.asked, options.also) as model,
+        _sole_user(options.session),
+    ):
         requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
         return _generate_text(options, model, requests)
 
@@ -236,7 +241,7 @@ def _generate_all(
     done: Mapping[int, Collection[int]] = MappingProxyType({}),
 ) -> int:
     """Exit status, after each continuation was written as soon as it was done; `done` are those that need none."""
-    with machines.opened(options.directory, options.ram, options.asked) as model:
+    with machines.opened(options.directory, options.ram, options.asked, options.also) as model:
         return _generate_all_with(model, options, prompts, write, done)
 
 

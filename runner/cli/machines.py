@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,16 +55,17 @@ def opened(
     directory: Path,
     ram: str | None,
     asked: Mapping[str, Any],
+    also: Sequence[Path] = (),
     on_failure: Callable[[BloomdeskError], None] = lambda failure: None,
 ) -> Iterator[Model]:
     """The model in a directory or, if torchrun has started several, that of all machines together.
 
-    `on_failure` is called in a thread if another machine is lost between passes.
+    `also` are other disks of this machine, if it is alone. `on_failure` is called in a thread if another machine is lost between passes.
     """
     if not are_several():
         import runner
 
-        yield runner.load(directory, ram_of(ram))
+        yield runner.load(directory, ram_of(ram), also=also)
         return
     from runner.cluster.lead import LeadModel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ def plan(
     tokens: int = DEFAULT_NEW_TOKENS,
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
     *,
+    also: Sequence[Path] = (),
     as_json: bool = False,
 ) -> int:
     """Exit status, 1 if the disk is too small, after the report was printed.
@@ -36,7 +37,7 @@ def plan(
     """
     from runner.estimate.plan import plan
 
-    found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens)
+    found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens, also)
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
     asked = {"prompt_tokens": prompt_tokens, "tokens": tokens}

@@ -48,8 +48,9 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def rates_row(rates: Rates) -> Row:
     """What disk, memory and processor give."""
+    of_each = f" of {' and '.join(map(rate, rates.disks))}" if rates.disks else ""
     words = (
-        f"disk {rate(rates.disk)}, memory {rate(rates.memory)}, lossless {rate(rates.decoded)}, "
+        f"disk {rate(rates.disk)}{of_each}, memory {rate(rates.memory)}, lossless {rate(rates.decoded)}, "
         f"int8 {rate(rates.int8)}, int4 {rate(rates.int4)}, "
         f"{number(rates.compute / 1e9)} billion multiply-adds/s"
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runner.errors import AGAIN, BloomdeskError, explained, in_shell
-from runner.format.manifest import load_manifest
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
@@ -39,12 +38,12 @@ def require_usable_name(path: Path, source: Path) -> None:
             raise BloomdeskError(f"--out {path} is the file that is read", "give another --out")
 
 
-def model_of(directory: Path) -> str:
+def model_of(directory: Path, also: Sequence[Path] = ()) -> str:
     """The name that results give the model in a prepared directory: the beginning of its fingerprint.
 
-    Raises `BloomdeskError` if there is none.
+    `also` are its slices that have moved. Raises `BloomdeskError` if there is none, or not all of it.
     """
-    return (load_manifest(directory).fingerprint or "")[:16]
+    return slices_of(directory, also).fingerprint[:16]
 
 
 class Results(AbstractContextManager["Results"]):

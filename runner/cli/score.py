@@ -45,6 +45,7 @@ class ScoreOptions:
     as_json: bool = False
     context: int | None = None
     stride: int | None = None
+    also: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,7 @@ def _tokens(options: ScoreOptions, line: Line, model: Model) -> Text:
 def _results(options: ScoreOptions, items: Sequence[Any]) -> Results | nullcontext[None]:
     if options.out is None:
         return nullcontext()
-    return Results(options.out, items, model_of(options.directory))
+    return Results(options.out, items, model_of(options.directory, options.also))
 
 
 def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
@@ -307,7 +308,7 @@ def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
 
 
 def _opened(options: ScoreOptions) -> AbstractContextManager[Model]:
-    return machines.opened(options.directory, options.ram, _asked(options))
+    return machines.opened(options.directory, options.ram, _asked(options), options.also)
 
 
 def _asked(options: ScoreOptions) -> dict[str, object]:

@@ -52,6 +52,7 @@ class ServeOptions:
     max_file_size: str | None = None
     max_lines: int | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    also: tuple[Path, ...] = ()
 
 
 def serve(options: ServeOptions) -> int:
@@ -77,7 +78,7 @@ def serve(options: ServeOptions) -> int:
     held = contextlib.ExitStack()
 
     def open_model() -> Model:
-        opened = machines.opened(options.directory, options.ram, asked, engine.give_up)
+        opened = machines.opened(options.directory, options.ram, asked, options.also, engine.give_up)
         return held.enter_context(opened)
 
     engine = Engine(open_model, options.generation)
@@ -100,11 +101,11 @@ def serve(options: ServeOptions) -> int:
 
 def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
     """Raises `BloomdeskError` for what is wrong with the directory, before anything listens."""
-    from runner.format.manifest import load_manifest
+    from runner.format.slice_set import find_slices, require_all_slices
     from runner.server.chat_template import load_template, tokenizer_config
     from runner.server.settings import Settings
 
-    load_manifest(options.directory)
+    require_all_slices(find_slices(options.directory, options.also))
     bounds = {
         "most_waiting": options.max_waiting,
         "most_file_bytes": options.max_file_size and parse_size(options.max_file_size),

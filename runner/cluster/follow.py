@@ -12,7 +12,7 @@ from runner.cluster.gather import LEAD, SliceGather
 from runner.cluster.group import Group
 from runner.cluster.joining import Card, join
 from runner.cluster.sessions import FollowerSession
-from runner.format.manifest import load_manifest
+from runner.format.slice_set import own_slice
 from runner.generation.memory_plan import Machine, MemoryRequest, default_total, memory_plan
 from runner.model.forward import ModelRunner
 from runner.system import memory
@@ -50,11 +50,12 @@ class Follower:
         Raises what `Weights.open` and `joining.join` raise.
         """
         memory.give_freed_memory_back()
-        weights = Weights.open(directory)
+        slices = own_slice(directory)
+        weights = Weights.of(slices)
         own = Machine.here(
             ram or default_total(), memory.memory_in_use(), weights.stream.chunks, len(weights.heads)
         )
-        card = Card.of(load_manifest(directory), asked, own)
+        card = Card.of(slices.first, asked, own)
         kept = FollowerSession(session, card.identity) if session else None
         group, _ = join(card)
         model = FollowingModel(weights, SliceGather(group, weights.model, weights.slice))

@@ -17,7 +17,7 @@ from runner.cluster.group import SECONDS_BETWEEN_SIGNS, Group
 from runner.cluster.joining import Card, join
 from runner.cluster.sessions import LeadSession
 from runner.errors import BloomdeskError, LastingFailure
-from runner.format.manifest import load_manifest
+from runner.format.slice_set import own_slice
 from runner.generation.memory_plan import Machine, MemoryPlan, MemoryRequest
 from runner.generation.model import Model
 from runner.generation.sequence import Request
@@ -118,10 +118,11 @@ class LeadModel(Model):
 
         `asked` are the options that all must have been given. Raises what `Model.open` and `joining.join` raise.
         """
-        own = Model.open(directory, ram)
+        slices = own_slice(directory)
+        own = Model.of(slices, ram)
         stream, heads = own.weights.stream, len(own.weights.heads)
         machine = Machine.here(own.ram, own.process_nbytes, stream.chunks, heads)
-        card = Card.of(load_manifest(directory), asked, machine)
+        card = Card.of(slices.first, asked, machine)
         group, cards = join(card)
         lead = Lead(group, [replace(each.machine, name=group.title(each.index)) for each in cards[1:]])
         gathering = SliceGather(group, own.weights.model, own.weights.slice)

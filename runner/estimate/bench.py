@@ -12,7 +12,7 @@ from runner.errors import BloomdeskError
 from runner.estimate import rates
 from runner.estimate.forecast import Forecast, forecast, limit, stored_as
 from runner.estimate.rates import Rates
-from runner.format.manifest import load_manifest
+from runner.format.slice_set import find_slices, require_all_slices
 from runner.generation.model import Model
 from runner.model.forward import OnPart
 from runner.model.kv_cache import KVCache
@@ -65,7 +65,12 @@ class Bench:
 
 
 def bench(
-    directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_part: OnPart | None = None
+    directory: Path,
+    ram: int | None,
+    tokens: int,
+    prompt_tokens: int,
+    on_part: OnPart | None = None,
+    also: Sequence[Path] = (),
 ) -> Bench:
     """Times of a prompt and of `tokens` passes of one row, between two measurements of the disk.
 
@@ -74,23 +79,34 @@ def bench(
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
-    manifest = load_manifest(directory)
-    model = manifest.model
+    slices = find_slices(directory, also)
+    require_all_slices(slices)
+    model, stored = slices.first.model, stored_as([*slices.manifests.values()])
     # A missing part is reported by `run`.
-    paths = [path for file in manifest.parts if (path := directory / file).is_file()]
-    before = rates.disk_rate(paths)
-    done = run(directory, ram, tokens, prompt_tokens, on_part)
-    # Other programs may use the disk: the higher rate is the one that it can give.
-    disk = max(before, rates.disk_rate(paths))
-    found = Rates(disk, *rates.kernel_rates(rates.compiled(model.dtype), TORCH_DTYPES[model.dtype]))
-    stored = stored_as(manifest)
-    predicted = forecast(model, done.ram, done.process_bytes, found, prompt_tokens, tokens, stored)
+    paths = slices.files
+    before = rates.disk_rates(paths)
+    done = run(directory, ram, tokens, prompt_tokens, on_part, also)
+    # Other programs may use a disk: the higher rate is the one that it can give.
+    disks = tuple(map(max, before, rates.disk_rates(paths)))
+    disk = rates.together(disks, [sum(path.stat().st_size for path in own) for own in paths])
+    kernel = rates.kernel_rates(rates.compiled(model.dtype), TORCH_DTYPES[model.dtype])
+    found = Rates(disk, *kernel, disks if len(disks) > 1 else ())
+    predicted = forecast(
+        model, done.ram, done.process_bytes, found, prompt_tokens, tokens, stored, slices.shares
+    )
     return Bench(found, done, predicted)
 
 
-def run(directory: Path, ram: int | None, tokens: int, prompt_tokens: int, on_part: OnPart | None) -> Run:
+def run(
+    directory: Path,
+    ram: int | None,
+    tokens: int,
+    prompt_tokens: int,
+    on_part: OnPart | None,
+    also: Sequence[Path] = (),
+) -> Run:
     """Greedy generation of exactly `tokens` tokens: an end of text does not end it."""
-    model = Model.open(directory, ram)
+    model = Model.open(directory, ram, also)
     vocabulary = model.weights.model.vocab_size
     ids = [(_FIRST_ID + _STEP * place) % vocabulary for place in range(prompt_tokens)]
     cache = model.cache(prompt_tokens + tokens, rows=prompt_tokens)

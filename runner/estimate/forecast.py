@@ -9,6 +9,7 @@ their rate is the decoder's in place of the memory's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runner.estimate.rates import Rates
@@ -18,6 +19,7 @@ from runner.format.layout import DATA_ALIGNMENT, part_specs, pass_nbytes
 from runner.format.manifest import Manifest
 from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS, SCALES_SUFFIX, coding_of
 from runner.format.safetensors import Shape, tensor_nbytes
+from runner.format.slices import Slice, even
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.weights.chunks import row_ranges
 
@@ -84,9 +86,12 @@ def disk_bytes(model: Hyperparameters, stored: Stored = PLAIN_STORED) -> int:
     return len(specs) * DATA_ALIGNMENT + vectors + matrices
 
 
-def chunk_bytes(model: Hyperparameters, stored: Stored = PLAIN_STORED) -> list[int]:
-    """Bytes of the chunks of all matrices, in the order of a pass, as if all coded row groups had one size."""
-    embedding, *others = part_specs(model)
+def chunk_bytes(model: Hyperparameters, stored: Stored = PLAIN_STORED, own: Slice | None = None) -> list[int]:
+    """Bytes of the chunks of all matrices, in the order of a pass, as if all coded row groups had one size.
+
+    Those of a slice are fewer.
+    """
+    embedding, *others = part_specs(model, own)
     found = []
     for spec in (*others, embedding) if model.tie_word_embeddings else others:
         for name, shape in spec.matrices.items():
@@ -97,18 +102,16 @@ def chunk_bytes(model: Hyperparameters, stored: Stored = PLAIN_STORED) -> list[i
     return found
 
 
-def stored_as(manifest: Manifest) -> Stored:
-    """How a directory stores matrices, with the share of their plain bytes that its own take."""
-    stored = plain = 0
-    for part in manifest.parts.values():
+def stored_as(manifests: Sequence[Manifest]) -> Stored:
+    """How the directories of a model store matrices, with the share of their plain bytes that their own take."""
+    stored, plain, form = 0, 0, manifests[0].form
+    for part in (part for manifest in manifests for part in manifest.parts.values()):
         decoded = {tensor.name: tensor.nbytes for tensor in part.decoded}
         plain += sum(decoded.values())
         stored += sum(
             tensor.nbytes for tensor in part.tensors if tensor.name.removesuffix(SCALES_SUFFIX) in decoded
         )
-    return Stored(
-        manifest.form, stored / plain if plain else LOSSLESS_SHARE if manifest.form == LOSSLESS else 1.0
-    )
+    return Stored(form, stored / plain if plain else LOSSLESS_SHARE if form == LOSSLESS else 1.0)
 
 
 def process_bytes(model: Hyperparameters, in_use: int, tokenizer_json: int = BLOOMS_TOKENIZER) -> int:
@@ -130,14 +133,18 @@ def forecast(
     prompt_tokens: int,
     new_tokens: int,
     stored: Stored = PLAIN_STORED,
+    shares: tuple[int, ...] = even(1),
 ) -> Forecast:
     """Forecast of a prompt and of `new_tokens` passes of one row, in `ram` bytes of which `process` are taken.
 
-    Raises `BloomdeskError` if the RAM is too little.
+    The weights are spread over as many disks as there are `shares`. Raises `BloomdeskError` if the RAM is too little.
     """
-    chunks = chunk_bytes(model, stored)
+    of_disks = [chunk_bytes(model, stored, Slice(index, shares)) for index in range(len(shares))]
+    chunks = tuple(nbytes for own in of_disks for nbytes in own)
+    disks = tuple(disk for disk, own in enumerate(of_disks) for _ in own)
     capacities = (prompt_tokens + new_tokens,)
-    shared = memory_plan(MemoryRequest(model, tuple(chunks), ram, process, capacities, prompt_tokens))
+    request = MemoryRequest(model, chunks, ram, process, capacities, prompt_tokens, disks=disks)
+    shared = memory_plan(request)
     weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
     least = limit(weights, shared.streamed_bytes, rates, stored)
     prompt = max(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from runner.estimate.rates import Rates
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, load_manifest
+from runner.format.manifest import Manifest
 from runner.format.quantised import QUANTISED_FORMS
+from runner.format.slice_set import SliceSet, find_slices, require_all_slices
+from runner.format.slices import even
 from runner.generation.memory_plan import default_total
 from runner.system import memory
 from runner.system.disk import existing_directory, free_bytes
@@ -91,17 +94,27 @@ class Plan:
         return LOSSLESS if is_faster else PLAIN
 
 
-def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int, tokens: int) -> Plan:
+def plan(
+    directory: Path,
+    ram: int | None,
+    name: str | None,
+    prompt_tokens: int,
+    tokens: int,
+    also: Sequence[Path] = (),
+) -> Plan:
     """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
-    If the directory holds nothing prepared, a file is written there, read and deleted. Raises `BloomdeskError` for an
-    unknown name, a disk that cannot be measured, and too little RAM.
+    If the directory holds nothing prepared, a file is written there, read and deleted. `also` are directories of a
+    model on several disks that have moved. Raises `BloomdeskError` for an unknown name, a slice that is not found, a
+    disk that cannot be measured, and too little RAM.
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
     has_manifest = any((directory / name).exists() for name in (MANIFEST, MANIFEST_BACKUP))
-    manifest = load_manifest(directory) if has_manifest else None
-    held = manifest if name is None else None
+    slices = find_slices(directory, also) if has_manifest else None
+    if slices is not None:
+        require_all_slices(slices)
+    held = slices.first if slices is not None and name is None else None
     if not held:
         name = name or DEFAULT_MODEL
     model = held.model if held else family.hyperparameters(name)
@@ -111,16 +124,18 @@ def plan(directory: Path, ram: int | None, name: str | None, prompt_tokens: int,
     # Compiled before the process is measured, so that the kernel's memory counts.
     kernel = rates.compiled(model.dtype)
     process = process_bytes(model, memory.memory_in_use(), _tokenizer_bytes(held))
-    found = Rates(_disk_rate(place, manifest), *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]))
+    disk, disks = _disk_rates(place, slices)
+    found = Rates(disk, *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]), disks)
     chosen = ram or default_total()
 
     def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
-            return forecast(model, size, process, found, prompt_tokens, tokens, stored)
+            shares = slices.shares if held and slices is not None else even(1)
+            return forecast(model, size, process, found, prompt_tokens, tokens, stored, shares)
 
         return Form(stored.form, disk_bytes(model, stored), expected(chosen), _others(expected))
 
-    own = form(stored_as(held) if held else PLAIN_STORED)
+    own = form(stored_as([*slices.manifests.values()]) if held and slices is not None else PLAIN_STORED)
     lossless = (Stored(LOSSLESS, LOSSLESS_SHARE),) if model.dtype == CODED_DTYPE else ()
     choices = (*lossless, *map(Stored, QUANTISED_FORMS)) if own.form == PLAIN else ()
     others = {stored.form: form(stored) for stored in choices}
@@ -139,13 +154,19 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
     return others
 
 
-def _disk_rate(place: Path, manifest: Manifest | None) -> float:
-    paths = [place / file for file in manifest.parts] if manifest else []
-    paths = [path for path in paths if path.is_file()]
+def _disk_rates(place: Path, slices: SliceSet | None) -> tuple[float, tuple[float, ...]]:
+    """The rate of the disk, or of several together; and that of each if there are several."""
+    if slices is None or slices.count == 1:
+        return _disk_rate(place, slices.files[0] if slices is not None else []), ()
+    with ThreadPoolExecutor(slices.count) as threads:
+        disks = tuple(threads.map(_disk_rate, slices.directories.values(), slices.files))
+    return rates.together(disks, slices.shares), disks
+
+
+def _disk_rate(place: Path, paths: Sequence[Path]) -> float:
     if sum(path.stat().st_size for path in paths) >= rates.SMALLEST_SCRATCH:
         return rates.disk_rate(paths)
-    with rates.scratch(place) as path:
-        return rates.disk_rate([path])
+    return rates.scratch_rate(place)
 
 
 def _tokenizer_bytes(held: Manifest | None) -> int:

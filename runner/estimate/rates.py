@@ -47,12 +47,13 @@ _WRITING_SECONDS = 5.0
 class Rates:
     """What a machine does in a second.
 
-    disk      bytes of cold files
+    disk      bytes of cold files; if weights are spread over several disks, of all together as they are spread
     memory    bytes of plain weights in products of one row
     compute   multiply-adds in products of many rows
     decoded   bytes that losslessly coded weights decode to, in products of one row
     int8      bytes of plain weights that those of 8 bits stand for, in products of one row
     int4      the same of 4 bits
+    disks     of each disk, if there are several
     """
 
     disk: float
@@ -61,6 +62,7 @@ class Rates:
     decoded: float
     int8: float
     int4: float
+    disks: tuple[float, ...] = ()
 
 
 def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int = DISK_BYTES) -> float:
@@ -97,6 +99,30 @@ def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int 
         finally:
             deque(left, maxlen=0)  # also after Ctrl-C the readers find nothing more
     return count / (time.perf_counter() - began)
+
+
+def disk_rates(of_disks: Sequence[Sequence[Path]]) -> tuple[float, ...]:
+    """The rate of the files on each of several disks, all of which are read at once; raises as `disk_rate` does."""
+    with ThreadPoolExecutor(len(of_disks)) as threads:
+        return tuple(threads.map(disk_rate, of_disks))
+
+
+def scratch_rate(directory: Path) -> float:
+    """The rate of a disk, by a file that is written there, read and deleted; raises as `scratch` does."""
+    with scratch(directory) as path:
+        return disk_rate([path])
+
+
+def scratch_rates(directories: Sequence[Path]) -> tuple[float, ...]:
+    """The rate of each of several disks, all of which are written and read at once; raises as `scratch` does."""
+    with ThreadPoolExecutor(len(directories)) as threads:
+        return tuple(threads.map(scratch_rate, directories))
+
+
+def together(rates: Sequence[float], nbytes: Sequence[int]) -> float:
+    """Bytes a second of disks that are read at once, if each has so many bytes of the weights: the last one decides."""
+    seconds = max(count / rate for rate, count in zip(rates, nbytes, strict=True))
+    return sum(nbytes) / seconds if seconds else max(rates)
 
 
 @contextmanager

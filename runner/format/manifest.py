@@ -101,7 +101,8 @@ class PartRecord:
     tensors, with hashes of their bytes.
 
     In a slice these have fewer rows. `wholes` are the matrices of which they are rows, as all slices together decode
-    to them, and `whole_originals`, in fewer bits, what those were made from; none if they were never read whole.
+    to them, and `whole_originals`, in fewer bits, what those were made from; none if they were never read whole. With
+    these a slice needs no `originals` of its own.
     """
 
     file: str
@@ -211,7 +212,8 @@ class Manifest:
     def command(self, directory: Path) -> str:
         """The command that makes the rest of an unfinished directory."""
         form = "" if self.form == PLAIN else f" --form {self.form}"
-        made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
+        is_alone = self.slice is not None and not self.places
+        made_by = f"prepare {self.source.repo}" if self.source.repo and not is_alone else "convert SRC"
         return f"bloomdesk {made_by} {in_shell(directory)}{form}{self._slice_options}"
 
     @property
@@ -467,15 +469,17 @@ def _decode_part(
     spec, dtype, form = whole.sliced(manifest.model, manifest.slice), manifest.model.dtype, manifest.form
     tensors = _decode_tensors(spec.stored(dtype, _coded_sizes(entry, spec, form), form), entry["tensors"])
     decoded = _decode_tensors(spec.decoded(form, dtype), entry.get("decoded", ()))
-    has_originals = form in QUANTISED_FORMS
+    is_quantised = form in QUANTISED_FORMS
+    # A slice of what is rounded already never saw what its own rows were made from.
+    has_originals = is_quantised and (manifest.slice is None or entry["originals"])
     originals = _decode_tensors(spec.decoded(form, dtype), entry["originals"]) if has_originals else ()
     of_all = [(name, dtype, shape) for name, shape in whole.matrices.items()]
     wholes, whole_originals = (
         _decode_tensors(of_all, entry[name]) if entry.get(name) else ()
         for name in ("wholes", "whole_originals")
     )
-    if has_originals and len(wholes) != len(whole_originals):
-        raise ValueError(f"{spec.file} is recorded without what its whole matrices were made from")
+    if is_quantised and (len(wholes) != len(whole_originals) or len(originals or wholes) < len(decoded)):
+        raise ValueError(f"{spec.file} is recorded without what its matrices were made from")
     sources = _decode_sources(entry, sizes)
     tensor_records = (tensors, sources, decoded, originals, wholes, whole_originals)
     record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], *tensor_records)

@@ -42,7 +42,8 @@ class Machine:
 class MemoryRequest:
     """What passes need: `ram` bytes in all, of which the process already holds `process`.
 
-    The matrices of `model` are in chunks of `chunks` bytes, in the order of a pass. There is a cache for each of
+    The matrices of `model` are in chunks of `chunks` bytes, in the order of a pass; `disks` are the numbers of their
+    disks if there are several, each of which has as large a share of them as of the rate. There is a cache for each of
     `capacities` positions, and a pass has up to `rows` rows, of which `logit_rows` give logits. `draft` is the bytes
     of a draft model with its caches. The chunks `keep` are in RAM already, and stay there if they fit. `shared`
     positions of the caches are the same memory as others, and sequences of up to `joined` positions share some. Caches
@@ -81,6 +82,12 @@ class MemoryRequest:
         heads = self.model.n_head if self.heads is None else self.heads
         return OwnHeads(self.model.n_layer, heads, self.model.head_dim)
 
+    disks: tuple[int, ...] = ()
+
+    @property
+    def disk_count(self) -> int:
+        return max(self.disks, default=0) + 1
+
     @property
     def batch(self) -> int:
         """Number of sequences in a pass."""
@@ -115,7 +122,7 @@ class MemoryRequest:
     @property
     def least_weights(self) -> int:
         """The fewest bytes for weights and buffers."""
-        return min(FEWEST_BUFFERS * self.buffer_nbytes, sum(self.chunks))
+        return min(FEWEST_BUFFERS * self.disk_count * self.buffer_nbytes, sum(self.chunks))
 
     @property
     def fits(self) -> bool:
@@ -130,7 +137,7 @@ class MemoryRequest:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The answer to `request`: `buffers` for the prefetch ring, and the chunks that stay, by their indices."""
+    """The answer to `request`: `buffers` for the prefetch ring of each disk, and the chunks that stay, by index."""
 
     request: MemoryRequest
     buffers: int
@@ -139,7 +146,7 @@ class MemoryPlan:
     @property
     def read_ahead(self) -> int:
         """Bytes of the buffers."""
-        return self.buffers * self.request.buffer_nbytes
+        return self.buffers * self.request.disk_count * self.request.buffer_nbytes
 
     @property
     def resident_bytes(self) -> int:
@@ -169,11 +176,24 @@ def memory_plan(request: MemoryRequest) -> MemoryPlan:
     """
     if not request.fits:
         raise _too_little(request) if not request.fits_here else _too_little_elsewhere(request)
-    buffers = 0
+    buffers, for_each = 0, request.disk_count * request.buffer_nbytes
     if request.spare < sum(request.chunks):
-        buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, request.spare // 8 // request.buffer_nbytes))
-    room = request.spare - buffers * request.buffer_nbytes
-    return MemoryPlan(request, buffers, spread(request.chunks, room, request.keep))
+        buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, request.spare // 8 // for_each))
+    return MemoryPlan(request, buffers, _resident(request, request.spare - buffers * for_each))
+
+
+def _resident(request: MemoryRequest, room: int) -> frozenset[int]:
+    """The chunks that stay in `room` bytes: of each disk the same share, so that all of them need the same time."""
+    chosen, left = set[int](), sum(request.chunks)
+    for disk in range(request.disk_count):
+        own = [index for index, of in enumerate(request.disks or (0,) * len(request.chunks)) if of == disk]
+        sizes = [request.chunks[index] for index in own]
+        keep = frozenset(place for place, index in enumerate(own) if index in request.keep)
+        found = spread(sizes, room * sum(sizes) // max(1, left), keep)
+        chosen |= {own[place] for place in found}
+        room -= sum(sizes[place] for place in found)
+        left -= sum(sizes)
+    return frozenset(chosen)
 
 
 def _too_little_elsewhere(request: MemoryRequest) -> BloomdeskError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.format.slice_set import SliceSet, find_all_slices
 from runner.generation import sequence
 from runner.generation.batch import Batch
 from runner.generation.capacity import Planner
@@ -44,13 +45,19 @@ class Model(ModelRunner):
     process_nbytes: int
 
     @classmethod
-    def open(cls, directory: Path, ram: int | None = None) -> Model:
+    def open(cls, directory: Path, ram: int | None = None, also: Sequence[Path] = ()) -> Model:
         """The model in `directory`; by default `ram` is most of what the machine, or its control group, can spare.
 
-        Raises `BloomdeskError` if the directory is not a sound, complete prepared checkpoint.
+        If it is spread over several directories, those of `also` are where others are now. Raises `BloomdeskError` if
+        the directory is not a sound, complete prepared checkpoint.
         """
+        return cls.of(find_all_slices(directory, also), ram)
+
+    @classmethod
+    def of(cls, slices: SliceSet, ram: int | None = None) -> Model:
+        """The model of slices that were found; see `Weights.of`."""
         memory.give_freed_memory_back()
-        weights = Weights.open(directory)
+        weights, directory = Weights.of(slices), slices.directories[slices.asked]
         tokenizer = Tokenizer(directory / "tokenizer.json")
         grammars = Grammars(tokenizer, weights.model.vocab_size, weights.model.eos_token_ids)
         return cls(weights, tokenizer, grammars, ram or default_total(), memory.memory_in_use())
@@ -62,10 +69,17 @@ class Model(ModelRunner):
     def memory_request(self, capacities: Iterable[int], rows: int) -> MemoryRequest:
         """What passes of up to `rows` rows need, with a cache for each of `capacities` positions."""
         chunks = tuple(chunk.nbytes for chunk in self.weights.stream.chunks)
-        process = self.process_nbytes + self.grammars.nbytes
+        process, stream = self.process_nbytes + self.grammars.nbytes, self.weights.stream
         heads = len(self.weights.heads)
         return MemoryRequest(
-            self.weights.model, chunks, self.ram, process, tuple(capacities), rows, heads=heads
+            self.weights.model,
+            chunks,
+            self.ram,
+            process,
+            tuple(capacities),
+            rows,
+            disks=stream.disks,
+            heads=heads,
         )
 
     def memory_plan(self, capacity: int, rows: int) -> MemoryPlan:

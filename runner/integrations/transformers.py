@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,15 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
         self._request: MemoryRequest | None = None
 
     @classmethod
-    def from_prepared(cls, directory: str | Path, ram: str | int | None = None) -> BloomdeskForCausalLM:
+    def from_prepared(
+        cls, directory: str | Path, ram: str | int | None = None, also: Sequence[str | Path] = ()
+    ) -> BloomdeskForCausalLM:
         """The model in a prepared directory; `ram` limits the bytes of the process, or is a size like "12GB".
 
-        Raises `BloomdeskError` if the directory is not a sound, complete prepared checkpoint.
+        `also` are directories of a model on several disks that have moved. Raises `BloomdeskError` if the directory is
+        not a sound, complete prepared checkpoint.
         """
-        model = runner.load(directory, parse_size(ram) if isinstance(ram, str) else ram)
+        model = runner.load(directory, parse_size(ram) if isinstance(ram, str) else ram, also=also)
         config = BloomdeskConfig.from_pretrained(directory)
         config.dtype = model.weights.dtype
         found = cls(config, model)
@@ -243,15 +247,8 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
     def _arrange(self, capacities: Sequence[int], rows: int, logit_rows: int) -> None:
         """Arrange the weights beside these caches and passes, unless the plan of an earlier pass has room for them."""
         before = self._request
-        wanted = MemoryRequest(
-            self.runner.weights.model,
-            tuple(chunk.nbytes for chunk in self.runner.weights.stream.chunks),
-            self.runner.ram,
-            self.runner.process_nbytes,
-            tuple(sorted(capacities, reverse=True)),
-            max(1, rows),
-            max(1, logit_rows),
-        )
+        asked = self.runner.memory_request(sorted(capacities, reverse=True), max(1, rows))
+        wanted = replace(asked, logit_rows=max(1, logit_rows))
         if before and before.cache >= wanted.cache and before.activations >= wanted.activations:
             return
         plan = memory_plan(wanted)

@@ -12,13 +12,14 @@ from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
-from runner.format.manifest import Manifest, PartRecord, load_manifest
+from runner.format.manifest import PartRecord
 from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
+from runner.format.slice_set import SliceSet, find_all_slices
 from runner.format.slices import Slice
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
-from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised
+from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised, interleaved
 from runner.weights.linear import Matrix
 from runner.weights.part_file import PartFile, read_range
 from runner.weights.stream import READERS, Stream
@@ -73,26 +74,26 @@ class Weights:
         return pass_nbytes(self.model)
 
     @classmethod
-    def open(cls, directory: Path, readers: int = READERS) -> Weights:
+    def open(cls, directory: Path, also: Sequence[Path] = (), readers: int = READERS) -> Weights:
         """Open a complete prepared directory; only headers and vectors are read, so it takes no time.
 
-        `readers` threads read ahead, torch's number of threads compute. Raises `BloomdeskError` if the directory is
-        incomplete, or a part's size or header is not what the manifest says.
+        If it is a slice, the others are found as `find_slices` says. `readers` threads read ahead from each disk,
+        torch's number of threads compute. Raises `BloomdeskError` if a slice is not found, a directory is incomplete,
+        or a part's size or header is not what the manifest says.
         """
-        manifest = load_manifest(directory)
-        if manifest.missing:
-            raise BloomdeskError(
-                f"{directory} is not complete: {len(manifest.missing)} files are still to be made, "
-                f"the next is {manifest.missing[0]}",
-                f"{manifest.command(directory)} resumes where it stopped",
-            )
-        dtype = TORCH_DTYPES[manifest.model.dtype]
+        return cls.of(find_all_slices(directory, also), readers)
+
+    @classmethod
+    def of(cls, slices: SliceSet, readers: int = READERS) -> Weights:
+        """The weights of slices that were found: all of them, or one of which the others are on other machines."""
+        own = slices.first.slice if slices.missing else None
+        model, dtype = slices.first.model, TORCH_DTYPES[slices.first.model.dtype]
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         # A pass looks up rows of the embedding first, and multiplies with all of it at its end.
-        embedding, *others = part_specs(manifest.model)
-        specs, own = [*others, embedding], manifest.slice
-        opened = [_open_slice(directory, spec, manifest) for spec in specs]
-        streamed = opened if manifest.model.tie_word_embeddings else opened[:-1]
+        embedding, *others = part_specs(model)
+        specs = [*others, embedding]
+        opened = [_open_slices(slices, spec) for spec in specs]
+        streamed = opened if model.tie_word_embeddings else opened[:-1]
         stream = Stream(
             [chunk for _, chunks in streamed for each in chunks.values() for chunk in each], readers
         )
@@ -100,37 +101,41 @@ class Weights:
         for spec, (vectors, chunks_by_name) in zip(specs, opened, strict=True):
             matrices = {}
             for name, chunks in chunks_by_name.items():
-                shape, rows = spec.matrices[name], spec.rows(manifest.model, own)[name]
+                shape, rows = spec.matrices[name], spec.rows(model, own)[name]
                 matrices[name] = Matrix(shape, dtype, chunks, index, stream, kernel, rows)
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
-        fingerprint, count = manifest.fingerprint or "", manifest.model.n_layer
+        count = model.n_layer
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        return cls(manifest.model, fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel, own)
+        return cls(model, slices.fingerprint, parts[-1], blocks, final_layernorm, head, stream, kernel, own)
+
+
+def _open_slices(slices: SliceSet, whole: PartSpec) -> Opened:
+    """The vectors of a part, and the chunks of its whole matrices, by name."""
+    vectors, of_disks = {}, []
+    for disk, (index, manifest) in enumerate(slices.manifests.items()):
+        spec, rows = whole.sliced(manifest.model, manifest.slice), whole.rows(manifest.model, manifest.slice)
+        vectors, chunks = _open_part(slices.directories[index], disk, spec, manifest.parts[spec.file])
+        of_disks.append({name: _shifted(each, rows[name].start) for name, each in chunks.items()})
+    names = whole.matrices
+    return vectors, {name: interleaved([chunks[name] for chunks in of_disks]) for name in names}
+
+
+def _shifted(chunks: Sequence[Chunk], rows: int) -> list[Chunk]:
+    """The chunks of a slice as those of the whole matrix, in which its first row is number `rows`."""
+    return [replace(chunk, first=chunk.first + rows, last=chunk.last + rows) for chunk in chunks]
 
 
 Opened = tuple[Mapping[str, torch.Tensor], Mapping[str, tuple[Chunk, ...]]]
 
 
-def _open_slice(directory: Path, whole: PartSpec, manifest: Manifest) -> Opened:
-    """The vectors of a part, and the chunks of its matrices, by name, with numbers of rows of the whole matrices."""
-    spec, rows = whole.sliced(manifest.model, manifest.slice), whole.rows(manifest.model, manifest.slice)
-    vectors, chunks = _open_part(directory, spec, manifest.parts[spec.file])
-    return vectors, {name: _shifted(each, rows[name].start) for name, each in chunks.items()}
-
-
-def _shifted(chunks: Sequence[Chunk], rows: int) -> tuple[Chunk, ...]:
-    """The chunks of a slice as those of the whole matrix, in which its first row is number `rows`."""
-    return tuple(replace(chunk, first=chunk.first + rows, last=chunk.last + rows) for chunk in chunks)
-
-
-def _open_part(directory: Path, spec: PartSpec, record: PartRecord) -> Opened:
-    """The vectors of a part, and the chunks of its matrices, by name."""
+def _open_part(directory: Path, disk: int, spec: PartSpec, record: PartRecord) -> Opened:
+    """The vectors of a part in one directory, on the disk of that number, and the chunks of its matrices, by name."""
     path = directory / spec.file
     repair = f"see what is damaged: bloomdesk verify {in_shell(directory)}"
     with reading(path, repair):
-        file = PartFile.of(path)
+        file = PartFile.of(path, disk)
     if file.size != record.size:
         raise BloomdeskError(f"{path} has {file.size:,} bytes, expected {record.size:,}", repair)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -122,6 +123,17 @@ def buffer_bytes(nbytes: int) -> int:
 
 def _tensor(memory: mmap.mmap, place: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=place).view(shape)
+
+
+def interleaved(of_disks: Sequence[Sequence[Chunk]]) -> tuple[Chunk, ...]:
+    """The chunks of a matrix's rows on each disk, in an order in which all disks are always as far as one another."""
+    placed = []
+    for disk, chunks in enumerate(of_disks):
+        whole, position = sum(chunk.nbytes for chunk in chunks), 0
+        for chunk in chunks:
+            placed.append(((position + chunk.nbytes / 2) / whole, disk, chunk))
+            position += chunk.nbytes
+    return tuple(chunk for *_, chunk in sorted(placed, key=lambda each: each[:2]))
 
 
 def row_ranges(rows: int, nbytes: int) -> list[tuple[int, int]]:

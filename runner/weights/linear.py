@@ -44,7 +44,8 @@ class Matrix:
     ) -> torch.Tensor:
         """x [T, K] float32 -> `x @ weight.T` for the own rows, [T, own], finished; see `Finish`.
 
-        It goes to `out`, if that is given. `on_rows` is called with each row of the matrix up to which it is there.
+        It goes to `out`, if that is given. If one slice is here, `on_rows` is called with each row of the matrix up to
+        which it is there.
         Raises `BloomdeskError` if a chunk cannot be read, or is damaged.
         """
         first = self.own.start
@@ -70,19 +71,19 @@ class Matrix:
                     raise _damaged(chunk, error) from error
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
-        """[T, K]: own rows of the matrix by number, read from the file each time."""
+        """[T, K]: own rows of the matrix by number, read from the files each time."""
         found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
-        if not ids:
-            return found
-        with self.chunks[0].file.opened() as file:
-            for place, row in enumerate(ids):
-                found[place] = self._row(file, row)
+        chunks = [next(chunk for chunk in self.chunks if chunk.first <= row < chunk.last) for row in ids]
+        for part in dict.fromkeys(chunk.file for chunk in chunks):
+            with part.opened() as file:
+                for place, (row, chunk) in enumerate(zip(ids, chunks, strict=True)):
+                    if chunk.file is part:
+                        found[place] = self._row(file, chunk, row)
         return found
 
-    def _row(self, file: io.FileIO, row: int) -> torch.Tensor:
-        """Row number `row`; of a coded matrix its row group is decoded."""
+    def _row(self, file: io.FileIO, chunk: Chunk, row: int) -> torch.Tensor:
+        """Row number `row`, which is in `chunk`; of a coded matrix its row group is decoded."""
         columns = self.shape[1]
-        chunk = next(chunk for chunk in self.chunks if row < chunk.last)
         if chunk.coding is not None:
             return self._quantised_row(file, chunk, row - chunk.first)
         if chunk.row_groups is None:

@@ -23,18 +23,22 @@ LARGE_PAGE = 2**21
 
 @dataclass(eq=False)
 class PartFile:
-    """A part as it was when the model was opened; once it has changed, nothing is read from it."""
+    """A part as it was when the model was opened; once it has changed, nothing is read from it.
+
+    `disk` is the number of its disk if a model is spread over several.
+    """
 
     path: Path
     size: int
     changed_ns: int
+    disk: int = 0
     _mapping: Mapping | None = field(default=None, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @classmethod
-    def of(cls, path: Path) -> PartFile:
+    def of(cls, path: Path, disk: int = 0) -> PartFile:
         found = path.stat()
-        return cls(path, found.st_size, found.st_mtime_ns)
+        return cls(path, found.st_size, found.st_mtime_ns, disk)
 
     @property
     def hint(self) -> str:

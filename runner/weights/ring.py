@@ -161,6 +161,24 @@ class Readers:
                 thread.join(_LONGEST_READ)
 
 
+class Ring:
+    """The buffers and the readers of one disk; chunk number `next` of all passes is the first not read ahead yet."""
+
+    def __init__(self, disk: int, readers: Readers) -> None:
+        self.disk, self.readers = disk, readers
+        self.buffers: list[Buffer] = []
+        self.next = 0
+
+    @property
+    def free_buffer(self) -> Buffer | None:
+        """One that may be read into, if there is one."""
+        return next((each for each in self.buffers if each.is_free), None)
+
+    def buffer(self, number: int) -> Buffer | None:
+        """The one that is for chunk `number`, if its read was started."""
+        return next((each for each in self.buffers if each.number == number), None)
+
+
 def _make_reads(reads: SimpleQueue[Read | None], read_chunk: ReadChunk) -> None:
     while read := reads.get():
         read.make(read_chunk)

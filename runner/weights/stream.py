@@ -1,8 +1,12 @@
 """The chunks of a model, handed out in the order of a pass: some stay in RAM, the others are read ahead.
 
-    disk ──> buffers of the ring, filled by readers ─────────┐
+    disk 0 ──> buffers of its ring, filled by its readers ───┐
+    disk 1 ──> buffers of its ring, filled by its readers ───┤
                                                              ├──> take ──> product ──> release
     page cache ──> mapped files, paged in once ──────────────┘
+
+If a model is spread over several disks, each has a ring and readers of its own, so all of them are busy although one is
+faster; their chunks take turns in the order.
 
 Streamed chunks are read past the page cache into memory of the process, so no page is pushed out for them. Resident
 ones are pages of the page cache: what is there already is not read, and other processes share it. The order wraps:
@@ -19,7 +23,7 @@ from dataclasses import dataclass
 
 from runner.errors import BloomdeskError
 from runner.weights.chunks import Chunk, Loaded, buffer_bytes
-from runner.weights.ring import Buffer, Read, ReadChunk, Readers, Resident
+from runner.weights.ring import Buffer, Read, ReadChunk, Readers, Resident, Ring
 
 # One reads while the other hands over.
 READERS = 2
@@ -53,7 +57,8 @@ class Traffic:
 class Stream:
     """Hands out `chunks` one at a time, first to last and around again; until `arrange`, all are resident.
 
-    Only one thread at a time may use a stream, so nothing is locked; `readers` threads fill its buffers with `read`.
+    Only one thread at a time may use a stream, so nothing is locked; `readers` threads for each disk fill its buffers
+    with `read`.
     Chunks are numbered through all passes: number n is chunk `n % len(chunks)`. `position` is the number of the chunk
     in use, or next to be used.
     """
@@ -64,15 +69,24 @@ class Stream:
         self.resident = frozenset(range(len(self.chunks)))
         # The resident chunks that are read, or about to be, by index.
         self.kept: dict[int, Resident] = {}
-        self.buffers: list[Buffer] = []
-        self.position = self._next = 0
+        self.position = 0
         # Stays set if an interruption prevents the release; the next `take` then restarts.
         self.in_use = False
         # Whether all chunks are resident, read and counted; then they are handed out without any of this.
         self._is_at_rest = False
-        self._readers = Readers(readers, read)
+        # The number of each chunk's disk.
+        self.disks = tuple(chunk.file.disk for chunk in self.chunks)
+        self._rings = [Ring(disk, Readers(readers, read)) for disk in range(max(self.disks, default=0) + 1)]
+        # The first chunk of each file, at which it is checked in each pass.
+        self._first_of_file = {chunk.file: index for index, chunk in reversed([*enumerate(self.chunks)])}
         self._read_until = 0.0
-        weakref.finalize(self, self._readers.end)
+        for ring in self._rings:
+            weakref.finalize(self, ring.readers.end)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """Those of all rings."""
+        return [buffer for ring in self._rings for buffer in ring.buffers]
 
     @property
     def streamed_bytes(self) -> int:
@@ -80,23 +94,33 @@ class Stream:
         return sum(chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in self.resident)
 
     def arrange(self, resident: frozenset[int], buffers: int) -> None:
-        """Keep the chunks with these indices from now on, and stream the others through `buffers` buffers.
+        """Keep the chunks with these indices from now on, and stream the others through `buffers` buffers of each disk.
 
         Raises ValueError if something is to be streamed through fewer than 2 buffers.
         """
-        streamed = [chunk.nbytes for index, chunk in enumerate(self.chunks) if index not in resident]
-        if streamed and buffers < 2:
+        streamed = self._streamed(resident)
+        if any(streamed) and buffers < 2:
             raise ValueError(f"{buffers} buffers cannot hold a chunk in use and one that is read")
-        count = buffers if streamed else 0
-        if self.resident == resident and len(self.buffers) == count:
+        counts = [buffers if sizes else 0 for sizes in streamed]
+        if self.resident == resident and [len(ring.buffers) for ring in self._rings] == counts:
             return
         self.resident, self._is_at_rest = resident, False
         for index in self.kept.keys() - resident:
             self.kept.pop(index).let_go()
         # The memory of the old buffers is freed before new ones are made, except of those that are being read into.
         self._restart(0)
-        self.buffers = []
-        self.buffers = [Buffer(buffer_bytes(max(streamed))) for _ in range(count)]
+        for ring in self._rings:
+            ring.buffers = []
+        for ring, sizes, count in zip(self._rings, streamed, counts, strict=True):
+            ring.buffers = [Buffer(buffer_bytes(max(sizes))) for _ in range(count)]
+
+    def _streamed(self, resident: frozenset[int]) -> list[list[int]]:
+        """Bytes of the chunks that are not `resident`, for each disk."""
+        found: list[list[int]] = [[] for _ in self._rings]
+        for index, chunk in enumerate(self.chunks):
+            if index not in resident:
+                found[chunk.file.disk].append(chunk.nbytes)
+        return found
 
     @contextmanager
     def chunk(self, index: int) -> Iterator[Loaded]:
@@ -134,7 +158,7 @@ class Stream:
     def _check_resident(self, index: int) -> None:
         """Check the file of a resident chunk at its first chunk in each pass; a streamed one's is at each read."""
         file = self.chunks[index].file
-        if not index or self.chunks[index - 1].file is not file:
+        if self._first_of_file[file] == index:
             file.check_unchanged()
 
     def _check_used(self, held: Buffer | Resident, index: int) -> None:
@@ -167,7 +191,7 @@ class Stream:
                 buffer = self._current(index)
                 # All buffers are still being read into, for chunks that are not needed any more.
                 if not buffer:
-                    self.buffers[0].read.done.wait(LONGEST_WAIT)
+                    self._ring(index).buffers[0].read.done.wait(LONGEST_WAIT)
             while not buffer.read.done.is_set():
                 buffer.read.done.wait(LONGEST_WAIT)
             if not buffer.read.failure:
@@ -178,34 +202,45 @@ class Stream:
                 raise buffer.read.failure
             buffer, may_retry = None, False
 
+    def _ring(self, index: int) -> Ring:
+        return self._rings[self.disks[index]]
+
     def _current(self, index: int) -> Buffer | Resident | None:
         """What is for chunk `index`, the next in order, if its read was started."""
-        if buffer := self.kept.get(index):
-            return buffer
-        return next((buffer for buffer in self.buffers if buffer.number == self.position), None)
+        return self.kept.get(index) or self._ring(index).buffer(self.position)
 
     def _read_ahead(self) -> None:
         """Start reading the chunks that come next, as far as there are free buffers."""
         if len(self.kept) == len(self.chunks):
             return
-        while self._next < self.position + len(self.chunks):
-            if self._next > self.position and self._readers.queued >= MOST_QUEUED:
+        for ring in self._rings:
+            self._read_ahead_on(ring)
+
+    def _read_ahead_on(self, ring: Ring) -> None:
+        while ring.next < self.position + len(self.chunks):
+            index = ring.next % len(self.chunks)
+            is_own = self.disks[index] == ring.disk
+            if is_own and ring.next > self.position and ring.readers.queued >= MOST_QUEUED:
                 return
-            index = self._next % len(self.chunks)
-            chunk = self.chunks[index]
-            # Whatever an interruption leaves undone here, no buffer is read into twice, and none is lost.
-            if index not in self.resident:
-                buffer = next((each for each in self.buffers if each.is_free), None)
-                if not buffer:
-                    return
-                buffer.read = Read(chunk, buffer.view)
-                self._readers.start(buffer.read)
-                buffer.number = self._next
-            elif index not in self.kept:
-                held = Resident(chunk)
-                self._readers.start(held.read)
-                self.kept[index] = held
-            self._next += 1
+            if is_own and not self._start_read(ring, index):
+                return
+            ring.next += 1
+
+    def _start_read(self, ring: Ring, index: int) -> bool:
+        """Have chunk `index` read, unless that was done; False if there is no free buffer for it."""
+        # Whatever an interruption leaves undone here, no buffer is read into twice, and none is lost.
+        if index not in self.resident:
+            buffer = ring.free_buffer
+            if not buffer:
+                return False
+            buffer.read = Read(self.chunks[index], buffer.view)
+            ring.readers.start(buffer.read)
+            buffer.number = ring.next
+        elif index not in self.kept:
+            held = Resident(self.chunks[index])
+            ring.readers.start(held.read)
+            self.kept[index] = held
+        return True
 
     def _restart(self, index: int) -> None:
         """Read from chunk `index` on, and drop what was to be read ahead."""
@@ -215,7 +250,9 @@ class Stream:
             buffer.number = None
             if buffer.read:
                 buffer.read.is_dropped = True
-        self.position = self._next = index
+        self.position = index
+        for ring in self._rings:
+            ring.next = index
 
     def _count(self, read: Read) -> None:
         read.is_counted = True
@@ -223,6 +260,6 @@ class Stream:
             self.traffic.bytes_loaded += read.chunk.nbytes
         else:
             self.traffic.bytes_streamed += read.chunk.nbytes
-        # Reads begin in the order in which they are counted, and may overlap.
+        # Those of a disk begin in the order in which they are counted, and may overlap.
         self.traffic.reading_seconds += max(0.0, read.ended - max(read.began, self._read_until))
         self._read_until = max(self._read_until, read.ended)

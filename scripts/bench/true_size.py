@@ -155,7 +155,7 @@ def extrapolated(run: Run) -> list[Row]:
     rates = {name: median(each[name] for each in found_rates) for name in found_rates[0]}
     # At a drive that takes no time, the limit is what computing, and decoding, take.
     rates = Rates(**rates | {"disk": math.inf})
-    whole, stored = family.hyperparameters("bloom"), stored_as(load_manifest(run.prepared))
+    whole, stored = family.hyperparameters("bloom"), stored_as([load_manifest(run.prepared)])
     measured = [row for row in run.measured(BENCHMARK) if "seconds" in row]
     rows: list[Row] = []
     for ram in dict.fromkeys(row["ram"] for row in measured):
@@ -213,7 +213,7 @@ def facts(run: Run) -> dict[str, Any]:
     return {
         "model": asdict(manifest.model),
         "weights_bytes": weight_bytes(manifest.model),
-        "coded_share": stored_as(manifest).share,
+        "coded_share": stored_as([manifest]).share,
         "extrapolated": extrapolated(run),
     }
 

@@ -76,7 +76,23 @@ SliceOption = Annotated[
 ]
 Shares = Annotated[
     str | None,
-    typer.Option(metavar="2,1,..", help="How many rows each slice gets beside the others."),
+    typer.Option(
+        metavar="2,1,..",
+        help="How many rows each slice gets beside the others.",
+        show_default="with --also the measured rates of the disks, else all the same",
+    ),
+]
+NewAlso = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--also",
+        metavar="DIR",
+        help="A directory on another disk, which gets rows of every matrix, too. Repeatable.",
+    ),
+]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="DIR", help="A directory of it on another disk that has moved. Repeatable."),
 ]
 Speculate = Annotated[
     str,

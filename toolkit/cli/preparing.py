@@ -20,12 +20,14 @@ from toolkit.cli.options import (
     DEFAULT_CONNECTIONS,
     DEFAULT_PATIENCE,
     Adapter,
+    Also,
     Connections,
     Dtype,
     Form,
     Json,
     LimitRate,
     Lossless,
+    NewAlso,
     NewDirectory,
     Patience,
     Prepared,
@@ -36,8 +38,10 @@ from toolkit.cli.options import (
     dtype_of,
     form_of,
     share_of,
+    shares_of,
     slice_of,
 )
+from toolkit.cli.placement import placement_of
 from toolkit.cli.progress import WorkProgress
 from toolkit.cli.report import (
     completed_lines,
@@ -97,12 +101,17 @@ def prepare(
     form: Form = PLAIN,
     lossless: Lossless = False,
     dtype: Dtype = None,
+    also: NewAlso = None,
+    shares: Shares = None,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
     line, chosen = line_of(patience, limit_rate), form_of(form, lossless)
-    plan = plan_preparation(repo, destination, revision, chosen, connections, dtype_of(dtype), line=line)
+    placement = placement_of(destination, None, also or (), shares_of(shares)) if also else None
+    plan = plan_preparation(
+        repo, destination, revision, chosen, connections, dtype_of(dtype), line=line, placement=placement
+    )
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
     print_lines(completed_lines(destination, _built("preparing", plan, line)))
@@ -119,11 +128,11 @@ def convert(
     dtype: Dtype = None,
     adapter: Adapter = None,
     slice_: SliceOption = None,
+    also: NewAlso = None,
     shares: Shares = None,
 ) -> None:
     """Split a checkpoint anew, a file for each block. Running it again resumes."""
     from toolkit.commands.convert import plan_conversion
-    from toolkit.commands.placement import placed
 
     plan = plan_conversion(
         source,
@@ -132,7 +141,7 @@ def convert(
         form=form_of(form, lossless),
         dtype=dtype_of(dtype),
         adapter=adapter,
-        placement=placed(destination, slice_of(slice_, shares)),
+        placement=placement_of(destination, slice_of(slice_, shares), also or (), shares_of(shares)),
     )
     print_lines(completed_lines(destination, _built("converting", plan)))
 
@@ -184,11 +193,12 @@ def repair(
 def export(
     directory: Prepared,
     destination: Annotated[Path, typer.Argument(metavar="HUB_DIR", help="Where the checkpoint goes.")],
+    also: Also = None,
 ) -> None:
     """Write the standard checkpoint back. It is sharded safetensors, as transformers loads it."""
     from toolkit.commands.export import carry_out, plan_export
 
-    plan = plan_export(directory, destination)
+    plan = plan_export(directory, destination, also or ())
     _say_if_space_is_unknown(destination)
     with WorkProgress("exporting", plan.work) as progress:
         done = carry_out(plan, progress)
@@ -197,14 +207,14 @@ def export(
     print(f"{destination} holds the checkpoint: {written('shards', done)}")
 
 
-def info(directory: Prepared, as_json: Json = False) -> None:
+def info(directory: Prepared, also: Also = None, as_json: Json = False) -> None:
     """Say what a prepared directory, or a session, holds."""
     from toolkit.commands.info import inspect
 
     if (rows := session_rows(directory)) is not None:
         print_rows(rows, as_json=as_json)
         return
-    found = inspect(directory)
+    found = inspect(directory, also or ())
     if as_json:
         print(json.dumps(found.as_json()))
     else:

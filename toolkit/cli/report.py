@@ -197,6 +197,7 @@ def info_rows(found: Info) -> Iterator[Row]:
         yield Row("next", f"bloomdesk repair {directory}{'' if source.repo else ' --source SRC'}")
     elif missing:
         yield Row("next", f"{manifest.command(found.directory)} resumes where it stopped")
+    yield from _slice_rows(found)
     yield Row("model", f"{number(found.parameters / one)} {unit} parameters, {model.dtype}")
     shape = f"{model.n_layer} blocks, hidden size {model.hidden_size:,}, {model.n_head} heads"
     yield Row("shape", f"{shape}, vocabulary {model.vocab_size:,}")
@@ -206,3 +207,19 @@ def info_rows(found: Info) -> Iterator[Row]:
     yield Row("stored", manifest.form + ("" if manifest.form == PLAIN else share))
     yield Row("a pass reads", size(found.pass_bytes))
     yield Row("KV cache", f"{size(found.kv_cache_bytes_per_token)} for each token of prompt and output")
+
+
+def _slice_rows(found: Info) -> Iterator[Row]:
+    """Which slice a directory is, and where the others are."""
+    own = found.manifest.slice
+    if own is None:
+        return
+    yield Row("holds", f"{own.described}: some rows of every matrix")
+    for each in found.places:
+        if each["index"] == own.index:
+            continue
+        made_in = f"; it was made in {each['made_in']}" if each["made_in"] else ""
+        where = (
+            f"in {each['directory']}" if each["directory"] else f"not found{made_in}: --also DIR says where"
+        )
+        yield Row(f"slice {each['index'] + 1}/{own.count}", where)

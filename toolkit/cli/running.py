@@ -17,7 +17,7 @@ from runner.cli.score import score as run_score
 from runner.cli.serve import ServeOptions
 from runner.cli.serve import serve as run_serve
 from runner.generation.options import GenerationOptions, Sampling, read_biases
-from toolkit.cli.options import Draft, Json, Prepared, PromptTokens, Ram, Speculate
+from toolkit.cli.options import Also, Draft, Json, Prepared, PromptTokens, Ram, Speculate
 
 
 def generate(
@@ -116,6 +116,7 @@ def generate(
             metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
         ),
     ] = None,
+    also: Also = None,
     as_json: Json = False,
 ) -> int:
     """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
@@ -139,7 +140,17 @@ def generate(
     )
     return run_generate(
         GenerateOptions(
-            directory, prompt, prompt_file, prompts, out, ram, as_json, session, generation, sampling
+            directory,
+            prompt,
+            prompt_file,
+            prompts,
+            out,
+            ram,
+            as_json,
+            session,
+            generation,
+            sampling,
+            tuple(also or ()),
         )
     )
 
@@ -165,10 +176,11 @@ def score(
         ),
     ] = None,
     ram: Ram = None,
+    also: Also = None,
     as_json: Json = False,
 ) -> int:
     """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
-    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride))
+    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride, tuple(also or ())))
 
 
 def serve(
@@ -227,6 +239,7 @@ def serve(
         int | None,
         typer.Option(metavar="N", min=1, help="The most lines of a batch.", show_default="50000"),
     ] = None,
+    also: Also = None,
 ) -> int:
     """Answer OpenAI's protocol over HTTP, for one model. Requests share passes, and join and leave between them."""
     generation = GenerationOptions(speculate=speculate, draft=draft, batch=max_batch)
@@ -247,6 +260,7 @@ def serve(
             max_file_size,
             max_lines,
             generation,
+            tuple(also or ()),
         )
     )
 
@@ -258,10 +272,11 @@ def bench(
         int, typer.Option(metavar="N", min=1, help="Tokens to time.")
     ] = bench_command.DEFAULT_TOKENS,
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
+    also: Also = None,
     as_json: Json = False,
 ) -> int:
     """Time a few tokens. They are compared with the least that this machine's disk and memory allow."""
-    return bench_command.bench(directory, ram, tokens, prompt_tokens, as_json=as_json)
+    return bench_command.bench(directory, ram, tokens, prompt_tokens, also=also or (), as_json=as_json)
 
 
 def plan(
@@ -281,9 +296,12 @@ def plan(
         int, typer.Option(metavar="N", min=1, help="Tokens to generate.")
     ] = GenerationOptions.max_new_tokens,
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
+    also: Also = None,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
     from toolkit.commands.schedule import space_to_prepare
 
-    return plan_command.plan(space_to_prepare, directory, ram, model, tokens, prompt_tokens, as_json=as_json)
+    return plan_command.plan(
+        space_to_prepare, directory, ram, model, tokens, prompt_tokens, also=also or (), as_json=as_json
+    )

@@ -79,7 +79,7 @@ def require_space(
         own = schedule.of(each.manifest)
         frees = len(destinations) == 1 or (source is not None and _same_disk(each.directory, source))
         growth = own.growth(deletable if frees else frozenset())
-        require_large_files(each.directory, {file: own.part_sizes[file] for file in own.needs})
+        require_large_files(each.directory, own.needed_sizes)
         target.require_free_space(each.directory, growth, own.needs, companions)
         peak += growth
     return peak

@@ -19,15 +19,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
 from runner.errors import BloomdeskError, in_shell, reading
-from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest
+from runner.format.manifest import CompanionRecord, Manifest, PartRecord
 from runner.format.safetensors import read_small
+from runner.format.slice_set import SliceSet, find_all_slices
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
 from toolkit.commands.build import Summary
 from toolkit.commands.verify import refuse_download
@@ -36,6 +38,7 @@ from toolkit.io.disk import disk_errors, read_if_exists, require_large_files, so
 from toolkit.io.progress import Progress, silent
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.check import check, quick_check
+from toolkit.parts.coded_part import hashed
 from toolkit.parts.destination import (
     LARGEST_COMPANION,
     other_files,
@@ -51,7 +54,7 @@ from toolkit.parts.export_record import (
 )
 from toolkit.parts.part_reader import DamagedTensor, PartReader, StoredTensor, stored_tensors
 from toolkit.parts.regions import Region, regions_of
-from toolkit.parts.row_groups import Coders
+from toolkit.parts.row_groups import Block, Coders
 from toolkit.source.dtype import config_in
 from toolkit.source.index import LARGEST_INDEX
 from toolkit.source.key_map import name_table
@@ -61,12 +64,19 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
+class PartSource:
+    """A part that a shard is made of, or what one slice has of it: its tensors in the shard's order."""
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
 class PlannedShard:
-    """A shard to write: `record` is what it will be, and `tensors` those of `part`, in the shard's order."""
+    """A shard to write: `record` is what it will be, and `sources` are the part, or those of all slices in order."""
 
     record: ShardRecord
-    part: PartRecord
-    tensors: tuple[StoredTensor, ...]
+    sources: tuple[PartSource, ...]
 
     @property
     def file(self) -> str:
@@ -97,32 +107,32 @@ class ExportPlan:
         return sum(shard.record.size for shard in self.shards)
 
 
-def export(directory: Path, destination: Path, progress: Progress = silent) -> Summary:
+def export(
+    directory: Path, destination: Path, progress: Progress = silent, also: Sequence[Path] = ()
+) -> Summary:
     """Write the prepared checkpoint in `directory` to `destination` as sharded safetensors, or resume that.
 
-    Raises `BloomdeskError` before anything is written if the checkpoint is not complete, or `destination` holds
-    something else or lacks space; and later if bytes are not those that the manifest records, which are never
-    exported, or the disk fails. What is finished then stays, and the same call resumes from it.
+    If that is a slice, the others are found as `find_slices` says, in `also` first. Raises `BloomdeskError` before
+    anything is written if the checkpoint is not complete, or `destination` holds something else or lacks space; and
+    later if bytes are not those that the manifest records, which are never exported, or the disk fails. What is
+    finished then stays, and the same call resumes from it.
     """
-    return carry_out(plan_export(directory, destination), progress)
+    return carry_out(plan_export(directory, destination, also), progress)
 
 
-def plan_export(directory: Path, destination: Path) -> ExportPlan:
+def plan_export(directory: Path, destination: Path, also: Sequence[Path] = ()) -> ExportPlan:
     """Everything that `export` checks before it writes; it writes nothing."""
     refuse_download(directory)
-    manifest = load_manifest(directory)
-    if manifest.missing:
+    slices = find_all_slices(directory, also)
+    manifest = slices.first
+    if manifest.fingerprint is None:
         raise BloomdeskError(
-            f"{directory} is not complete: {len(manifest.missing)} files are still to be made",
-            f"{manifest.command(directory)} makes the rest",
+            f"{directory} does not know the hashes of the whole matrices, of which it has only seen a slice",
+            "make the slices of the whole checkpoint: bloomdesk convert SRC DST --slice",
         )
-    for record in manifest.records:
-        found = quick_check(directory / record.file, record)
-        for item in found.unchecked:
-            raise BloomdeskError(f"{directory / item.file}: {item.what}; nothing was exported")
-        for item in found.damage:
-            raise _damaged(directory, item.file, item.what)
-    shards = _plan_shards(manifest)
+    for index, each in slices.manifests.items():
+        _refuse_damage(slices.directories[index], each)
+    shards = _plan_shards(slices)
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
     # It may say the dtype from which the weights were rounded.
@@ -168,18 +178,36 @@ def carry_out(plan: ExportPlan, progress: Progress = silent) -> Summary:
     return Summary(written, kept, sum(shard.record.size for shard in to_write), seconds, notes=notes)
 
 
-def _plan_shards(manifest: Manifest) -> tuple[PlannedShard, ...]:
-    keys = {place: key for key, place in name_table(manifest.model).items()}
-    shards = []
-    for number, part in enumerate(manifest.parts.values(), 1):
+def _refuse_damage(directory: Path, manifest: Manifest) -> None:
+    """Raise `BloomdeskError` if a file is missing, has another size or header, or can't be read."""
+    for record in manifest.records:
+        found = quick_check(directory / record.file, record)
+        for item in found.unchecked:
+            raise BloomdeskError(f"{directory / item.file}: {item.what}; nothing was exported")
+        for item in found.damage:
+            raise _damaged(directory, item.file, item.what)
+
+
+def _plan_shards(slices: SliceSet) -> tuple[PlannedShard, ...]:
+    keys = {place: key for key, place in name_table(slices.first.model).items()}
+    shards, parts = [], slices.first.parts
+    for number, part in enumerate(parts.values(), 1):
         # By key, which is the order of the reference library for tensors of one dtype.
-        by_key = {keys[part.file, stored.tensor.name]: stored for stored in stored_tensors(part)}
-        tensors = tuple(replace(by_key[key].tensor, name=key) for key in sorted(by_key))
-        file = f"model-{number:05d}-of-{len(manifest.parts):05d}.safetensors"
-        shards.append(
-            PlannedShard(ShardRecord(file, tensors), part, tuple(by_key[key] for key in sorted(by_key)))
+        by_key = {keys[part.file, tensor.name]: tensor for tensor in part.whole_weights}
+        tensors = tuple(replace(by_key[key], name=key) for key in sorted(by_key))
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        names = [by_key[key].name for key in sorted(by_key)]
+        sources = tuple(
+            _source_of(slices.directories[index], manifest.parts[part.file], names)
+            for index, manifest in slices.manifests.items()
         )
+        shards.append(PlannedShard(ShardRecord(file, tensors), sources))
     return tuple(shards)
+
+
+def _source_of(directory: Path, part: PartRecord, names: Sequence[str]) -> PartSource:
+    by_name = {stored.tensor.name: stored for stored in stored_tensors(part)}
+    return PartSource(directory / part.file, tuple(by_name[name] for name in names))
 
 
 def _index(manifest: Manifest, shards: tuple[PlannedShard, ...]) -> bytes:
@@ -269,28 +297,52 @@ def _read_companion(directory: Path, record: CompanionRecord) -> bytes:
 
 def _write_shard(plan: ExportPlan, shard: PlannedShard, coders: Coders, progress: Progress) -> None:
     """Put a shard in place, whole or not at all; `BloomdeskError` if the part is damaged or the disk fails."""
-    path, part, header = plan.destination / shard.file, plan.directory / shard.part.file, shard.record.header
-    try:
-        with (
-            disk_errors(path),
-            atomic_file(path) as file,
-            PartReader(part, shard.tensors, coders) as reader,
-            WriteBehind(file.fileno()) as behind,
-        ):
-            behind.write(header)
-            done = len(header)
-            for index, stored in enumerate(shard.tensors):
-                own = xxhash.xxh3_128()
-                for block in reader.bits(index):
+    path, header = plan.destination / shard.file, shard.record.header
+    with disk_errors(path), atomic_file(path) as file, ExitStack() as stack:
+        readers = [stack.enter_context(_opened(source, coders)) for source in shard.sources]
+        behind = stack.enter_context(WriteBehind(file.fileno()))
+        behind.write(header)
+        done = len(header)
+        for index, tensor in enumerate(shard.record.tensors):
+            whole = xxhash.xxh3_128()
+            # Every slice has the vectors.
+            having = readers if len(tensor.shape) == 2 else readers[:1]
+            for source, reader in zip(shard.sources, having, strict=False):
+                for block in _sound_bits(source, reader, index):
                     behind.write(block)
-                    own.update(block)
+                    whole.update(block)
                     done += len(block)
                     progress(shard.file, done, shard.record.size)
-                found, expected = own.hexdigest(), stored.tensor.xxh3_128
-                if found != expected:
-                    raise DamagedTensor(f"{stored.tensor.name} has the xxh3-128 {found}, expected {expected}")
+                # The last block is the reader's, who is not asked again before another one is.
+                behind.wait()
+            if whole.hexdigest() != tensor.xxh3_128:
+                raise BloomdeskError(
+                    f"{path}: the slices of {tensor.name} are sound, and together they are another matrix",
+                    "see which does not belong to the others: bloomdesk info",
+                )
+
+
+def _opened(source: PartSource, coders: Coders) -> PartReader:
+    with _damage_of(source):
+        return PartReader(source.path, source.tensors, coders)
+
+
+def _sound_bits(source: PartSource, reader: PartReader, index: int) -> Iterator[Block]:
+    """The bytes of a tensor; `BloomdeskError`, at the end, if they are not the recorded ones."""
+    with _damage_of(source):
+        tensor, own = source.tensors[index].tensor, xxhash.xxh3_128()
+        yield from hashed(reader.bits(index), own)
+        if own.hexdigest() != tensor.xxh3_128:
+            found, expected = own.hexdigest(), tensor.xxh3_128
+            raise DamagedTensor(f"{tensor.name} has the xxh3-128 {found}, expected {expected}")
+
+
+@contextmanager
+def _damage_of(source: PartSource) -> Iterator[None]:
+    try:
+        yield
     except DamagedTensor as error:
-        raise _damaged(plan.directory, shard.part.file, str(error)) from error
+        raise _damaged(source.path.parent, source.path.name, str(error)) from error
 
 
 def _damaged(directory: Path, file: str, what: str) -> BloomdeskError:

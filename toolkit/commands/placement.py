@@ -10,6 +10,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.manifest import Manifest
 from runner.format.slices import Slice, even
+from toolkit.parts import destination as target
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ def placed(
             f"there are {len(shares)} shares for {len(directories)} directories", "give each of them one"
         )
     return Placement({each: Slice(index, shares) for index, each in enumerate(directories)})
+
+
+def recorded_shares(directories: Sequence[Path]) -> tuple[int, ...]:
+    """The shares of a directory among these that has parts already; none if all of them are new."""
+    for directory in directories:
+        existing = target.load_existing(directory)
+        own = existing.slice if existing is not None and existing.parts else None
+        if own is not None and own.count == len(directories):
+            return own.shares
+    return ()
 
 
 def resumed(directory: Path, existing: Manifest | None) -> Placement:

@@ -7,6 +7,7 @@ resumes: the manifest says which parts there are, the staging directory which sh
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from runner.format.layout import COMPANIONS, GENERATION_CONFIG, REQUIRED_COMPANI
 from runner.format.manifest import Manifest, Source
 from toolkit.commands.arrivals import ArrivingShards, is_staging, load_staging, staged_bytes
 from toolkit.commands.build import BuildPlan, Destination, Summary, carry_out
-from toolkit.commands.destinations import destination_of
+from toolkit.commands.destinations import common, destination_of, kept_by_any, require_space
 from toolkit.commands.download import read_small_file
-from toolkit.commands.placement import resumed
-from toolkit.commands.schedule import schedule_of
+from toolkit.commands.placement import Placement, placed, resumed
+from toolkit.commands.schedule import Schedule, schedule_of
 from toolkit.hub import revision as hub
 from toolkit.hub.line import Line
 from toolkit.hub.record import load_record
@@ -51,9 +52,17 @@ def prepare(
     form: str = PLAIN,
     dtype: str | None = None,
     line: Line | None = None,
+    also: Sequence[Path] = (),
+    shares: Sequence[int] = (),
 ) -> Summary:
-    """Make a prepared directory of `repo`, or resume one: `plan_preparation` and `carry_out` in one."""
-    plan = plan_preparation(repo, destination, revision, form, connections, dtype, line=line)
+    """Make a prepared directory of `repo`, or resume one: `plan_preparation` and `carry_out` in one.
+
+    With directories `also` each of them gets a slice, and the first is that of `destination`, by their `shares`.
+    """
+    placement = placed(destination, None, also, shares) if also else None
+    plan = plan_preparation(
+        repo, destination, revision, form, connections, dtype, line=line, placement=placement
+    )
     return carry_out(plan, progress)
 
 
@@ -66,8 +75,9 @@ def plan_preparation(
     dtype: str | None = None,
     mend: frozenset[str] | None = None,
     line: Line | None = None,
+    placement: Placement | None = None,
 ) -> BuildPlan:
-    """What is to be fetched and made; nothing is written to `destination`.
+    """What is to be fetched and made; nothing is written to `destination`, nor to those beside it in `placement`.
 
     By default the `dtype` is the one that transformers would choose. `mend` are the recorded parts that are damaged or
     missing, if only these are to be made again. If `destination` has parts of `repo` already and no revision is named,
@@ -79,11 +89,13 @@ def plan_preparation(
     if existing is not None:
         # The wrong form is reported before the Hub is asked.
         target.check_form(destination, existing, form)
+    if placement is None:
+        placement = placed(destination) if mend is None else resumed(destination, existing)
     line, named = line or Line(), revision is not None and mend is None
     if existing is not None and existing.source.repo == repo:
         revision = revision or existing.source.commit
         if mend is None and revision.lower() == existing.source.commit:
-            whole = _plan_of_nothing(destination, existing, dtype, line)
+            whole = _plan_of_nothing(placement, existing, dtype, line)
             if whole is not None:
                 return whole
     found = hub.resolve(repo, revision, line, named=named)
@@ -110,22 +122,20 @@ def plan_preparation(
     check_form_dtype(choice.dtype, form)
     origin = Source(chosen.repo, chosen.commit)
     fresh = Manifest(replace(model, dtype=choice.dtype), origin, form=form)
-    placement = resumed(destination, existing)
-    made = destination_of(placement, destination, existing, fresh, companions, mend)
-    manifest = made.manifest
+    destinations = tuple(
+        destination_of(placement, directory, target.load_existing(directory), fresh, companions, mend)
+        for directory in placement.directories
+    )
+    manifest = common(destinations)
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
     if mend is None:
-        _refuse_other_shards(destination, manifest, chosen)
+        _refuse_other_shards(destination, kept_by_any(destinations), chosen)
     load_staging(destination, chosen, schedule.shards)
-    peak = schedule.peak_bytes
-    to_come = peak - staged_bytes(destination, schedule.shards)
-    large = {file: schedule.part_sizes[file] for file in schedule.needs}
-    require_large_files(destination, large | {shard: sizes[shard] for shard in schedule.shards})
-    target.require_free_space(destination, to_come, schedule.needs, companions)
+    peak = _require_space(destinations, schedule, companions)
     shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, line, choice.why)
     return BuildPlan(
-        (made,),
+        destinations,
         companions,
         schedule,
         shards,
@@ -135,20 +145,36 @@ def plan_preparation(
     )
 
 
+def _require_space(
+    destinations: Sequence[Destination], schedule: Schedule, companions: Mapping[str, bytes]
+) -> int:
+    """The most bytes of disk at any time; `BloomdeskError` if a disk has too few. Shards arrive on the first one."""
+    first, *others = destinations
+    # Parts that only the others lack take nothing of it.
+    sizes = {file: 0 for file in schedule.needs} | schedule.of(first.manifest).needed_sizes
+    own = replace(schedule, part_sizes=sizes)
+    require_large_files(first.directory, sizes | {shard: own.shard_sizes[shard] for shard in own.shards})
+    to_come = own.peak_bytes - staged_bytes(first.directory, own.shards)
+    target.require_free_space(first.directory, to_come, own.needs, companions)
+    return own.peak_bytes + (require_space(others, schedule, companions) if others else 0)
+
+
 def _plan_of_nothing(
-    destination: Path, existing: Manifest, dtype: str | None, line: Line
+    placement: Placement, existing: Manifest, dtype: str | None, line: Line
 ) -> BuildPlan | None:
-    """The plan for a directory to which nothing is missing, made without the Hub, or None if it is not one."""
-    companions = {}
-    for name, record in existing.companions.items():
-        data = read_if_exists(destination / name, target.LARGEST_COMPANION)
-        if data is None or xxhash.xxh3_128_hexdigest(data) != record.xxh3_128:
+    """The plan for directories to which nothing is missing, made without the Hub, or None if they are not such."""
+    destination, found = placement.directories[0], []
+    companions: dict[str, bytes] = {}
+    for directory in placement.directories:
+        held = target.load_existing(directory)
+        if held is None or held.slice != placement.slices[directory] or held.source != existing.source:
             return None
-        companions[name] = data
-    if not companions.keys() >= set(REQUIRED_COMPANIONS) or target.missing_parts(
-        target.drop_missing(destination, existing)
-    ):
-        return None
+        small = _small_files_of(directory, held)
+        if small is None or target.missing_parts(target.drop_missing(directory, held)):
+            return None
+        companions |= small
+        found.append(Destination(directory, held, held, known_parts(directory, held)))
+    kept_by_any(found)
     target.dtype_to_resume(destination, existing, dtype)
     staging, left = destination / target.STAGING, None
     if os.path.lexists(staging):
@@ -161,8 +187,18 @@ def _plan_of_nothing(
     chosen = left.revision if left is not None else Revision(source.repo or "", source.commit or "", ())
     schedule = schedule_of(existing, ShardList(()), None, {})
     shards = ArrivingShards(destination, existing, schedule, chosen, ShardList(()), CONNECTIONS, line)
-    made = Destination(destination, existing, existing, known_parts(destination, existing))
-    return BuildPlan((made,), companions, schedule, shards, peak_bytes=0)
+    return BuildPlan(tuple(found), companions, schedule, shards, peak_bytes=0)
+
+
+def _small_files_of(directory: Path, manifest: Manifest) -> dict[str, bytes] | None:
+    """The small files of a directory, or None if one is not the recorded one, or one that is needed is missing."""
+    companions = {}
+    for name, record in manifest.companions.items():
+        data = read_if_exists(directory / name, target.LARGEST_COMPANION)
+        if data is None or xxhash.xxh3_128_hexdigest(data) != record.xxh3_128:
+            return None
+        companions[name] = data
+    return companions if companions.keys() >= set(REQUIRED_COMPANIONS) else None
 
 
 def _refuse_other_commit(

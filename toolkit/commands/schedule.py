@@ -78,6 +78,11 @@ class Schedule:
         needs = {part: shards for part, shards in self.needs.items() if part not in manifest.parts}
         return replace(self, needs=needs, part_sizes=part_sizes(manifest))
 
+    @property
+    def needed_sizes(self) -> dict[str, int]:
+        """Bytes of the parts to make."""
+        return {part: self.part_sizes[part] for part in self.needs}
+
     def growth(self, deletable: frozenset[str]) -> int:
         """The most bytes beyond those taken now, if all shards exist and `deletable` ones go after their last part."""
         written = freed = peak = 0

@@ -107,7 +107,7 @@ def _check_replacement(path: Path, temporary: Path, record: PartRecord, *, recor
 
 def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -> list[PartRecord]:
     """Copy the tensors into `files`; what there is to record but the sources."""
-    plain = [_PlainFile(part, file) for file in files]
+    plain, is_sliced = [_PlainFile(part, file) for file in files], any(each.output.is_slice for each in files)
     spans = [each for tensor in part.tensors for each in spans_of(tensor)]
     done = len(part_header(part.spec.stored(part.dtype, {})))
     with TensorReader(spans) as reader:
@@ -116,7 +116,8 @@ def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -
             for block in reader.blocks(index):
                 for each in plain:
                     each.write(name, block, position)
-                whole.update(block)
+                if is_sliced:
+                    whole.update(block)
                 position += len(block)
                 done += len(block)
                 progress(part.spec.file, done, part.size)

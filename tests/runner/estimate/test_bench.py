@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     opened = Model.open.__func__
 
-    def open_half(cls: type[Model], directory: Path, ram: int | None) -> Model:
-        model = opened(cls, directory, ram)
+    def open_half(cls: type[Model], directory: Path, ram: int | None, also: Sequence[Path] = ()) -> Model:
+        model = opened(cls, directory, ram, also)
         plan = replace(model, ram=2**40).memory_plan(20, 16)
         request = plan.request
         taken = request.process + request.cache + request.activations + 48 * 2**20
@@ -120,7 +121,7 @@ def test_bench_prints_json_or_aligned_rows(prepared, quick, capsys: pytest.Captu
     report = json.loads(capsys.readouterr().out)
     assert set(report) == BENCH_KEYS
     assert report["percent_of_limit"] == 100 * report["limit_seconds"] / report["seconds_per_token"]
-    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded", "int8", "int4"}
+    assert set(report["rates"]) == {"disk", "memory", "compute", "decoded", "int8", "int4", "disks"}
     assert bench_command(directory, "3GB", 2, 3) == 0
     text = capsys.readouterr().out
     assert "of the limit" in text and "of 3 GB" in text

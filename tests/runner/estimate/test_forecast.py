@@ -111,7 +111,7 @@ def test_a_directory_is_cut_as_forecast(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("runner.weights.chunks.LARGEST_CHUNK", 50_000)
     make_checkpoint.synthetic(tmp_path / "source", hidden_size=256, heads=8, blocks=2, vocab_size=1200)
     convert(tmp_path / "source", tmp_path / "bloom", form=form)
-    stored = forecast.stored_as(load_manifest(tmp_path / "bloom"))
+    stored = forecast.stored_as([load_manifest(tmp_path / "bloom")])
     low, high = {"plain": (1, 1), "lossless": (0.6, 0.7), "int8": (0.51, 0.52), "int4": (0.3, 0.35)}[form]
     assert low <= stored.share <= high
     model = runner.load(tmp_path / "bloom", ram=1)

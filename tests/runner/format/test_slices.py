@@ -126,6 +126,17 @@ def test_the_command_that_resumes_names_the_slice() -> None:
     assert together.command(Path("/a")) == "bloomdesk convert SRC /a --also '/b c' --shares 2,1"
 
 
+def test_rows_cut_out_of_rounded_weights_have_no_originals() -> None:
+    manifest = made(Slice(0, (2, 1)), INT8_FORM)
+    parts = {file: replace(part, originals=()) for file, part in manifest.parts.items()}
+    cut = replace(manifest, parts=parts)
+    assert Manifest.from_json(cut.to_json(), WHERE) == cut
+    assert cut.source_fingerprint == manifest.source_fingerprint
+    bare = {file: replace(part, wholes=(), whole_originals=()) for file, part in parts.items()}
+    with pytest.raises(BloomdeskError, match="without what its matrices were made from"):
+        Manifest.from_json(replace(cut, parts=bare).to_json(), WHERE)
+
+
 @pytest.mark.parametrize(
     "change",
     [

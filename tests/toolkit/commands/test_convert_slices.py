@@ -19,6 +19,7 @@ from runner.format.slices import Slice, even
 from tests.support.commands import refused, run
 from tests.support.lossless import content, flip, interrupt_at, make
 from toolkit.commands.convert import convert, plan_conversion
+from toolkit.commands.export import export
 from toolkit.commands.placement import placed
 from toolkit.commands.repair import repair
 from toolkit.commands.verify import verify
@@ -206,3 +207,25 @@ def test_options_that_mean_nothing_are_refused(
 def test_the_command_makes_a_slice(world: Path, sliced: Sliced, tmp_path: Path) -> None:
     run("convert", world / "source", tmp_path / "out", "--slice", "2/2", "--shares", "2,1", "--form", "int8")
     assert content(tmp_path / "out") == content(sliced("int8", (2, 1))[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shares", [(2, 1), even(9)])
+def test_slices_are_exported_as_the_whole_is(
+    world: Path, sliced: Sliced, tmp_path: Path, form: str, shares: tuple[int, ...]
+) -> None:
+    first, *others = sliced(form, shares)
+    export(first, tmp_path / "hub", also=others)
+    export(world / form, tmp_path / "expected")
+    assert content(tmp_path / "hub") == content(tmp_path / "expected")
+
+
+def test_an_export_names_the_slice_that_is_damaged(sliced: Sliced, tmp_path: Path) -> None:
+    first, second = sliced(LOSSLESS, (2, 1))
+    second = Path(shutil.copytree(second, tmp_path / "second"))
+    with pytest.raises(BloomdeskError, match="the others are needed: 2/2"):
+        export(first, tmp_path / "hub")
+    flip(second / BLOCK, (second / BLOCK).stat().st_size // 2)
+    with pytest.raises(BloomdeskError, match=f"{second / BLOCK} is damaged"):
+        export(first, tmp_path / "hub", also=[second])
+    assert not (tmp_path / "hub" / "model-00003-of-00005.safetensors").exists()
