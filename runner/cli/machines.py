@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from runner.cli.ram import ram_of
 from runner.errors import BloomdeskError
+from runner.format.manifest import load_manifest
+from runner.format.slice_set import SliceSet, find_all_slices, own_slice
 
 if TYPE_CHECKING:
     from runner.generation.model import Model
@@ -31,8 +33,6 @@ def follows(directory: Path) -> bool:
         return False
     # Of a lost connection torch would write a page of its own beside the one sentence.
     os.environ.setdefault(LOG_LEVEL_VARIABLE, "ERROR")
-    from runner.format.manifest import load_manifest
-
     own = load_manifest(directory).slice
     if own is None:
         raise BloomdeskError(
@@ -50,6 +50,14 @@ def follow(directory: Path, ram: str | None, asked: Mapping[str, Any], session: 
     return 0
 
 
+def slices_of(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
+    """The slices of a model that this process has: one of several machines its own, else all.
+
+    Raises `BloomdeskError` if it has not all of them.
+    """
+    return own_slice(directory) if are_several() else find_all_slices(directory, also)
+
+
 @contextmanager
 def opened(
     directory: Path,
@@ -60,7 +68,8 @@ def opened(
 ) -> Iterator[Model]:
     """The model in a directory or, if torchrun has started several, that of all machines together.
 
-    `also` are other disks of this machine, if it is alone. `on_failure` is called in a thread if another machine is lost between passes.
+    `also` are slices on other disks, if this machine is alone. `on_failure` is called in a thread if another machine is
+    lost between passes.
     """
     if not are_several():
         import runner

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from runner.cli.machines import slices_of
 from runner.errors import AGAIN, BloomdeskError, explained, in_shell
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock

@@ -101,11 +101,10 @@ def serve(options: ServeOptions) -> int:
 
 def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
     """Raises `BloomdeskError` for what is wrong with the directory, before anything listens."""
-    from runner.format.slice_set import find_slices, require_all_slices
     from runner.server.chat_template import load_template, tokenizer_config
     from runner.server.settings import Settings
 
-    require_all_slices(find_slices(options.directory, options.also))
+    machines.slices_of(options.directory, options.also)
     bounds = {
         "most_waiting": options.max_waiting,
         "most_file_bytes": options.max_file_size and parse_size(options.max_file_size),
