@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -170,10 +170,7 @@ def _name_contradictions(options: GenerateOptions) -> None:
 
 
 def _generate_one(options: GenerateOptions) -> int:
-    with (
-        machines.opened(options.directory, options.ram, options.asked, options.also) as model,
-        _sole_user(options.session),
-    ):
+    with _opened(options) as model, _sole_user(options.session):
         requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
         return _generate_text(options, model, requests)
 
@@ -241,7 +238,7 @@ def _generate_all(
     done: Mapping[int, Collection[int]] = MappingProxyType({}),
 ) -> int:
     """Exit status, after each continuation was written as soon as it was done; `done` are those that need none."""
-    with machines.opened(options.directory, options.ram, options.asked, options.also) as model:
+    with _opened(options) as model:
         return _generate_all_with(model, options, prompts, write, done)
 
 
@@ -311,6 +308,10 @@ def _say_failure(failure: BloomdeskError, options: GenerateOptions, prompt: Prom
 
 def _seed(sampling: Sampling) -> str:
     return f"; seed {sampling.seed}" if sampling.draws else ""
+
+
+def _opened(options: GenerateOptions) -> AbstractContextManager[Model]:
+    return machines.opened(options.directory, options.ram, options.asked, options.also)
 
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:

@@ -22,8 +22,8 @@ from runner.errors import LastingFailure, refused
 
 # Seconds that a rank may take between two signs of life, and after which the lead gives one.
 PATIENCE, SECONDS_BETWEEN_SIGNS = 18.0, 5.0
-# Seconds for a look into the store, which may be on the machine that is gone; and those in which a silent rank may still
-# say that it waits for another, or the others read what this one leaves there.
+# Seconds for a look into the store, which may be on the machine that is gone; and those in which a silent rank may
+# still say that it waits for another, or the others read what this one leaves there.
 _LOOK, GRACE = 3.0, 5.0
 _INTERRUPTED = "interrupted"
 # In the store, the number of ranks that have left.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from runner.cluster import orders
 from runner.errors import BloomdeskError
@@ -20,15 +20,22 @@ from runner.generation.session import Session, append_positions, load_positions
 from runner.generation.session_files import SessionFiles, SessionRequest
 from runner.model.kv_cache import KVCache
 
-if TYPE_CHECKING:
-    from runner.cluster.lead import Lead
+
+class Orders(Protocol):
+    """What rank 0 tells the others with; `Lead` does."""
+
+    numbers: orders.CacheNumbers
+
+    def give(self, order: dict[str, Any]) -> None: ...
+
+    def answers(self, order: dict[str, Any]) -> list[Any]: ...
 
 
 class LeadSession(Session):
     """Rank 0's session: it has the text, and the positions of its own heads."""
 
     def __init__(
-        self, directory: Path, identity: str, request: Request, warn: Callable[[str], None], lead: Lead
+        self, directory: Path, identity: str, request: Request, warn: Callable[[str], None], lead: Orders
     ) -> None:
         self._known: tuple[tuple[int, ...], list[TokenScore]] | None = None
         super().__init__(directory, identity, request, warn)
