@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -127,7 +128,9 @@ class Group:
     def failure(self, other: int, error: RuntimeError) -> BaseException:
         """The error to raise for one of a connection with rank `other`: what that one said last, if anything."""
         is_silent = "imed out" in str(error)
-        said = self._farewell_of(other, GRACE if is_silent else 0.0)
+        if is_silent:
+            other = self._who_is_silent(other)
+        said = self._farewell_of(other)
         if said == _INTERRUPTED:
             return KeyboardInterrupt()
         if said:
@@ -148,6 +151,7 @@ class Group:
         elif not isinstance(reason, KeyboardInterrupt):
             known = refused(reason) if isinstance(reason, OSError | MemoryError) else reason
             text = f"{self.title(self.rank)} has ended: {getattr(known, 'message', known)}"
+        _forget_transfers(reason)
         _within(_LOOK, lambda: self._say_farewell(text))
 
     def _say_farewell(self, text: str) -> None:
@@ -159,22 +163,41 @@ class Group:
             time.sleep(GRACE / 100)
             left = self.store.add(_LEFT, 0)
 
-    def _farewell_of(self, other: int, seconds: float) -> str | None:
-        """What a rank has said, or says in the next `seconds`."""
-        key, deadline = _farewell(other), time.monotonic() + seconds
+    def _farewell_of(self, other: int) -> str | None:
+        return _within(_LOOK, lambda: self._looked_up(_farewell(other)))
 
-        def look() -> str | None:
-            while not self.store.check([key]):
-                if time.monotonic() >= deadline:
-                    return None
-                time.sleep(GRACE / 100)
-            return self.store.get(key).decode()
+    def _looked_up(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
 
-        return _within(_LOOK + seconds, look)
+    def _who_is_silent(self, other: int) -> int:
+        """The rank for which others wait, that waits for nobody itself; `other` is the one that this rank waits for."""
+
+        def look() -> int:
+            self.store.set(_waits_for(self.rank), str(other))
+            time.sleep(GRACE)
+            found, seen = other, set[int]()
+            while found not in seen and (next_one := self._looked_up(_waits_for(found))) is not None:
+                seen.add(found)
+                found = int(next_one)
+            return found
+
+        found = _within(_LOOK + GRACE, look)
+        return other if found in (None, self.rank) else found
 
 
 def _farewell(rank: int) -> str:
     return f"bloomdesk/farewell/{rank}"
+
+
+def _waits_for(rank: int) -> str:
+    return f"bloomdesk/waits/{rank}"
+
+
+def _forget_transfers(reason: BaseException | None) -> None:
+    """Let go of what is under way in the frames that an error has come through: gloo keeps a connection for it."""
+    while reason is not None:
+        traceback.clear_frames(reason.__traceback__)
+        reason = reason.__context__
 
 
 def _within(seconds: float, look: Any) -> Any:
