@@ -93,7 +93,8 @@ class Lead:
             self.group.leave(reason)
 
     def _ask_for_signs(self) -> None:
-        while not self._ends.wait(SECONDS_BETWEEN_SIGNS) and not self.failure:
+        between = min(SECONDS_BETWEEN_SIGNS, self.group.patience / 4)
+        while not self._ends.wait(between) and not self.failure:
             if self.group.lock.acquire(blocking=False):
                 try:
                     self.answers({"order": orders.SIGN})
