@@ -349,6 +349,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
         "accepted": found.accepted,
         "acceptance": found.accepted / found.proposed if found.proposed else None,
         "drafting_seconds": found.drafting_seconds,
+        **machines.report(model),
     }
 
 

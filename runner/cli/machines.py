@@ -58,6 +58,23 @@ def slices_of(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     return own_slice(directory) if are_several() else find_all_slices(directory, also)
 
 
+def report(model: Model) -> dict[str, object]:
+    """For JSON, what passes with other machines took of the wire, and how long each waited; nothing of one machine."""
+    if not are_several():
+        return {}
+    group = model.lead.group
+    return {
+        "machines": {
+            "count": len(group.names),
+            "bytes_sent": group.wire.sent,
+            "bytes_received": group.wire.received,
+            "messages": group.wire.messages,
+            "waiting_seconds": group.wire.waiting_seconds,
+            "pass_waiting_seconds": [round(each, 6) for each in model.lead.pass_waits],
+        }
+    }
+
+
 @contextmanager
 def opened(
     directory: Path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,10 @@ from runner.model.forward import OnPart
 from runner.model.kv_cache import Segment
 
 
+# Passes whose waits are kept.
+MOST_WAITS = 10_000
+
+
 class Lead:
     """Gives the orders. Once one pass has failed, the ranks are not at one place any more, and every later one fails.
 
@@ -36,6 +41,8 @@ class Lead:
         self.numbers = orders.CacheNumbers()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BloomdeskError], None] = lambda failure: None
+        # Seconds that each of the last passes has waited for others.
+        self.pass_waits = deque[float](maxlen=MOST_WAITS)
         self._plan: MemoryRequest | None = None
         self._ends = threading.Event()
         self._signs = threading.Thread(target=self._ask_for_signs, name="signs of life", daemon=True)
@@ -68,10 +75,11 @@ class Lead:
     @contextmanager
     def making_pass(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Have the others make the pass, too."""
-        order = orders.pass_order(segments, self.numbers, self._plan)
+        order, before = orders.pass_order(segments, self.numbers, self._plan), self.group.wire.waiting_seconds
         with self.giving(order):
             self._plan = None
             yield
+        self.pass_waits.append(self.group.wire.waiting_seconds - before)
 
     def answers(self, order: dict[str, Any]) -> list[Any]:
         """What each of the others says to an order."""
