@@ -25,7 +25,6 @@ from runner.generation.sequence import Request
 from runner.model.forward import OnPart
 from runner.model.kv_cache import Segment
 
-
 # Passes whose waits are kept.
 MOST_WAITS = 10_000
 

@@ -4,8 +4,8 @@
 
 Each rank is in a network namespace of its own, behind a wire of 1 Gbit/s (a token bucket at both ends), and in a
 control group of its own, whose brake is its disk: so neither depends on the cores that all ranks share here. The
-checkpoint is noise of a BLOOM's shapes, made in WORK, with a slice for each rank. Every rank has so little RAM that next
-to nothing of the weights stays. A prompt of 128 tokens is read, then some more tokens come, a pass each.
+checkpoint is noise of a BLOOM's shapes, made in WORK, with a slice for each rank. Every rank has so little RAM that
+next to nothing of the weights stays. A prompt of 128 tokens is read, then some more tokens come, a pass each.
 
 The bytes are those that the first rank counts of what it sends, and those that the interface of its namespace has
 counted, with TCP/IP, gloo's own messages and torch's store. Needs root, `ip` and `tc`.
@@ -131,9 +131,7 @@ def measure(
             command = [sys.executable, "-m", "toolkit.cli.start", "generate", directory, " a" * PROMPT_TOKENS]
             command += ["--max-new-tokens", given.tokens + 1, "--ram", given.ram, "--speculate", "off"]
             command += ["--ignore-eos", "--json"]
-            processes.append(
-                start(machine, len(directories), machine.inside(*group.command(map(str, command))))
-            )
+            processes.append(start(machine, len(directories), group.command(machine.inside(*command))))
         out, *_ = [process.communicate()[0] for process in processes]
         if any(process.returncode for process in processes):
             raise SystemExit("a rank has failed")
