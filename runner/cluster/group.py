@@ -29,8 +29,8 @@ _LOOK, GRACE = 3.0, 5.0
 _INTERRUPTED = "interrupted"
 # In the store, the number of ranks that have left.
 _LEFT = "bloomdesk/left"
-# Bytes of an order that go with its length.
-_HEAD = 4096
+# Bytes of a message with an order; what does not fit follows in another.
+ORDER_BYTES = 4096
 
 
 @dataclass
@@ -105,8 +105,8 @@ class Group:
     def tell(self, message: object, targets: Sequence[int]) -> None:
         """Send a JSON value to the ranks `targets`."""
         data = json.dumps(message).encode()
-        head, rest = torch.zeros(_HEAD, dtype=torch.uint8), data[_HEAD - 8 :]
-        first = len(data).to_bytes(8, "little") + data[: _HEAD - 8]
+        head, rest = torch.zeros(ORDER_BYTES, dtype=torch.uint8), data[ORDER_BYTES - 8 :]
+        first = len(data).to_bytes(8, "little") + data[: ORDER_BYTES - 8]
         head[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
         parts = [head, torch.frombuffer(bytearray(rest), dtype=torch.uint8)] if rest else [head]
         for each in [self.send(part, target) for part in parts for target in targets]:
@@ -114,7 +114,7 @@ class Group:
 
     def told(self, source: int) -> Any:
         """The next JSON value from rank `source`."""
-        head = torch.empty(_HEAD, dtype=torch.uint8)
+        head = torch.empty(ORDER_BYTES, dtype=torch.uint8)
         self.receive(head, source).wait()
         first = head.numpy().tobytes()
         nbytes = int.from_bytes(first[:8], "little")

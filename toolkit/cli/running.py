@@ -297,11 +297,27 @@ def plan(
     ] = GenerationOptions.max_new_tokens,
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
     also: Also = None,
+    machines: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Forecast N machines like this one, too, each with a slice."),
+    ] = 1,
+    network: Annotated[
+        float, typer.Option(metavar="G", min=0.001, help="Gbit/s between the machines.")
+    ] = plan_command.DEFAULT_NETWORK,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
     from toolkit.commands.schedule import space_to_prepare
 
     return plan_command.plan(
-        space_to_prepare, directory, ram, model, tokens, prompt_tokens, also=also or (), as_json=as_json
+        space_to_prepare,
+        directory,
+        ram,
+        model,
+        tokens,
+        prompt_tokens,
+        also=also or (),
+        machines=machines,
+        network=network,
+        as_json=as_json,
     )

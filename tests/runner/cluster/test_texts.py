@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from runner.cluster.group import ORDER_BYTES
+from runner.estimate.machines import Network
 from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.manifest import load_manifest
 from runner.format.quantised import INT4_FORM, INT8_FORM
 from tests.support.commands import run
 from tests.support.ranks import finish, start
@@ -52,6 +55,19 @@ def test_the_text_is_that_of_one_machine(
     sliced, tmp_path: Path, shares: Sequence[int], form: str, options: Sequence[str]
 ) -> None:
     check(*sliced(shares, form), tmp_path, "generate", PROMPT, "--max-new-tokens", "8", "--json", *options)
+
+
+def test_the_bytes_on_the_wire_are_those_that_are_computed(sliced, tmp_path: Path) -> None:
+    _, slices = sliced((1, 1))
+    options = ("--max-new-tokens", "6", "--speculate", "off", "--json")
+    ranks = start(tmp_path, slices, lambda number, path: ["generate", path, PROMPT, *options])
+    assert finish(ranks) == [0, 0]
+    report, model = json.loads(ranks[0].out), load_manifest(slices[0]).model
+    rows = len(report["prompt_token_ids"]) + report["passes"] - 1
+    gathered = Network(2, 1.0).bytes_sent(model, rows)
+    # An order for each pass, and rows of the embedding.
+    most = gathered + ORDER_BYTES * report["passes"] + rows * model.hidden_size * 2
+    assert gathered + ORDER_BYTES * report["passes"] <= report["machines"]["bytes_sent"] <= most
 
 
 def test_prompts_share_their_passes_beginnings_and_draft(sliced, prepared, tmp_path: Path) -> None:
