@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import ipaddress
@@ -31,6 +32,9 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 KEY_VARIABLE = "BLOOMDESK_API_KEY"
 # Connections beyond this get a 503 at once.
 MOST_CONNECTIONS = 1024
+# Seconds that clients have to read what they are told at the end.
+GOODBYE = 5.0
+LOOK = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def serve(options: ServeOptions) -> int:
     asked = {"command": "serve"}
     if machines.follows(options.directory):
         return machines.follow(options.directory, options.ram, asked)
-    keys = options.keys or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
+    keys = _keys(options.keys)
     if not (_is_loopback(options.host) or keys or options.no_auth):
         raise BloomdeskError(
             f"--host {options.host} lets others in, and there is no key",
@@ -69,8 +73,11 @@ def serve(options: ServeOptions) -> int:
     try:
         import uvicorn
 
+        from runner.cli.connections import Connection
         from runner.server.app import create_app
         from runner.server.engine import Engine
+        from runner.server.logs import Log
+        from runner.server.routing import TOO_MANY_CONNECTIONS
     except ImportError as error:
         raise BloomdeskError(
             f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
@@ -83,12 +90,13 @@ def serve(options: ServeOptions) -> int:
 
     engine = Engine(open_model, options.generation)
     settings = _settings(options, keys)
+    full = Log(TOO_MANY_CONNECTIONS, _say, as_json=settings.log_json)
     with held, _data(options.data), listening(options.host, options.port) as listener:
         config = uvicorn.Config(
             create_app(engine, settings, _say, data=options.data),
             access_log=False,
             log_level="warning",
-            limit_concurrency=MOST_CONNECTIONS,
+            http=Connection.bounded(settings.read_head, MOST_CONNECTIONS, full),
             server_header=False,
         )
         host, port = listener.getsockname()[:2]
@@ -97,6 +105,15 @@ def serve(options: ServeOptions) -> int:
     if engine.failure:
         raise engine.failure
     return 0
+
+
+def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys, without what surrounds them. Raises `BloomdeskError` if there is nothing else."""
+    given = given or tuple(filter(None, os.environ.get(KEY_VARIABLE, "").split(",")))
+    keys = tuple(filter(None, map(str.strip, given)))
+    if given and not keys:
+        raise BloomdeskError("the API key is blank", f"give --api-key KEY, or unset {KEY_VARIABLE}")
+    return keys
 
 
 def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
@@ -178,5 +195,20 @@ def _server(config: uvicorn.Config, engine: Engine) -> uvicorn.Server:
         async def on_tick(self, counter: int) -> bool:
             # Without a model there is nothing to serve.
             return await super().on_tick(counter) or engine.failure is not None
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            hurry = asyncio.create_task(self._hurry())
+            try:
+                await super().shutdown(sockets)
+            finally:
+                hurry.cancel()
+
+        async def _hurry(self) -> None:
+            """Once everybody has been told, nobody who reads nothing holds up the end."""
+            while not engine.join(0):
+                await asyncio.sleep(LOOK)
+            await asyncio.sleep(GOODBYE)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
 
     return Server(config)

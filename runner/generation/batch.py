@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
-import torch
-
-from runner.generation.grammar import GrammarError
+from runner.errors import BloomdeskError
 from runner.generation.memory_plan import MemoryPlan, memory_plan
 from runner.generation.sequence import Request, Restored, Sequence
 from runner.generation.session import Session
@@ -17,6 +17,8 @@ from runner.generation.shared_prefixes import SharedPrefixes
 from runner.generation.speculation.proposer import Proposer
 from runner.model.forward import ModelRunner, OnPart
 from runner.model.kv_cache import KVCache, Segment
+
+Result = TypeVar("Result")
 
 
 class Batch:
@@ -101,7 +103,10 @@ class Batch:
         with self.proposer.cost.measure(self._stream, sum(len(segment.ids) for segment in segments)):
             found = self.model.forward_all(segments, self._on_part)[len(prefixes) :]
         self.passes += 1
-        accepted = {each: _verified(each, logits) for each, logits in zip(own, found, strict=True)}
+        accepted = {
+            each: alone(each, partial(each.verify, logits)) or 0
+            for each, logits in zip(own, found, strict=True)
+        }
         if self._session and not self.sequences[0].failure:
             self._session.save(self.sequences[0])
         self.proposer.learn(accepted, other_rows)
@@ -136,10 +141,7 @@ class Batch:
 
     def _resume(self) -> None:
         for each in self.active:
-            try:
-                each.resume()
-            except GrammarError as error:
-                each.fail(error)
+            alone(each, each.resume)
 
     def _dismiss(self) -> list[Sequence]:
         """The sequences that are done, after their RAM is freed."""
@@ -179,10 +181,19 @@ class Batch:
         return prefixes, counts, logit_room
 
 
-def _verified(each: Sequence, logits: torch.Tensor) -> int:
-    """As `Sequence.verify`; a text that its grammar gives up ends, and the others of the batch go on."""
+def alone(each: Sequence, act: Callable[[], Result]) -> Result | None:
+    """What `act` gives. If it fails, as by a grammar that gives up, that text ends, and the others of the batch go on.
+
+    What the machine refuses is no fault of the text, and is raised.
+    """
     try:
-        return each.verify(logits)
-    except GrammarError as error:
+        return act()
+    except (OSError, MemoryError):
+        raise
+    except BloomdeskError as error:
         each.fail(error)
-        return 0
+    except Exception as error:
+        failure = BloomdeskError(f"unexpected {type(error).__name__}: {error}", "report it")
+        failure.__cause__ = error
+        each.fail(failure)
+    return None

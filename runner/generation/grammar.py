@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,8 +36,9 @@ MOST_GRAMMAR_BYTES = 2**26
 # Characters of a reason that are shown.
 LONGEST_REASON = 300
 _NAMES = {JSON_SCHEMA: "the JSON schema", REGEX: "the regular expression", GRAMMAR: "the grammar"}
-# What llguidance adds to its reason: a drawing of the place in the grammar, or a note that more could be said.
-_ADDED = re.compile(r"\n *\d+ \|.*|<non-verbose/>", re.DOTALL)
+# What llguidance adds to its reason: a drawing of the place in the grammar, the calls that led to a panic, or a note
+# that more could be said.
+_ADDED = re.compile(r"\n *\d+ \|.*|<backtrace>.*|<non-verbose/>", re.DOTALL)
 
 
 class GrammarError(BloomdeskError):
@@ -102,10 +103,18 @@ class Grammars:
         library, source = _library(), _source(kind, text)
         # Without the parser's whole state in the text of an error.
         limits = library.LLParserLimits(verbose_errors=False)
-        matcher = library.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
-        if matcher.is_error():
-            raise _refusal(kind, matcher.get_error())
-        return Grammar(self._vocabulary, matcher, len(matcher.deep_copy().compute_ff_tokens()))
+        try:
+            matcher = _said(library.LLMatcher, self._vocabulary, source, log_level=0, limits=limits)
+            if matcher.is_error():
+                raise GrammarError(_worded(matcher.get_error()))
+            # Some fail at their first token only.
+            first = Matcher(_said(matcher.deep_copy), frozenset(self._eos))
+            forced = first.forced([])
+            if not first.is_over(forced):
+                first.allowed(forced)
+        except GrammarError as error:
+            raise _refusal(kind, error.message) from None
+        return Grammar(self._vocabulary, matcher, len(forced))
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class Matcher:
         All questions raise `GrammarError` if the grammar is too complex to be followed.
         """
         self._follow(ids)
-        found = self._matcher.compute_ff_tokens()
+        found = _said(self._matcher.compute_ff_tokens)
         self._check()
         return found
 
@@ -157,7 +166,7 @@ class Matcher:
         If tokens are forced, it is the first of these alone.
         """
         self._follow(ids)
-        mask = self._matcher.compute_logit_bias()
+        mask = _said(self._matcher.compute_logit_bias)
         self._check()
         # Waiting for other threads takes longer than this.
         with one_thread():
@@ -183,7 +192,7 @@ class Matcher:
     def possible(self, ids: Sequence[int], tokens: Sequence[int]) -> int:
         """The number of the first of `tokens` that may follow one after the other."""
         self._follow(ids)
-        return self._matcher.validate_tokens(list(tokens))
+        return _said(self._matcher.validate_tokens, list(tokens))
 
     def _follow(self, ids: Sequence[int]) -> None:
         if self._is_moving:
@@ -193,10 +202,10 @@ class Matcher:
         common = len(self._ids)
         if self._ids != ids[:common]:
             common = next(n for n, token in enumerate(self._ids) if n == len(ids) or token != ids[n])
-            self._matcher.rollback(len(self._ids) - common)
+            _said(self._matcher.rollback, len(self._ids) - common)
             del self._ids[common:]
         if more := list(ids[common:]):
-            self._matcher.consume_tokens(more)
+            _said(self._matcher.consume_tokens, more)
             self._ids += more
         self._is_moving = False
         self._check()
@@ -216,6 +225,17 @@ def check(sampling: Sampling) -> None:
         kind, text = sampling.constraint
         if reason := _library().LLMatcher.validate_grammar(_source(kind, text)):
             raise _refusal(kind, reason)
+
+
+def _said(ask: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What llguidance says when it is asked. Raises `GrammarError` for whatever it raises."""
+    try:
+        return ask(*args, **options)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        # A panic is no Exception.
+        raise GrammarError(_worded(str(error))) from None
 
 
 def _library() -> Any:
@@ -244,9 +264,9 @@ def _source(kind: str, text: str) -> str:
     try:
         # A style goes with objects alone; true is the empty one.
         style = None if schema is False else JSON_STYLE
-        return matcher.grammar_from_json_schema("{}" if schema is True else text, defaults=style)
-    except ValueError as error:
-        raise _refusal(kind, str(error)) from None
+        return _said(matcher.grammar_from_json_schema, "{}" if schema is True else text, defaults=style)
+    except GrammarError as error:
+        raise _refusal(kind, error.message) from None
 
 
 def _refusal(kind: str, reason: str) -> BloomdeskError:

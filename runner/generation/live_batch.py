@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 
 from runner.errors import BloomdeskError
-from runner.generation.batch import Batch
+from runner.generation.batch import Batch, alone
 from runner.generation.capacity import MOST_AT_A_TIME, Planner, first_rows, worth
 from runner.generation.memory_plan import MemoryPlan, MemoryRequest, memory_plan
 from runner.generation.sequence import Ids, Request, Restored, Sequence
@@ -61,7 +62,7 @@ class LiveBatch(Batch):
         sequence = Sequence(self._added, request, self.model.weights.model.eos_token_ids)
         self._added += 1
         if earlier:
-            sequence.restore(earlier)
+            alone(sequence, partial(sequence.restore, earlier))
         if not sequence.is_done:
             (self.giving_way if request.gives_way else self.waiting).append(sequence)
         return sequence

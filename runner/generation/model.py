@@ -70,7 +70,7 @@ class Model(ModelRunner):
         """What passes of up to `rows` rows need, with a cache for each of `capacities` positions."""
         chunks = tuple(chunk.nbytes for chunk in self.weights.stream.chunks)
         process, stream = self.process_nbytes + self.grammars.nbytes, self.weights.stream
-        heads = len(self.weights.heads)
+        heads = len(self.weights.heads) if self.weights.slice else None
         return MemoryRequest(
             self.weights.model,
             chunks,

@@ -7,7 +7,6 @@ import contextlib
 import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from runner.server import chat, completions
 from runner.server.admission import admit, check_fits
 from runner.server.answers import Answer, SharedAnswers
 from runner.server.auth import Gate
-from runner.server.bodies import checked, key_of, read_object
+from runner.server.bodies import Unsent, checked, key_of, read_object
 from runner.server.engine import Engine, Growth
 from runner.server.errors import ApiError, explained
 from runner.server.jobs.api import JobsApi
@@ -81,6 +80,7 @@ def create_app(
     middleware = [
         Middleware(Counted, metrics=api.metrics),
         Middleware(Gate, keys=settings.keys, hosts=settings.hosts),
+        Middleware(Unsent, engine=engine),
     ]
     if write_line:
         middleware.insert(0, Middleware(Log, write=write_line, as_json=settings.log_json))
@@ -142,7 +142,7 @@ class Api:
         try:
             self.engine.opened()
         except BloomdeskError as error:
-            return reply({"status": error.message}, HTTPStatus.SERVICE_UNAVAILABLE)
+            raise explained(error) from None
         return reply({"status": "ok"})
 
     async def metrics_text(self, _: Request) -> Response:

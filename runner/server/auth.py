@@ -21,7 +21,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 def key_of(headers: Headers, keys: Sequence[str]) -> int | None:
     """The number of the key that a client came with, or None if it has none of them. Every key is compared."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    offered = given.strip().encode() if scheme.lower() == "bearer" else b""
+    # A header's bytes come as the letters of Latin-1.
+    offered = given.encode("latin-1").strip() if scheme.lower() == "bearer" else b""
     found = [hmac.compare_digest(offered, key.encode()) for key in keys]
     return found.index(True) if True in found else None
 

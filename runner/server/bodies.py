@@ -11,11 +11,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from runner.server.errors import ApiError, bad_request, of_validation
+from runner.server.engine import Engine, Stopped
+from runner.server.errors import ApiError, bad_request, explained, of_validation
 from runner.server.settings import Settings
 
 Checked = TypeVar("Checked", bound=BaseModel)
+# Seconds between looks at whether the server ends.
+LOOK = 0.1
 
 
 async def read_object(request: Request, settings: Settings) -> dict[str, Any]:
@@ -69,3 +73,35 @@ async def _read(request: Request, settings: Settings) -> bytes:
     except ClientDisconnect:
         raise ApiError(HTTPStatus.BAD_REQUEST, "the client has gone") from None
     return bytes(data)
+
+
+class Unsent:
+    """Answers a request whose body has not come with a 503 when the server ends, so that no slow sender holds it up."""
+
+    def __init__(self, app: ASGIApp, engine: Engine) -> None:
+        self._app, self._engine = app, engine
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_come = False
+
+        async def watched() -> Message:
+            nonlocal has_come
+            message = await (receive() if has_come else self._received(receive))
+            has_come = not message.get("more_body")
+            return message
+
+        await self._app(scope, watched, send)
+
+    async def _received(self, receive: Receive) -> Message:
+        """The next piece of the body. Raises `ApiError` at the end of the server."""
+        coming = asyncio.ensure_future(receive())
+        try:
+            while not (await asyncio.wait({coming}, timeout=LOOK))[0]:
+                if self._engine.is_stopping:
+                    raise explained(Stopped())
+            return coming.result()
+        finally:
+            coming.cancel()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -302,8 +303,7 @@ class Engine:
             raise
         except Exception as error:
             # As when the disk fails: the next request may find it well again.
-            why = _worded(error)
-            self._fail_all(PassFailed(why.message, why.hint))
+            self._fail_all(_pass_failed(error))
         else:
             self._publish(self._clock() - began)
 
@@ -316,9 +316,12 @@ class Engine:
                     self._changed.wait()
                 joining, self._joining = self._joining, []
                 leaving, self._leaving = self._leaving, set()
-            for work in joining:
-                if work not in leaving:
-                    self._tasks[work] = [self._begun(work, place) for place in range(len(work.requests))]
+            # All are known before one is begun, so that each hears of an end.
+            new: dict[Work, list[_Task]] = {work: [] for work in joining if work not in leaving}
+            self._tasks |= new
+            for work, tasks in new.items():
+                with self._alone(work):
+                    tasks.extend(self._begun(work))
             for work in leaving:
                 for task in self._tasks.pop(work, ()):
                     self._batch.drop(task.sequence)
@@ -326,11 +329,22 @@ class Engine:
                 break
         return not self._is_stopping
 
-    def _begun(self, work: Work, place: int) -> _Task:
-        earlier = work.earlier[place] if work.earlier else Restored()
-        found = self._batch.add(work.requests[place], earlier)
-        self.totals.prompt_tokens += len(found.prompt_ids)
-        return _Task(work, place, found, self.model.stream(found), counted=len(earlier.ids))
+    def _begun(self, work: Work) -> Iterator[_Task]:
+        for place, request in enumerate(work.requests):
+            earlier = work.earlier[place] if work.earlier else Restored()
+            found = self._batch.add(request, earlier)
+            self.totals.prompt_tokens += len(found.prompt_ids)
+            yield _Task(work, place, found, self.model.stream(found), counted=len(earlier.ids))
+
+    @contextmanager
+    def _alone(self, work: Work) -> Iterator[None]:
+        """Whatever fails within ends this work, and no other."""
+        try:
+            yield
+        except (OSError, MemoryError) as error:
+            self._fail(work, _pass_failed(error))
+        except Exception as error:
+            self._fail(work, _worded(error))
 
     def _counts(self) -> tuple[int, int]:
         return len(self._batch.active), len(self._batch.waiting)
@@ -348,30 +362,42 @@ class Engine:
         mean = self.seconds_a_pass or seconds
         self.seconds_a_pass = (1 - NEWEST) * mean + NEWEST * seconds
         for work, tasks in list(self._tasks.items()):
-            growths = [growth for task in tasks if (growth := task.growth())]
-            for task in tasks:
-                self.totals.new_tokens += max(0, task.ids - task.counted)
-                task.counted = max(task.ids, task.counted)
-            failures = [task.sequence.failure for task in tasks if task.sequence.failure]
-            tasks[:] = [task for task in tasks if not task.sequence.is_done]
-            if failures or not tasks:
-                del self._tasks[work]
-            if failures:
-                for task in tasks:
-                    self._batch.drop(task.sequence)
-                work.listener.failed(failures[0])
-            elif growths:
-                work.listener.grown(growths)
+            with self._alone(work):
+                self._tell(work, tasks)
         remaining = min((each.remaining for each in self._batch.active), default=0)
         self.seconds_to_room = remaining * self.seconds_a_pass
+
+    def _tell(self, work: Work, tasks: list[_Task]) -> None:
+        growths = [growth for task in tasks if (growth := task.growth())]
+        for task in tasks:
+            self.totals.new_tokens += max(0, task.ids - task.counted)
+            task.counted = max(task.ids, task.counted)
+        if failure := next((task.sequence.failure for task in tasks if task.sequence.failure), None):
+            self._fail(work, failure)
+            return
+        tasks[:] = [task for task in tasks if not task.sequence.is_done]
+        if not tasks:
+            del self._tasks[work]
+        if growths:
+            work.listener.grown(growths)
+
+    def _fail(self, work: Work, failure: BloomdeskError) -> None:
+        for task in self._tasks.pop(work, ()):
+            self._batch.drop(task.sequence)
+        # One that can't be told, as its loop has ended, holds up no other.
+        with suppress(Exception):
+            work.listener.failed(failure)
 
     def _fail_all(self, failure: BloomdeskError) -> None:
         with self._changed:
             joining, self._joining = self._joining, []
         for work in [*self._tasks, *joining]:
-            for task in self._tasks.pop(work, ()):
-                self._batch.drop(task.sequence)
-            work.listener.failed(failure)
+            self._fail(work, failure)
+
+
+def _pass_failed(error: Exception) -> PassFailed:
+    why = _worded(error)
+    return PassFailed(why.message, why.hint)
 
 
 def _worded(error: Exception) -> BloomdeskError:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from runner.errors import BloomdeskError
+from runner.generation.grammar import GrammarError
 from runner.server.engine import Stopped, Unavailable
 
 # Characters of a client's own text that are quoted back.
@@ -68,6 +69,8 @@ def failed(error: BloomdeskError) -> ApiError:
     """The error for work that was begun and could not be ended."""
     if isinstance(error, Stopped):
         return explained(error)
+    if isinstance(error, GrammarError):
+        return bad_request(error.message, "response_format")
     return ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, error.message, code="failed")
 
 

@@ -22,6 +22,16 @@ def respond(error: ApiError) -> Response:
     return Response(error.body, error.status, error.headers, "application/json")
 
 
+TOO_MANY_CONNECTIONS = respond(
+    ApiError(
+        503,
+        "too many connections",
+        code="too_many_connections",
+        headers={"Retry-After": "5", "Connection": "close"},
+    )
+)
+
+
 async def on_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return respond(error)

@@ -24,6 +24,7 @@ class Settings:
     first_byte       a client has headers by then
     keep_alive       a client that waits hears something this often
     keep_results     a request that comes again within this time of its end gets the same result
+    read_head        a connection on which no whole head of a request comes for as long as this is closed
     read_body        a client may take as long as this to send a request
     send             a client that reads nothing for as long as this is gone
     """
@@ -37,6 +38,7 @@ class Settings:
     first_byte: float = 0.3
     keep_alive: float = 15.0
     keep_results: float = 3600.0
+    read_head: float = 20.0
     read_body: float = 60.0
     send: float = 300.0
     # Bounds: bytes of a body, prompts and continuations of a request, stop texts, requests that wait for a pass.

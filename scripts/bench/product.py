@@ -4,7 +4,8 @@
 
 The weights are chunks of 32 MB, as in a pass, and more of them than any cache holds. Ours runs on one thread and on
 several, torch's `F.linear` on as many; in turns in one process, medians. The memory's rate is that of torch's sum over
-the same bytes, on as many threads.
+the same bytes, on as many threads. The multipliers' is what they would take of weights if they did nothing else
+(scripts/bench/multipliers.c).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from runner.kernel.threads import workers
 from runner.system import memory
 from runner.weights.chunks import LARGEST_CHUNK
 from scripts.bench.harness import Column, interleaved, save, seconds, table
+from scripts.bench.multipliers import multipliers
 from scripts.bench.turns import machine, numbers
 
 Case = tuple[int, int]  # rows of x, columns
@@ -50,13 +52,16 @@ def measure(buffer: torch.Tensor, case: Case, rounds: int, threads: int) -> dict
     weights = buffer[: buffer.numel() // columns * columns].view(-1, columns)
     found = ways(weights, rows, threads)
     found["the memory"] = lambda: buffer.view(torch.int64).sum()
+    found["the multipliers"] = multiply = multipliers(threads)
     taken = interleaved({name: partial(seconds, way) for name, way in found.items()}, rounds)
-    return {name: weights.nbytes / median(each) / 1e9 for name, each in taken.items()}
+    bytes_of = dict.fromkeys(found, weights.nbytes)
+    bytes_of["the multipliers"] = multiply() / rows * weights.itemsize
+    return {name: bytes_of[name] / median(each) / 1e9 for name, each in taken.items()}
 
 
 def shown(measured: dict[Case, dict[str, float]], columns: int) -> str:
     cases = [case for case in measured if case[1] == columns]
-    titles = [Column("rows", "way"), *(Column(str(case[0]), str(case[0]), ".1f") for case in cases)]
+    titles = [Column("rows", "way"), *(Column(str(case[0]), str(case[0]), ".2f") for case in cases)]
     return table(
         titles,
         [{"way": way, **{str(case[0]): measured[case][way] for case in cases}} for way in measured[cases[0]]],

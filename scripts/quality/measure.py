@@ -3,7 +3,7 @@
     python -m scripts.quality.measure PLAIN TEXT [--forms DIR ...] [--gguf Q8_0 Q4_0 Q4_K_M] [--tokens 20000]
 
 PLAIN and each DIR are prepared directories of one model; TEXT is what none was trained on. It is cut into windows of
-256 tokens, of which all but the first are scored, each after those before it in its window. With --gguf llama.cpp's
+128 tokens, of which all but the first are scored, each after those before it in its window. With --gguf llama.cpp's
 own quantizer makes files of those kinds from the same weights, beside one in bfloat16, and llama.cpp runs them; they
 are compared with its own bfloat16.
 """
@@ -21,7 +21,7 @@ import torch
 
 import runner
 
-WINDOW = 256
+WINDOW = 128
 # Logits of a window [T, V] in float32.
 Logits = Callable[[Sequence[int]], torch.Tensor]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,12 +195,20 @@ def test_the_room_that_forms_take(made: Path, tmp_path: Path) -> None:
     assert 12.0e9 < forms.bytes_to_make(tmp_path, None, None, "bloom-3b", ["hub"]) < 12.1e9
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 def test_products_of_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "product.json"
     given = ["--mb", "2", "--rounds", "1", "--threads", "2", "--rows", "1,3", "--columns", "72,300"]
     bench_product.main([*given, "--json", str(out)])
     measured = json.loads(out.read_text())["measured"]
     assert [(each["rows"], each["columns"]) for each in measured] == [(1, 72), (3, 72), (1, 300), (3, 300)]
-    ways = {"bloomdesk, threads: 1", "bloomdesk, threads: 2", "torch, threads: 2", "the memory"}
+    ways = {
+        "bloomdesk, threads: 1",
+        "bloomdesk, threads: 2",
+        "torch, threads: 2",
+        "the memory",
+        "the multipliers",
+    }
     assert all(set(each["rates"]) == ways and min(each["rates"].values()) > 0 for each in measured)
     assert capsys.readouterr().out.count("| rows | 1 | 3 |") == 2

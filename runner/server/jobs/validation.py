@@ -44,9 +44,7 @@ class Validation:
                 most = f"a batch may have up to {self._settings.most_lines:,} lines"
                 self._add(line.number, ApiError(400, most, code="too_many_lines"))
                 return True
-            try:
-                self._check_line(line.number, data, model)
-            except ApiError as error:
+            if error := self._error_of(line.number, data, model):
                 self._add(line.number, error)
                 if len(self.errors) == MOST_ERRORS:
                     return True
@@ -54,6 +52,18 @@ class Validation:
         if count and not self.total:
             self._add(None, ApiError(400, "there is no line in the file", code="empty_file"))
         return count > 0
+
+    def _error_of(self, number: int, data: bytes, model: Model) -> ApiError | None:
+        """What is wrong with a line. Raises what is no fault of the line."""
+        try:
+            self._check_line(number, data, model)
+        except ApiError as error:
+            return error
+        except (BloomdeskError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            return ApiError(500, f"unexpected {type(error).__name__}: {error}", code="failed")
+        return None
 
     def _check_line(self, number: int, data: bytes, model: Model) -> None:
         line = read_line(data, self._batch.order.endpoint, self._settings.most_body_bytes)

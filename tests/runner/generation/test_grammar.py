@@ -16,6 +16,7 @@ from runner.generation.grammar import Grammar, GrammarError, Grammars, check
 from runner.generation.model import Model
 from runner.generation.options import Sampling, with_fields
 from scripts.torture.grammar import CASES, DATE, Case
+from tests.support.grammars import MANY_WAYS
 
 IN_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -212,6 +213,47 @@ def test_an_unsound_constraint_is_one_sentence(model: Model, wrong: dict[str, st
         with pytest.raises(BloomdeskError, match=message) as error:
             use()
         assert "\n" not in error.value.message and len(error.value.message) < 400
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"regex": "(a?){500}a{500}"}, "the regular expression cannot be used: .*too many expressions"),
+        (
+            {"json_schema": '{"type": "string", "pattern": "^(a?){500}a{500}$"}'},
+            "the JSON schema cannot be used",
+        ),
+        ({"json_schema": '{"$ref": "#"}'}, "the JSON schema cannot be used: .*NoExtension"),
+        (
+            {"json_schema": json.dumps(MANY_WAYS)},
+            "the JSON schema cannot be used: .*Current row has 4940 items",
+        ),
+        ({"grammar": "start: start"}, "the grammar cannot be used: .*NoExtension"),
+    ],
+)
+def test_a_constraint_that_no_text_can_begin_by_is_refused_before_any_pass(
+    model: Model, wrong: dict[str, str], message: str
+) -> None:
+    with pytest.raises(BloomdeskError, match=message) as error:
+        model.requests("x", 4, Sampling(**wrong))
+    assert "\n" not in error.value.message and len(error.value.message) < 400
+
+
+def test_whatever_llguidance_raises_is_an_error_of_the_constraint(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(*_: object, **__: object) -> None:
+        raise Panic("assertion failed\n<backtrace>\n0: somewhere")
+
+    import llguidance
+
+    monkeypatch.setattr(llguidance, "LLMatcher", panic)
+    panic.grammar_from_regex = str
+    with pytest.raises(BloomdeskError, match=r"the regular expression cannot be used: assertion failed$"):
+        model.requests("x", 4, Sampling(regex="never asked before"))
 
 
 @pytest.mark.parametrize(

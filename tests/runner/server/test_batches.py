@@ -16,8 +16,10 @@ from starlette.testclient import TestClient
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from runner.server.chat_template import ChatTemplate
+from runner.server.jobs import validation
 from runner.server.settings import Settings
 from scripts.torture.bodies import bodies
+from tests.support.grammars import LATER
 from tests.support.jobs import CHATS, COMPLETIONS, begin, ended, line, new_data, openai_of, results
 from tests.support.serving import client_of
 
@@ -225,6 +227,23 @@ def test_a_line_that_fails_is_in_a_file_of_its_own(
         (found,) = results(openai, batch.error_file_id)
     assert (found["custom_id"], found["response"]["status_code"]) == ("id-2", 500)
     assert "not finite" in found["response"]["body"]["error"]["message"]
+
+
+def test_a_line_whose_grammar_gives_up_is_in_the_error_file_alone(openai: OpenAI) -> None:
+    later = {"type": "json_schema", "json_schema": {"schema": LATER}}
+    lines = [line(1, prompt=[5, 6]), line(2, prompt=[5, 6, 7], max_tokens=20, response_format=later)]
+    batch = ended(openai, begin(openai, lines))
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 1)
+    (found,) = results(openai, batch.error_file_id)
+    assert (found["custom_id"], found["response"]["status_code"]) == ("id-2", 400)
+    assert "cannot be followed" in found["response"]["body"]["error"]["message"]
+
+
+def test_a_line_that_no_check_foresaw_is_named(openai: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "order_of", lambda *_: 1 // 0)
+    batch = ended(openai, begin(openai, [line(1, prompt=[5, 6])]))
+    assert batch.status == "failed"
+    assert "unexpected ZeroDivisionError" in batch.errors.data[0].message
 
 
 def test_without_a_data_directory_there_are_no_jobs(model: Model) -> None:

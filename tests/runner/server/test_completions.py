@@ -13,6 +13,8 @@ import runner
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions, Sampling
 from runner.generation.scorer import Text
+from runner.server.settings import Settings
+from tests.support.grammars import LATER, MANY_WAYS
 from tests.support.prompts import tokens
 from tests.support.serving import Exchange, client_of, comments, events, serving
 
@@ -261,3 +263,19 @@ def test_what_is_refused_is_named(client: TestClient, fields: dict, param: str, 
 def test_another_model_is_not_found(client: TestClient) -> None:
     response = client.post("/v1/completions", json={"model": "gpt-4", "prompt": "x"})
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    "schema", [MANY_WAYS, LATER, {"$ref": "#"}, {"type": "string", "pattern": "^(a?){500}a{500}$"}]
+)
+def test_a_schema_that_cannot_be_followed_is_a_400_that_names_it(model: Model, schema: dict) -> None:
+    """Whether that shows at once or at a later token."""
+    format_ = {"type": "json_schema", "json_schema": {"schema": schema}}
+    with client_of(model, Settings(first_byte=60)) as client:
+        response = client.post(
+            "/v1/completions", json={"prompt": "x", "max_tokens": 20, "response_format": format_}
+        )
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "response_format")
+        assert "cannot be" in error["message"]
+        assert complete(client, prompt="x")["choices"][0]["finish_reason"] == "length"

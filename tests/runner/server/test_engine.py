@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
 from runner.generation.options import Sampling
-from runner.generation.sequence import Request
+from runner.generation.sequence import Request, Restored
 from runner.server.engine import Engine, Growth, Stopped, Unavailable, Work
+from tests.support.grammars import LATER
 from tests.support.prompts import plain, tokens
 from tests.support.serving import GatedModel, engine_of, wait_for
 
@@ -129,6 +132,48 @@ def test_a_pass_that_fails_ends_its_texts_and_the_next_request_is_answered(
     _, other = submitted(engine, request)
     wait_for(lambda: other.ends == 1)
     assert other.ids() == plain(model, [request])[0]
+
+
+class Deaf(Ear):
+    """Fails at what it hears."""
+
+    def grown(self, growths: Sequence[Growth]) -> None:
+        raise LookupError("deaf")
+
+
+def works_that_fail(model: Model) -> dict[str, tuple[Work, str]]:
+    """Works that fail as they are begun, in a pass, or as they are told of it; and the words of their failures."""
+    good = Request(tokens(5, 3), 4)
+    later = Sampling(json_schema=json.dumps(LATER))
+    return {
+        "begun": (Work((good, good), Ear(), (Restored(), Restored(ids=None))), "unexpected TypeError"),
+        "restored": (
+            Work(tuple(model.requests("x", 20, later)), Ear(), (Restored(ids=[5]),)),
+            "cannot be followed",
+        ),
+        "in a pass": (
+            Work((good, replace(good, sampling=Sampling(logit_bias={10**6: 1}))), Ear()),
+            "IndexError",
+        ),
+        "by its grammar": (Work(tuple(model.requests("x", 20, later)), Ear()), "Current row has"),
+        "told": (Work((good,), Deaf()), "unexpected LookupError: deaf"),
+    }
+
+
+@pytest.mark.parametrize("name", ["begun", "restored", "in a pass", "by its grammar", "told"])
+def test_a_work_that_fails_ends_alone(engine: Engine, gated: GatedModel, model: Model, name: str) -> None:
+    work, words = works_that_fail(model)[name]
+    request = Request(tokens(7, 1), 6)
+    _, before = submitted(engine, request)
+    wait_for(lambda: len(gated.begun) == 1)
+    engine.submit(work)
+    _, beside = submitted(engine, request)
+    gated.let(100)
+    wait_for(lambda: work.listener.failure is not None)
+    wait_for(lambda: before.ends == beside.ends == 1)
+    assert words in work.listener.failure.message
+    assert before.ids() == beside.ids() == plain(model, [request])[0]
+    assert engine.is_ready and engine.waiting == 0 and engine.queue() == []
 
 
 def test_a_model_that_cannot_be_opened_is_said() -> None:

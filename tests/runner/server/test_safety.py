@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -11,6 +12,7 @@ from starlette.testclient import TestClient
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
 from runner.server.settings import Settings
+from tests.support.jobs import new_data
 from tests.support.serving import Exchange, client_of, serving
 
 PATH = "/v1/completions"
@@ -110,6 +112,23 @@ def test_a_slow_sender_is_told_so(model: Model) -> None:
             exchange._incoming.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
             found = await exchange.document()
             assert exchange.status == 408 and "too long" in found["error"]["message"]
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b"])
+def test_a_body_that_has_not_come_holds_up_no_end(model: Model, tmp_path: Path, kind: str) -> None:
+    async def test() -> None:
+        async with serving(model, data=new_data(tmp_path / "data")) as (app, engine):
+            path = "/v1/files" if "form" in kind else PATH
+            exchange = Exchange(app, path, b"", {"content-type": kind})
+            exchange._incoming.get_nowait()
+            exchange._incoming.put_nowait({"type": "http.request", "body": b"--b", "more_body": True})
+            await asyncio.sleep(0.01)
+            assert not exchange.messages
+            engine.stop()
+            found = await exchange.document()
+            assert exchange.status == 503 and found["error"]["code"] == "shutting_down"
 
     asyncio.run(test())
 

@@ -159,7 +159,7 @@ def test_an_empty_prompt_is_refused(miniature: tuple[Path, Path]) -> None:
 
 
 def test_a_bug_shows_its_traceback_only_with_debug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(directory: Path) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("toolkit.commands.info.inspect", broken)

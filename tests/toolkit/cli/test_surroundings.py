@@ -130,7 +130,7 @@ def test_too_little_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_
         RuntimeError("can't start new thread"),
     ):
 
-        def fail(_: Path, error: Exception = error) -> None:
+        def fail(*_: object, error: Exception = error) -> None:
             raise error
 
         monkeypatch.setattr("toolkit.commands.info.inspect", fail)

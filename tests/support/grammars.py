@@ -1,0 +1,20 @@
+"""JSON schemas that llguidance gives up: more ways to go on than it follows at a time."""
+
+from __future__ import annotations
+
+MANY_WAYS = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {f"k{i}_{j}": {"type": "string", "pattern": "[a-z]{1,500}"} for j in range(60)},
+        }
+        for i in range(20)
+    ]
+}
+# The first tokens are sound.
+LATER = {
+    "type": "object",
+    "properties": {"a": {"enum": ["x", "y"]}, "b": MANY_WAYS},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
