@@ -6,6 +6,7 @@ with a name of its own, and the others lay their cards into that one until its l
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import secrets
@@ -181,7 +182,8 @@ def _require_all_slices(cards: Sequence[Card], count: int, world: int) -> None:
 
 
 def _connect(group: Group) -> None:
-    os.environ.setdefault(INTERFACE_VARIABLE, _interface())
+    if INTERFACE_VARIABLE not in os.environ:
+        os.environ[INTERFACE_VARIABLE] = _interface(alone=len(set(group.names)) == 1)
     dist.init_process_group(
         "gloo",
         store=group.store,
@@ -191,13 +193,21 @@ def _connect(group: Group) -> None:
     )
 
 
-def _interface() -> str:
-    """The name of the network interface that leads to the machine on which torchrun's ranks meet."""
+def _interface(*, alone: bool) -> str:
+    """The name of the network interface that leads to the machine on which torchrun's ranks meet.
+
+    Raises `BloomdeskError` if there is none, or if it is one that no other machine reaches and this one is not `alone`.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(where)
         own = probe.getsockname()[0]
+    if ipaddress.ip_address(own.partition("%")[0]).is_loopback and not alone:
+        raise BloomdeskError(
+            f"{address}, where all meet, has the address {own} here, which no other machine reaches",
+            f"name the interface to use: {INTERFACE_VARIABLE}=eth0",
+        )
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.partition("%")[0] == own for each in addresses):
             return name
