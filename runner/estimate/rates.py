@@ -120,7 +120,7 @@ def scratch_rates(directories: Sequence[Path]) -> tuple[float, ...]:
 
 
 def together(rates: Sequence[float], nbytes: Sequence[int]) -> float:
-    """Bytes a second of disks that are read at once, if each has so many bytes of the weights: the last one decides."""
+    """Bytes a second of disks that are read at once, each with its bytes of the weights: the last to end decides."""
     seconds = max(count / rate for rate, count in zip(rates, nbytes, strict=True))
     return sum(nbytes) / seconds if seconds else max(rates)
 

@@ -95,7 +95,7 @@ class Choice:
 
     def _shown(self, token: int, score: TokenScore | None, *, is_prompt: bool = False) -> ShownToken:
         if self._in_prompt and not is_prompt:
-            # No character goes on from the prompt to the new text.
+            # No character begins in the prompt and ends in the new text.
             self._offset += len(self._decoder.decode(b"", final=True))
             self._in_prompt = False
         name = Name.of(self._tokenizer, token)

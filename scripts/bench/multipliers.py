@@ -17,7 +17,7 @@ ROUNDS = 5_000_000
 
 
 def multipliers(threads: int) -> Callable[[], int]:
-    """A function that keeps so many cores busy for some tenth of a second, and returns the multiply-adds done.
+    """A function that keeps `threads` cores busy for some tenths of a second; it returns its number of multiply-adds.
 
     Raises `CannotRun` without a C compiler.
     """
