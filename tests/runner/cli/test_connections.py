@@ -32,7 +32,7 @@ class Client:
         async with asyncio.timeout(LONGEST):
             try:
                 return await self._reader.read()
-            except ConnectionResetError:
+            except ConnectionError:  # a byte sent after the close is answered with a reset
                 return b""
 
     async def head(self) -> bytes:
@@ -53,14 +53,17 @@ def serving(
         http = Connection.bounded(READ_HEAD, most, TOO_MANY_CONNECTIONS)
         server = uvicorn.Server(uvicorn.Config(app, http=http, lifespan="off", log_level="critical"))
         task = asyncio.create_task(server.serve([listener]))
-        address = listener.getsockname()
+        address, clients = listener.getsockname(), []
 
         async def connect() -> Client:
-            return Client(*await asyncio.open_connection(*address))
+            clients.append(Client(*await asyncio.open_connection(*address)))
+            return clients[-1]
 
         try:
             await test(connect)
         finally:
+            for client in clients:
+                client.close()
             server.should_exit = True
             await task
 
