@@ -22,11 +22,10 @@ DRAWN = ("--temperature", "1", "--seed", "7", "--repetition-penalty", "1.2")
 
 
 def tokens(text: str) -> list[dict[str, object]]:
-    """What decides a text, of each line of results."""
+    """What decides a text, of each line of results; how long drafts take decides which one is done first."""
     names = ("index", "token_ids", "text", "logprobs", "seed", "tokens", "token_logprobs")
-    return [
-        {name: line[name] for name in names if name in line} for line in map(json.loads, text.splitlines())
-    ]
+    lines = sorted(map(json.loads, text.splitlines()), key=lambda line: line.get("index", 0))
+    return [{name: line[name] for name in names if name in line} for line in lines]
 
 
 def check(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Path) -> None:
@@ -70,14 +69,17 @@ def test_the_bytes_on_the_wire_are_those_that_are_computed(sliced, tmp_path: Pat
     assert gathered + ORDER_BYTES * report["passes"] <= report["machines"]["bytes_sent"] <= most
 
 
-def test_prompts_share_their_passes_beginnings_and_draft(sliced, prepared, tmp_path: Path) -> None:
-    """The draft model is on the first machine alone."""
+@pytest.mark.parametrize("draft_is_a_form", [False, True])
+def test_prompts_share_their_passes_beginnings_and_draft(
+    sliced, prepared, tmp_path: Path, draft_is_a_form: bool
+) -> None:
+    """The draft model is on the first machine alone, so a form of the model has a KV cache of its own, of all heads."""
     file = tmp_path / "prompts.jsonl"
     beginning = "one two three four five six seven eight nine ten " * 3
     texts = [beginning + end for end in ("and eleven", "but not twelve", "or more")] + ["hello"]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     options = ("--max-new-tokens", "12", "--seed", "1", "--temperature", "0.8", "--json")
-    draft = prepared(hidden_size=48, blocks=1)[1]
+    draft = sliced((2, 1), INT4_FORM)[0] if draft_is_a_form else prepared(hidden_size=48, blocks=1)[1]
     check(*sliced((2, 1), INT8_FORM), tmp_path, "generate", "--prompts", file, "--draft", draft, *options)
 
 
