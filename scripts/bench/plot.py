@@ -1,4 +1,6 @@
-"""Draws docs/performance-*.svg from what the benchmarks wrote with --json; needs matplotlib: pip install '.[plots]'.
+"""Draws the pictures of docs/performance.md and docs/cluster.md from what the benchmarks wrote as JSON.
+
+It needs matplotlib: pip install '.[plots]'.
 
     python -m scripts.bench.plot peers.json true_size.json growth.json batch.json --out docs
 
@@ -190,6 +192,27 @@ def batch(data: dict[str, Any], out: Path) -> list[Path]:
     return [path]
 
 
+def cluster(data: dict[str, Any], out: Path) -> list[Path]:
+    """Seconds a token on each number of machines; the limit is one machine's, divided by their number."""
+    path, one = out / "cluster.svg", data["rows"][0]["seconds_per_token"]
+    counts = [int(row["machines"]) for row in data["rows"]]
+    rows = [
+        {
+            "seconds": row["seconds_per_token"],
+            "rounds": row["token_seconds"],
+            "limit": counts[0] * one / count,
+        }
+        for row, count in zip(data["rows"], counts, strict=True)
+    ]
+    with picture(path, 5.6, 3.4) as axes:
+        measured_and_limit(axes, counts, rows, BLUE, "measured")
+        axes.set(xticks=counts)
+        wire = data["wire"].replace("gbit", " Gbit/s")
+        axes.set_title(f"{data['model']}, a disk of {data['disk'] / 1e9:g} GB/s each, {wire} between")
+        finish(axes, "machines", "seconds a token")
+    return [path]
+
+
 def logarithmic(axes: Axes, which: str, ticks: Sequence[float]) -> None:
     """An axis, x or y, with these ticks alone."""
     names = [f"{tick:g}" for tick in ticks]
@@ -224,11 +247,12 @@ PICTURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {
     "true_size": true_size,
     "growth": growth,
     "batch": batch,
+    "cluster": cluster,
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draw the pictures of docs/performance.md.")
+    parser = argparse.ArgumentParser(description="Draw the pictures of measurements in docs.")
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parents[2] / "docs", metavar="DIR"
