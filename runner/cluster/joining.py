@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import os
 import secrets
 import socket
@@ -93,7 +94,7 @@ def join(card: Card) -> tuple[Group, list[Card]]:
 
     Raises `BloomdeskError` that says who differs in what, and `LastingFailure` if not all of them come.
     """
-    patience = float(os.environ.get(PATIENCE_VARIABLE, PATIENCE))
+    patience = _patience()
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=LONGEST_START)))
         name, cards = _open_round(store, card, world) if number == 0 else _enter_round(store, card, number)
@@ -108,6 +109,21 @@ def join(card: Card) -> tuple[Group, list[Card]]:
     group = Group(card.index, names, dist.PrefixStore(name, store), number == 0, patience)
     _connect(group)
     return group, cards
+
+
+def _patience() -> float:
+    """Seconds. Raises `BloomdeskError` if the environment has something else."""
+    given = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE))
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise BloomdeskError(
+            f"{PATIENCE_VARIABLE} is {given!r}, which is no number of seconds",
+            f"set it to {PATIENCE:g} or more",
+        )
+    return seconds
 
 
 def _open_round(store: dist.Store, card: Card, world: int) -> tuple[str, list[Card]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from runner.cluster.joining import PATIENCE_VARIABLE, join
+from runner.errors import BloomdeskError
 from runner.generation.session_files import CACHE
 from tests.support.commands import run
 from tests.support.ranks import Rank, finish, start
@@ -86,6 +88,15 @@ def test_what_does_not_fit_is_named_before_the_first_pass(sliced, prepared, tmp_
     assert "differ in shares: '(3, 1)' and '(1, 1)'" in refused([slices[0], uneven[1]])
     assert "differ in --max-new-tokens: '5' and '64'" in refused(slices, "--max-new-tokens", "5")
     assert "missing: slice 2" in refused([slices[0], slices[0]])
+
+
+@pytest.mark.parametrize("patience", ["2 minutes", "nan", "0", "-1"])
+def test_a_patience_that_is_no_number_of_seconds_is_refused(
+    monkeypatch: pytest.MonkeyPatch, patience: str
+) -> None:
+    monkeypatch.setenv(PATIENCE_VARIABLE, patience)
+    with pytest.raises(BloomdeskError, match=f"{PATIENCE_VARIABLE} is '{patience}'"):
+        join(None)
 
 
 def test_a_session_goes_on_after_kills_and_without_one_of_the_machines(sliced, tmp_path: Path) -> None:
