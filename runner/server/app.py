@@ -38,7 +38,7 @@ from runner.server.metrics import CONTENT_TYPE, Counted, Metrics
 from runner.server.openapi import Description, description
 from runner.server.orders import Order, model_named, schema_of
 from runner.server.page_files import page_routes
-from runner.server.routing import on_any_error, on_api_error, on_http_error, reply
+from runner.server.routing import Trimmed, on_any_error, on_api_error, on_http_error, reply
 from runner.server.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from runner.server.settings import Settings
 from runner.server.streams import Chunks, Document, EventStream
@@ -83,6 +83,7 @@ def create_app(
     routes += [Route("/openapi.json", lambda _: reply(document)), *page_routes()]
     handlers = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_any_error}
     middleware = [
+        Middleware(Trimmed),
         Middleware(Counted, metrics=api.metrics),
         Middleware(Gate, keys=settings.keys, hosts=settings.hosts),
         Middleware(Unsent, engine=engine),
