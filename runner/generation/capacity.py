@@ -16,7 +16,7 @@ from runner.model.kv_cache import whole_lanes
 
 # More sequences at a time hardly save anything: their pass computes for longer than a disk reads.
 MOST_AT_A_TIME = 64
-# Fraction of resident weights that may be given up for larger passes.
+# By this fraction a pass may read more for being larger, which resident weights are given up for.
 SHARE_FOR_ROWS = 0.1
 # Rows of a pass for the forced tokens of a text, if it has a grammar.
 FORCED_ROWS = 128
@@ -100,7 +100,7 @@ class Planner:
         # A row for each sequence is needed: this raises if it does not fit.
         plan = memory_plan(self._request(batch, batch, batch))
         room = plan.request.activations + plan.unused
-        room += SHARE_FOR_ROWS * min(plan.resident_bytes, plan.streamed_bytes)
+        room += min(plan.resident_bytes, SHARE_FOR_ROWS * plan.streamed_bytes)
         logit_rows, draft_tokens = batch, self._draft_tokens
         while draft_tokens and logit_rows == batch:
             wanted = batch * (1 + draft_tokens)
