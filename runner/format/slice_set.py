@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
+from runner.format.digest import digest
 from runner.format.layout import SPREADING
-from runner.format.manifest import Manifest, UnsoundManifest, digest, load_manifest
+from runner.format.manifest import Manifest, UnsoundManifest, load_manifest
 from runner.format.slices import even
 
 # Of missing slices, in one sentence.

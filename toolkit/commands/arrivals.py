@@ -22,7 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import Manifest, SourceShard
+from runner.format.manifest import Manifest
+from runner.format.part_record import SourceShard
 from runner.system.atomic import TEMPORARY_SUFFIX
 from toolkit.commands.build import Manifests, plan_source_part
 from toolkit.commands.download import bytes_begun, fetch_recorded

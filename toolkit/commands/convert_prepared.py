@@ -15,7 +15,8 @@ import xxhash
 
 from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP, part_specs
-from runner.format.manifest import Manifest, SourceShard, load_manifest
+from runner.format.manifest import Manifest, load_manifest
+from runner.format.part_record import SourceShard
 from runner.format.quantised import QUANTISED_FORMS
 from runner.format.safetensors import read_small
 from toolkit.commands.build import BuildPlan, Manifests

@@ -10,7 +10,8 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING
-from runner.format.manifest import Manifest, TensorRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import TensorRecord
 from toolkit.io.progress import Progress
 from toolkit.io.reader import READ_THREADS
 from toolkit.source.key_map import Assignment
