@@ -85,11 +85,15 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A file of the source that a part was made from; `size` is None in manifests of earlier versions."""
+    """A file of the source that a part was made from; `size` is None in manifests of earlier versions.
+
+    It is not `checked` if only the rows of a slice came: its sha256 is what the Hub says then.
+    """
 
     file: str
     sha256: str
     size: int | None = None
+    checked: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ class PartRecord:
     originals: tuple[TensorRecord, ...] = ()
     wholes: tuple[TensorRecord, ...] = ()
     whole_originals: tuple[TensorRecord, ...] = ()
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the sha256 of every source shard was compared."""
+        return all(shard.checked for shard in self.sources)
 
     @property
     def header(self) -> bytes:
@@ -142,6 +151,11 @@ class PartRecord:
     def source_tensors(self) -> tuple[TensorRecord, ...]:
         """The source's tensors that the part was made from, in the order of a pass, with hashes of uncoded bytes."""
         return self._with(self.whole_originals or self.wholes or self.originals or self.decoded)
+
+    @property
+    def source_rows(self) -> tuple[TensorRecord, ...]:
+        """The same, but of matrices only the own rows."""
+        return self._with(self.originals or self.decoded)
 
     def _with(self, others: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:
         """The stored tensors, those that have one of `others` replaced by it."""
@@ -212,8 +226,7 @@ class Manifest:
     def command(self, directory: Path) -> str:
         """The command that makes the rest of an unfinished directory."""
         form = "" if self.form == PLAIN else f" --form {self.form}"
-        is_alone = self.slice is not None and not self.places
-        made_by = f"prepare {self.source.repo}" if self.source.repo and not is_alone else "convert SRC"
+        made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
         return f"bloomdesk {made_by} {in_shell(directory)}{form}{self._slice_options}"
 
     @property
@@ -226,6 +239,12 @@ class Manifest:
         )
         others = "".join(f" --also {in_shell(Path(place))}" for place in self.places[1:])
         return f"{others or f' --slice {self.slice}'}{shares}"
+
+    @property
+    def unproven_shards(self) -> tuple[str, ...]:
+        """The source shards whose sha256 was never compared, because only the rows of a slice came."""
+        found = {shard.file for part in self.parts.values() for shard in part.sources if not shard.checked}
+        return tuple(sorted(found))
 
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
@@ -379,7 +398,10 @@ def _unsound(where: Path, why: str) -> UnsoundManifest:
 def _part_body(record: PartRecord, form: str, own: Slice | None) -> dict[str, Any]:
     body = asdict(record)
     # Where earlier versions look, sizes would be unknown fields.
-    body["sources"] = [{"file": shard.file, "sha256": shard.sha256} for shard in record.sources]
+    body["sources"] = [
+        {"file": shard.file, "sha256": shard.sha256, **({} if shard.checked else {"checked": False})}
+        for shard in record.sources
+    ]
     if form == PLAIN:
         del body["decoded"]
     if form not in QUANTISED_FORMS:
@@ -393,8 +415,13 @@ def _part_body(record: PartRecord, form: str, own: Slice | None) -> dict[str, An
 
 def _shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
     """Each source shard whose size is known, once."""
-    shards = {shard for part in parts for shard in part.sources if shard.size is not None}
-    return [asdict(shard) for shard in sorted(shards, key=lambda shard: (shard.file, shard.sha256))]
+    shards = {
+        (shard.file, shard.sha256): shard.size
+        for part in parts
+        for shard in part.sources
+        if shard.size is not None
+    }
+    return [{"file": file, "sha256": sha256, "size": size} for (file, sha256), size in sorted(shards.items())]
 
 
 def _decode(body: dict[str, Any]) -> Manifest:
@@ -511,7 +538,12 @@ def _coded_sizes(entry: dict[str, Any], spec: PartSpec, form: str) -> dict[str, 
 
 def _decode_sources(entry: dict[str, Any], sizes: Mapping[tuple[str, str], int]) -> tuple[SourceShard, ...]:
     sources = tuple(
-        SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
+        SourceShard(
+            each["file"],
+            each["sha256"],
+            sizes.get((each["file"], each["sha256"])),
+            each.get("checked", True),
+        )
         for each in entry["sources"]
     )
     for shard in sources:
