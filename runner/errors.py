@@ -66,6 +66,10 @@ class BloomdeskError(Exception):
         return f"error: {self.message}" + (f"\n  next: {self.hint}" if self.hint else "")
 
 
+class LastingFailure(BloomdeskError):
+    """One after which this process can make no pass any more."""
+
+
 def in_shell(path: Path) -> str:
     """The path as an argument of a command that the user is told to type."""
     text = str(path)

@@ -21,6 +21,7 @@ ROOMS = (
     "runner.model",
     "runner.generation",
     "runner",  # the public face: `runner.load`
+    "runner.cluster",
     "runner.estimate",
     "runner.server",
     "runner.cli",

@@ -6,16 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from runner.cli import machines
 from runner.cli.guard import note, status_after
 from runner.cli.pass_status import PassStatus
 from runner.cli.prompts import Prompt, name_of, read_prompt, read_prompts
-from runner.cli.ram import ram_of
 from runner.cli.report import print_json
 from runner.cli.terminal import StatusLine
 from runner.errors import BloomdeskError
@@ -56,6 +56,8 @@ class GenerateOptions:
     session: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: Sampling = GREEDY
+    # What all machines must have been asked, if there are several.
+    asked: Mapping[str, object] = field(default_factory=dict)
     also: tuple[Path, ...] = ()
 
 
@@ -64,6 +66,10 @@ def generate(options: GenerateOptions) -> int:
 
     Raises `BloomdeskError` for options that cannot be used.
     """
+    options = replace(options, asked=_asked(options))
+    if machines.follows(options.directory):
+        with _sole_user(options.session):
+            return machines.follow(options.directory, options.ram, options.asked, options.session)
     given = [options.prompt, options.prompt_file, options.prompts]
     if sum(each is not None for each in given) != 1:
         raise BloomdeskError(
@@ -120,6 +126,18 @@ def generate(options: GenerateOptions) -> int:
         return status
 
 
+def _asked(options: GenerateOptions) -> dict[str, object]:
+    """What decides the text. Files may have another place on each machine."""
+    changed = {name: each for name, each in asdict(options.sampling).items() if each != getattr(GREEDY, name)}
+    return {
+        "command": "generate",
+        "PROMPT": options.prompt,
+        "--max-new-tokens": options.generation.max_new_tokens,
+        "--session": options.session is not None,
+        **changed,
+    }
+
+
 def _generate_shown(options: GenerateOptions, prompts: Sequence[Prompt]) -> int:
     """Exit status, after the texts were printed: for people on a terminal, else as lines of JSON."""
     if options.as_json or not sys.stdout.isatty():
@@ -153,9 +171,8 @@ def _name_contradictions(options: GenerateOptions) -> None:
 
 
 def _generate_one(options: GenerateOptions) -> int:
-    model = _opened(options)
-    requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
-    with _sole_user(options.session):
+    with _opened(options) as model, _sole_user(options.session):
+        requests = model.requests(options.prompt, options.generation.max_new_tokens, options.sampling)
         return _generate_text(options, model, requests)
 
 
@@ -222,7 +239,17 @@ def _generate_all(
     done: Mapping[int, Collection[int]] = MappingProxyType({}),
 ) -> int:
     """Exit status, after each continuation was written as soon as it was done; `done` are those that need none."""
-    model = _opened(options)
+    with _opened(options) as model:
+        return _generate_all_with(model, options, prompts, write, done)
+
+
+def _generate_all_with(
+    model: Model,
+    options: GenerateOptions,
+    prompts: Sequence[Prompt],
+    write: Write,
+    done: Mapping[int, Collection[int]],
+) -> int:
     requests, owners = [], []
     # One for all that have none of their own, so that it can be reported and given again.
     seed = drawn_seed() if options.sampling.seed is None else options.sampling.seed
@@ -284,10 +311,8 @@ def _seed(sampling: Sampling) -> str:
     return f"; seed {sampling.seed}" if sampling.draws else ""
 
 
-def _opened(options: GenerateOptions) -> Model:
-    import runner
-
-    return runner.load(options.directory, ram_of(options.ram), also=options.also)
+def _opened(options: GenerateOptions) -> AbstractContextManager[Model]:
+    return machines.opened(options.directory, options.ram, options.asked, options.also)
 
 
 def _print_result(index: int, result: Mapping[str, object]) -> None:
@@ -325,6 +350,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
         "accepted": found.accepted,
         "acceptance": found.accepted / found.proposed if found.proposed else None,
         "drafting_seconds": found.drafting_seconds,
+        **machines.report(model),
     }
 
 

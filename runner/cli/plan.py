@@ -14,6 +14,9 @@ from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, parse_size, size
 
+# Gbit/s, and bytes a second of one.
+DEFAULT_NETWORK, GIGABIT = 1.0, 125e6
+
 if TYPE_CHECKING:
     from runner.estimate.forecast import Forecast
     from runner.estimate.plan import Drafting, Form, Plan
@@ -30,11 +33,14 @@ def plan(
     draft: Path | None = None,
     *,
     also: Sequence[Path] = (),
+    machines: int = 1,
+    network: float = DEFAULT_NETWORK,
     as_json: bool = False,
 ) -> int:
     """Exit status, 1 if the disk is too small, after the report was printed.
 
-    `space_to_prepare` gives the bytes of disk that preparing a model takes; `ram` is a size like 12GB.
+    `space_to_prepare` gives the bytes of disk that preparing a model takes; `ram` is a size like 12GB. Beside this
+    machine alone it is of several `machines` like it, with a `network` of so many Gbit/s; then the slice must fit.
     """
     from runner.estimate.plan import plan
 
@@ -42,7 +48,11 @@ def plan(
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
     asked = {"prompt_tokens": prompt_tokens, "tokens": tokens}
-    print_rows(_rows(directory, asked, found, needed, fits), as_json=as_json)
+    rows = list(_rows(directory, asked, found, needed, fits))
+    if machines > 1:
+        rows += _machines_rows(found, asked, machines, network)
+        fits = found.name is None or found.free_bytes >= found.form.disk_bytes / machines
+    print_rows(rows, as_json=as_json)
     return 0 if fits else 1
 
 
@@ -107,6 +117,32 @@ def _draft_row(found: Drafting) -> Row:
     words += f"reads {size(memory.streamed_bytes)} and gives several tokens, {duration(found.seconds)} each to draft"
     fields = {"is_form": found.is_form, "bytes": found.nbytes, "seconds": found.seconds}
     return Row("draft", words, {"draft": {**fields, "forecast": _forecast_fields(found.forecast)}})
+
+
+def _machines_rows(found: Plan, asked: dict[str, int], machines: int, network: float) -> Iterator[Row]:
+    """What several machines like this one would make of each form, on paper."""
+    from runner.estimate.machines import Network, forecast_machines
+
+    wire, request = Network(machines, network * GIGABIT), found.form.forecast.memory_plan.request
+    gathers = wire.gather_seconds(found.model, 1)
+    words = f"{network:g} Gbit/s: {duration(gathers)} a token in gathers, "
+    yield Row(f"{machines} machines", f"{words}{size(wire.bytes_sent(found.model, 1))} sent by each")
+    fields = {}
+    for form in (found.form, *found.others.values()):
+        stored = form.forecast.stored
+        lengths = asked["prompt_tokens"], asked["tokens"]
+        each = forecast_machines(
+            found.model, request.ram, request.process, found.rates, *lengths, wire, stored
+        )
+        fields[form.form] = _forecast_fields(each)
+        read = size(each.memory_plan.streamed_bytes) if each.memory_plan.streamed_bytes else "nothing"
+        words = (
+            f"{duration(each.seconds_per_token)} a token, {duration(each.prompt_seconds)} for the prompt; "
+        )
+        words += f"{size(form.disk_bytes // machines)} of disk on each, which reads {read} a token"
+        yield Row(f"  {form.form}", words)
+    about = {"count": machines, "network_bytes_per_second": wire.rate, "gather_seconds": gathers}
+    yield Row(fields={"machines": {**about, **fields}})
 
 
 def _busy_words(load: float) -> str:

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from runner.cli.machines import slices_of
 from runner.errors import AGAIN, BloomdeskError, explained, in_shell
-from runner.format.slice_set import find_all_slices
 from runner.system.atomic import sync_directory
 from runner.system.lock import lock
 
@@ -44,7 +44,7 @@ def model_of(directory: Path, also: Sequence[Path] = ()) -> str:
 
     `also` are its slices that have moved. Raises `BloomdeskError` if there is none, or not all of it.
     """
-    return find_all_slices(directory, also).fingerprint[:16]
+    return slices_of(directory, also).fingerprint[:16]
 
 
 class Results(AbstractContextManager["Results"]):

@@ -8,15 +8,15 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runner.cli import machines
 from runner.cli.guard import note, status_after
 from runner.cli.pass_status import PassStatus
 from runner.cli.prompts import lines_of, parsed_line, require_known, require_own_ids
-from runner.cli.ram import ram_of
 from runner.cli.report import Row, print_rows
 from runner.cli.results import Results, model_of, require_usable_name
 from runner.cli.terminal import StatusLine
@@ -71,6 +71,8 @@ class Line:
 
 def score(options: ScoreOptions) -> int:
     """Exit status, after the scores were printed or written. Raises `BloomdeskError` for what cannot be scored."""
+    if machines.follows(options.directory):
+        return machines.follow(options.directory, options.ram, _asked(options))
     if options.out is not None:
         require_usable_name(options.out, options.file)
     if options.file.suffix == ".jsonl":
@@ -99,8 +101,6 @@ def _with_windows(options: ScoreOptions) -> ScoreOptions:
 
 
 def _score_text(options: ScoreOptions) -> int:
-    from runner.generation.scorer import windows
-
     with reading(options.file):
         if options.file.stat().st_size > LARGEST_TEXT:
             raise BloomdeskError(f"{options.file} is larger than {LARGEST_TEXT:,} bytes")
@@ -109,7 +109,13 @@ def _score_text(options: ScoreOptions) -> int:
             text = options.file.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             raise BloomdeskError(f"{options.file} is not valid UTF-8 text") from None
-    model = _opened(options)
+    with _opened(options) as model:
+        return _score_windows(model, options, text)
+
+
+def _score_windows(model: Model, options: ScoreOptions, text: str) -> int:
+    from runner.generation.scorer import windows
+
     texts = list(windows(model.tokenizer.encode(text), options.context, options.stride))
     if not texts:
         raise BloomdeskError(f"{options.file} has fewer than 2 tokens: nothing can be scored")
@@ -185,7 +191,11 @@ def _score_lines(options: ScoreOptions) -> int:
     if not lines:
         raise BloomdeskError(f"{options.file} holds no text")
     require_own_ids(options.file, lines)
-    model = _opened(options)
+    with _opened(options) as model:
+        return _score_lines_with(model, options, lines)
+
+
+def _score_lines_with(model: Model, options: ScoreOptions, lines: Sequence[Line]) -> int:
     texts = [_tokens(options, line, model) for line in lines]
     by_index = {line.index: line for line in lines}
     start, tokens = time.perf_counter(), 0
@@ -297,7 +307,9 @@ def _run(model: Model, texts: Sequence[Text], write: Any, before: int) -> int:
     return 0
 
 
-def _opened(options: ScoreOptions) -> Model:
-    import runner
+def _opened(options: ScoreOptions) -> AbstractContextManager[Model]:
+    return machines.opened(options.directory, options.ram, _asked(options), options.also)
 
-    return runner.load(options.directory, ram_of(options.ram), also=options.also)
+
+def _asked(options: ScoreOptions) -> dict[str, object]:
+    return {"command": "score", "FILE": options.file.name}

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from runner.cli.ram import ram_of
+from runner.cli import machines
 from runner.errors import BloomdeskError, refused
 from runner.generation.options import GenerationOptions
 from runner.units import parse_size
@@ -23,6 +23,7 @@ from runner.units import parse_size
 if TYPE_CHECKING:
     import uvicorn
 
+    from runner.generation.model import Model
     from runner.server.engine import Engine
     from runner.server.settings import Settings
 
@@ -60,6 +61,9 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> int:
     """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
+    asked = {"command": "serve"}
+    if machines.follows(options.directory):
+        return machines.follow(options.directory, options.ram, asked)
     keys = keys_of(options.keys)
     if not (_is_loopback(options.host) or keys or options.no_auth):
         raise BloomdeskError(
@@ -78,13 +82,16 @@ def serve(options: ServeOptions) -> int:
         raise BloomdeskError(
             f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
         ) from None
-    import runner
+    held = contextlib.ExitStack()
 
-    ram = ram_of(options.ram)
-    engine = Engine(lambda: runner.load(options.directory, ram, also=options.also), options.generation)
+    def open_model() -> Model:
+        opened = machines.opened(options.directory, options.ram, asked, options.also, engine.give_up)
+        return held.enter_context(opened)
+
+    engine = Engine(open_model, options.generation)
     settings = _settings(options, keys)
     full = Log(TOO_MANY_CONNECTIONS, _say, as_json=settings.log_json)
-    with _data(options.data), listening(options.host, options.port) as listener:
+    with held, _data(options.data), listening(options.host, options.port) as listener:
         config = uvicorn.Config(
             create_app(engine, settings, _say, data=options.data),
             access_log=False,
@@ -111,11 +118,10 @@ def keys_of(given: tuple[str, ...]) -> tuple[str, ...]:
 
 def _settings(options: ServeOptions, keys: tuple[str, ...]) -> Settings:
     """Raises `BloomdeskError` for what is wrong with the directory, before anything listens."""
-    from runner.format.slice_set import find_slices, require_all_slices
     from runner.server.chat_template import load_template, tokenizer_config
     from runner.server.settings import Settings
 
-    require_all_slices(find_slices(options.directory, options.also))
+    machines.slices_of(options.directory, options.also)
     bounds = {
         "most_waiting": options.max_waiting,
         "most_file_bytes": options.max_file_size and parse_size(options.max_file_size),

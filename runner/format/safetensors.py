@@ -82,6 +82,16 @@ def read_small(path: Path, largest: int) -> bytes:
     return data
 
 
+def read_text(path: Path, largest: int) -> str:
+    """The text of a regular file, UTF-8. Raises `BloomdeskError`, also if it has more than `largest` bytes."""
+    with reading(path):
+        data = read_small(path, largest)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BloomdeskError(f"{path} is not valid UTF-8 text") from None
+
+
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a dense tensor."""
     return BYTES_PER_ELEMENT[dtype] * math.prod(shape)

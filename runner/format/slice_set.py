@@ -101,6 +101,15 @@ def find_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     return SliceSet({i: found[i][0] for i in order}, {i: found[i][1] for i in order}, asked)
 
 
+def own_slice(directory: Path) -> SliceSet:
+    """The directory alone, if the other slices are on other machines. Raises `BloomdeskError` if a part is missing."""
+    manifest = load_manifest(directory)
+    index = manifest.slice.index if manifest.slice is not None else 0
+    found = SliceSet({index: directory}, {index: manifest}, index)
+    _require_complete(found)
+    return found
+
+
 def find_all_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     """A set without anything missing: no slice, and no part of one.
 
@@ -109,6 +118,11 @@ def find_all_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     refuse_while_spreading(directory)
     found = find_slices(directory, also)
     require_all_slices(found)
+    _require_complete(found)
+    return found
+
+
+def _require_complete(found: SliceSet) -> None:
     for index, manifest in found.manifests.items():
         if manifest.missing:
             raise BloomdeskError(
@@ -116,7 +130,6 @@ def find_all_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
                 f"the next is {manifest.missing[0]}",
                 f"{manifest.command(found.directories[index])} resumes where it stopped",
             )
-    return found
 
 
 def refuse_while_spreading(directory: Path) -> None:

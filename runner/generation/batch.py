@@ -122,7 +122,7 @@ class Batch:
 
     def _arrange(self, plan: MemoryPlan) -> None:
         self.plan = plan
-        self._stream.arrange(plan.resident, plan.buffers)
+        self.model.arrange(plan)
 
     def _admit(self) -> None:
         """Let waiting sequences join in their order, if there is room."""

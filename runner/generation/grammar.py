@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runner.errors import BloomdeskError
+from runner.generation import grammar_check
 from runner.generation.options import GRAMMAR, JSON_SCHEMA, REGEX, Sampling
 from runner.kernel.threads import one_thread
 from runner.model.tokenizer import Tokenizer
@@ -56,7 +57,8 @@ class Grammars:
         self._vocabulary: llguidance.LLTokenizer | None = None
         # With the bytes that each takes, the latest last.
         self._known: OrderedDict[tuple[str, str], tuple[Grammar, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        # `_lock` is for what is known. Who compiles, which may take long, holds `_compiling`.
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
         # Bytes of RAM that they take.
         self.nbytes = 0
 
@@ -64,24 +66,39 @@ class Grammars:
         """The grammar of `sampling`, if it has one. Raises `BloomdeskError` if that cannot be compiled."""
         if sampling.constraint is None:
             return None
-        with self._lock:
-            if sampling.constraint not in self._known:
-                # What other threads take meanwhile must not count.
-                self._prepare(sampling.constraint[0])
-                before = memory.memory_in_use()
-                grammar = self._compiled(*sampling.constraint)
-                taken = min(MOST_GRAMMAR_BYTES, max(0, memory.memory_in_use() - before))
-                self._known[sampling.constraint] = grammar, taken
-                self.nbytes += taken
-                if len(self._known) > MOST_GRAMMARS:
-                    self.nbytes -= self._known.popitem(last=False)[1][1]
-            self._known.move_to_end(sampling.constraint)
-            return self._known[sampling.constraint][0]
+        if found := self._found(sampling.constraint):
+            return found
+        # What other threads take meanwhile must not count.
+        with self._compiling:
+            return self._found(sampling.constraint) or self._add(sampling.constraint)
+
+    def has(self, sampling: Sampling) -> bool:
+        """Whether nothing has to be compiled for `sampling`."""
+        return sampling.constraint is None or self._found(sampling.constraint) is not None
 
     def prepare(self) -> None:
         """Take the RAM that all grammars share now, if llguidance is installed and can use the tokenizer."""
-        with self._lock, suppress(BloomdeskError):
+        with self._compiling, suppress(BloomdeskError):
             self._prepare(JSON_SCHEMA)
+
+    def _found(self, constraint: tuple[str, str]) -> Grammar | None:
+        with self._lock:
+            if constraint not in self._known:
+                return None
+            self._known.move_to_end(constraint)
+            return self._known[constraint][0]
+
+    def _add(self, constraint: tuple[str, str]) -> Grammar:
+        self._prepare(constraint[0])
+        before = memory.memory_in_use()
+        grammar = self._compiled(*constraint)
+        taken = min(MOST_GRAMMAR_BYTES, max(0, memory.memory_in_use() - before))
+        with self._lock:
+            self._known[constraint] = grammar, taken
+            self.nbytes += taken
+            if len(self._known) > MOST_GRAMMARS:
+                self.nbytes -= self._known.popitem(last=False)[1][1]
+        return grammar
 
     def _prepare(self, kind: str) -> None:
         library = _library()
@@ -101,10 +118,10 @@ class Grammars:
 
     def _compiled(self, kind: str, text: str) -> Grammar:
         library, source = _library(), _source(kind, text)
-        # Without the parser's whole state in the text of an error.
-        limits = library.LLParserLimits(verbose_errors=False)
         try:
-            matcher = _said(library.LLMatcher, self._vocabulary, source, log_level=0, limits=limits)
+            matcher = _said(
+                library.LLMatcher, self._vocabulary, source, log_level=0, limits=grammar_check.limits(library)
+            )
             if matcher.is_error():
                 raise GrammarError(_worded(matcher.get_error()))
             # Some fail at their first token only.
@@ -223,7 +240,18 @@ def check(sampling: Sampling) -> None:
     """Raise `BloomdeskError` if the constraint of `sampling` is unsound, or llguidance is missing."""
     if sampling.constraint:
         kind, text = sampling.constraint
-        if reason := _library().LLMatcher.validate_grammar(_source(kind, text)):
+        library = _library()
+        if reason := library.LLMatcher.validate_grammar(
+            _source(kind, text), limits=grammar_check.limits(library)
+        ):
+            raise _refusal(kind, reason)
+
+
+def check_in_time(sampling: Sampling, seconds: float) -> None:
+    """As `check`, but also if that takes longer than `seconds`."""
+    if sampling.constraint:
+        kind, text = sampling.constraint
+        if reason := grammar_check.reason_in_time(_source(kind, text), seconds):
             raise _refusal(kind, reason)
 
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from runner import units
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.model.activations import activation_bytes
-from runner.model.kv_cache import JoinedValues, KVCache, whole_lanes
+from runner.model.kv_cache import CacheShape, JoinedValues, KVCache, OwnHeads, whole_lanes
 from runner.system import memory
 from runner.weights.checkpoint import TORCH_DTYPES
-from runner.weights.chunks import buffer_bytes
+from runner.weights.chunks import Chunk, buffer_bytes
 
 # Fraction of what the machine can spare that a run takes by default; the rest keeps the machine usable.
 DEFAULT_SHARE = 0.9
 FEWEST_BUFFERS, MOST_BUFFERS = 3, 16
 # Bytes of the process beside what is counted: compiled code, threads, page tables, the text so far.
 MARGIN = 48 * 2**20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Another machine that makes the same passes, with `heads` of the heads and chunks of its own, in bytes."""
+
+    name: str
+    ram: int
+    process: int
+    chunks: tuple[int, ...]
+    heads: int
+
+    @classmethod
+    def here(cls, ram: int, process: int, chunks: Iterable[Chunk], heads: int) -> Machine:
+        """This machine, by its name."""
+        return cls(socket.gethostname(), ram, process, tuple(chunk.nbytes for chunk in chunks), heads)
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,8 @@ class MemoryRequest:
     disks if there are several, each of which has as large a share of them as of the rate. There is a cache for each of
     `capacities` positions, and a pass has up to `rows` rows, of which `logit_rows` give logits. `draft` is the bytes
     of a draft model with its caches. The chunks `keep` are in RAM already, and stay there if they fit. `shared`
-    positions of the caches are the same memory as others, and sequences of up to `joined` positions share some.
+    positions of the caches are the same memory as others, and sequences of up to `joined` positions share some. Caches
+    are of `heads` heads, by default of all. Of other `machines` each must have the RAM for such passes, too.
     """
 
     model: Hyperparameters
@@ -43,6 +61,27 @@ class MemoryRequest:
     keep: frozenset[int] = frozenset()
     shared: int = 0
     joined: int = 0
+    heads: int | None = None
+    machines: tuple[Machine, ...] = ()
+
+    def on(self, machine: Machine) -> MemoryRequest:
+        """What such passes need on another machine, which has no draft model."""
+        return replace(
+            self,
+            chunks=machine.chunks,
+            ram=machine.ram,
+            process=machine.process,
+            heads=machine.heads,
+            draft=0,
+            keep=frozenset(),
+            machines=(),
+        )
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        heads = self.model.n_head if self.heads is None else self.heads
+        return OwnHeads(self.model.n_layer, heads, self.model.head_dim)
+
     disks: tuple[int, ...] = ()
 
     @property
@@ -62,13 +101,13 @@ class MemoryRequest:
     @property
     def cache(self) -> int:
         """Bytes of all KV caches."""
-        return KVCache.nbytes(self.model, self.positions, TORCH_DTYPES[self.model.dtype])
+        return KVCache.nbytes(self.cache_shape, self.positions, TORCH_DTYPES[self.model.dtype])
 
     @property
     def activations(self) -> int:
         """Bytes of the activations of one pass."""
         dtype, longest = TORCH_DTYPES[self.model.dtype], max(self.capacities)
-        joined = JoinedValues.nbytes(self.model, self.joined, dtype) if self.joined else 0
+        joined = JoinedValues.nbytes(self.cache_shape, self.joined, dtype) if self.joined else 0
         return activation_bytes(self.model, self.rows, longest, dtype.itemsize, self.logit_rows) + joined
 
     @property
@@ -87,7 +126,12 @@ class MemoryRequest:
 
     @property
     def fits(self) -> bool:
-        """Whether the RAM is enough."""
+        """Whether the RAM is enough, on all machines."""
+        return self.fits_here and all(self.on(machine).fits_here for machine in self.machines)
+
+    @property
+    def fits_here(self) -> bool:
+        """Whether the RAM of this machine is enough."""
         return self.spare >= self.least_weights
 
 
@@ -131,7 +175,7 @@ def memory_plan(request: MemoryRequest) -> MemoryPlan:
     `BloomdeskError` if the RAM is too little even to stream everything.
     """
     if not request.fits:
-        raise _too_little(request)
+        raise _too_little(request) if not request.fits_here else _too_little_elsewhere(request)
     buffers, for_each = 0, request.disk_count * request.buffer_nbytes
     if request.spare < sum(request.chunks):
         buffers = min(MOST_BUFFERS, max(FEWEST_BUFFERS, request.spare // 8 // for_each))
@@ -150,6 +194,13 @@ def _resident(request: MemoryRequest, room: int) -> frozenset[int]:
         room -= sum(sizes[place] for place in found)
         left -= sum(sizes)
     return frozenset(chosen)
+
+
+def _too_little_elsewhere(request: MemoryRequest) -> BloomdeskError:
+    """The error for the first other machine whose RAM is too little."""
+    lacking = next(each for each in request.machines if not request.on(each).fits_here)
+    found = _too_little(request.on(lacking))
+    return BloomdeskError(f"on {lacking.name}, {found.message}", found.hint)
 
 
 def _too_little(request: MemoryRequest) -> BloomdeskError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.format.slice_set import SliceSet, find_all_slices
 from runner.generation import sequence
 from runner.generation.batch import Batch
 from runner.generation.capacity import Planner
@@ -50,8 +51,13 @@ class Model(ModelRunner):
         If it is spread over several directories, those of `also` are where others are now. Raises `BloomdeskError` if
         the directory is not a sound, complete prepared checkpoint.
         """
+        return cls.of(find_all_slices(directory, also), ram)
+
+    @classmethod
+    def of(cls, slices: SliceSet, ram: int | None = None) -> Model:
+        """The model of slices that were found; see `Weights.of`."""
         memory.give_freed_memory_back()
-        weights = Weights.open(directory, also)
+        weights, directory = Weights.of(slices), slices.directories[slices.asked]
         tokenizer = Tokenizer(directory / "tokenizer.json")
         grammars = Grammars(tokenizer, weights.model.vocab_size, weights.model.eos_token_ids)
         return cls(weights, tokenizer, grammars, ram or default_total(), memory.memory_in_use())
@@ -63,9 +69,17 @@ class Model(ModelRunner):
     def memory_request(self, capacities: Iterable[int], rows: int) -> MemoryRequest:
         """What passes of up to `rows` rows need, with a cache for each of `capacities` positions."""
         chunks = tuple(chunk.nbytes for chunk in self.weights.stream.chunks)
-        process, disks = self.process_nbytes + self.grammars.nbytes, self.weights.stream.disks
+        process, stream = self.process_nbytes + self.grammars.nbytes, self.weights.stream
+        heads = len(self.weights.heads) if self.weights.slice else None
         return MemoryRequest(
-            self.weights.model, chunks, self.ram, process, tuple(capacities), rows, disks=disks
+            self.weights.model,
+            chunks,
+            self.ram,
+            process,
+            tuple(capacities),
+            rows,
+            disks=stream.disks,
+            heads=heads,
         )
 
     def memory_plan(self, capacity: int, rows: int) -> MemoryPlan:
@@ -78,7 +92,7 @@ class Model(ModelRunner):
         A pass may have up to `rows` rows, by default as many as the cache has positions.
         """
         plan = self.memory_plan(capacity, capacity if rows is None else rows)
-        self.weights.stream.arrange(plan.resident, plan.buffers)
+        self.arrange(plan)
         return self.new_cache(capacity)
 
     def generate(

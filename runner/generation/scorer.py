@@ -92,7 +92,7 @@ class Scorer:
         self._prefixes = prefixes or SharedPrefixes([])
         # Of the caches in use, those of prefixes too.
         self._scores: WeakKeyDictionary[KVCache, _CacheScores] = WeakKeyDictionary()
-        model.weights.stream.arrange(plan.resident, plan.buffers)
+        model.arrange(plan)
 
     def run(self) -> Iterator[ScoredText]:
         """Yields each text as soon as it is scored."""

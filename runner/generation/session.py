@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import ctypes
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +14,7 @@ import torch
 from runner.errors import BloomdeskError
 from runner.generation.options import CONSTRAINTS, Sampling
 from runner.generation.scoring import TokenScore
-from runner.generation.sequence import Request, Sequence, common_length
+from runner.generation.sequence import Ids, Request, Sequence, common_length
 from runner.generation.session_files import CACHE, SessionFiles, SessionRequest
 from runner.model.kv_cache import KVCache
 
@@ -61,16 +62,7 @@ class Session:
 
     def fill(self, cache: KVCache) -> None:
         """Load the keys and values of all positions into an empty cache."""
-        if not self._files.records:
-            return
-        with (self._files.directory / CACHE).open("rb") as file:
-            for record in self._files.records:
-                file.seek(record.data[0])
-                data = torch.frombuffer(
-                    bytearray(file.read(record.data[1])), dtype=cache.blocks[0].keys.dtype
-                )
-                first = cache.blocks[0]
-                cache.load(data.view(len(cache.blocks), 2, first.n_head, len(record.ids), first.head_dim))
+        load_positions(self._files, cache)
 
     def save(self, sequence: Sequence) -> None:
         """Append what the last pass has committed."""
@@ -86,11 +78,7 @@ class Session:
                 new = sequence.ids[len(self._files.new_ids) :]
                 found = sequence.scores[len(self._files.scores) :]
                 scores = [(each.token, each.logprob, each.top) for each in found]
-            stored = cache.stored(done, stop)
-            data = (ctypes.c_char * stored.nbytes).from_address(stored.data_ptr())
-            self._guarded(
-                partial(self._files.append, text[done:stop], new, scores, memoryview(data).cast("B"))
-            )
+            self._guarded(partial(append_positions, self._files, cache, text[done:stop], new, scores))
             if not self._is_written:
                 return
             done = stop
@@ -101,6 +89,37 @@ class Session:
         except OSError as error:
             self._is_written = False
             self._warn(f"{self._files.directory}: the session is not written any more: {error.strerror}")
+
+
+def load_positions(files: SessionFiles, cache: KVCache, most: int | None = None) -> None:
+    """Append the keys and values of the recorded positions, up to position `most`, to an empty cache."""
+    first = cache.blocks[0]
+    records = [record for record in files.records if most is None or record.stop <= most]
+    if not records:
+        return
+    with (files.directory / CACHE).open("rb") as file:
+        for record in records:
+            file.seek(record.data[0])
+            shape = (len(cache.blocks), 2, first.n_head, len(record.ids), first.head_dim)
+            data = torch.empty(shape, dtype=first.keys.dtype)
+            # Where there are no heads there is nothing to read.
+            if data.numel():
+                read = bytearray(file.read(record.data[1]))
+                data = torch.frombuffer(read, dtype=first.keys.dtype).view(shape)
+            cache.load(data)
+
+
+def append_positions(
+    files: SessionFiles,
+    cache: KVCache,
+    ids: Ids,
+    new: Ids = (),
+    scores: collections.abc.Sequence[tuple[object, ...]] = (),
+) -> None:
+    """Record the next positions, whose tokens are `ids`, and the `new` tokens that they gave. Raises `OSError`."""
+    stored = cache.stored(files.positions, files.positions + len(ids))
+    data = (ctypes.c_char * stored.nbytes).from_address(stored.data_ptr()) if stored.nbytes else b""
+    files.append(ids, new, scores, memoryview(data).cast("B"))
 
 
 def _options(sampling: Sampling) -> dict[str, object]:

@@ -18,7 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,6 +49,8 @@ TARGETS = {
 OPTIONS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-mprefer-vector-width=512")
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
 HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fno-sanitize=all")
+# Seconds after which a temporary folder is that of a build that was killed.
+LONGEST_BUILD = 3600
 
 
 def this_target() -> str:
@@ -76,7 +80,10 @@ def find_compiler() -> list[str] | None:
 
 
 def compile_all(target: str, compiler: Sequence[str], folder: Path = LIBRARIES) -> None:
-    """Make the libraries of all variants of a target, and remove others. Raises `CalledProcessError` if that fails."""
+    """Make the libraries of all variants of a target, and remove others and what killed builds left.
+
+    Raises `CalledProcessError` if that fails.
+    """
     folder.mkdir(exist_ok=True)
     made = [library(target, variant, folder) for variant in variants(target)]
     compiler = [*compiler, "-target", TARGETS[target][0]]
@@ -102,13 +109,13 @@ def compile_all(target: str, compiler: Sequence[str], folder: Path = LIBRARIES) 
             name = ["-install_name", f"@rpath/{path.name}"] if path.suffix == ".dylib" else []
             _run([*compiler, "-shared", "-fno-sanitize=all", "-s", *name, object_file, "-o", new])
             new.replace(path)
-    for path in folder.iterdir():
-        if path.is_file() and path not in made:
-            # On Windows, not while a process uses it.
-            try:
+    for path in set(folder.iterdir()) - set(made):
+        # On Windows, not while a process uses it.
+        with suppress(OSError):
+            if path.is_file():
                 path.unlink()
-            except OSError:
-                continue
+            elif time.time() - path.stat().st_mtime > LONGEST_BUILD:
+                shutil.rmtree(path)
 
 
 def _run(command: Sequence[str | Path]) -> None:

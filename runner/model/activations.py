@@ -14,7 +14,7 @@ LEAST_SCORE_ROWS = 4
 
 def score_rows(n_head: int, length: int) -> int:
     """Number of rows of a sequence whose scores over `length` positions are computed at a time."""
-    return max(LEAST_SCORE_ROWS, SCORE_BYTES // (n_head * length * BYTES_BY_SCORE))
+    return max(LEAST_SCORE_ROWS, SCORE_BYTES // max(1, n_head * length * BYTES_BY_SCORE))
 
 
 def activation_bytes(

@@ -8,8 +8,8 @@ numbers that the dtype has, and torch is their memory.
 A pass may carry rows of several sequences, one after another in x. Attention takes one sequence at a time, and every
 other operation one row at a time: so each row has the bits that it has alone.
 
-Shapes: T rows of this pass, S cached positions that they attend to, H heads, D head dim, E hidden = H * D,
-V vocabulary.
+Shapes: T rows of this pass, S cached positions that they attend to, H heads, D head dim, E hidden, V vocabulary.
+H are the heads of this process, and E = H * D if it is alone; `gather` has what others compute.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from runner.format.hyperparameters import Hyperparameters
 from runner.kernel import operations
 from runner.kernel.matmul import Finish
 from runner.model.activations import score_rows
+from runner.model.gather import Gather
 from runner.model.kv_cache import BlockCache, JoinedValues, Segment, whole_lanes
 from runner.weights.checkpoint import Part
 from runner.weights.linear import Matrix
@@ -36,14 +37,15 @@ def layer_norm(x: torch.Tensor, part: Part, prefix: str, model: Hyperparameters)
     return operations.layer_norm(part.kernel, x, weight, bias, model.layer_norm_epsilon)
 
 
-def linear(x: torch.Tensor, part: Part, name: str, **more: Any) -> torch.Tensor:
+def linear(x: torch.Tensor, part: Part, name: str, gather: Gather, **more: Any) -> torch.Tensor:
     """`x @ weight.T + bias` with the tensors of `part` under `name`; `more` follows, see `Finish`."""
-    return part.matrices[name + ".weight"].product(x, Finish(part.vectors[name + ".bias"], **more))
+    matrix = name + ".weight"
+    return gather.product(part.matrices[matrix], matrix, x, Finish(part.vectors[name + ".bias"], **more))
 
 
-def embed(ids: Sequence[int], part: Part, model: Hyperparameters) -> torch.Tensor:
+def embed(ids: Sequence[int], part: Part, model: Hyperparameters, gather: Gather) -> torch.Tensor:
     """ids [T] -> [T, E]. Reads only the rows of the matrix that `ids` name."""
-    rows = part.matrices["word_embeddings.weight"].rows(ids).float()
+    rows = gather.embed(part.matrices["word_embeddings.weight"], ids).float()
     return layer_norm(rows, part, "word_embeddings_layernorm.", model)
 
 
@@ -121,21 +123,24 @@ def attention(
     caches: Sequence[BlockCache],
     attended: Sequence[AttentionMetadata],
     alibi: torch.Tensor,
+    gather: Gather,
 ) -> torch.Tensor:
     """`residual` [T, E] plus self-attention of x [T, E], each sequence's rows over its own cache -> [T, E]."""
     T, H, D = len(x), caches[0].n_head, caches[0].head_dim
-    fused = linear(x, block, "self_attention.query_key_value").view(T, H, 3, D)
+    own = Finish(block.vectors["self_attention.query_key_value.bias"])
+    fused = block.matrices["self_attention.query_key_value.weight"].product(x, own).view(T, H, 3, D)
     context = torch.empty(T, H, D)
-    for cache, each in zip(caches, attended, strict=True):
+    for cache, each in zip(caches, attended, strict=True) if H else ():
         rows = slice(each.first, each.last)
         attend(fused[rows], cache, each, alibi, context[rows])
-    return linear(context.view(T, H * D), block, "self_attention.dense", residual=residual)
+    whole = gather.context(context.view(T, H * D))
+    return linear(whole, block, "self_attention.dense", gather, residual=residual)
 
 
-def mlp(x: torch.Tensor, residual: torch.Tensor, block: Part) -> torch.Tensor:
+def mlp(x: torch.Tensor, residual: torch.Tensor, block: Part, gather: Gather) -> torch.Tensor:
     """`residual` [T, E] plus the MLP of x [T, E], through 4E and GELU -> [T, E]."""
-    hidden = linear(x, block, "mlp.dense_h_to_4h", activates=True)
-    return linear(hidden, block, "mlp.dense_4h_to_h", residual=residual)
+    hidden = linear(x, block, "mlp.dense_h_to_4h", gather, activates=True)
+    return linear(hidden, block, "mlp.dense_4h_to_h", gather, residual=residual)
 
 
 def block_forward(
@@ -145,6 +150,7 @@ def block_forward(
     attended: Sequence[AttentionMetadata],
     alibi: torch.Tensor,
     model: Hyperparameters,
+    gather: Gather,
 ) -> torch.Tensor:
     """One transformer block: x [T, E] -> [T, E], with the cache and the attention metadata of each sequence.
 
@@ -153,12 +159,14 @@ def block_forward(
     after_norm = model.apply_residual_connection_post_layernorm
 
     normed = layer_norm(x, block, "input_layernorm.", model)
-    x = attention(normed, normed if after_norm else x, block, caches, attended, alibi)
+    x = attention(normed, normed if after_norm else x, block, caches, attended, alibi, gather)
 
     normed = layer_norm(x, block, "post_attention_layernorm.", model)
-    return mlp(normed, normed if after_norm else x, block)
+    return mlp(normed, normed if after_norm else x, block, gather)
 
 
-def head(x: torch.Tensor, final_layernorm: Part, matrix: Matrix, model: Hyperparameters) -> torch.Tensor:
+def head(
+    x: torch.Tensor, final_layernorm: Part, matrix: Matrix, model: Hyperparameters, gather: Gather
+) -> torch.Tensor:
     """x [T, E] -> logits [T, V]; the output matrix is the embedding itself, never a copy."""
-    return matrix.product(layer_norm(x, final_layernorm, "", model), Finish())
+    return gather.logits(matrix, layer_norm(x, final_layernorm, "", model))

@@ -11,12 +11,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from runner.format.hyperparameters import Hyperparameters
 from runner.kernel.matmul import LANES, Finish, Kernel
 from runner.kernel.operations import store
+
+
+class CacheShape(Protocol):
+    """What decides the size of a position: blocks, and the heads of this process."""
+
+    @property
+    def n_layer(self) -> int: ...
+
+    @property
+    def n_head(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class OwnHeads:
+    """The shape of caches for some of a model's heads; there may be none."""
+
+    n_layer: int
+    n_head: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -84,8 +106,8 @@ class JoinedValues:
     It is of one pass: a prefix must not change between two of its sequences.
     """
 
-    def __init__(self, model: Hyperparameters, capacity: int, dtype: torch.dtype) -> None:
-        self._values = torch.empty(model.n_head, model.head_dim, whole_lanes(capacity), dtype=dtype)
+    def __init__(self, shape: CacheShape, capacity: int, dtype: torch.dtype) -> None:
+        self._values = torch.empty(shape.n_head, shape.head_dim, whole_lanes(capacity), dtype=dtype)
         self._prefix: BlockCache | None = None
 
     def of(self, block: BlockCache, length: int) -> torch.Tensor:
@@ -106,9 +128,9 @@ class JoinedValues:
         return self._values[:, :, :length]
 
     @staticmethod
-    def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:
+    def nbytes(shape: CacheShape, capacity: int, dtype: torch.dtype) -> int:
         """Bytes for sequences of up to `capacity` positions."""
-        return whole_lanes(capacity) * model.hidden_size * dtype.itemsize
+        return whole_lanes(capacity) * shape.n_head * shape.head_dim * dtype.itemsize
 
 
 class KVCache:
@@ -130,7 +152,7 @@ class KVCache:
 
     def __init__(
         self,
-        model: Hyperparameters,
+        shape: CacheShape,
         capacity: int,
         dtype: torch.dtype,
         kernel: Kernel,
@@ -141,7 +163,7 @@ class KVCache:
         self.start = prefix.capacity if prefix else 0
         # Number of positions that memory is reserved for, without those of the prefix.
         self.positions = (capacity if is_prefix else whole_lanes(capacity)) - self.start
-        H, D, room = model.n_head, model.head_dim, self.positions
+        H, D, room = shape.n_head, shape.head_dim, self.positions
         self.blocks = tuple(
             BlockCache(
                 torch.zeros(H, room, D, dtype=dtype),
@@ -150,7 +172,7 @@ class KVCache:
                 self.start,
                 before,
             )
-            for before in (prefix.blocks if prefix else [None] * model.n_layer)
+            for before in (prefix.blocks if prefix else [None] * shape.n_layer)
         )
         self.prefix, self.is_prefix = prefix, is_prefix
         self.capacity = capacity
@@ -229,9 +251,10 @@ class KVCache:
             block.values[:, :, first - self.start : last - self.start] = 0
 
     @staticmethod
-    def nbytes(model: Hyperparameters, capacity: int, dtype: torch.dtype) -> int:
+    def nbytes(shape: CacheShape, capacity: int, dtype: torch.dtype) -> int:
         """Bytes of a cache for `capacity` positions."""
-        return 2 * model.n_layer * whole_lanes(capacity) * model.hidden_size * dtype.itemsize
+        width = shape.n_head * shape.head_dim
+        return 2 * shape.n_layer * whole_lanes(capacity) * width * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.metadata
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from starlette.routing import Route
 
 from runner.errors import BloomdeskError
 from runner.generation.model import Model
+from runner.generation.options import Sampling
 from runner.server import chat, completions
 from runner.server.admission import admit, check_fits
 from runner.server.answers import Answer, SharedAnswers
@@ -33,10 +36,10 @@ from runner.server.jobs.routes import routes_of
 from runner.server.logs import Log, WriteLine, log_of
 from runner.server.metrics import CONTENT_TYPE, Counted, Metrics
 from runner.server.openapi import Description, description
-from runner.server.orders import Order, model_named
+from runner.server.orders import Order, model_named, schema_of
 from runner.server.page_files import page_routes
-from runner.server.routing import on_any_error, on_api_error, on_http_error, reply
-from runner.server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from runner.server.routing import Trimmed, on_any_error, on_api_error, on_http_error, reply
+from runner.server.schemas import ChatBody, CompletionBody, DetokenizeBody, GenerationBody, TokenizeBody
 from runner.server.settings import Settings
 from runner.server.streams import Chunks, Document, EventStream
 from runner.server.tokens import detokenized, tokenized, tokenizer_info
@@ -80,6 +83,7 @@ def create_app(
     routes += [Route("/openapi.json", lambda _: reply(document)), *page_routes()]
     handlers = {ApiError: on_api_error, HTTPException: on_http_error, Exception: on_any_error}
     middleware = [
+        Middleware(Trimmed),
         Middleware(Counted, metrics=api.metrics),
         Middleware(Gate, keys=settings.keys, hosts=settings.hosts),
         Middleware(Unsent, engine=engine),
@@ -133,6 +137,7 @@ class Api:
         self.engine, self.settings, self.jobs = engine, settings, jobs
         self.metrics = Metrics(engine)
         self.answers = SharedAnswers(engine, settings.keep_results, clock)
+        self._compiling = asyncio.Semaphore()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -191,7 +196,7 @@ class Api:
             model, log = self._opened(), log_of(request.scope)
             answer, asked = key and self.answers.known(key), None
             if not answer:
-                asked = await run_in_threadpool(form.order_of, body, model, self.settings)
+                asked = await self._order(form, body, model)
                 answer = await self._answer(asked, key)
             order = answer.order
             log["joined"] = order is not asked
@@ -206,6 +211,26 @@ class Api:
             return Document(answer, self.engine, self.settings, log, document)
 
         return handler
+
+    async def _order(self, form: Form, body: GenerationBody, model: Model) -> Order:
+        """The order of a body; one at a time if a schema is to be compiled, so that others find threads."""
+        if model.grammars.has(Sampling(json_schema=schema_of(body.response_format))):
+            return await run_in_threadpool(form.order_of, body, model, self.settings)
+        try:
+            async with asyncio.timeout(self.settings.schema_wait):
+                await self._compiling.acquire()
+        except TimeoutError:
+            raise ApiError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "JSON schemas of other requests are being compiled; try again",
+                "response_format",
+                "unavailable",
+                {"Retry-After": f"{math.ceil(self.settings.schema_wait)}"},
+            ) from None
+        try:
+            return await run_in_threadpool(form.order_of, body, model, self.settings)
+        finally:
+            self._compiling.release()
 
     async def _answer(self, order: Order, key: bytes | None) -> Answer:
         """A new answer to an order; or the one that another client began meanwhile."""

@@ -41,7 +41,7 @@ def order_of(body: ChatBody, model: Model, settings: Settings) -> Order:
         raise explained(error, "messages") from None
     prompts = [prompt_of(text, model, "messages")]
     max_tokens = body.max_completion_tokens or body.max_tokens or settings.chat_max_tokens
-    requests = requests_of(model, prompts, max_tokens, sampling)
+    requests = requests_of(model, prompts, max_tokens, sampling, settings)
     return Order(
         name,
         model.weights.fingerprint,

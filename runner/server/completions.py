@@ -45,7 +45,7 @@ def order_of(body: CompletionBody, model: Model, settings: Settings) -> Order:
     sampling = sampling_of(body, settings, best_of, inner)
     prompts = _prompts(body, model, settings)
     scores_prompt = bool(body.echo) and logprobs is not None
-    requests = requests_of(model, prompts, max_tokens, sampling, scores_prompt=scores_prompt)
+    requests = requests_of(model, prompts, max_tokens, sampling, settings, scores_prompt=scores_prompt)
     return Order(
         name,
         model.weights.fingerprint,

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from runner.errors import BloomdeskError, refused
+from runner.errors import BloomdeskError, LastingFailure, refused
 from runner.generation import sequence
 from runner.generation.live_batch import LiveBatch
 from runner.generation.model import Model
@@ -265,6 +265,11 @@ class Engine:
             self._is_stopping = True
             self._changed.notify()
 
+    def give_up(self, failure: BloomdeskError) -> None:
+        """End, since no pass can be made any more."""
+        self.failure = failure
+        self.stop()
+
     def join(self, timeout: float | None = None) -> bool:
         """Whether the thread has ended, after waiting up to `timeout` seconds for it."""
         if self._thread.is_alive():
@@ -294,6 +299,8 @@ class Engine:
             # What needs no pass may be all there is.
             if any(self._counts()) or self._batch.giving_way:
                 self._batch.step()
+        except LastingFailure:
+            raise
         except Exception as error:
             # As when the disk fails: the next request may find it well again.
             self._fail_all(_pass_failed(error))

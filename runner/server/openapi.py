@@ -40,7 +40,7 @@ _ERRORS = {
     415: "The body is of another kind",
     429: "Too many wait; Retry-After says when to come again",
     500: "It was begun and could not be done",
-    503: "The model is loading, the server ends, or there are too many connections",
+    503: "The model is loading, the server ends, or too many connect or bring new schemas",
     507: "The server's disk takes no more",
 }
 # What any path may answer, and what one that takes a body may.

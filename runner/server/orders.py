@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.errors import BloomdeskError
+from runner.generation.grammar import check_in_time
 from runner.generation.model import Model
 from runner.generation.options import SEED_BITS, Sampling, with_fields
 from runner.generation.sequence import Request
@@ -95,7 +96,7 @@ def sampling_of(body: GenerationBody, settings: Settings, choices: int, logprobs
     if logprobs is not None and logprobs > settings.most_logprobs:
         name = "top_logprobs" if hasattr(body, "top_logprobs") else "logprobs"
         raise bad_request(f"at most {settings.most_logprobs} log-probabilities of a token", name)
-    schema = _schema(body.response_format)
+    schema = schema_of(body.response_format)
     if schema and body.ignore_eos:
         raise bad_request("response_format and ignore_eos exclude each other", "ignore_eos")
     # Without a temperature these change nothing, as the likeliest token is among those that they leave.
@@ -134,6 +135,7 @@ def requests_of(
     prompts: Sequence[Prompt],
     max_tokens: int,
     sampling: Sampling,
+    settings: Settings,
     *,
     scores_prompt: bool = False,
 ) -> tuple[Request, ...]:
@@ -144,6 +146,8 @@ def requests_of(
             "min_tokens",
         )
     try:
+        if not model.grammars.has(sampling):
+            check_in_time(sampling, settings.schema_check)
         return tuple(
             replace(request, max_new_tokens=max_tokens, scores_prompt=scores_prompt)
             for number, prompt in enumerate(prompts)
@@ -184,7 +188,8 @@ def _stops(body: GenerationBody, settings: Settings) -> tuple[str, ...] | None:
     return stops
 
 
-def _schema(given: ResponseFormat | None) -> str | None:
+def schema_of(given: ResponseFormat | None) -> str | None:
+    """The JSON schema that the output is to fit, if there is one."""
     if given is None:
         return None
     if given.json_schema and given.type != "json_schema":

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runner.server.errors import ApiError
+from runner.server.errors import ApiError, quoted
 from runner.server.streams import as_json
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -32,6 +33,21 @@ TOO_MANY_CONNECTIONS = respond(
 )
 
 
+class Trimmed:
+    """Answers a path with slashes at its end as the one without.
+
+    Starlette's redirect would name the wrong scheme behind a proxy that has TLS.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self._app(scope, receive, send)
+
+
 async def on_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return respond(error)
@@ -40,7 +56,8 @@ async def on_api_error(_: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """For paths that don't exist, and methods that a path hasn't."""
     assert isinstance(error, HTTPException)
-    return respond(ApiError(error.status_code, f"{error.detail}", headers=error.headers or {}))
+    message = f"{error.detail}: {request.method} {quoted(request.url.path)}"
+    return respond(ApiError(error.status_code, message, headers=error.headers or {}))
 
 
 async def on_any_error(_: Request, error: Exception) -> Response:

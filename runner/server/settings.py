@@ -26,6 +26,8 @@ class Settings:
     keep_results     a request that comes again within this time of its end gets the same result
     read_head        a connection on which no whole head of a request comes for as long as this is closed
     read_body        a client may take as long as this to send a request
+    schema_check     a JSON schema that takes longer than this to check is refused
+    schema_wait      one that waits longer than this, while others are compiled, is to come again
     send             a client that reads nothing for as long as this is gone
     """
 
@@ -40,6 +42,8 @@ class Settings:
     keep_results: float = 3600.0
     read_head: float = 20.0
     read_body: float = 60.0
+    schema_check: float = 10.0
+    schema_wait: float = 30.0
     send: float = 300.0
     # Bounds: bytes of a body, prompts and continuations of a request, stop texts, requests that wait for a pass.
     most_body_bytes: int = 16 * MEGABYTE

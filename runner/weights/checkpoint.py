@@ -16,6 +16,7 @@ from runner.format.manifest import PartRecord
 from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
 from runner.format.slice_set import SliceSet, find_all_slices
+from runner.format.slices import Slice
 from runner.kernel.matmul import Kernel
 from runner.kernel.threads import workers
 from runner.weights.chunks import Chunk, cut, cut_coded, cut_quantised, interleaved
@@ -46,6 +47,7 @@ class Weights:
     final_layernorm  vectors weight, bias [E]
     head             matrix [V, E]: that of the embedding, or one of its own
     stream           the chunks of all matrices in the order of a pass: those of the blocks, then those of the head
+    slice            whose rows these are, if the others are on other machines
     """
 
     model: Hyperparameters
@@ -57,6 +59,13 @@ class Weights:
     head: Matrix
     stream: Stream
     kernel: Kernel
+    slice: Slice | None = None
+
+    @property
+    def heads(self) -> range:
+        """The heads whose rows of query_key_value are here."""
+        heads = self.model.n_head
+        return range(heads) if self.slice is None else self.slice.rows(heads)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +84,12 @@ class Weights:
         torch's number of threads compute. Raises `BloomdeskError` if a slice is not found, a directory is incomplete,
         or a part's size or header is not what the manifest says.
         """
-        slices = find_all_slices(directory, also)
+        return cls.of(find_all_slices(directory, also), readers)
+
+    @classmethod
+    def of(cls, slices: SliceSet, readers: int = READERS) -> Weights:
+        """The weights of slices that were found: all of them, or one of which the others are on other machines."""
+        own = slices.first.slice if slices.missing else None
         model, dtype = slices.first.model, TORCH_DTYPES[slices.first.model.dtype]
         kernel = Kernel(dtype, workers(torch.get_num_threads()))
         # A pass looks up rows of the embedding first, and multiplies with all of it at its end.
@@ -90,17 +104,19 @@ class Weights:
         for spec, (vectors, chunks_by_name) in zip(specs, opened, strict=True):
             matrices = {}
             for name, chunks in chunks_by_name.items():
-                matrices[name] = Matrix(spec.matrices[name], dtype, chunks, index, stream, kernel)
+                shape, rows = spec.matrices[name], spec.rows(model, own)[name]
+                matrices[name] = Matrix(shape, dtype, chunks, index, stream, kernel, rows)
                 index += len(chunks)
             parts.append(Part(vectors, matrices, kernel))
         count, known = model.n_layer, (slices.fingerprint, slices.source_fingerprint)
         (head,) = parts[-1].matrices.values() if len(parts) == count + 2 else parts[-2].matrices.values()
         blocks, final_layernorm = tuple(parts[:count]), parts[count]
-        return cls(model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel)
+        return cls(model, *known, parts[-1], blocks, final_layernorm, head, stream, kernel, own)
 
     def is_form_of(self, other: Weights) -> bool:
-        """Whether both are known to be made from the same weights."""
-        return self.model_identity != "" and self.model_identity == other.model_identity
+        """Whether both are known to be made from the same weights, and are all here: a slice has some heads only."""
+        known = self.slice is None and other.slice is None and self.model_identity != ""
+        return known and self.model_identity == other.model_identity
 
     def with_vectors_of(self, other: Weights) -> Weights:
         """These weights with the vectors of another form of the same model, so that these are in RAM once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,10 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float3
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K] of `dtype`: chunks `index` and following of `stream`, plain, losslessly coded or in fewer bits."""
+    """[N, K] of `dtype`: chunks `index` and following of `stream`, plain, losslessly coded or in fewer bits.
+
+    Of a slice they are the rows `own` of the matrix.
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -30,30 +33,45 @@ class Matrix:
     index: int
     stream: Stream
     kernel: Kernel
+    own: range
 
-    def product(self, x: torch.Tensor, finish: Finish) -> torch.Tensor:
-        """x [T, K] float32 -> `x @ weight.T` [T, N], finished; see `Finish`.
+    def product(
+        self,
+        x: torch.Tensor,
+        finish: Finish,
+        out: torch.Tensor | None = None,
+        on_rows: Callable[[int], None] = lambda row: None,
+    ) -> torch.Tensor:
+        """x [T, K] float32 -> `x @ weight.T` for the own rows, [T, own], finished; see `Finish`.
 
+        It goes to `out`, if that is given. If one slice is here, `on_rows` is called with each row of the matrix up to
+        which it is there.
         Raises `BloomdeskError` if a chunk cannot be read, or is damaged.
         """
-        out = torch.empty(x.shape[0], self.shape[0])
+        first = self.own.start
+        out = torch.empty(x.shape[0], len(self.own)) if out is None else out
         for offset, chunk in enumerate(self.chunks):
-            with self.stream.chunk(self.index + offset) as weight:
-                part, own = out[:, chunk.first : chunk.last], finish.part(chunk.first, chunk.last)
-                if isinstance(weight, Quantised):
-                    self.kernel.accumulate_quantised(x, *weight, chunk.coding, part, own)
-                    continue
-                if chunk.row_groups is None:
-                    self.kernel.accumulate(x, weight, part, own)
-                    continue
+            self._multiply(x, finish, out[:, chunk.first - first : chunk.last - first], offset)
+            on_rows(chunk.last)
+        return out
+
+    def _multiply(self, x: torch.Tensor, finish: Finish, part: torch.Tensor, offset: int) -> None:
+        """Put the outputs of one chunk into `part`."""
+        chunk = self.chunks[offset]
+        own = finish.part(chunk.first, chunk.last)
+        with self.stream.chunk(self.index + offset) as weight:
+            if isinstance(weight, Quantised):
+                self.kernel.accumulate_quantised(x, *weight, chunk.coding, part, own)
+            elif chunk.row_groups is None:
+                self.kernel.accumulate(x, weight, part, own)
+            else:
                 try:
                     self.kernel.accumulate_coded(x, weight, chunk.row_groups, part, own)
                 except ValueError as error:
                     raise _damaged(chunk, error) from error
-        return out
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
-        """[T, K]: rows of the matrix by number, read from the files each time."""
+        """[T, K]: own rows of the matrix by number, read from the files each time."""
         found = torch.empty(len(ids), self.shape[1], dtype=self.dtype)
         chunks = [next(chunk for chunk in self.chunks if chunk.first <= row < chunk.last) for row in ids]
         for part in dict.fromkeys(chunk.file for chunk in chunks):

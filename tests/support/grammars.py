@@ -1,4 +1,4 @@
-"""JSON schemas that llguidance gives up: more ways to go on than it follows at a time."""
+"""JSON schemas that llguidance gives up: they have more ways to go on than it follows at a time, or take it hours."""
 
 from __future__ import annotations
 
@@ -18,3 +18,5 @@ LATER = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
+# Whether a text can have all of these patterns takes as many states as there are sets of places: 2^29.
+ENDLESS = {"allOf": [{"type": "string", "pattern": f".*a.{{{n}}}b"} for n in range(1, 30)]}

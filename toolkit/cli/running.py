@@ -298,6 +298,13 @@ def plan(
     prompt_tokens: PromptTokens = bench_command.DEFAULT_PROMPT_TOKENS,
     draft: Draft = None,
     also: Also = None,
+    machines: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Forecast N machines like this one, too, each with a slice."),
+    ] = 1,
+    network: Annotated[
+        float, typer.Option(metavar="G", min=0.001, help="Gbit/s between the machines.")
+    ] = plan_command.DEFAULT_NETWORK,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
@@ -312,5 +319,7 @@ def plan(
         prompt_tokens,
         draft,
         also=also or (),
+        machines=machines,
+        network=network,
         as_json=as_json,
     )

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import runner
 from runner.errors import BloomdeskError
-from runner.generation.grammar import Grammar, GrammarError, Grammars, check
+from runner.generation.grammar import Grammar, GrammarError, Grammars, check, check_in_time
 from runner.generation.model import Model
 from runner.generation.options import Sampling, with_fields
 from scripts.torture.grammar import CASES, DATE, Case
-from tests.support.grammars import MANY_WAYS
+from tests.support.grammars import ENDLESS, MANY_WAYS
+from tests.support.streaming import LONGEST
 
 IN_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -237,6 +238,22 @@ def test_a_constraint_that_no_text_can_begin_by_is_refused_before_any_pass(
     with pytest.raises(BloomdeskError, match=message) as error:
         model.requests("x", 4, Sampling(**wrong))
     assert "\n" not in error.value.message and len(error.value.message) < 400
+
+
+@pytest.mark.slow
+def test_a_check_ends_in_time_whatever_the_schema() -> None:
+    check_in_time(Sampling(json_schema="{}"), LONGEST)
+    with pytest.raises(BloomdeskError, match="the JSON schema cannot be used: Invalid type: strin"):
+        check_in_time(Sampling(json_schema='{"type": "strin"}'), LONGEST)
+    with pytest.raises(BloomdeskError, match="the JSON schema cannot be used: it takes longer than 1 s"):
+        check_in_time(Sampling(json_schema=json.dumps(ENDLESS)), 1)
+
+
+def test_a_schema_of_too_many_texts_is_refused(model: Model) -> None:
+    with pytest.raises(BloomdeskError, match="too big"):
+        model.requests(
+            "x", 4, Sampling(json_schema=json.dumps({"enum": [f"text {n}" for n in range(50_000)]}))
+        )
 
 
 def test_whatever_llguidance_raises_is_an_error_of_the_constraint(

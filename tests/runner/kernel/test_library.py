@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,7 +53,11 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout whose kernel.c has changed since it was compiled; the folder of its libraries."""
     source, folder = tmp_path / "kernel.c", tmp_path / "lib"
     source.write_text(compiler.SOURCE.read_text() + "\n// changed\n")
-    shutil.copytree(compiler.LIBRARIES, folder)
+    folder.mkdir()
+    for path in compiler.LIBRARIES.iterdir():
+        # Not the folders of builds that run now, or were killed.
+        if path.is_file():
+            shutil.copy2(path, folder)
     monkeypatch.setattr(compiler, "SOURCE", source)
     monkeypatch.setattr(compiler.library, "__defaults__", (folder,))
     monkeypatch.setattr(compiler.compile_all, "__defaults__", (folder,))
@@ -74,6 +81,22 @@ def test_a_changed_source_is_compiled_again(changed: Path) -> None:
     after = set(changed.iterdir())
     assert len(after) == len(compiler.variants(compiler.this_target()))
     assert not before & after
+
+
+@pytest.mark.slow
+def test_what_a_killed_build_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    killed, running = tmp_path / "tmpkilled", tmp_path / "tmprunning"
+    for folder in (killed, running):
+        folder.mkdir()
+        (folder / "sse2.o").write_bytes(b"half")
+    long_ago = time.time() - compiler.LONGEST_BUILD - 1
+    os.utime(killed, (long_ago, long_ago))
+    # It writes an empty file in place of what is asked for.
+    stand_in = [sys.executable, "-c", "import sys; open(sys.argv[-1], 'w')"]
+    compiler.compile_all("linux-aarch64", stand_in, tmp_path)
+    made = compiler.library("linux-aarch64", "neon", tmp_path)
+    assert set(tmp_path.iterdir()) == {running, made}
+    assert (running / "sse2.o").exists()
 
 
 @pytest.mark.slow

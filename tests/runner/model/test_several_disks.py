@@ -127,7 +127,7 @@ def test_a_slice_alone_says_what_else_is_needed(spread: Spread, tmp_path: Path) 
     assert {model.weights.fingerprint for model in found} == {runner.load(first).weights.fingerprint}
 
 
-def test_what_does_not_belong_is_refused(world: Path, spread: Spread, tmp_path: Path) -> None:
+def test_what_does_not_belong_is_refused(world: Path, whole, spread: Spread, tmp_path: Path) -> None:
     first = spread("plain", (1, 1))
     make(tmp_path / "other", hidden_size=96, heads=6, vocab_size=1200, seed=7)
     convert(tmp_path / "other", tmp_path / "b", own=Slice(1, (1, 1)))
@@ -141,7 +141,7 @@ def test_what_does_not_belong_is_refused(world: Path, spread: Spread, tmp_path: 
         with pytest.raises(BloomdeskError, match=words):
             runner.load(first, also=[tmp_path / name])
     with pytest.raises(BloomdeskError, match="holds the whole checkpoint"):
-        runner.load(first, also=[world / "plain"])
+        runner.load(first, also=[whole("plain")])
 
 
 def test_a_whole_model_has_no_others(whole, spread: Spread) -> None:

@@ -315,6 +315,7 @@ def test_another_model_is_not_found(client: TestClient) -> None:
     assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schema", [MANY_WAYS, LATER, {"$ref": "#"}, {"type": "string", "pattern": "^(a?){500}a{500}$"}]
 )

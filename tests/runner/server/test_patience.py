@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
 from starlette.applications import Starlette
 
+from runner.generation import grammar_check
 from runner.generation.model import Model
 from runner.server.answers import MOST_KEPT
 from runner.server.engine import Engine
 from runner.server.settings import Settings
+from tests.support.grammars import ENDLESS
 from tests.support.serving import Exchange, GatedModel, comments, events, serving, soon
+from tests.support.streaming import LONGEST
 
 PATH = "/v1/completions"
 BODY = {"prompt": "The quick brown fox", "temperature": 0, "max_tokens": 6}
@@ -395,5 +399,37 @@ def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel) -> None:
                 exchange.leave()
                 await exchange.task
             await soon(lambda: not (engine.waiting or engine._tasks or engine._batch.active))
+
+    run(test)
+
+
+def test_a_schema_that_takes_long_holds_up_no_other_request(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than a server has threads; one is compiled, and the others are to come again."""
+    checked, go_on = [], threading.Event()
+
+    def slow(source: str, seconds: float) -> str:
+        checked.append(source)
+        assert go_on.wait(LONGEST)
+        return f"it takes longer than {seconds:g} s to compile"
+
+    def of(schema: dict) -> dict:
+        return BODY | {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}
+
+    async def test() -> None:
+        async with serving(model, Settings(first_byte=60, schema_wait=0.05)) as (app, _):
+            assert "error" not in await Exchange(app, PATH, of({"enum": ["known"]})).document()
+            monkeypatch.setattr(grammar_check, "reason_in_time", slow)
+            first, *others = [Exchange(app, PATH, of(ENDLESS)) for _ in range(50)]
+            for other in others:
+                assert (await other.document())["error"]["param"] == "response_format"
+                assert other.status == 503 and b"retry-after" in dict(other.messages[0]["headers"])
+            for body in (BODY, of({"enum": ["known"]}) | {"max_tokens": 5}):
+                assert "error" not in await Exchange(app, PATH, body).document()
+            assert len(checked) == 1 and not first.messages
+            go_on.set()
+            error = (await first.document())["error"]
+            assert first.status == 400 and "longer than 10 s" in error["message"]
 
     run(test)

@@ -25,6 +25,22 @@ def test_a_model_s_name_may_have_a_slash(model: Model) -> None:
         assert client.get("/v1/models/bigscience/bloom").json()["id"] == "bigscience/bloom"
 
 
+def test_a_slash_at_the_end_changes_nothing(client: TestClient) -> None:
+    def both(method: str, path: str, **body: object) -> None:
+        found = [
+            client.request(method, f"{path}{end}", follow_redirects=False, **body) for end in ("", "/", "//")
+        ]
+        assert found[0].status_code == 200
+        assert {(each.status_code, each.text) for each in found} == {(200, found[0].text)}
+
+    for path in ("/v1/models", "/v1/models/bloom", "/health", "/openapi.json", ""):
+        both("GET", path)
+    both("POST", "/tokenize", json={"prompt": "The quick"})
+    both("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 2, "temperature": 0})
+    error = client.get("/v1/nothing/").json()["error"]
+    assert error["type"] == "invalid_request_error" and error["message"] == "Not Found: GET '/v1/nothing'"
+
+
 def test_health_and_version(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/version").json() == {"version": version("bloomdesk")}

@@ -1,0 +1,217 @@
+"""How the ranks come together: each lays down a card, and they begin if the cards agree.
+
+torchrun's store may still have what an earlier attempt left there. So the rank that torchrun numbers 0 opens a round
+with a name of its own, and the others lay their cards into that one until its list of cards has theirs.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from runner.cluster.group import PATIENCE, Group
+from runner.errors import BloomdeskError, LastingFailure
+from runner.format.manifest import Manifest, digest
+from runner.generation.memory_plan import Machine
+
+INTERFACE_VARIABLE, PATIENCE_VARIABLE = "GLOO_SOCKET_IFNAME", "BLOOMDESK_PATIENCE"
+# Seconds for all to start and open their slices; and for a look at the list of cards.
+LONGEST_START, LOOK = 300.0, 1.0
+_ROUND = "bloomdesk/round"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a rank says of itself. All must have the same `versions`, `source`, `form`, `shares` and options `asked`."""
+
+    host: str
+    index: int
+    shares: tuple[int, ...]
+    versions: str
+    source: str
+    form: str
+    asked: Mapping[str, Any]
+    machine: Machine
+    token: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @classmethod
+    def of(cls, manifest: Manifest, asked: Mapping[str, Any], machine: Machine) -> Card:
+        """The card of a rank with the slice of `manifest`; `asked` are the options that decide the text."""
+        from importlib.metadata import version
+
+        versions = f"bloomdesk {version('bloomdesk')}, torch {torch.__version__.split('+')[0]}"
+        return cls(
+            machine.name,
+            manifest.slice.index,
+            manifest.slice.shares,
+            versions,
+            source_of(manifest),
+            manifest.form,
+            asked,
+            machine,
+        )
+
+    @property
+    def identity(self) -> str:
+        """What distinguishes the weights of its slice from all others."""
+        return f"{self.source}, {self.form}, slice {self.index} of {self.shares}"
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Card:
+        names = {each.name for each in fields(cls)}
+        found = cls(**{name: value for name, value in body.items() if name in names})
+        machine = Machine(**body["machine"])
+        machine = replace(machine, chunks=tuple(machine.chunks))
+        return replace(found, shares=tuple(found.shares), machine=machine)
+
+
+def source_of(manifest: Manifest) -> str:
+    """What all slices of all forms of one checkpoint have in common: its name, commit and the hashes of its shards."""
+    shards = sorted({shard.sha256 for part in manifest.parts.values() for shard in part.sources})
+    where = manifest.source.repo or "a local checkpoint"
+    commit = f" at {manifest.source.commit[:12]}" if manifest.source.commit else ""
+    identity = digest({"model": manifest.model.recorded, "shards": shards})
+    return f"{where}{commit}, shards {identity[:12]}"
+
+
+def join(card: Card) -> tuple[Group, list[Card]]:
+    """The group of all ranks, numbered by their slices, and their cards in that order.
+
+    Raises `BloomdeskError` that says who differs in what, and `LastingFailure` if not all of them come.
+    """
+    patience = float(os.environ.get(PATIENCE_VARIABLE, PATIENCE))
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=LONGEST_START)))
+        name, cards = _open_round(store, card, world) if number == 0 else _enter_round(store, card, number)
+    except (RuntimeError, ValueError) as error:
+        raise LastingFailure(
+            f"not all machines came together: {str(error).splitlines()[0][:200]}",
+            "start the same command on each of them",
+        ) from error
+    _require_agreement(cards, world)
+    cards.sort(key=lambda each: each.index)
+    names = [each.host for each in cards]
+    group = Group(card.index, names, dist.PrefixStore(name, store), number == 0, patience)
+    _connect(group)
+    return group, cards
+
+
+def _open_round(store: dist.Store, card: Card, world: int) -> tuple[str, list[Card]]:
+    """The name of a new round, and the cards that came into it."""
+    name = secrets.token_hex(8)
+    store.set(_ROUND, name)
+    bodies = [asdict(card), *(json.loads(store.get(_place(name, number))) for number in range(1, world))]
+    store.set(f"{name}/cards", json.dumps(bodies))
+    # If they disagree, this process ends, and its store may with it.
+    deadline = time.monotonic() + 10 * LOOK
+    while store.add(f"{name}/readers", 0) < world - 1 and time.monotonic() < deadline:
+        time.sleep(LOOK / 50)
+    return name, [Card.from_json(body) for body in bodies]
+
+
+def _enter_round(store: dist.Store, card: Card, number: int) -> tuple[str, list[Card]]:
+    """The round that takes this card."""
+    deadline = time.monotonic() + LONGEST_START
+    while time.monotonic() < deadline:
+        name = store.get(_ROUND).decode()
+        store.set(_place(name, number), json.dumps(asdict(card)))
+        with suppress(dist.DistStoreError):
+            store.wait([f"{name}/cards"], timedelta(seconds=LOOK))
+            cards = [Card.from_json(body) for body in json.loads(store.get(f"{name}/cards"))]
+            if card.token in [each.token for each in cards]:
+                store.add(f"{name}/readers", 1)
+                return name, cards
+            time.sleep(LOOK / 5)
+    raise ValueError(f"no round was complete within {LONGEST_START:.0f} s")
+
+
+def _place(name: str, number: int) -> str:
+    return f"{name}/card/{number}"
+
+
+def _require_agreement(cards: Sequence[Card], world: int) -> None:
+    """Raise `BloomdeskError` that names the first rank that does not fit the one with the first slice."""
+    first = min(cards, key=lambda each: each.index)
+    for other in cards:
+        for what in ("versions", "source", "form", "shares"):
+            one, another = getattr(first, what), getattr(other, what)
+            if one != another:
+                raise _disagreement(first, other, what, one, another)
+        for name in {**first.asked, **other.asked}:
+            one, another = first.asked.get(name), other.asked.get(name)
+            if one != another:
+                raise _disagreement(first, other, name, one, another)
+    _require_all_slices(cards, len(first.shares), world)
+
+
+def _disagreement(first: Card, other: Card, what: str, one: object, another: object) -> BloomdeskError:
+    return BloomdeskError(
+        f"{other.host} (slice {other.index + 1}) and {first.host} (slice {first.index + 1}) differ in {what}: "
+        f"{str(another)[:100]!r} and {str(one)[:100]!r}",
+        "start the same command on each machine, with slices of one checkpoint that were made together",
+    )
+
+
+def _require_all_slices(cards: Sequence[Card], count: int, world: int) -> None:
+    held = Counter(each.index for each in cards)
+    missing = [str(index + 1) for index in range(count) if not held[index]]
+    twice = [each for each in cards if held[each.index] > 1]
+    if not missing and not twice and world == count:
+        return
+    found = f"the model is in {count} slices, and {world} machines are here"
+    if twice:
+        hosts = " and ".join(each.host for each in twice if each.index == twice[0].index)
+        found += f"; {hosts} have the same slice, {twice[0].index + 1}"
+    if missing:
+        found += f"; missing: slice {', '.join(missing)}"
+    raise BloomdeskError(found, "start one process for each slice: torchrun --nnodes N")
+
+
+def _connect(group: Group) -> None:
+    if INTERFACE_VARIABLE not in os.environ:
+        os.environ[INTERFACE_VARIABLE] = _interface(alone=len(set(group.names)) == 1)
+    dist.init_process_group(
+        "gloo",
+        store=group.store,
+        rank=group.rank,
+        world_size=len(group.names),
+        timeout=timedelta(seconds=group.patience),
+    )
+
+
+def _interface(*, alone: bool) -> str:
+    """The name of the network interface that leads to the machine on which torchrun's ranks meet.
+
+    Raises `BloomdeskError` if there is none, or if it is one that no other machine reaches and this one is not `alone`.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, protocol, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(where)
+        own = probe.getsockname()[0]
+    if ipaddress.ip_address(own.partition("%")[0]).is_loopback and not alone:
+        raise BloomdeskError(
+            f"{address}, where all meet, has the address {own} here, which no other machine reaches",
+            f"name the interface to use: {INTERFACE_VARIABLE}=eth0",
+        )
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == own for each in addresses):
+            return name
+    raise BloomdeskError(
+        f"no network interface has the address {own}, which leads to {address}",
+        f"name the interface to use: {INTERFACE_VARIABLE}=eth0",
+    )

@@ -1,0 +1,118 @@
+"""A machine that ends, freezes or does not fit is named, the others end, and a session goes on to the same text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from runner.generation.session_files import CACHE
+from tests.support.commands import run
+from tests.support.ranks import Rank, finish, start
+
+pytestmark = pytest.mark.slow
+PROMPT = "hello there my friend"
+# So many that no test sees the end of it.
+ENDLESS = ("--max-new-tokens", "100000", "--ignore-eos")
+# Seconds within which the others must notice.
+SOON = 30.0
+
+
+def begun(place: Path, slices: Sequence[Path], *options: object, **environment: str) -> list[Rank]:
+    """Ranks that are in the middle of a text."""
+    ranks = start(
+        place, slices, lambda number, path: ["generate", path, PROMPT, *ENDLESS, *options], **environment
+    )
+    deadline = time.monotonic() + SOON
+    while not ranks[0].output.with_suffix(".out").exists() or not ranks[0].out:
+        assert time.monotonic() < deadline and ranks[0].process.is_alive(), [rank.errors for rank in ranks]
+        time.sleep(0.01)
+    return ranks
+
+
+def one_sentence(rank: Rank) -> str:
+    lines = rank.errors.splitlines()
+    assert lines[0].startswith("error: ") and "Traceback" not in rank.errors, rank.errors
+    assert len(lines) <= 2, rank.errors
+    return lines[0]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_machine_is_named_by_all_others(sliced, tmp_path: Path, victim: int) -> None:
+    ranks = begun(tmp_path, sliced((1, 1, 1))[1])
+    began = time.monotonic()
+    ranks[victim].process.kill()
+    assert finish(ranks) == [-9 if number == victim else 1 for number in range(3)]
+    assert time.monotonic() - began < SOON
+    for number in {0, 1, 2} - {victim}:
+        assert f"rank {victim} (" in one_sentence(ranks[number])
+
+
+def test_a_frozen_machine_is_named(sliced, tmp_path: Path) -> None:
+    ranks = begun(tmp_path, sliced((1, 1, 1))[1], BLOOMDESK_PATIENCE="2")
+    os.kill(ranks[1].process.pid, signal.SIGSTOP)
+    for rank in (ranks[0], ranks[2]):
+        rank.process.join(SOON)
+        assert rank.status == 1
+        assert "rank 1 (" in one_sentence(rank)
+    os.kill(ranks[1].process.pid, signal.SIGKILL)
+    finish(ranks)
+
+
+def test_ctrl_c_at_the_first_machine_ends_all(sliced, tmp_path: Path) -> None:
+    ranks = begun(tmp_path, sliced((1, 1))[1])
+    os.kill(ranks[0].process.pid, signal.SIGINT)
+    assert finish(ranks) == [130, 130]
+    assert ranks[1].errors == "interrupted\n"
+
+
+def test_what_does_not_fit_is_named_before_the_first_pass(sliced, prepared, tmp_path: Path) -> None:
+    _, slices = sliced((1, 1))
+    _, uneven = sliced((3, 1))
+
+    def refused(directories: Sequence[Path], *different: object) -> str:
+        more = [(), different]
+        ranks = start(tmp_path, directories, lambda number, path: ["generate", path, PROMPT, *more[number]])
+        assert finish(ranks) == [1, 1]
+        (sentence,) = {one_sentence(rank) for rank in ranks}
+        return sentence
+
+    assert "differ in shares: '(3, 1)' and '(1, 1)'" in refused([slices[0], uneven[1]])
+    assert "differ in --max-new-tokens: '5' and '64'" in refused(slices, "--max-new-tokens", "5")
+    assert "missing: slice 2" in refused([slices[0], slices[0]])
+
+
+def test_a_session_goes_on_after_kills_and_without_one_of_the_machines(sliced, tmp_path: Path) -> None:
+    whole, slices = sliced((1, 1, 1))
+    options = (PROMPT, "--max-new-tokens", "40", "--temperature", "1", "--seed", "5", "--json")
+    expected = json.loads(run("generate", whole, *options).stdout)["token_ids"]
+
+    def begin() -> list[Rank]:
+        def command(number: int, path: Path) -> list[object]:
+            return ["generate", path, *options, "--session", tmp_path / f"session{number}"]
+
+        return start(tmp_path, slices, command)
+
+    def positions() -> int:
+        cache = tmp_path / "session0" / CACHE
+        return cache.stat().st_size if cache.exists() else 0
+
+    for victim in (0, 1):
+        before, ranks = positions(), begin()
+        while positions() <= before and ranks[0].process.is_alive():
+            time.sleep(0.002)
+        ranks[victim].process.kill()
+        finish(ranks)
+    # Another machine stands in, which has the slice and no session.
+    shutil.rmtree(tmp_path / "session2")
+    ranks = begin()
+    assert finish(ranks) == [0, 0, 0], [rank.errors for rank in ranks]
+    found = json.loads(ranks[0].out)
+    assert found["token_ids"] == expected
+    assert found["passes"] < 40
