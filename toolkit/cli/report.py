@@ -99,10 +99,15 @@ def intention(plan: BuildPlan) -> str:
     there, to_make = len(plan.manifest.parts), len(plan.schedule.needs)
     if not to_make:
         return f"all {there} parts are there"
+    if plan.to_prove:
+        compared = f", {len(plan.to_prove)} of them to be compared with the bytes of whole shards"
+        there, to_make = there + len(plan.to_prove), to_make - len(plan.to_prove)
+    else:
+        compared = ""
     cut = ", because blocks are cut across shards" if plan.schedule.shards_at_a_time > 2 else ""
     about = "" if plan.manifest.form == PLAIN else "about "
     return (
-        f"{there} parts are there, {to_make} to be made; "
+        f"{there} parts are there{compared}, {to_make} to be made; "
         f"{about}{size(plan.peak_bytes)} of disk at the fullest moment, "
         f"with at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
     )
@@ -215,6 +220,11 @@ def _slice_rows(found: Info) -> Iterator[Row]:
     if own is None:
         return
     yield Row("holds", f"{own.described}: some rows of every matrix")
+    if unproven := len(found.manifest.unproven_shards):
+        what = (
+            f"rows of {unproven:,} shards, whose sha256 was not compared: prepare --check-whole compares it"
+        )
+        yield Row("made from", what)
     for each in found.places:
         if each["index"] == own.index:
             continue

@@ -27,7 +27,8 @@ class PlannedPart:
     `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first. `hashes` are
     the xxh3-128 of source tensors, by key, that a record of the source vouches for. `made_from` are the shards of the
     part of a prepared directory that it is made from, else None. If that is in fewer bits, and `cut` into slices as it
-    is, this is its record, and `tensors` are those that it stores.
+    is, this is its record, and `tensors` are those that it stores. It `is_sliced` if `spec` and `tensors` have the
+    rows of one slice alone.
     """
 
     spec: PartSpec
@@ -37,6 +38,7 @@ class PlannedPart:
     hashes: Mapping[str, str] = field(default_factory=dict)
     made_from: tuple[SourceShard, ...] | None = None
     cut: PartRecord | None = None
+    is_sliced: bool = False
 
     @property
     def dtype(self) -> str:
