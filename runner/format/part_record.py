@@ -36,11 +36,15 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class SourceShard:
-    """A file of the source that a part was made from; `size` is None in manifests of earlier versions."""
+    """A file of the source that a part was made from; `size` is None in manifests of earlier versions.
+
+    It is not `checked` if only the rows of a slice came: its sha256 is what the Hub says then.
+    """
 
     file: str
     sha256: str
     size: int | None = None
+    checked: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class PartRecord:
     originals: tuple[TensorRecord, ...] = ()
     wholes: tuple[TensorRecord, ...] = ()
     whole_originals: tuple[TensorRecord, ...] = ()
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the sha256 of every source shard was compared."""
+        return all(shard.checked for shard in self.sources)
 
     @property
     def header(self) -> bytes:
@@ -94,6 +103,11 @@ class PartRecord:
         """The source's tensors that the part was made from, in the order of a pass, with hashes of uncoded bytes."""
         return self._with(self.whole_originals or self.wholes or self.originals or self.decoded)
 
+    @property
+    def source_rows(self) -> tuple[TensorRecord, ...]:
+        """The same, but of matrices only the own rows."""
+        return self._with(self.originals or self.decoded)
+
     def _with(self, others: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:
         """The stored tensors, those that have one of `others` replaced by it."""
         by_name = {tensor.name: tensor for tensor in others}
@@ -105,7 +119,10 @@ def part_body(record: PartRecord, form: str, own: Slice | None) -> dict[str, Any
     """The record as a JSON object, in a manifest of this form and slice."""
     body = asdict(record)
     # Where earlier versions look, sizes would be unknown fields.
-    body["sources"] = [{"file": shard.file, "sha256": shard.sha256} for shard in record.sources]
+    body["sources"] = [
+        {"file": shard.file, "sha256": shard.sha256, **({} if shard.checked else {"checked": False})}
+        for shard in record.sources
+    ]
     if form == PLAIN:
         del body["decoded"]
     if form not in QUANTISED_FORMS:
@@ -119,8 +136,13 @@ def part_body(record: PartRecord, form: str, own: Slice | None) -> dict[str, Any
 
 def shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
     """Each source shard whose size is known, once."""
-    shards = {shard for part in parts for shard in part.sources if shard.size is not None}
-    return [asdict(shard) for shard in sorted(shards, key=lambda shard: (shard.file, shard.sha256))]
+    shards = {
+        (shard.file, shard.sha256): shard.size
+        for part in parts
+        for shard in part.sources
+        if shard.size is not None
+    }
+    return [{"file": file, "sha256": sha256, "size": size} for (file, sha256), size in sorted(shards.items())]
 
 
 def part_from(
@@ -181,7 +203,12 @@ def _coded_sizes(entry: dict[str, Any], spec: PartSpec, form: str) -> dict[str, 
 
 def _decode_sources(entry: dict[str, Any], sizes: Mapping[tuple[str, str], int]) -> tuple[SourceShard, ...]:
     sources = tuple(
-        SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
+        SourceShard(
+            each["file"],
+            each["sha256"],
+            sizes.get((each["file"], each["sha256"])),
+            each.get("checked", True),
+        )
         for each in entry["sources"]
     )
     for shard in sources:

@@ -16,16 +16,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-<<<<<<< HEAD
-from runner.errors import BloomdeskError
-from runner.format.manifest import Manifest
-from runner.format.part_record import SourceShard
-from runner.system.atomic import TEMPORARY_SUFFIX
-=======
 from runner.format.manifest import Manifest
 from runner.format.part_record import SourceShard
 from runner.format.slices import Slice
->>>>>>> main
 from toolkit.commands.build import Manifests, plan_source_part
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
 from toolkit.hub.transfer import Transfer

@@ -20,14 +20,9 @@ from typing import Protocol
 
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
-<<<<<<< HEAD
-from runner.format.manifest import Manifest
-from runner.format.part_record import PartRecord, SourceShard
-=======
 from runner.format.manifest import Manifest
 from runner.format.part_record import PartRecord, SourceShard
 from runner.format.slices import Slice
->>>>>>> main
 from toolkit.commands.schedule import Schedule
 from toolkit.hub.place import set_aside
 from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of

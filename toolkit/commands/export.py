@@ -27,14 +27,9 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError, in_shell, reading
-<<<<<<< HEAD
-from runner.format.manifest import CompanionRecord, Manifest
-from runner.format.part_record import PartRecord
-=======
 from runner.format.layout import part_specs
 from runner.format.manifest import CompanionRecord, Manifest
 from runner.format.part_record import PartRecord, TensorRecord
->>>>>>> main
 from runner.format.safetensors import read_small
 from runner.format.slice_set import SliceSet, find_all_slices
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file

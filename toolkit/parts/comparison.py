@@ -10,16 +10,10 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError
-<<<<<<< HEAD
-from runner.format.layout import EMBEDDING
-from runner.format.manifest import Manifest
-from runner.format.part_record import TensorRecord
-=======
 from runner.format.layout import EMBEDDING, part_specs
 from runner.format.manifest import Manifest
 from runner.format.part_record import TensorRecord
 from runner.format.safetensors import Shape, tensor_nbytes
->>>>>>> main
 from toolkit.io.progress import Progress
 from toolkit.io.reader import READ_THREADS
 from toolkit.source.key_map import Assignment
