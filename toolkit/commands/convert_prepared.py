@@ -133,7 +133,7 @@ def _refuse_unfit(source: Path, made: Manifest, dtype: str | None) -> None:
     if made.missing:
         raise BloomdeskError(
             f"{source} is not complete: {len(made.missing)} files are still to be made",
-            f"{made.command(source)} makes the rest",
+            f"{made.command(source)} resumes where it stopped; then convert it",
         )
     if made.form in QUANTISED_FORMS:
         raise BloomdeskError(
