@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -166,8 +167,9 @@ class StagedRows:
         place, record = excerpt_path(self._directory, name), record_path(self._directory, name)
         if os.path.lexists(record):
             if place.is_file() and not place.is_symlink():
-                delete(place, None)
-            with disk_errors(record, "deleted"):
+                self._shards.delete(place.name, delete, last=last)
+            # Without the rows it is of no use, and no harm.
+            with suppress(OSError):
                 record.unlink()
         self._shards.release(name, delete, last=last)
 

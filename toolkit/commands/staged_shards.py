@@ -196,7 +196,7 @@ class StagedShards:
 
     def release(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
         if self._is_ours(name):
-            self._delete(name, delete, last=last)
+            self.delete(name, delete, last=last)
 
     def _is_ours(self, name: str) -> bool:
         """True if a shard is there that this program has fetched."""
@@ -219,8 +219,8 @@ class StagedShards:
         self._spared.add(name)
         return False
 
-    def _delete(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
-        """Delete a shard; after the last part it is no failure if that is impossible."""
+    def delete(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
+        """Delete a file of the directory; after the last part it is no failure if that is impossible."""
         shard = self._directory / name
         try:
             delete(shard, None)

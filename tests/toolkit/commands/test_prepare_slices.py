@@ -12,7 +12,7 @@ import pytest
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import load_manifest
-from runner.format.slices import Slice
+from runner.format.slices import Slice, even
 from scripts.fakehub.checkpoint import Layout
 from scripts.fakehub.server import Fault, LocalHub, Repo
 from tests.support.commands import refused, run, started
@@ -41,6 +41,8 @@ LAYOUTS = {
 # Bytes of the first shard that show the dtype, and at most so many for what describes the tensors of each.
 HEAD = 16_384
 OWN = Slice(1, (2, 1, 1))
+# Of 8 heads none: it has no row of query_key_value.
+WITHOUT_HEADS = Slice(4, even(9))
 BLOCK, SHARD = "block_01.safetensors", "pytorch_model_00003-of-00004.bin"
 
 
@@ -106,13 +108,21 @@ def own_bytes(directory: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("layout", "form"), [*zip(LAYOUTS, ("plain", "int4", "plain", "lossless"), strict=True)]
+    ("layout", "form", "own"),
+    [
+        ("bin", "plain", OWN),
+        ("cut blocks", "int4", WITHOUT_HEADS),
+        ("single bin", "plain", WITHOUT_HEADS),
+        ("lm_head", "lossless", OWN),
+    ],
 )
-def test_only_the_bytes_of_its_rows_come(serve, sources, tmp_path: Path, layout: str, form: str) -> None:
+def test_only_the_bytes_of_its_rows_come(
+    serve, sources, tmp_path: Path, layout: str, form: str, own: Slice
+) -> None:
     hub, out = serve(sources(layout)), tmp_path / "out"
-    done = prepare(REPO, out, own=OWN, form=form)
+    done = prepare(REPO, out, own=own, form=form)
     shards = [path for path in sources(layout).iterdir() if path.suffix in (".bin", ".safetensors")]
-    convert(sources(layout), tmp_path / "expected", own=OWN, form=form)
+    convert(sources(layout), tmp_path / "expected", own=own, form=form)
     assert parts_of(out) == parts_of(tmp_path / "expected") and verify(out).sound
     assert done.received <= served(hub) <= done.received + HEAD
     # The head must equal the embedding, so its rows come, too.
@@ -125,7 +135,7 @@ def test_only_the_bytes_of_its_rows_come(serve, sources, tmp_path: Path, layout:
     for file, record in manifest.parts.items():
         assert not record.wholes and record.source_rows == whole.parts[file].source_rows
     hub.requests.clear()
-    assert not prepare(REPO, out, own=OWN, form=form).written and not hub.requests
+    assert not prepare(REPO, out, own=own, form=form).written and not hub.requests
 
 
 @pytest.mark.parametrize("form", ["lossless", "int8"])
