@@ -119,6 +119,11 @@ class StagedRows:
                 self._connections,
                 self._line,
                 whole=self._whole,
+                hashed={
+                    key: stretch_of(each)
+                    for key, each in found.items()
+                    if key in tensors and len(each.shape) == 2 and each.strides is None
+                },
             )
         place = excerpt_path(self._directory, name)
         self._records[name] = record
@@ -139,6 +144,10 @@ class StagedRows:
                 check_shape(tensors[key], shape)
                 found[key] = tensors[key] if rows is None else rows_of(tensors[key], rows)
         return found
+
+    def hashes(self, name: str) -> Mapping[str, str]:
+        """The xxh3-128 of whole matrices of a shard that was read through, by key, as they are stored there."""
+        return dict(self._records[name].hashes) if name in self._records else {}
 
     def begin(self, name: str) -> None:
         if name in self._fetched_whole:
@@ -183,6 +192,8 @@ class StagedRows:
                 f"of {_shards(len(self._unproven))} only the rows of slice {self.own} came, so no sha256 was compared; "
                 "the Hub's commit, sizes and hashes, the headers and the shapes were; --check-whole reads all bytes"
             )
+        elif self._records:
+            found.append(f"all bytes of {_shards(len(self._records))} were read, and have the Hub's sha256")
         if self._fetched_whole:
             found.append(
                 f"{_shards(len(self._fetched_whole))} came whole, because no ranges of them could be had"
