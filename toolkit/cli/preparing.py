@@ -170,7 +170,7 @@ def spread(
     also: NewAlso = None,
     shares: Shares = None,
 ) -> None:
-    """Spread a prepared directory over several disks. Running it again goes on."""
+    """Spread a prepared directory over several disks. Running it again resumes."""
     from toolkit.commands.spread import carry_out, plan_spread
 
     given = placement_of(directory, None, also or (), shares_of(shares))

@@ -113,7 +113,7 @@ def generate(
     session: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
+            metavar="DIR", help="Keep each pass there; running it again resumes, also with a longer PROMPT."
         ),
     ] = None,
     also: Also = None,
@@ -229,7 +229,9 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts are in the log.")] = False,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep files and batches there; they go on when it starts again."),
+        typer.Option(
+            metavar="DIR", help="Keep files and batches there; batches resume when it starts again."
+        ),
     ] = None,
     max_file_size: Annotated[
         str | None,

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 from runner.format.layout import part_specs
-from runner.format.manifest import Manifest, SourceShard, TensorRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import SourceShard, TensorRecord
 from runner.format.quantised import QUANTISED_FORMS
 from runner.format.slices import Slice
 from toolkit.commands.build import Manifests, plan_source_part

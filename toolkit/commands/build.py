@@ -20,7 +20,8 @@ from typing import Protocol
 
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
-from runner.format.manifest import Manifest, PartRecord, SourceShard
+from runner.format.manifest import Manifest
+from runner.format.part_record import PartRecord, SourceShard
 from runner.format.slices import Slice
 from toolkit.commands.schedule import Schedule
 from toolkit.hub.place import set_aside

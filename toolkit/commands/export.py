@@ -28,7 +28,8 @@ import xxhash
 
 from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.layout import part_specs
-from runner.format.manifest import CompanionRecord, Manifest, PartRecord, TensorRecord
+from runner.format.manifest import CompanionRecord, Manifest
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.format.safetensors import read_small
 from runner.format.slice_set import SliceSet, find_all_slices
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, PartRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import PartRecord
 from runner.system.lock import sole_writer
 from toolkit.commands.build import BuildPlan, build
 from toolkit.commands.convert import plan_conversion

@@ -20,7 +20,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import EMBEDDING, part_specs
-from runner.format.manifest import SourceShard
+from runner.format.part_record import SourceShard
 from runner.format.safetensors import Shape
 from runner.format.slices import Slice
 from toolkit.commands.staged_shards import StagedShards, in_the_way

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import SourceShard
+from runner.format.part_record import SourceShard
 from runner.format.slices import Slice
 from runner.system.atomic import TEMPORARY_SUFFIX
 from toolkit.commands.download import bytes_begun, fetch_recorded

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import xxhash
 
-from runner.format.manifest import digest
+from runner.format.digest import digest
 from runner.system.atomic import write_atomically
 from toolkit.hub.failures import Resource, network_errors
 from toolkit.hub.hub_cache import blocks_of, cached_file

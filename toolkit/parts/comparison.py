@@ -11,7 +11,8 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
-from runner.format.manifest import Manifest, TensorRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import TensorRecord
 from runner.format.safetensors import Shape, tensor_nbytes
 from toolkit.io.progress import Progress
 from toolkit.io.reader import READ_THREADS

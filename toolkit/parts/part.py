@@ -10,7 +10,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
-from runner.format.manifest import PartRecord, SourceShard, TensorRecord
+from runner.format.part_record import PartRecord, SourceShard, TensorRecord
 from runner.format.safetensors import open_regular, tensor_nbytes
 from toolkit.io.disk import read_errors
 from toolkit.io.reader import NO_FILE, retried

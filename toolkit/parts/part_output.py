@@ -19,7 +19,8 @@ from typing import BinaryIO
 import xxhash
 
 from runner.format.layout import PartSpec
-from runner.format.manifest import Manifest, PartRecord, TensorRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.system.atomic import atomic_file
 from toolkit.io.disk import disk_errors
 from toolkit.io.writer import WriteBehind

@@ -16,7 +16,7 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.manifest import PartRecord, SourceShard, TensorRecord
+from runner.format.part_record import PartRecord, SourceShard, TensorRecord
 from runner.format.quantised import QUANTISED_FORMS
 from toolkit.io.progress import Progress
 from toolkit.parts.coded_part import write_coded

@@ -166,7 +166,7 @@ def test_the_manifest_records_what_the_file_holds_and_what_it_was_made_from(
     ],
 )
 def test_a_forged_manifest_is_refused(made: tuple[Path, Path, str], change) -> None:
-    from runner.format.manifest import digest
+    from runner.format.digest import digest
 
     body = json.loads((made[1] / MANIFEST).read_text())
     del body["sha256"]
