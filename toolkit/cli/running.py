@@ -307,6 +307,14 @@ def plan(
     network: Annotated[
         float, typer.Option(metavar="G", min=0.001, help="Gbit/s between the machines.")
     ] = plan_command.DEFAULT_NETWORK,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE,..",
+            help="Forecast disks of these rates, too, like 0.4GB/s,0.2GB/s, with the rows spread over them.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
@@ -323,5 +331,6 @@ def plan(
         also=also or (),
         machines=machines,
         network=network,
+        disks=disk,
         as_json=as_json,
     )
