@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import xxhash
 from runner.format.digest import digest
 from runner.system.atomic import write_atomically
 from toolkit.hub.failures import Resource, network_errors
-from toolkit.hub.hub_cache import blocks_of, cached_file
+from toolkit.hub.hub_cache import blocks_of
 from toolkit.hub.line import Line
 from toolkit.hub.partial_file import BINARY, NO_LINK, Damaged
 from toolkit.hub.ranges import Ahead
@@ -104,26 +103,24 @@ def fetch_excerpt(
     *,
     whole: bool = False,
     hashed: Mapping[str, tuple[int, int]],
+    cached: Path | None = None,
 ) -> tuple[Transfer, ExcerptRecord]:
     """Bring an excerpt of `file`, whose sha256 is known, into `directory`, or go on with one; and its record.
 
-    With `whole` all of the file is read through, and only the excerpt is kept; so it is with a file of the Hub's cache.
-    The stretches `hashed` are then hashed, by name.
-    Raises `Unranged` if the file does not come by ranges, and else what `fetch` of a whole file raises.
+    With `whole` all of the file is read through, and only the excerpt is kept; so is what is `cached` of the Hub's. The
+    stretches `hashed` are then hashed, by name. Raises `Unranged` if the file does not come by ranges, and else what
+    `fetch` of a whole file raises.
     """
     resource = Resource(revision.repo, revision.commit, file.path)
     fresh = ExcerptRecord(*_named(revision, file), excerpt.stretches)
-    cached = cached_file(revision, file)
     with PartialExcerpt(directory, fresh) as partial:
         if partial.record.is_complete and (partial.record.is_proven or not whole):
             return Transfer(fresh.sha256, excerpt.nbytes, 0), partial.record
         if cached is not None:
-            # What is not right in the cache comes over the network.
-            with suppress(Damaged):
-                through = _Through(file, partial, hashed, progress)
-                for block in blocks_of(cached, 0):
-                    through.write(block)
-                return through.finish(cached=excerpt.nbytes)
+            through = _Through(file, partial, hashed, progress)
+            for block in blocks_of(cached, 0):
+                through.write(block)
+            return through.finish(cached=excerpt.nbytes)
         if whole:
             through = _Through(file, partial, hashed, progress)
             receive(resource, file, through, connections, line)

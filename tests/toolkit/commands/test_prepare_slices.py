@@ -278,14 +278,20 @@ def test_a_store_without_ranges_gives_whole_shards(hub, tmp_path: Path, expected
     assert [note for note in done.notes if "4 shards came whole" in note]
 
 
-def test_what_the_cache_has_is_proven(hub, sources, tmp_path: Path, expected, monkeypatch) -> None:
+@pytest.mark.parametrize("damaged", [None, 3, -2000])
+def test_what_the_cache_has_is_proven(
+    hub, sources, tmp_path: Path, expected, monkeypatch, damaged: int | None
+) -> None:
     folder = tmp_path / "cache" / "models--me--bloom" / "snapshots" / hub.repos[REPO].commit
     folder.mkdir(parents=True)
     (folder / SHARD).write_bytes((sources() / SHARD).read_bytes())
+    if damaged is not None:
+        flip(folder / SHARD, damaged)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     done = prepare(REPO, tmp_path / "out", own=OWN)
-    assert parts_of(tmp_path / "out") == expected and done.cached
-    assert SHARD not in load_manifest(tmp_path / "out").unproven_shards
+    assert parts_of(tmp_path / "out") == expected and bool(done.cached) == (damaged is None)
+    assert (SHARD in load_manifest(tmp_path / "out").unproven_shards) == (damaged is not None)
+    assert bool(hub.asked("GET", SHARD)) == (damaged is not None)
 
 
 def test_it_is_repaired_and_gone_on_with(hub, sources, tmp_path: Path, expected) -> None:
