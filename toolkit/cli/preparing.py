@@ -133,7 +133,7 @@ def prepare(
     )
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
-    print_lines(completed_lines(destination, _built("preparing", plan, line)))
+    print_lines(completed_lines(destination, _built("preparing", plan, line), plan.slice))
 
 
 def convert(
@@ -162,7 +162,7 @@ def convert(
         adapter=adapter,
         placement=placement_of(destination, slice_of(slice_, shares), also or (), shares_of(shares)),
     )
-    print_lines(completed_lines(destination, _built("converting", plan)))
+    print_lines(completed_lines(destination, _built("converting", plan), plan.slice))
 
 
 def spread(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from runner.cli.report import Row
 from runner.errors import explained, in_shell
 from runner.format.coded import PLAIN
+from runner.format.slices import Slice
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, percent, rate, size
 
@@ -55,9 +56,12 @@ def written(what: str, done: Summary) -> str:
     return f"{text}; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else text
 
 
-def completed_lines(destination: Path, done: Summary) -> Iterator[str]:
-    """That a prepared directory is complete, what that took, and the command to try it."""
+def completed_lines(destination: Path, done: Summary, own: Slice | None = None) -> Iterator[str]:
+    """That a prepared directory is complete, what that took, and the next command; `own` if it is one slice alone."""
     yield f"{destination} is complete: {written('parts', done)}"
+    if own is not None and own.count > 1:
+        yield f"  next: make the other slices; bloomdesk info {in_shell(destination)} --also DIR says which are there"
+        return
     yield f'  next: bloomdesk generate {in_shell(destination)} "PROMPT"'
 
 
@@ -105,11 +109,12 @@ def intention(plan: BuildPlan) -> str:
     else:
         compared = ""
     cut = ", because blocks are cut across shards" if plan.schedule.shards_at_a_time > 2 else ""
+    rows = "the rows of " if plan.slice is not None else ""
     about = "" if plan.manifest.form == PLAIN else "about "
     return (
         f"{there} parts are there{compared}, {to_make} to be made; "
         f"{about}{size(plan.peak_bytes)} of disk at the fullest moment, "
-        f"with at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
+        f"with {rows}at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
     )
 
 

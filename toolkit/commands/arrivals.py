@@ -10,14 +10,17 @@ said by staged_shards.py or, if only the rows of a slice are fetched, staged_row
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from runner.format.layout import part_specs
 from runner.format.manifest import Manifest
-from runner.format.part_record import SourceShard
+from runner.format.part_record import SourceShard, TensorRecord
+from runner.format.quantised import QUANTISED_FORMS
 from runner.format.slices import Slice
 from toolkit.commands.build import Manifests, plan_source_part
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
@@ -56,6 +59,9 @@ class Staging(Protocol):
     def tensors(self, name: str) -> dict[str, SourceTensor]:
         """The tensors of a shard that is there."""
 
+    def hashes(self, name: str) -> Mapping[str, str]:
+        """The xxh3-128 of whole tensors of which only rows are there, by key, if they are known."""
+
     def checked(self, shard: Path) -> SourceShard:
         """What the manifest says of a shard; `BloomdeskError` if it is not as it came."""
 
@@ -64,6 +70,18 @@ class Staging(Protocol):
 
     def remove(self) -> tuple[str, ...]:
         """Remove the place, if nothing else is in it; sentences for the user."""
+
+
+def _wholes(part: PlannedPart, manifest: Manifest, known: Mapping[str, str]) -> tuple[TensorRecord, ...]:
+    """The records of a slice's whole matrices, if all of them are stored as in the source, and `known` by key."""
+    whole = next(spec for spec in part_specs(manifest.model) if spec.file == part.spec.file)
+    found = [
+        TensorRecord(name, tensor.dtype, whole.tensors[name], known[tensor.key])
+        for name, tensor in part.named
+        if name in whole.matrices and tensor.key in known and tensor.stored == tensor.dtype
+    ]
+    is_known = len(found) == len(whole.matrices) and manifest.form not in QUANTISED_FORMS
+    return tuple(found) if is_known else ()
 
 
 class _Stopped(Exception):
@@ -137,7 +155,11 @@ class ArrivingShards:
             self._assignment = assign(self._index.weight_map or tensors, manifest.model)
         tensors = in_dtype(tensors, self._assignment.keys, manifest.model.dtype)
         self._rounded |= {tensor.key: tensor for tensor in tensors.values() if tensor.stored != tensor.dtype}
-        return plan_source_part(file, manifest, self._assignment, tensors, self._staging.own)
+        part = plan_source_part(file, manifest, self._assignment, tensors, self._staging.own)
+        if self._staging.own is None:
+            return part
+        known = {key: each for name in shards for key, each in self._staging.hashes(name).items()}
+        return replace(part, wholes=_wholes(part, manifest, known))
 
     def checked(self, shard: Path) -> SourceShard:
         """What the manifest says of a shard that parts were made from; `BloomdeskError` if it is not as it came."""

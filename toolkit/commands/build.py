@@ -112,6 +112,11 @@ class BuildPlan:
         return self.destinations[0].directory
 
     @property
+    def slice(self) -> Slice | None:
+        """That of the only directory, if it gets one."""
+        return self.manifest.slice if len(self.destinations) == 1 else None
+
+    @property
     def manifest(self) -> Manifest:
         """What is kept of the first directory."""
         return self.destinations[0].manifest

@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
@@ -25,7 +27,9 @@ from runner.format.slices import Slice
 from toolkit.commands.staged_shards import StagedShards, in_the_way
 from toolkit.hub.connection import Unranged
 from toolkit.hub.excerpts import ExcerptRecord, excerpt_path, fetch_excerpt, is_sound, record_path
+from toolkit.hub.hub_cache import cached_file
 from toolkit.hub.line import Line
+from toolkit.hub.partial_file import Damaged
 from toolkit.hub.remote_file import RemoteFile
 from toolkit.hub.revision import HubFile, Revision
 from toolkit.hub.transfer import Transfer
@@ -101,14 +105,44 @@ class StagedRows:
         return self._shards.fetch(name, progress)
 
     def _fetch_rows(self, file: HubFile, progress: Progress) -> Transfer:
-        name, path = file.path, self._directory / file.path
-        with RemoteFile(self._revision, file, self._line, lambda: progress(name, 0, file.size)) as remote:
+        if (transfer := self._from_cache(file, progress)) is not None:
+            return transfer
+        path = self._directory / file.path
+        with RemoteFile(
+            self._revision, file, self._line, lambda: progress(file.path, 0, file.size)
+        ) as remote:
             found = read_shard(path, opened=lambda path: remote)
-        check_member(self._index, path, found)
-        tensors = self._cut(found)
-        excerpt = excerpt_of(tensors.values())
+        transfer = self._keep(file, found, self._cut(path, found), progress)
+        return replace(transfer, received=transfer.received + remote.received)
+
+    def _from_cache(self, file: HubFile, progress: Progress) -> Transfer | None:
+        """The transfer out of the Hub's cache, or None if that does not have the file, or another one."""
+        cached, path = cached_file(self._revision, file), self._directory / file.path
+        if cached is None:
+            return None
+        try:
+            found = read_shard(path, cached)
+            tensors = self._cut(path, found)
+        except BloomdeskError:
+            return None
+        with suppress(Damaged):
+            return self._keep(file, found, tensors, progress, cached)
+        return None
+
+    def _keep(
+        self,
+        file: HubFile,
+        found: Mapping[str, SourceTensor],
+        tensors: Mapping[str, SourceTensor],
+        progress: Progress,
+        cached: Path | None = None,
+    ) -> Transfer:
+        """Fetch the excerpt that has `tensors`, cut out of those that were `found` in a shard."""
+        excerpt, place = excerpt_of(tensors.values()), excerpt_path(self._directory, file.path)
+        matrices = {key: each for key, each in found.items() if key in tensors and len(each.shape) == 2}
+        whole = {key: stretch_of(each) for key, each in matrices.items() if each.strides is None}
         self._shards.note()
-        with disk_errors(excerpt_path(self._directory, name)):
+        with disk_errors(place):
             transfer, record = fetch_excerpt(
                 self._revision,
                 file,
@@ -118,19 +152,19 @@ class StagedRows:
                 self._connections,
                 self._line,
                 whole=self._whole,
+                hashed=whole,
+                cached=cached,
             )
-        place = excerpt_path(self._directory, name)
-        self._records[name] = record
-        self._tensors[name] = {key: in_excerpt(each, excerpt, place) for key, each in tensors.items()}
+        self._records[file.path] = record
+        self._tensors[file.path] = {key: in_excerpt(each, excerpt, place) for key, each in tensors.items()}
         self._scattered += sum(_is_scattered(each) for each in tensors.values())
         if not record.is_proven:
-            self._unproven.add(name)
-        return Transfer(
-            transfer.sha256, transfer.resumed, transfer.received + remote.received, transfer.cached
-        )
+            self._unproven.add(file.path)
+        return transfer
 
-    def _cut(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-        """What the slice has of those that the model uses; `BloomdeskError` if one has another shape."""
+    def _cut(self, path: Path, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+        """What the slice has of a shard's tensors; `BloomdeskError` if they are others than the model's."""
+        check_member(self._index, path, tensors)
         assignment = assign(self._index.weight_map or tensors, self._model)
         found = {}
         for key, (shape, rows) in rows_by_key(self._model, self.own, assignment).items():
@@ -139,13 +173,17 @@ class StagedRows:
                 found[key] = tensors[key] if rows is None else rows_of(tensors[key], rows)
         return found
 
+    def hashes(self, name: str) -> Mapping[str, str]:
+        """The xxh3-128 of whole matrices of a shard that was read through, by key, as they are stored there."""
+        return dict(self._records[name].hashes) if name in self._records else {}
+
     def begin(self, name: str) -> None:
         if name in self._fetched_whole:
             self._shards.begin(name)
 
     def tensors(self, name: str) -> dict[str, SourceTensor]:
         if name in self._fetched_whole:
-            return self._cut(self._shards.tensors(name))
+            return self._cut(self._directory / name, self._shards.tensors(name))
         return self._tensors[name]
 
     def checked(self, shard: Path) -> SourceShard:
@@ -166,8 +204,9 @@ class StagedRows:
         place, record = excerpt_path(self._directory, name), record_path(self._directory, name)
         if os.path.lexists(record):
             if place.is_file() and not place.is_symlink():
-                delete(place, None)
-            with disk_errors(record, "deleted"):
+                self._shards.delete(place.name, delete, last=last)
+            # Without the rows it is of no use, and no harm.
+            with suppress(OSError):
                 record.unlink()
         self._shards.release(name, delete, last=last)
 
@@ -181,6 +220,8 @@ class StagedRows:
                 f"of {_shards(len(self._unproven))} only the rows of slice {self.own} came, so no sha256 was compared; "
                 "the Hub's commit, sizes and hashes, the headers and the shapes were; --check-whole reads all bytes"
             )
+        elif self._records:
+            found.append(f"all bytes of {_shards(len(self._records))} were read, and have the Hub's sha256")
         if self._fetched_whole:
             found.append(
                 f"{_shards(len(self._fetched_whole))} came whole, because no ranges of them could be had"

@@ -12,7 +12,7 @@ directory is complete and it is empty.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -122,6 +122,10 @@ class StagedShards:
         if self._needed or is_staging(self._directory):
             self._record = load_staging(self._destination, self._revision, self._needed)
 
+    def hashes(self, name: str) -> Mapping[str, str]:
+        """None: whole tensors are hashed when parts are made from them."""
+        return {}
+
     def note(self) -> None:
         """Write to the directory whose files it has."""
         with disk_errors(self._directory):
@@ -196,7 +200,7 @@ class StagedShards:
 
     def release(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
         if self._is_ours(name):
-            self._delete(name, delete, last=last)
+            self.delete(name, delete, last=last)
 
     def _is_ours(self, name: str) -> bool:
         """True if a shard is there that this program has fetched."""
@@ -219,8 +223,8 @@ class StagedShards:
         self._spared.add(name)
         return False
 
-    def _delete(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
-        """Delete a shard; after the last part it is no failure if that is impossible."""
+    def delete(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
+        """Delete a file of the directory; after the last part it is no failure if that is impossible."""
         shard = self._directory / name
         try:
             delete(shard, None)

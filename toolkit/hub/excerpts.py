@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import xxhash
 from runner.format.digest import digest
 from runner.system.atomic import write_atomically
 from toolkit.hub.failures import Resource, network_errors
-from toolkit.hub.hub_cache import blocks_of, cached_file
+from toolkit.hub.hub_cache import blocks_of
 from toolkit.hub.line import Line
 from toolkit.hub.partial_file import BINARY, NO_LINK, Damaged
 from toolkit.hub.ranges import Ahead
@@ -46,7 +45,8 @@ LARGEST_RECORD = 16 * 2**20
 class ExcerptRecord:
     """Which bytes of which file an excerpt has: `stretches` as in `Excerpt`, `blocks` the xxh3-128 of each block.
 
-    `is_proven` if all of the file was read through, and had the sha256 that the Hub says.
+    `is_proven` if all of the file was read through, and had the sha256 that the Hub says; `hashes` are then the
+    xxh3-128 of other stretches of it, by name.
     """
 
     repo: str
@@ -57,6 +57,7 @@ class ExcerptRecord:
     stretches: tuple[tuple[int, int], ...]
     blocks: tuple[str, ...] = ()
     is_proven: bool = False
+    hashes: tuple[tuple[str, str], ...] = ()
 
     @property
     def excerpt(self) -> Excerpt:
@@ -69,7 +70,11 @@ class ExcerptRecord:
 
     def is_of_same(self, other: ExcerptRecord) -> bool:
         """Whether both are of the same bytes, however many of these have come."""
-        return replace(self, blocks=(), is_proven=False) == replace(other, blocks=(), is_proven=False)
+        return self._bare == other._bare
+
+    @property
+    def _bare(self) -> ExcerptRecord:
+        return replace(self, blocks=(), is_proven=False, hashes=())
 
     def to_json(self) -> str:
         """The record's text."""
@@ -97,27 +102,27 @@ def fetch_excerpt(
     line: Line,
     *,
     whole: bool = False,
+    hashed: Mapping[str, tuple[int, int]],
+    cached: Path | None = None,
 ) -> tuple[Transfer, ExcerptRecord]:
     """Bring an excerpt of `file`, whose sha256 is known, into `directory`, or go on with one; and its record.
 
-    With `whole` all of the file is read through, and only the excerpt is kept; so it is with a file of the Hub's cache.
-    Raises `Unranged` if the file does not come by ranges, and else what `fetch` of a whole file raises.
+    With `whole` all of the file is read through, and only the excerpt is kept; so is what is `cached` of the Hub's. The
+    stretches `hashed` are then hashed, by name. Raises `Unranged` if the file does not come by ranges, and else what
+    `fetch` of a whole file raises.
     """
     resource = Resource(revision.repo, revision.commit, file.path)
     fresh = ExcerptRecord(*_named(revision, file), excerpt.stretches)
-    cached = cached_file(revision, file)
     with PartialExcerpt(directory, fresh) as partial:
         if partial.record.is_complete and (partial.record.is_proven or not whole):
             return Transfer(fresh.sha256, excerpt.nbytes, 0), partial.record
         if cached is not None:
-            # What is not right in the cache comes over the network.
-            with suppress(Damaged):
-                through = _Through(file, partial, progress)
-                for block in blocks_of(cached, 0):
-                    through.write(block)
-                return through.finish(cached=excerpt.nbytes)
+            through = _Through(file, partial, hashed, progress)
+            for block in blocks_of(cached, 0):
+                through.write(block)
+            return through.finish(cached=excerpt.nbytes)
         if whole:
-            through = _Through(file, partial, progress)
+            through = _Through(file, partial, hashed, progress)
             receive(resource, file, through, connections, line)
             return through.finish()
         return _receive(resource, file, partial, progress, connections, line)
@@ -195,7 +200,7 @@ class PartialExcerpt:
 
     def restart(self) -> None:
         """Forget what has come."""
-        self.record = replace(self.record, blocks=(), is_proven=False)
+        self.record = replace(self.record, blocks=(), is_proven=False, hashes=())
         self._save()
         self._go_to(0)
 
@@ -212,12 +217,12 @@ class PartialExcerpt:
             if self.position % BLOCK == 0:
                 self._seal()
 
-    def finish(self, *, is_proven: bool = False) -> None:
-        """Record that all is there."""
+    def finish(self, hashes: tuple[tuple[str, str], ...] | None = None) -> None:
+        """Record that all is there and, if there are `hashes`, proven."""
         if self.position % BLOCK:
             self._seal()
-        if is_proven:
-            self.record = replace(self.record, is_proven=True)
+        if hashes is not None:
+            self.record = replace(self.record, is_proven=True, hashes=hashes)
             self._save()
 
     def _seal(self) -> None:
@@ -238,8 +243,15 @@ class PartialExcerpt:
 class _Through:
     """All bytes of a file on their way: hashed, and those of an excerpt kept."""
 
-    def __init__(self, file: HubFile, partial: PartialExcerpt, progress: Progress) -> None:
+    def __init__(
+        self,
+        file: HubFile,
+        partial: PartialExcerpt,
+        hashed: Mapping[str, tuple[int, int]],
+        progress: Progress,
+    ) -> None:
         self.position = self.received = 0
+        self._hashed = [(name, Excerpt((stretch,)), xxhash.xxh3_128()) for name, stretch in hashed.items()]
         self._file, self._partial, self._excerpt = file, partial, partial.record.excerpt
         self._seen, self._digest = FileProgress(progress, file.path, file.size), file.digest()
         # The hash of what had come is not known any more.
@@ -248,6 +260,9 @@ class _Through:
     def write(self, block: bytes | memoryview) -> None:
         for kept in self._excerpt.kept(self.position, block):
             self._partial.write(kept)
+        for _, stretch, own in self._hashed:
+            for part in stretch.kept(self.position, block):
+                own.update(part)
         self._digest.update(block)
         self.position += len(block)
         self.report()
@@ -261,7 +276,7 @@ class _Through:
         if difference:
             self._partial.restart()
             raise Damaged(f"{self._file.path} of {self._partial.record.repo} came damaged: {difference}")
-        self._partial.finish(is_proven=True)
+        self._partial.finish(tuple((name, own.hexdigest()) for name, _, own in self._hashed))
         record = self._partial.record
         return Transfer(record.sha256, 0, self.received, cached), record
 
@@ -276,7 +291,9 @@ def load_record(directory: Path, name: str) -> ExcerptRecord | None:
         if body.pop("format_version") != FORMAT_VERSION:
             return None
         stretches = tuple((start, stop) for start, stop in body["stretches"])
-        return ExcerptRecord(**{**body, "stretches": stretches, "blocks": tuple(body["blocks"])})
+        hashes = tuple((name, found) for name, found in body["hashes"])
+        lists = {"stretches": stretches, "blocks": tuple(body["blocks"]), "hashes": hashes}
+        return ExcerptRecord(**{**body, **lists})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

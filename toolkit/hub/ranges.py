@@ -92,8 +92,9 @@ class Ahead:
         )
         self._proven = self._began = False
         self._ranges: deque[_Range] = deque()
-        # Untouched memory takes none.
-        self._spare = [bytearray(self._size) for _ in range(WINDOW // self._size)]
+        largest = max((length for _, length in self._left), default=0)
+        # One more than ranges: only a full window has none left.
+        self._spare = [bytearray(largest) for _ in range(min(len(self._left) + 1, WINDOW // self._size))]
         self._failure: BaseException | None = None
         self._held_up_since: float | None = None
         self._stopping = threading.Event()

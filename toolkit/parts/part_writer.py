@@ -52,7 +52,7 @@ def write_part(
         sources = part.made_from
         if sources is None:
             sources = tuple(sha256(shard) for shard in part.sources)
-        made = [replace(record, sources=sources) for record in made]
+        made = [replace(record, sources=sources, wholes=record.wholes or part.wholes) for record in made]
         return [_checked(part, file, record) for file, record in zip(files, made, strict=True)]
 
 
@@ -72,7 +72,7 @@ def proven_part(part: PlannedPart, record: PartRecord, sha256: Callable[[Path], 
                     "they came damaged",
                     f"delete {record.file}, and run the same command again: it makes that part anew",
                 )
-    return replace(record, sources=tuple(map(sha256, part.sources)))
+    return replace(record, sources=tuple(map(sha256, part.sources)), wholes=record.wholes or part.wholes)
 
 
 def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -> list[PartRecord]:

@@ -12,7 +12,7 @@ import pytest
 
 from runner.errors import BloomdeskError
 from runner.format.manifest import load_manifest
-from runner.format.slices import Slice
+from runner.format.slices import Slice, even
 from scripts.fakehub.checkpoint import Layout
 from scripts.fakehub.server import Fault, LocalHub, Repo
 from tests.support.commands import refused, run, started
@@ -41,6 +41,8 @@ LAYOUTS = {
 # Bytes of the first shard that show the dtype, and at most so many for what describes the tensors of each.
 HEAD = 16_384
 OWN = Slice(1, (2, 1, 1))
+# Of 8 heads none: it has no row of query_key_value.
+WITHOUT_HEADS = Slice(4, even(9))
 BLOCK, SHARD = "block_01.safetensors", "pytorch_model_00003-of-00004.bin"
 
 
@@ -82,10 +84,16 @@ def hub(serve: Callable[[Path], LocalHub], sources: Callable[[str], Path]) -> Lo
 
 
 @pytest.fixture(scope="module")
-def expected(sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def converted(sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `convert --slice` makes of whole shards."""
-    convert(sources(), tmp_path_factory.mktemp("expected") / "out", own=OWN)
-    return parts_of(next(tmp_path_factory.getbasetemp().glob("expected*/out")))
+    directory = tmp_path_factory.mktemp("expected") / "out"
+    convert(sources(), directory, own=OWN)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(converted: Path) -> dict[str, bytes]:
+    return parts_of(converted)
 
 
 def parts_of(directory: Path) -> dict[str, bytes]:
@@ -106,13 +114,21 @@ def own_bytes(directory: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("layout", "form"), [*zip(LAYOUTS, ("plain", "int4", "plain", "lossless"), strict=True)]
+    ("layout", "form", "own"),
+    [
+        ("bin", "plain", OWN),
+        ("cut blocks", "int4", WITHOUT_HEADS),
+        ("single bin", "plain", WITHOUT_HEADS),
+        ("lm_head", "lossless", OWN),
+    ],
 )
-def test_only_the_bytes_of_its_rows_come(serve, sources, tmp_path: Path, layout: str, form: str) -> None:
+def test_only_the_bytes_of_its_rows_come(
+    serve, sources, tmp_path: Path, layout: str, form: str, own: Slice
+) -> None:
     hub, out = serve(sources(layout)), tmp_path / "out"
-    done = prepare(REPO, out, own=OWN, form=form)
+    done = prepare(REPO, out, own=own, form=form)
     shards = [path for path in sources(layout).iterdir() if path.suffix in (".bin", ".safetensors")]
-    convert(sources(layout), tmp_path / "expected", own=OWN, form=form)
+    convert(sources(layout), tmp_path / "expected", own=own, form=form)
     assert parts_of(out) == parts_of(tmp_path / "expected") and verify(out).sound
     assert done.received <= served(hub) <= done.received + HEAD
     # The head must equal the embedding, so its rows come, too.
@@ -125,7 +141,7 @@ def test_only_the_bytes_of_its_rows_come(serve, sources, tmp_path: Path, layout:
     for file, record in manifest.parts.items():
         assert not record.wholes and record.source_rows == whole.parts[file].source_rows
     hub.requests.clear()
-    assert not prepare(REPO, out, own=OWN, form=form).written and not hub.requests
+    assert not prepare(REPO, out, own=own, form=form).written and not hub.requests
 
 
 @pytest.mark.parametrize("form", ["lossless", "int8"])
@@ -200,7 +216,9 @@ def places(shard: Path, own: Slice) -> tuple[int, int]:
     return tensor.offset + row * rows.start + 7, tensor.offset + row * (rows.stop + 60) + 7
 
 
-def test_reading_all_through_finds_a_byte_outside_of_the_rows(hub, sources, tmp_path: Path, expected) -> None:
+def test_reading_all_through_finds_a_byte_outside_of_the_rows(
+    hub, sources, tmp_path: Path, converted: Path
+) -> None:
     out = tmp_path / "out"
     prepare(REPO, out, own=OWN)
     _, outside = places(sources() / SHARD, OWN)
@@ -212,13 +230,14 @@ def test_reading_all_through_finds_a_byte_outside_of_the_rows(hub, sources, tmp_
         hub.faults.clear()
         states = {path.name: path.stat().st_mtime_ns for path in each.glob("*.safetensors")}
         done = prepare(REPO, each, own=OWN, check_whole=True)
-        assert parts_of(each) == expected and not load_manifest(each).unproven_shards
+        # It has seen the whole matrices, too.
+        assert load_manifest(each).parts == load_manifest(converted).parts and verify(each).sound
         # What is there is compared, and stays.
         assert (
             states.items()
             <= {path.name: path.stat().st_mtime_ns for path in each.glob("*.safetensors")}.items()
         )
-        assert not {*done.written} & {*states} and not done.notes
+        assert not {*done.written} & {*states} and "have the Hub's sha256" in done.notes[0]
         hub.requests.clear()
         assert not prepare(REPO, each, own=OWN, check_whole=True).received and not hub.requests
 
@@ -259,14 +278,20 @@ def test_a_store_without_ranges_gives_whole_shards(hub, tmp_path: Path, expected
     assert [note for note in done.notes if "4 shards came whole" in note]
 
 
-def test_what_the_cache_has_is_proven(hub, sources, tmp_path: Path, expected, monkeypatch) -> None:
+@pytest.mark.parametrize("damaged", [None, 3, -2000])
+def test_what_the_cache_has_is_proven(
+    hub, sources, tmp_path: Path, expected, monkeypatch, damaged: int | None
+) -> None:
     folder = tmp_path / "cache" / "models--me--bloom" / "snapshots" / hub.repos[REPO].commit
     folder.mkdir(parents=True)
     (folder / SHARD).write_bytes((sources() / SHARD).read_bytes())
+    if damaged is not None:
+        flip(folder / SHARD, damaged)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     done = prepare(REPO, tmp_path / "out", own=OWN)
-    assert parts_of(tmp_path / "out") == expected and done.cached
-    assert SHARD not in load_manifest(tmp_path / "out").unproven_shards
+    assert parts_of(tmp_path / "out") == expected and bool(done.cached) == (damaged is None)
+    assert (SHARD in load_manifest(tmp_path / "out").unproven_shards) == (damaged is not None)
+    assert bool(hub.asked("GET", SHARD)) == (damaged is not None)
 
 
 def test_it_is_repaired_and_gone_on_with(hub, sources, tmp_path: Path, expected) -> None:
