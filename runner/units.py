@@ -30,6 +30,14 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_rate(text: str) -> int:
+    """Bytes a second of `20MB/s`, `20 MB/sec` or `20MB`. Raises `BloomdeskError` for anything else."""
+    try:
+        return parse_size(re.sub(r"/s(ec)?$", "", text.strip(), flags=re.IGNORECASE))
+    except BloomdeskError:
+        raise BloomdeskError(f"{text[:40]!r} is not a rate", "write it like 20MB/s") from None
+
+
 def parse_duration(text: str) -> float:
     """Seconds of `12h`, `90 min`, `45s`, `2d`, `1.5 hours` or `0`.
 

@@ -17,6 +17,7 @@ from runner.weights import chunks
 from scripts.fakehub import checkpoint as make_checkpoint
 from tests.support.bounded import Bounded
 from tests.support.lossless import make as make_source
+from tests.support.lossless import make_forms
 from tests.support.streaming import Shelf, arrangement, logits_of, make_shelf, opened
 from toolkit.commands.convert import convert
 
@@ -63,6 +64,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made_copy(made: Path, tmp_path: Path) -> Path:
     """A complete prepared directory of the test's own."""
     return Path(shutil.copytree(made, tmp_path / "made"))
+
+
+@pytest.fixture(scope="session")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source`, and a prepared directory of each form, named after it; copy them before changing them."""
+    return make_forms(tmp_path_factory.mktemp("forms"))
 
 
 @pytest.fixture(scope="session")

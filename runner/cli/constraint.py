@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runner.errors import BloomdeskError, reading
-from runner.format.safetensors import read_small
+from runner.errors import BloomdeskError
+from runner.format.safetensors import read_text
 from runner.generation.options import GRAMMAR, JSON_SCHEMA, REGEX, Sampling
 
 # Bytes.
@@ -28,7 +28,7 @@ def read_constraint(json_schema: Path | None, regex: str | None, grammar: Path |
 
     (name,) = names
     path = given[name]
-    found = {name: _text(path) if isinstance(path, Path) else path}
+    found = {name: read_text(path, LARGEST_CONSTRAINT) if isinstance(path, Path) else path}
     try:
         check(Sampling(**found))
     except BloomdeskError as error:
@@ -36,12 +36,3 @@ def read_constraint(json_schema: Path | None, regex: str | None, grammar: Path |
             raise BloomdeskError(f"{path}: {error.message}", error.hint) from None
         raise
     return found
-
-
-def _text(path: Path) -> str:
-    with reading(path):
-        data = read_small(path, LARGEST_CONSTRAINT)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BloomdeskError(f"{path} is not valid UTF-8 text") from None

@@ -56,9 +56,9 @@ class GenerateOptions:
     session: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     sampling: Sampling = GREEDY
+    also: tuple[Path, ...] = ()
     # What all machines must have been asked, if there are several.
     asked: Mapping[str, object] = field(default_factory=dict)
-    also: tuple[Path, ...] = ()
 
 
 def generate(options: GenerateOptions) -> int:

@@ -12,7 +12,7 @@ from runner.format.hyperparameters import Hyperparameters
 from runner.format.quantised import FORMS, QUANTISED_FORMS
 from runner.generation.options import DEFAULT_NEW_TOKENS
 from runner.system.disk import UNKNOWN_SPACE
-from runner.units import duration, number, parse_size, size
+from runner.units import duration, number, parse_rate, parse_size, rate, size
 
 # Gbit/s, and bytes a second of one.
 DEFAULT_NETWORK, GIGABIT = 1.0, 125e6
@@ -35,20 +35,25 @@ def plan(
     also: Sequence[Path] = (),
     machines: int = 1,
     network: float = DEFAULT_NETWORK,
+    disks: str | None = None,
     as_json: bool = False,
 ) -> int:
     """Exit status, 1 if the disk is too small, after the report was printed.
 
     `space_to_prepare` gives the bytes of disk that preparing a model takes; `ram` is a size like 12GB. Beside this
-    machine alone it is of several `machines` like it, with a `network` of so many Gbit/s; then the slice must fit.
+    machine alone it is of several `machines` like it, with a `network` in Gbit/s; then the slice must fit. `disks` are
+    rates like 0.4GB/s,0.2GB/s: what this machine would do with disks like that.
     """
     from runner.estimate.plan import plan
 
+    rates = tuple(map(parse_rate, disks.split(","))) if disks else ()
     found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens, also, draft)
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
     asked = {"prompt_tokens": prompt_tokens, "tokens": tokens}
     rows = list(_rows(directory, asked, found, needed, fits))
+    if rates:
+        rows += _disks_rows(found, asked, rates)
     if machines > 1:
         rows += _machines_rows(found, asked, machines, network)
         fits = found.name is None or found.free_bytes >= found.form.disk_bytes / machines
@@ -117,6 +122,37 @@ def _draft_row(found: Drafting) -> Row:
     words += f"reads {size(memory.streamed_bytes)} and gives several tokens, {duration(found.seconds)} each to draft"
     fields = {"is_form": found.is_form, "bytes": found.nbytes, "seconds": found.seconds}
     return Row("draft", words, {"draft": {**fields, "forecast": _forecast_fields(found.forecast)}})
+
+
+def _disks_rows(found: Plan, asked: dict[str, int], disks: tuple[float, ...]) -> Iterator[Row]:
+    """What this machine would make of each form with other disks, over which the rows are spread by their rates."""
+    from runner.estimate.forecast import forecast
+    from runner.estimate.rates import shares_of
+
+    rates, shares, request = (
+        found.rates.with_disks(disks),
+        shares_of(disks),
+        found.form.forecast.memory_plan.request,
+    )
+    words = (
+        f"{' and '.join(map(rate, disks))}, {rate(rates.disk)} together" if len(disks) > 1 else rate(disks[0])
+    )
+    yield Row()
+    yield Row(f"{len(disks)} disks" if len(disks) > 1 else "such a disk", words)
+    fields = {}
+    for form in (found.form, *found.others.values()):
+        lengths = asked["prompt_tokens"], asked["tokens"]
+        each = forecast(
+            found.model, request.ram, request.process, rates, *lengths, form.forecast.stored, shares
+        )
+        fields[form.form] = _forecast_fields(each)
+        words = (
+            f"{duration(each.seconds_per_token)} a token, {duration(each.prompt_seconds)} for the prompt; "
+        )
+        parts = " and ".join(size(form.disk_bytes * share / sum(shares)) for share in shares)
+        yield Row(f"  {form.form}", f"{words}{parts} of disk")
+    about = {"rates": disks, "shares": shares, "bytes_per_second": rates.disk}
+    yield Row(fields={"disks": {**about, **fields}})
 
 
 def _machines_rows(found: Plan, asked: dict[str, int], machines: int, network: float) -> Iterator[Row]:

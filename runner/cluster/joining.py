@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from runner.cluster.group import PATIENCE, Group
 from runner.errors import BloomdeskError, LastingFailure
-from runner.format.manifest import Manifest, digest
+from runner.format.digest import digest
+from runner.format.manifest import Manifest
 from runner.generation.memory_plan import Machine
 
 INTERFACE_VARIABLE, PATIENCE_VARIABLE = "GLOO_SOCKET_IFNAME", "BLOOMDESK_PATIENCE"

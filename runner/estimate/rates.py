@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -41,6 +41,8 @@ DISK_BYTES = 2**30
 SMALLEST_SCRATCH = LARGEST_CHUNK
 # A slow disk gets a smaller file.
 _WRITING_SECONDS = 5.0
+# Bytes a second of one share.
+SHARE = 10**6
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Rates:
     int8: float
     int4: float
     disks: tuple[float, ...] = ()
+
+    def with_disks(self, disks: tuple[float, ...]) -> Rates:
+        """The same machine with other disks, each of which has rows in proportion to its rate."""
+        return replace(self, disk=together(disks, shares_of(disks)), disks=disks)
 
 
 def disk_rate(paths: Sequence[Path], seconds: float = DISK_SECONDS, nbytes: int = DISK_BYTES) -> float:
@@ -117,6 +123,11 @@ def scratch_rates(directories: Sequence[Path]) -> tuple[float, ...]:
     """The rate of each of several disks, all of which are written and read at once; raises as `scratch` does."""
     with ThreadPoolExecutor(len(directories)) as threads:
         return tuple(threads.map(scratch_rate, directories))
+
+
+def shares_of(disks: Sequence[float]) -> tuple[int, ...]:
+    """Shares of the rows in proportion to what each disk gives."""
+    return tuple(max(1, round(each / SHARE)) for each in disks)
 
 
 def together(rates: Sequence[float], nbytes: Sequence[int]) -> float:

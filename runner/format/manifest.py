@@ -18,23 +18,15 @@ the row groups in NAME. docs/format.md is the long form.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError, explained, in_shell
-from runner.format.coded import (
-    CODED_ALIGNMENT,
-    CODED_DTYPE,
-    LARGEST_CODED,
-    LOSSLESS,
-    PLAIN,
-    ROW_GROUPS_SUFFIX,
-)
+from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
+from runner.format.digest import digest
 from runner.format.hyperparameters import Hyperparameters, quoted
 from runner.format.layout import (
     COMPANIONS,
@@ -43,13 +35,12 @@ from runner.format.layout import (
     MANIFEST_BACKUP,
     REQUIRED_COMPANIONS,
     PartSpec,
-    codings_of,
     is_file_name,
-    part_header,
     part_specs,
 )
-from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS, SCALES_SUFFIX, Coding
-from runner.format.safetensors import MAX_HEADER_BYTES, Described, Shape, read_small, tensor_nbytes
+from runner.format.part_record import PartRecord, TensorRecord, check_hash, part_body, part_from, shard_sizes
+from runner.format.quantised import INT4_FORM, INT8_FORM, QUANTISED_FORMS
+from runner.format.safetensors import read_small
 from runner.format.slices import Slice
 
 FORMAT = "bloomdesk-prepared"
@@ -63,91 +54,6 @@ SLICED_VERSION = 5
 LARGEST_MANIFEST = 64 * 2**20
 # Error numbers of what is there in place of the file: a directory, a pipe or a device, a loop of links, gigabytes.
 _NO_MANIFEST = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A tensor of a part; `xxh3_128` is the hash of its bytes."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    xxh3_128: str
-
-    @property
-    def described(self) -> Described:
-        return self.name, self.dtype, self.shape
-
-    @property
-    def nbytes(self) -> int:
-        return tensor_nbytes(self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class SourceShard:
-    """A file of the source that a part was made from; `size` is None in manifests of earlier versions."""
-
-    file: str
-    sha256: str
-    size: int | None = None
-
-
-@dataclass(frozen=True)
-class PartRecord:
-    """A part as written: size and hash of the whole file, its tensors, and what they were made from.
-
-    `tensors` are those that the file stores, with hashes of the stored bytes; `decoded` are those that the coded ones
-    decode to, with hashes of the decoded bytes. In fewer bits these are not what the source has: `originals` are its
-    tensors, with hashes of their bytes.
-
-    In a slice these have fewer rows. `wholes` are the matrices of which they are rows, as all slices together decode
-    to them, and `whole_originals`, in fewer bits, what those were made from; none if they were never read whole. With
-    these a slice needs no `originals` of its own.
-    """
-
-    file: str
-    size: int
-    xxh3_128: str
-    tensors: tuple[TensorRecord, ...]
-    sources: tuple[SourceShard, ...]
-    decoded: tuple[TensorRecord, ...] = ()
-    originals: tuple[TensorRecord, ...] = ()
-    wholes: tuple[TensorRecord, ...] = ()
-    whole_originals: tuple[TensorRecord, ...] = ()
-
-    @property
-    def header(self) -> bytes:
-        """The file's first bytes, up to its data; they follow from the record."""
-        stored = [tensor.described for tensor in self.tensors]
-        return part_header(stored, [tensor.described for tensor in self.decoded])
-
-    @property
-    def codings(self) -> dict[str, Coding]:
-        """How each tensor that is stored in fewer bits is stored, by name."""
-        return codings_of(
-            [each.described for each in self.tensors], [each.described for each in self.decoded]
-        )
-
-    @property
-    def weights(self) -> tuple[TensorRecord, ...]:
-        """The tensors as a pass uses them, in the order of a pass: the coded ones decoded."""
-        return self._with(self.decoded)
-
-    @property
-    def whole_weights(self) -> tuple[TensorRecord, ...]:
-        """The same of all slices together, as an export has them; the own rows if only these are known."""
-        return self._with(self.wholes or self.decoded)
-
-    @property
-    def source_tensors(self) -> tuple[TensorRecord, ...]:
-        """The source's tensors that the part was made from, in the order of a pass, with hashes of uncoded bytes."""
-        return self._with(self.whole_originals or self.wholes or self.originals or self.decoded)
-
-    def _with(self, others: Sequence[TensorRecord]) -> tuple[TensorRecord, ...]:
-        """The stored tensors, those that have one of `others` replaced by it."""
-        by_name = {tensor.name: tensor for tensor in others}
-        beside = {name + suffix for name in by_name for suffix in (ROW_GROUPS_SUFFIX, SCALES_SUFFIX)}
-        return tuple(by_name.get(each.name, each) for each in self.tensors if each.name not in beside)
 
 
 @dataclass(frozen=True)
@@ -212,8 +118,7 @@ class Manifest:
     def command(self, directory: Path) -> str:
         """The command that makes the rest of an unfinished directory."""
         form = "" if self.form == PLAIN else f" --form {self.form}"
-        is_alone = self.slice is not None and not self.places
-        made_by = f"prepare {self.source.repo}" if self.source.repo and not is_alone else "convert SRC"
+        made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
         return f"bloomdesk {made_by} {in_shell(directory)}{form}{self._slice_options}"
 
     @property
@@ -226,6 +131,12 @@ class Manifest:
         )
         others = "".join(f" --also {in_shell(Path(place))}" for place in self.places[1:])
         return f"{others or f' --slice {self.slice}'}{shares}"
+
+    @property
+    def unproven_shards(self) -> tuple[str, ...]:
+        """The source shards whose sha256 was never compared, because only the rows of a slice came."""
+        found = {shard.file for part in self.parts.values() for shard in part.sources if not shard.checked}
+        return tuple(sorted(found))
 
     @property
     def records(self) -> tuple[PartRecord | CompanionRecord, ...]:
@@ -279,8 +190,8 @@ class Manifest:
             "model": self.model.recorded,
             "fingerprint": self.fingerprint,
             **({"source_fingerprint": self.source_fingerprint} if self.form in QUANTISED_FORMS else {}),
-            "source_shards": _shard_sizes(self.parts.values()),
-            "parts": [_part_body(record, self.form, self.slice) for record in self.parts.values()],
+            "source_shards": shard_sizes(self.parts.values()),
+            "parts": [part_body(record, self.form, self.slice) for record in self.parts.values()],
             "companions": [asdict(record) for record in self.companions.values()],
             **({"source_samples": dict(self.samples)} if self.samples and self.missing else {}),
         }
@@ -363,38 +274,11 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest.from_json(text, path)
 
 
-def digest(body: dict[str, Any]) -> str:
-    """The sha256 of a JSON object, whatever the order of its keys."""
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
 def _unsound(where: Path, why: str) -> UnsoundManifest:
     return UnsoundManifest(
         f"{where} is not a sound manifest: {why}",
         f"convert again into an empty directory, not {where.parent}",
     )
-
-
-def _part_body(record: PartRecord, form: str, own: Slice | None) -> dict[str, Any]:
-    body = asdict(record)
-    # Where earlier versions look, sizes would be unknown fields.
-    body["sources"] = [{"file": shard.file, "sha256": shard.sha256} for shard in record.sources]
-    if form == PLAIN:
-        del body["decoded"]
-    if form not in QUANTISED_FORMS:
-        del body["originals"]
-    if own is None:
-        del body["wholes"]
-    if own is None or form not in QUANTISED_FORMS:
-        del body["whole_originals"]
-    return body
-
-
-def _shard_sizes(parts: Iterable[PartRecord]) -> list[dict[str, Any]]:
-    """Each source shard whose size is known, once."""
-    shards = {shard for part in parts for shard in part.sources if shard.size is not None}
-    return [asdict(shard) for shard in sorted(shards, key=lambda shard: (shard.file, shard.sha256))]
 
 
 def _decode(body: dict[str, Any]) -> Manifest:
@@ -419,7 +303,8 @@ def _decode(body: dict[str, Any]) -> Manifest:
         raise ValueError("a source shard has no size")
     empty = Manifest(model, source, form=form, slice=own, places=places)
     parts = {
-        entry["file"]: _decode_part(entry, empty, specs[entry["file"]], sizes) for entry in body["parts"]
+        entry["file"]: part_from(entry, specs[entry["file"]], model, form, own, sizes)
+        for entry in body["parts"]
     }
     companions = {entry["file"]: CompanionRecord(**entry) for entry in body["companions"]}
     if len(parts) != len(body["parts"]) or len(companions) != len(body["companions"]):
@@ -429,12 +314,12 @@ def _decode(body: dict[str, Any]) -> Manifest:
     for record in (*parts.values(), *companions.values()):
         if type(record.size) is not int or not 0 <= record.size < 2**63:
             raise ValueError(f"{record.file} has no size")
-        _check_hash(record.xxh3_128, 32)
+        check_hash(record.xxh3_128, 32)
     samples = body.get("source_samples", {})
     for file, sampled in samples.items():
         if not is_file_name(file):
             raise ValueError(f"{quoted(file)} is not the name of a shard")
-        _check_hash(sampled, 32)
+        check_hash(sampled, 32)
     manifest = replace(empty, parts=parts, companions=companions, samples=samples)
     if manifest.format_version != body["format_version"]:
         raise ValueError(f"its form is {quoted(form)}")
@@ -456,81 +341,3 @@ def _decode_slice(body: dict[str, Any]) -> tuple[Slice | None, tuple[str, ...]]:
     if not all(isinstance(place, str) and 0 < len(place) < 4096 and "\0" not in place for place in places):
         raise ValueError("the place of a slice is no path")
     return own, places
-
-
-def _decode_part(
-    entry: dict[str, Any], manifest: Manifest, whole: PartSpec, sizes: Mapping[tuple[str, str], int]
-) -> PartRecord:
-    """The record of a part, which must be one that this program writes for a part of these tensors.
-
-    `manifest` has no parts yet, `whole` is the part without slices, and `sizes` are those of the source shards by
-    name and sha256.
-    """
-    spec, dtype, form = whole.sliced(manifest.model, manifest.slice), manifest.model.dtype, manifest.form
-    tensors = _decode_tensors(spec.stored(dtype, _coded_sizes(entry, spec, form), form), entry["tensors"])
-    decoded = _decode_tensors(spec.decoded(form, dtype), entry.get("decoded", ()))
-    is_quantised = form in QUANTISED_FORMS
-    # A slice of what is rounded already never saw what its own rows were made from.
-    has_originals = is_quantised and (manifest.slice is None or entry["originals"])
-    originals = _decode_tensors(spec.decoded(form, dtype), entry["originals"]) if has_originals else ()
-    of_all = [(name, dtype, shape) for name, shape in whole.matrices.items()]
-    wholes, whole_originals = (
-        _decode_tensors(of_all, entry[name]) if entry.get(name) else ()
-        for name in ("wholes", "whole_originals")
-    )
-    if is_quantised and (len(wholes) != len(whole_originals) or len(originals or wholes) < len(decoded)):
-        raise ValueError(f"{spec.file} is recorded without what its matrices were made from")
-    sources = _decode_sources(entry, sizes)
-    tensor_records = (tensors, sources, decoded, originals, wholes, whole_originals)
-    record = PartRecord(spec.file, entry["size"], entry["xxh3_128"], *tensor_records)
-    if digest(_part_body(record, form, manifest.slice)) != digest(entry):
-        raise ValueError(
-            f"{spec.file} is recorded with other tensors than the model has, or with unknown fields"
-        )
-    # The header of a coded part has one possible length, that of a plain part may be longer than ours.
-    rest = record.size - sum(tensor.nbytes for tensor in tensors)
-    if not (rest == len(record.header) if decoded else 8 < rest <= 8 + MAX_HEADER_BYTES):
-        raise ValueError(f"{spec.file} is recorded with a size that it cannot have")
-    return record
-
-
-def _coded_sizes(entry: dict[str, Any], spec: PartSpec, form: str) -> dict[str, int]:
-    """The bytes of each losslessly coded matrix of a part, by name."""
-    matrices = spec.matrices if form == LOSSLESS else {}
-    coded = {each["name"]: each["shape"][0] for each in entry["tensors"] if each["name"] in matrices}
-    for name, size in coded.items():
-        has_rows = matrices[name][0] > 0
-        if (
-            type(size) is not int
-            or not has_rows <= size <= LARGEST_CODED * has_rows
-            or size % CODED_ALIGNMENT
-        ):
-            raise ValueError(f"{spec.file} is recorded with a coded tensor of a size that it cannot have")
-    return coded
-
-
-def _decode_sources(entry: dict[str, Any], sizes: Mapping[tuple[str, str], int]) -> tuple[SourceShard, ...]:
-    sources = tuple(
-        SourceShard(each["file"], each["sha256"], sizes.get((each["file"], each["sha256"])))
-        for each in entry["sources"]
-    )
-    for shard in sources:
-        _check_hash(shard.sha256, 64)
-        if not is_file_name(shard.file):
-            raise ValueError(f"{quoted(entry['file'])} has a source that is no file name")
-    return sources
-
-
-def _decode_tensors(expected: Sequence[Described], entries: Sequence[Any]) -> tuple[TensorRecord, ...]:
-    """The expected tensors with the hashes of `entries`; whether the rest of these fits is not checked."""
-    tensors = tuple(
-        TensorRecord(*each, found["xxh3_128"]) for each, found in zip(expected, entries, strict=True)
-    )
-    for tensor in tensors:
-        _check_hash(tensor.xxh3_128, 32)
-    return tensors
-
-
-def _check_hash(text: str, length: int) -> None:
-    if not re.fullmatch(rf"[0-9a-f]{{{length}}}", text):
-        raise ValueError(f"{quoted(text)} is not a hash")

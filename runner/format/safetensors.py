@@ -13,7 +13,8 @@ import errno
 import json
 import math
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,6 +82,16 @@ def read_small(path: Path, largest: int) -> bytes:
     return data
 
 
+def read_text(path: Path, largest: int) -> str:
+    """The text of a regular file, UTF-8. Raises `BloomdeskError`, also if it has more than `largest` bytes."""
+    with reading(path):
+        data = read_small(path, largest)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BloomdeskError(f"{path} is not valid UTF-8 text") from None
+
+
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a dense tensor."""
     return BYTES_PER_ELEMENT[dtype] * math.prod(shape)
@@ -109,13 +120,15 @@ def encode_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def read_header(path: Path) -> Header:
-    """The header of the safetensors file at `path`, checked against the file's size.
+def read_header(
+    path: Path, opened: Callable[[Path], AbstractContextManager[BinaryIO]] = open_regular
+) -> Header:
+    """The header of the safetensors file at `path`, checked against the file's size; `opened` gives its bytes.
 
     Only the header's bytes are read. Raises `BloomdeskError` for anything that the format does not allow: a length
     beyond the file, invalid JSON, a repeated name, gaps, overlaps, data that ends before or after the file does.
     """
-    with reading(path), open_regular(path) as file:
+    with reading(path), opened(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
+from runner.format.digest import digest
 from runner.format.layout import SPREADING
-from runner.format.manifest import Manifest, UnsoundManifest, digest, load_manifest
+from runner.format.manifest import Manifest, UnsoundManifest, load_manifest
 from runner.format.slices import even
 
 # Of missing slices, in one sentence.
@@ -141,7 +142,7 @@ def refuse_while_spreading(directory: Path) -> None:
             also = "".join(f" --also {in_shell(Path(place))}" for place in places[1:])
         raise BloomdeskError(
             f"{directory} is being spread over several disks, and that has not ended",
-            f"bloomdesk spread {in_shell(directory)}{also} goes on",
+            f"bloomdesk spread {in_shell(directory)}{also} resumes where it stopped",
         )
 
 
@@ -150,10 +151,9 @@ def require_all_slices(found: SliceSet) -> None:
     own, places = found.first.slice, found.first.places
     if not found.missing or own is None:
         return
-    where = [f"{places[index]} had" if places else "" for index in found.missing[:MOST_NAMED]]
-    names = [f"{index + 1}/{found.count}" for index in found.missing[:MOST_NAMED]]
     named = ", ".join(
-        f"{name}, which {place}" if place else name for name, place in zip(names, where, strict=True)
+        f"{index + 1}/{found.count}" + (f" (made in {places[index]})" if places else "")
+        for index in found.missing[:MOST_NAMED]
     )
     more = f" and {len(found.missing) - MOST_NAMED} more" if len(found.missing) > MOST_NAMED else ""
     raise BloomdeskError(

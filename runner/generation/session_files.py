@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError, explained, reading
-from runner.format.manifest import digest
+from runner.format.digest import digest
 from runner.format.safetensors import read_small
 from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.clutter import is_clutter

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runner.errors import BloomdeskError, reading
-from runner.format.safetensors import read_small
+from runner.errors import BloomdeskError
+from runner.format.safetensors import read_text
 
 # Bytes.
 LARGEST_TEMPLATE = 2**20
@@ -53,7 +53,7 @@ def load_template(directory: Path, file: Path | None = None) -> ChatTemplate | N
     special = {name: token for name in SPECIAL_TOKENS if (token := special_token(config, name))}
     for path in filter(None, (file, directory / TEMPLATE)):
         if path is file or path.exists():
-            return ChatTemplate(_text_of(path), special, str(path))
+            return ChatTemplate(read_text(path, LARGEST_TEMPLATE), special, str(path))
     text = config.get("chat_template")
     if isinstance(text, list):
         named = {each.get("name"): each.get("template") for each in text if isinstance(each, dict)}
@@ -69,7 +69,7 @@ def tokenizer_config(directory: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(_text_of(path))
+        found = json.loads(read_text(path, LARGEST_TEMPLATE))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -82,15 +82,6 @@ def special_token(config: Mapping[str, Any], name: str) -> str | None:
     token = config.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-def _text_of(path: Path) -> str:
-    with reading(path):
-        data = read_small(path, LARGEST_TEMPLATE)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BloomdeskError(f"{path} is not valid UTF-8 text") from None
 
 
 def _as_json(value: Any, indent: int | None = None) -> str:

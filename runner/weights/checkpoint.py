@@ -12,7 +12,7 @@ from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import DATA_ALIGNMENT, PartSpec, part_specs, pass_nbytes
-from runner.format.manifest import PartRecord
+from runner.format.part_record import PartRecord
 from runner.format.quantised import SCALES_SUFFIX
 from runner.format.safetensors import TensorEntry, read_header
 from runner.format.slice_set import SliceSet, find_all_slices

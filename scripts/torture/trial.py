@@ -22,7 +22,8 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import CompanionRecord, Manifest, PartRecord, load_manifest, read_manifest
+from runner.format.manifest import CompanionRecord, Manifest, load_manifest, read_manifest
+from runner.format.part_record import PartRecord
 from runner.system.lock import sole_writer
 from scripts.torture.world import (
     DOWN,

@@ -14,9 +14,6 @@ from runner.units import rate
 if TYPE_CHECKING:
     from toolkit.commands.placement import Placement
 
-# Bytes a second of one share.
-SHARE = 10**6
-
 
 def placement_of(
     destination: Path, own: Slice | None, also: Sequence[Path], shares: Sequence[int]
@@ -35,10 +32,10 @@ def placement_of(
 
 def _measured(placement: Placement) -> tuple[int, ...]:
     """Shares in proportion to what each disk gives while all of them are read."""
-    from runner.estimate.rates import scratch_rates
+    from runner.estimate.rates import scratch_rates, shares_of
 
     found = scratch_rates([existing_directory(each) for each in placement.directories])
-    shares = tuple(max(1, round(each / SHARE)) for each in found)
+    shares = shares_of(found)
     given = ", ".join(f"{each} {rate(of)}" for each, of in zip(placement.directories, found, strict=True))
     print(f"the disks give together: {given}; so --shares {','.join(map(str, shares))}", file=sys.stderr)
     return shares

@@ -101,20 +101,39 @@ def prepare(
     form: Form = PLAIN,
     lossless: Lossless = False,
     dtype: Dtype = None,
+    slice_: SliceOption = None,
     also: NewAlso = None,
     shares: Shares = None,
+    check_whole: Annotated[
+        bool,
+        typer.Option(
+            "--check-whole", help="With --slice: read all of each shard once, and compare its sha256."
+        ),
+    ] = False,
 ) -> None:
     """Download and convert shard by shard. It needs space for two shards beside the result; run again, it resumes."""
     from toolkit.commands.prepare import plan_preparation
 
     line, chosen = line_of(patience, limit_rate), form_of(form, lossless)
-    placement = placement_of(destination, None, also or (), shares_of(shares)) if also else None
+    own = slice_of(slice_, shares)
+    if check_whole and own is None:
+        raise BloomdeskError(
+            "--check-whole is for a --slice: whole shards are always checked", "leave it out"
+        )
     plan = plan_preparation(
-        repo, destination, revision, chosen, connections, dtype_of(dtype), line=line, placement=placement
+        repo,
+        destination,
+        revision,
+        chosen,
+        connections,
+        dtype_of(dtype),
+        line=line,
+        placement=placement_of(destination, own, also or (), shares_of(shares)),
+        check_whole=check_whole,
     )
     what = f"{repo} at {plan.manifest.source.commit[:12]} into {destination}"
     print(f"{what}: {intention(plan)}", file=sys.stderr)
-    print_lines(completed_lines(destination, _built("preparing", plan, line)))
+    print_lines(completed_lines(destination, _built("preparing", plan, line), plan.slice))
 
 
 def convert(
@@ -143,7 +162,7 @@ def convert(
         adapter=adapter,
         placement=placement_of(destination, slice_of(slice_, shares), also or (), shares_of(shares)),
     )
-    print_lines(completed_lines(destination, _built("converting", plan)))
+    print_lines(completed_lines(destination, _built("converting", plan), plan.slice))
 
 
 def spread(
@@ -151,7 +170,7 @@ def spread(
     also: NewAlso = None,
     shares: Shares = None,
 ) -> None:
-    """Spread a prepared directory over several disks. Running it again goes on."""
+    """Spread a prepared directory over several disks. Running it again resumes."""
     from toolkit.commands.spread import carry_out, plan_spread
 
     given = placement_of(directory, None, also or (), shares_of(shares))
@@ -215,7 +234,7 @@ def export(
     """Write the standard checkpoint back. It is sharded safetensors, as transformers loads it."""
     from toolkit.commands.export import carry_out, plan_export
 
-    plan = plan_export(directory, destination, also or ())
+    plan = plan_export(directory, destination, also or (), WorkProgress)
     _say_if_space_is_unknown(destination)
     with WorkProgress("exporting", plan.work) as progress:
         done = carry_out(plan, progress)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from runner.cli.report import Row
 from runner.errors import explained, in_shell
 from runner.format.coded import PLAIN
+from runner.format.slices import Slice
 from runner.system.disk import UNKNOWN_SPACE
 from runner.units import duration, number, percent, rate, size
 
@@ -55,9 +56,12 @@ def written(what: str, done: Summary) -> str:
     return f"{text}; {size(done.bytes_deleted)} of the source deleted" if done.bytes_deleted else text
 
 
-def completed_lines(destination: Path, done: Summary) -> Iterator[str]:
-    """That a prepared directory is complete, what that took, and the command to try it."""
+def completed_lines(destination: Path, done: Summary, own: Slice | None = None) -> Iterator[str]:
+    """That a prepared directory is complete, what that took, and the next command; `own` if it is one slice alone."""
     yield f"{destination} is complete: {written('parts', done)}"
+    if own is not None and own.count > 1:
+        yield f"  next: make the other slices; bloomdesk info {in_shell(destination)} --also DIR says which are there"
+        return
     yield f'  next: bloomdesk generate {in_shell(destination)} "PROMPT"'
 
 
@@ -99,12 +103,18 @@ def intention(plan: BuildPlan) -> str:
     there, to_make = len(plan.manifest.parts), len(plan.schedule.needs)
     if not to_make:
         return f"all {there} parts are there"
+    if plan.to_prove:
+        compared = f", {len(plan.to_prove)} of them to be compared with the bytes of whole shards"
+        there, to_make = there + len(plan.to_prove), to_make - len(plan.to_prove)
+    else:
+        compared = ""
     cut = ", because blocks are cut across shards" if plan.schedule.shards_at_a_time > 2 else ""
+    rows = "the rows of " if plan.slice is not None else ""
     about = "" if plan.manifest.form == PLAIN else "about "
     return (
-        f"{there} parts are there, {to_make} to be made; "
+        f"{there} parts are there{compared}, {to_make} to be made; "
         f"{about}{size(plan.peak_bytes)} of disk at the fullest moment, "
-        f"with at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
+        f"with {rows}at most {plan.schedule.shards_at_a_time} shards beside the parts{cut}"
     )
 
 
@@ -215,6 +225,11 @@ def _slice_rows(found: Info) -> Iterator[Row]:
     if own is None:
         return
     yield Row("holds", f"{own.described}: some rows of every matrix")
+    if unproven := len(found.manifest.unproven_shards):
+        what = (
+            f"rows of {unproven:,} shards, whose sha256 was not compared: prepare --check-whole compares it"
+        )
+        yield Row("made from", what)
     for each in found.places:
         if each["index"] == own.index:
             continue

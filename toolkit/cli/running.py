@@ -113,7 +113,7 @@ def generate(
     session: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep each pass there; run again, it goes on, also with a longer PROMPT."
+            metavar="DIR", help="Keep each pass there; running it again resumes, also with a longer PROMPT."
         ),
     ] = None,
     also: Also = None,
@@ -229,7 +229,9 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Prompts are in the log.")] = False,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep files and batches there; they go on when it starts again."),
+        typer.Option(
+            metavar="DIR", help="Keep files and batches there; batches resume when it starts again."
+        ),
     ] = None,
     max_file_size: Annotated[
         str | None,
@@ -305,6 +307,14 @@ def plan(
     network: Annotated[
         float, typer.Option(metavar="G", min=0.001, help="Gbit/s between the machines.")
     ] = plan_command.DEFAULT_NETWORK,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE,..",
+            help="Forecast disks of these rates, too, like 0.4GB/s,0.2GB/s, with the rows spread over them.",
+            show_default="none",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Forecast disk, RAM and seconds a token. Nothing is downloaded; exit status 1 if the disk is too small."""
@@ -321,5 +331,6 @@ def plan(
         also=also or (),
         machines=machines,
         network=network,
+        disks=disk,
         as_json=as_json,
     )

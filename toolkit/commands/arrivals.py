@@ -3,89 +3,85 @@
     Hub ──> shard on its way ──> shard, sound ──> parts made from it, hashed again ──> read back ──> shard deleted
             └─ calling thread ─┘                  └────── threads "parts" and "sha256" ──────┘
 
-    DST/.source/
-      bloomdesk-download.json     which shards have been checked
-      SHARD                       arrived, sound, waiting for the parts that are made from it
-      SHARD.incomplete            on its way
-
-The network stays in the calling thread, so that Ctrl-C ends a read that waits. `.source` is on the same disk as the
-prepared directory. Only these files are ever removed from it; it goes when the directory is complete and it is empty.
+The network stays in the calling thread, so that Ctrl-C ends a read that waits. What arrives, and where it waits, is
+said by staged_shards.py or, if only the rows of a slice are fetched, staged_rows.py.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from runner.errors import BloomdeskError
-from runner.format.manifest import Manifest, SourceShard
-from runner.system.atomic import TEMPORARY_SUFFIX
+from runner.format.layout import part_specs
+from runner.format.manifest import Manifest
+from runner.format.part_record import SourceShard, TensorRecord
+from runner.format.quantised import QUANTISED_FORMS
+from runner.format.slices import Slice
 from toolkit.commands.build import Manifests, plan_source_part
-from toolkit.commands.download import bytes_begun, fetch_recorded
 from toolkit.commands.schedule import SHARDS_AT_A_TIME, Schedule
-from toolkit.hub.line import Line
-from toolkit.hub.place import check, look, set_aside, whose
-from toolkit.hub.record import RECORD, DownloadRecord, RecordedFile, load_record, save_record
-from toolkit.hub.revision import Revision
 from toolkit.hub.transfer import Transfer
-from toolkit.io.disk import disk_errors
-from toolkit.io.hasher import ShardHashes
-from toolkit.io.progress import Progress, silent
-from toolkit.parts.destination import STAGING
+from toolkit.io.progress import Progress
 from toolkit.parts.part import PlannedPart
 from toolkit.source.dtype import in_dtype, rounding_notes
-from toolkit.source.index import FORMS, ShardList
+from toolkit.source.index import ShardList
 from toolkit.source.key_map import Assignment, assign
-from toolkit.source.shards import read_member
 from toolkit.source.tensor import SourceTensor
 
-MOVE_STAGING = "move what is there out of the directory, and run the same command again"
-SUFFIXES = tuple(suffix for *_, suffix in FORMS)
 
+class Staging(Protocol):
+    """The place of shards while parts are made from them, by name; the names that it knows are `names`.
 
-def staged_bytes(destination: Path, names: Iterable[str]) -> int:
-    """Bytes of these shards that earlier runs have left on the disk, whole or not."""
-    paths = [destination / STAGING / (name + suffix) for name in names for suffix in ("", TEMPORARY_SUFFIX)]
-    return sum(path.stat().st_size for path in paths if path.is_file())
-
-
-def load_staging(destination: Path, revision: Revision, needed: Iterable[str]) -> DownloadRecord:
-    """What is known of the shards that earlier runs have left.
-
-    Raises `BloomdeskError` if the staging directory is something else, or has other files in the places of `needed`
-    shards.
+    If it has the rows of a slice alone, that is its `own`.
     """
-    directory, record = destination / STAGING, None
-    if not is_staging(directory):
-        raise BloomdeskError(f"{directory} is in the way: it is no directory", MOVE_STAGING)
-    # A damaged record is no error: what is there is known by its content.
-    with suppress(BloomdeskError):
-        record = load_record(directory)
-    known = DownloadRecord.of(revision, record)
-    foreign = [name for name in needed if look(directory, known.files[name]) == "foreign"]
-    for name in needed:
-        bytes_begun(directory, known.files[name], recorded=os.path.lexists(directory / RECORD))
-    if foreign:
-        raise _in_the_way(directory, revision, foreign)
-    return known
+
+    own: Slice | None
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def hashing(self) -> AbstractContextManager[object]:
+        """What hashes shards in the background while it is open."""
+
+    def load(self) -> None:
+        """Look at what earlier runs have left; `BloomdeskError` if something else is there."""
+
+    def fetch(self, name: str, progress: Progress) -> Transfer:
+        """Fetch a shard, or keep what an earlier run has fetched."""
+
+    def begin(self, name: str) -> None:
+        """Start to hash a shard that is there."""
+
+    def tensors(self, name: str) -> dict[str, SourceTensor]:
+        """The tensors of a shard that is there."""
+
+    def hashes(self, name: str) -> Mapping[str, str]:
+        """The xxh3-128 of whole tensors of which only rows are there, by key, if they are known."""
+
+    def checked(self, shard: Path) -> SourceShard:
+        """What the manifest says of a shard; `BloomdeskError` if it is not as it came."""
+
+    def release(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
+        """Delete a shard if it is there and this program's."""
+
+    def remove(self) -> tuple[str, ...]:
+        """Remove the place, if nothing else is in it; sentences for the user."""
 
 
-def is_staging(directory: Path) -> bool:
-    """False if something else has the staging directory's name; a link may lead to somebody's files."""
-    return not os.path.lexists(directory) or (directory.is_dir() and not directory.is_symlink())
-
-
-def _in_the_way(directory: Path, revision: Revision, names: Sequence[str]) -> BloomdeskError:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return BloomdeskError(
-        f"{directory} has other files in the place of shards of {revision}, not from this program: "
-        f"{', '.join(names[:3])}{more}",
-        MOVE_STAGING,
-    )
+def _wholes(part: PlannedPart, manifest: Manifest, known: Mapping[str, str]) -> tuple[TensorRecord, ...]:
+    """The records of a slice's whole matrices, if all of them are stored as in the source, and `known` by key."""
+    whole = next(spec for spec in part_specs(manifest.model) if spec.file == part.spec.file)
+    found = [
+        TensorRecord(name, tensor.dtype, whole.tensors[name], known[tensor.key])
+        for name, tensor in part.named
+        if name in whole.matrices and tensor.key in known and tensor.stored == tensor.dtype
+    ]
+    is_known = len(found) == len(whole.matrices) and manifest.form not in QUANTISED_FORMS
+    return tuple(found) if is_known else ()
 
 
 class _Stopped(Exception):
@@ -96,36 +92,16 @@ class ArrivingShards:
     """The needed shards of a revision; `_changed` guards which are there and what the current part waits for."""
 
     def __init__(
-        self,
-        destination: Path,
-        manifest: Manifest,
-        schedule: Schedule,
-        revision: Revision,
-        index: ShardList,
-        connections: int,
-        line: Line,
-        why: str = "",
+        self, staging: Staging, manifest: Manifest, schedule: Schedule, index: ShardList, why: str = ""
     ) -> None:
         """`index` says which shard has each key, or names the single file; `why` tensors are rounded, if any are."""
         self.received = self.resumed = self.cached = 0
         self.notes: tuple[str, ...] = ()
-        self._destination = destination
-        self._manifest, self._schedule, self._revision = manifest, schedule, revision
-        self._index, self._connections, self._line = index, connections, line
-        self._directory = destination / STAGING
-        self._record = DownloadRecord.of(revision, None)
+        self._staging, self._manifest, self._schedule, self._index = staging, manifest, schedule, index
         self._changed = threading.Condition()
-        self._sha256: dict[str, str] = {}  # of the shards that are there
+        self._there: set[str] = set()
         self._awaited: tuple[str, ...] = ()
         self._stopped = False
-        # Without a record, whatever is there was not brought by this program: shards that are right are used, and stay.
-        self._begun = os.path.lexists(self._directory / RECORD)
-        self._adopted: dict[str, RecordedFile] = {}
-        self._fetched: set[str] = set()
-        self._hashes = ShardHashes()
-        # Names of shards that stay in the directory: not from this program, or it can't delete them.
-        self._spared: set[str] = set()
-        self._undeletable: set[str] = set()
         self._tensors: dict[str, dict[str, SourceTensor]] = {}
         self._assignment: Assignment | None = None
         self._why = why
@@ -133,28 +109,29 @@ class ArrivingShards:
 
     def run(self, make: Callable[[Progress], Manifests], progress: Progress) -> Manifests:
         """The manifests that `make` returns in its own thread; this one fetches shard after shard meanwhile."""
-        if self._schedule.shards or is_staging(self._directory):
-            self._record = load_staging(self._destination, self._revision, self._schedule.shards)
+        self._staging.load()
         # The hashes end first, so that no part waits for one.
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts") as thread, self._hashes:
+        with (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="parts") as thread,
+            self._staging.hashing(),
+        ):
             making = thread.submit(make, _checking(self._raise_if_stopped, progress))
             making.add_done_callback(self._wake)
             try:
                 for name in self._schedule.shards:
                     self._wait_for_turn(name, making)
-                    transfer = self._fetch(name, _checking(lambda: _raise_failure(making), progress))
+                    transfer = self._staging.fetch(name, _checking(lambda: _raise_failure(making), progress))
                     self.received += transfer.received
                     self.resumed += transfer.resumed
                     self.cached += transfer.cached
                     with self._changed:
-                        self._sha256[name] = transfer.sha256
+                        self._there.add(name)
                         self._changed.notify_all()
                 manifests = making.result()
             finally:
                 self._stopped = True
                 self._wake()
-        self._remove_staging()
-        self.notes = (*rounding_notes(self._rounded.values(), self._why), *self.notes)
+        self.notes = (*rounding_notes(self._rounded.values(), self._why), *self._staging.remove())
         return manifests
 
     def part(self, file: str) -> PlannedPart:
@@ -163,157 +140,47 @@ class ArrivingShards:
         with self._changed:
             self._awaited = shards
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._stopped or self._sha256.keys() >= set(shards))
+            self._changed.wait_for(lambda: self._stopped or self._there >= set(shards))
             self._awaited = ()
         self._raise_if_stopped()
         for name in shards:
-            self._hashes.begin(self._directory / name)
+            self._staging.begin(name)
         tensors: dict[str, SourceTensor] = {}
         for name in shards:
             if name not in self._tensors:
-                self._tensors[name] = read_member(self._index, self._directory / name)
+                self._tensors[name] = self._staging.tensors(name)
             tensors |= self._tensors[name]
         if self._assignment is None:
             # Without an index the one shard holds every tensor.
             self._assignment = assign(self._index.weight_map or tensors, manifest.model)
         tensors = in_dtype(tensors, self._assignment.keys, manifest.model.dtype)
         self._rounded |= {tensor.key: tensor for tensor in tensors.values() if tensor.stored != tensor.dtype}
-        return plan_source_part(file, manifest, self._assignment, tensors)
+        part = plan_source_part(file, manifest, self._assignment, tensors, self._staging.own)
+        if self._staging.own is None:
+            return part
+        known = {key: each for name in shards for key, each in self._staging.hashes(name).items()}
+        return replace(part, wholes=_wholes(part, manifest, known))
 
     def checked(self, shard: Path) -> SourceShard:
-        """The shard with the sha256 that was taken while parts were made from it.
-
-        Raises `BloomdeskError`, after deleting a shard that was fetched, if that is not the one with which it arrived.
-        """
-        found, adopted = self._hashes.result(shard), self._adopted.get(shard.name)
-        known = adopted or self._record.files[shard.name]
-        if found != known.sha256:
-            if adopted is None:
-                with disk_errors(shard):
-                    shard.unlink()
-            raise BloomdeskError(
-                f"{shard} has changed on the disk since it arrived: its sha256 is {found}, expected {known.sha256}",
-                "check the disk, and run the same command again: it fetches this shard anew",
-            )
-        if not known.sound_in(self._directory):
-            raise BloomdeskError(
-                f"{shard} was written to while parts were made from it",
-                "leave the directory alone, and run the same command again",
-            )
-        return SourceShard(shard.name, found, known.size)
+        """What the manifest says of a shard that parts were made from; `BloomdeskError` if it is not as it came."""
+        return self._staging.checked(shard)
 
     def release(self, needed: frozenset[str], delete: Callable[[Path, str | None], None]) -> None:
         """Delete what is not among `needed`, also shards that an earlier run has left, but nothing else."""
-        for name in self._record.files.keys() - needed:
-            if self._is_ours(name):
-                self._delete(name, delete, last=not needed)
+        for name in self._staging.names - needed:
+            self._staging.release(name, delete, last=not needed)
             with self._changed:
-                self._sha256.pop(name, None)
+                self._there.discard(name)
                 self._tensors.pop(name, None)
                 self._changed.notify_all()
-
-    def _is_ours(self, name: str) -> bool:
-        """True if a shard is there that this program has fetched."""
-        path, known = self._directory / name, self._record.files[name]
-        if name in self._spared or not name.endswith(SUFFIXES):
-            return False
-        is_from_here = self._begun or name in self._fetched
-        try:
-            if path.is_symlink() or not path.is_file():
-                return False
-            if known.sound_in(self._directory):
-                return True
-            # The run that fetched it may have been ended before it could be recorded.
-            if is_from_here and path.stat().st_size == known.size and check(self._directory, known, silent):
-                return True
-        except (OSError, BloomdeskError):
-            # What cannot be looked at or read stays; the next run may be told of it.
-            if is_from_here:
-                self._undeletable.add(name)
-        self._spared.add(name)
-        return False
-
-    def _delete(self, name: str, delete: Callable[[Path, str | None], None], *, last: bool) -> None:
-        """Delete a shard; after the last part it is no failure if that is impossible."""
-        shard = self._directory / name
-        try:
-            delete(shard, None)
-        except BloomdeskError as error:
-            cause = error.__cause__
-            of_shard = isinstance(cause, OSError) and cause.filename in (shard, str(shard))
-            if not last or not of_shard:
-                raise
-            self._undeletable.add(name)
-
-    def _remove_staging(self) -> None:
-        """Remove what else is ours, then the directory if it is empty; that it can't be is no failure."""
-        if not os.path.lexists(self._directory):
-            return
-        if not is_staging(self._directory):
-            self.notes = (f"{self._directory} stays: this program did not make it",)
-            return
-        ours = [name + TEMPORARY_SUFFIX for name in self._record.files if name.endswith(SUFFIXES)]
-        if not self._undeletable:
-            ours += [RECORD, RECORD + TEMPORARY_SUFFIX]
-        try:
-            for path in (self._directory / name for name in ours):
-                if path.is_symlink() or path.is_file():
-                    path.unlink()
-            left = sorted(path.name for path in self._directory.iterdir())
-            if not left:
-                self._directory.rmdir()
-                return
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            why = f"it holds {', '.join(left[:3])}{more}"
-        except OSError as error:
-            why = f"it cannot be removed: {error.strerror or error}"
-        self.notes = (f"{self._directory} stays: {why}; nothing in it is needed any more",)
 
     def _wait_for_turn(self, name: str, making: Future[Manifests]) -> None:
         """Wait until one more shard may come: the bound holds, or the current part needs this one."""
         with self._changed:
             self._changed.wait_for(
-                lambda: len(self._sha256) < SHARDS_AT_A_TIME or name in self._awaited or making.done()
+                lambda: len(self._there) < SHARDS_AT_A_TIME or name in self._awaited or making.done()
             )
         _raise_failure(making)
-
-    def _fetch(self, name: str, progress: Progress) -> Transfer:
-        """Fetch one shard, or keep the one that an earlier run has fetched and checked."""
-        known, path = self._record.files[name], self._directory / name
-        finding = look(self._directory, known, everything=True)
-        if finding == "unchecked":
-            # It may have decayed since it came, and an earlier run may have ended before it could be recorded.
-            found = check(self._directory, known, progress)
-            if found is not None and not self._begun:
-                self._spared.add(name)
-                self._adopted[name] = self._record.with_file(name, *found).files[name]
-                return Transfer(found[0], known.size, 0)
-            if found is not None:
-                self._record = self._record.with_file(name, *found)
-                if self._record.files[name] != known:
-                    save_record(self._directory, self._record)
-                return Transfer(found[0], known.size, 0)
-            finding = whose(self._directory, known)
-        if finding == "foreign":
-            raise _in_the_way(self._directory, self._revision, [name])
-        with disk_errors(path):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if finding == "changed":
-                set_aside(path)
-            # It is this program's, and of no use.
-            path.unlink(missing_ok=True)
-            save_record(self._directory, self._record)
-            self._fetched.add(name)
-            transfer, self._record = fetch_recorded(
-                self._revision,
-                known,
-                self._directory,
-                self._record,
-                progress,
-                self._connections,
-                self._line,
-            )
-        return transfer
 
     def _raise_if_stopped(self) -> None:
         if self._stopped:

@@ -20,7 +20,9 @@ from typing import Protocol
 
 from runner.errors import BloomdeskError
 from runner.format.layout import EMBEDDING, part_specs
-from runner.format.manifest import Manifest, PartRecord, SourceShard
+from runner.format.manifest import Manifest
+from runner.format.part_record import PartRecord, SourceShard
+from runner.format.slices import Slice
 from toolkit.commands.schedule import Schedule
 from toolkit.hub.place import set_aside
 from toolkit.io.disk import disk_errors, read_if_exists, sole_writer_of
@@ -30,7 +32,7 @@ from toolkit.parts.comparison import Comparison, compare
 from toolkit.parts.manifest_backup import recover_manifest
 from toolkit.parts.part import PlannedPart, check_shape, part_work, plan_part
 from toolkit.parts.part_output import Output
-from toolkit.parts.part_writer import check_lm_head, write_part
+from toolkit.parts.part_writer import check_lm_head, proven_part, write_part
 from toolkit.parts.release import Release
 from toolkit.parts.zeros import zero_notes
 from toolkit.source.key_map import Assignment
@@ -89,7 +91,8 @@ class BuildPlan:
     `companions` are the small files' bytes. `shards` serve one run.
     `peak_bytes` is the most disk taken at any time: by `prepare` in all, by `convert` beyond what is taken now.
     `bytes_to_fetch` are those of all needed shards of the Hub. `notes` are sentences for the summary. Only a repair
-    replaces files that hold something else than is recorded; it has read them whole.
+    replaces files that hold something else than is recorded; it has read them whole. The parts `to_prove` are there: of
+    the only directory, made from rows of shards whose sha256 is compared now.
     """
 
     destinations: tuple[Destination, ...]
@@ -101,11 +104,17 @@ class BuildPlan:
     comparisons: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
     is_repair: bool = False
+    to_prove: frozenset[str] = frozenset()
 
     @property
     def destination(self) -> Path:
         """The only directory, or that of the first slice."""
         return self.destinations[0].directory
+
+    @property
+    def slice(self) -> Slice | None:
+        """That of the only directory, if it gets one."""
+        return self.manifest.slice if len(self.destinations) == 1 else None
 
     @property
     def manifest(self) -> Manifest:
@@ -122,7 +131,7 @@ class BuildPlan:
         """Bytes that progress counts in all, of compared tensors, of fetched shards and of parts."""
         model, form = self.manifest.model, self.manifest.form
         specs = (spec for spec in part_specs(model) if spec.file in self.schedule.needs)
-        compared = sum(comparison.tensor.nbytes for comparison in self.comparisons)
+        compared = sum(comparison.nbytes for comparison in self.comparisons)
         return compared + self.bytes_to_fetch + sum(part_work(spec, model.dtype, form) for spec in specs)
 
 
@@ -147,15 +156,23 @@ class Summary:
 
 
 def plan_source_part(
-    file: str, manifest: Manifest, assignment: Assignment, tensors: Mapping[str, SourceTensor]
+    file: str,
+    manifest: Manifest,
+    assignment: Assignment,
+    tensors: Mapping[str, SourceTensor],
+    own: Slice | None = None,
 ) -> PlannedPart:
-    """The part `file` made from source `tensors`; `BloomdeskError` if they do not fit or the head is another matrix."""
+    """The part `file` made from source `tensors`, or, if these are rows of a slice `own` alone, what that has of it.
+
+    Raises `BloomdeskError` if they do not fit, or the head is another matrix.
+    """
     model = manifest.model
-    spec = next(spec for spec in part_specs(model) if spec.file == file)
+    spec = next(spec for spec in part_specs(model, own) if spec.file == file)
     part = plan_part(spec, model.dtype, assignment.parts[file], tensors, manifest.form)
+    part = replace(part, is_sliced=own is not None)
     lm_head = tensors.get(assignment.lm_head or "")
     if file == EMBEDDING and lm_head is not None:
-        check_shape(lm_head, (model.vocab_size, model.hidden_size))
+        check_shape(lm_head, part.tensors[0].shape)
         # What an adapter adds to the embedding is added to the head, which is the same matrix.
         check_lm_head(lm_head, replace(part.tensors[0], addition=None))
         part = replace(part, lm_head=lm_head)
@@ -209,7 +226,7 @@ def _has_companions(plan: BuildPlan, destination: Destination) -> bool:
 
 
 def _summary(plan: BuildPlan, making: _Making, whole: Manifests, seconds: float) -> Summary:
-    written = tuple(plan.schedule.needs)
+    written = tuple(file for file in plan.schedule.needs if file not in plan.to_prove)
     shards, release = plan.shards, making.release
     return Summary(
         written,
@@ -253,6 +270,11 @@ class _Making:
             for each in destinations:
                 _refuse_lost_link(each.directory / file)
             part = shards.part(file)
+            if file in self._plan.to_prove:
+                (only,) = self._plan.destinations
+                self._note(only.directory, proven_part(part, only.known[file], shards.checked), places)
+                shards.release(schedule.needed_after(file), self._delete)
+                continue
             outputs = self._outputs(part, destinations)
             for output, record in zip(
                 outputs, write_part(part, outputs, shards.checked, progress), strict=True
@@ -264,17 +286,19 @@ class _Making:
     def _outputs(self, part: PlannedPart, destinations: Sequence[Destination]) -> list[Output]:
         found = []
         for each in destinations:
-            output = Output.of(each.directory, part.spec, each.manifest)
+            output = Output.of(each.directory, part, each.manifest)
             known = each.known.get(part.spec.file)
             found.append(replace(output, known=known, make_way=self._make_way, is_first=not found))
         return found
 
     def _record(self, output: Output, record: PartRecord, places: Mapping[Path, tuple[int, int]]) -> None:
         """Write to the manifest of a directory that a part is in its place."""
-        directory = output.directory
         if record.decoded:
             self.release.trust(output.path)
         self.bytes += record.size
+        self._note(output.directory, record, places)
+
+    def _note(self, directory: Path, record: PartRecord, places: Mapping[Path, tuple[int, int]]) -> None:
         self._manifests[directory] = self._manifests[directory].with_part(record)
         if _place(directory) != places[directory]:
             raise BloomdeskError(

@@ -107,7 +107,10 @@ def _plan(asked: _Asked) -> BuildPlan:
     """The plan; `UntiedHead` if the head is found not to be the embedding."""
     source, destination, mend = asked.source, asked.destination, asked.mend
     if not source.is_dir():
-        raise BloomdeskError(f"{source} is not a directory", "download a checkpoint: bloomdesk download")
+        raise BloomdeskError(
+            f"{source} is not a directory",
+            "give that of a checkpoint; bloomdesk download REPO DIR fetches one",
+        )
     for each in asked.placement.directories:
         if os.path.realpath(source) == os.path.realpath(each):
             raise BloomdeskError(f"{each} is the source itself", "give another directory to write to")

@@ -15,7 +15,8 @@ import xxhash
 
 from runner.errors import BloomdeskError, in_shell, reading
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP, part_specs
-from runner.format.manifest import Manifest, SourceShard, load_manifest
+from runner.format.manifest import Manifest, load_manifest
+from runner.format.part_record import SourceShard
 from runner.format.quantised import QUANTISED_FORMS
 from runner.format.safetensors import read_small
 from toolkit.commands.build import BuildPlan, Manifests
@@ -132,7 +133,7 @@ def _refuse_unfit(source: Path, made: Manifest, dtype: str | None) -> None:
     if made.missing:
         raise BloomdeskError(
             f"{source} is not complete: {len(made.missing)} files are still to be made",
-            f"{made.command(source)} makes the rest",
+            f"{made.command(source)} resumes where it stopped; then convert it",
         )
     if made.form in QUANTISED_FORMS:
         raise BloomdeskError(

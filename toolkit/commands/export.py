@@ -27,7 +27,9 @@ from pathlib import Path
 import xxhash
 
 from runner.errors import BloomdeskError, in_shell, reading
-from runner.format.manifest import CompanionRecord, Manifest, PartRecord
+from runner.format.layout import part_specs
+from runner.format.manifest import CompanionRecord, Manifest
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.format.safetensors import read_small
 from runner.format.slice_set import SliceSet, find_all_slices
 from runner.system.atomic import TEMPORARY_SUFFIX, atomic_file
@@ -35,7 +37,7 @@ from toolkit.commands.build import Summary
 from toolkit.commands.verify import refuse_download
 from toolkit.hub.place import set_aside
 from toolkit.io.disk import disk_errors, read_if_exists, require_large_files, sole_writer_of
-from toolkit.io.progress import Progress, silent
+from toolkit.io.progress import Progress, Work, silent, silent_work
 from toolkit.io.writer import WriteBehind
 from toolkit.parts.check import check, quick_check
 from toolkit.parts.coded_part import hashed
@@ -120,18 +122,20 @@ def export(
     return carry_out(plan_export(directory, destination, also), progress)
 
 
-def plan_export(directory: Path, destination: Path, also: Sequence[Path] = ()) -> ExportPlan:
-    """Everything that `export` checks before it writes; it writes nothing."""
+def plan_export(
+    directory: Path, destination: Path, also: Sequence[Path] = (), work: Work = silent_work
+) -> ExportPlan:
+    """Everything that `export` checks before it writes; it writes nothing.
+
+    If slices have only ever seen their own rows, all of them are read for the hashes of the whole matrices, as `work`.
+    """
     refuse_download(directory)
     slices = find_all_slices(directory, also)
-    manifest = slices.first
-    if manifest.fingerprint is None:
-        raise BloomdeskError(
-            f"{directory} does not know the hashes of the whole matrices, of which it has only seen a slice",
-            "make the slices of the whole checkpoint: bloomdesk convert SRC DST --slice",
-        )
     for index, each in slices.manifests.items():
         _refuse_damage(slices.directories[index], each)
+    if slices.first.fingerprint is None:
+        slices = _with_wholes(slices, work)
+    manifest = slices.first
     shards = _plan_shards(slices)
     small = {INDEX: _index(manifest, shards)}
     small |= {record.file: _read_companion(directory, record) for record in manifest.companions.values()}
@@ -188,6 +192,46 @@ def _refuse_damage(directory: Path, manifest: Manifest) -> None:
             raise _damaged(directory, item.file, item.what)
 
 
+def _with_wholes(slices: SliceSet, work: Work) -> SliceSet:
+    """The slices, the first of which then knows the hashes of the whole matrices."""
+    for known in slices.manifests.values():
+        if known.fingerprint is not None:
+            wholes = {file: part.wholes for file, part in known.parts.items()}
+            return _knowing(slices, wholes)
+    first, wholes = slices.first, {}
+    sizes = {file: sum(each.parts[file].size for each in slices.manifests.values()) for file in first.parts}
+    with work("hashing the slices", sum(sizes.values())) as progress, Coders() as coders:
+        for spec in part_specs(first.model):
+            sources = _sources_of(slices, spec.file, list(spec.matrices))
+            hashes = _hashes_of_rows(sources, len(spec.matrices), coders)
+            wholes[spec.file] = tuple(
+                TensorRecord(name, first.model.dtype, shape, found)
+                for (name, shape), found in zip(spec.matrices.items(), hashes, strict=True)
+            )
+            progress(spec.file, sizes[spec.file], sizes[spec.file])
+    return _knowing(slices, wholes)
+
+
+def _hashes_of_rows(sources: Sequence[PartSource], count: int, coders: Coders) -> list[str]:
+    """The xxh3-128 of each of `count` matrices, of which the sources have the rows in order."""
+    found = []
+    with ExitStack() as stack:
+        readers = [stack.enter_context(_opened(source, coders)) for source in sources]
+        for index in range(count):
+            own = xxhash.xxh3_128()
+            for source, reader in zip(sources, readers, strict=True):
+                for block in _sound_bits(source, reader, index):
+                    own.update(block)
+            found.append(own.hexdigest())
+    return found
+
+
+def _knowing(slices: SliceSet, wholes: Mapping[str, tuple[TensorRecord, ...]]) -> SliceSet:
+    parts = {file: replace(part, wholes=wholes[file]) for file, part in slices.first.parts.items()}
+    known = replace(slices.first, parts=parts)
+    return replace(slices, manifests={**slices.manifests, slices.asked: known})
+
+
 def _plan_shards(slices: SliceSet) -> tuple[PlannedShard, ...]:
     keys = {place: key for key, place in name_table(slices.first.model).items()}
     shards, parts = [], slices.first.parts
@@ -197,12 +241,17 @@ def _plan_shards(slices: SliceSet) -> tuple[PlannedShard, ...]:
         tensors = tuple(replace(by_key[key], name=key) for key in sorted(by_key))
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         names = [by_key[key].name for key in sorted(by_key)]
-        sources = tuple(
-            _source_of(slices.directories[index], manifest.parts[part.file], names)
-            for index, manifest in slices.manifests.items()
-        )
+        sources = _sources_of(slices, part.file, names)
         shards.append(PlannedShard(ShardRecord(file, tensors), sources))
     return tuple(shards)
+
+
+def _sources_of(slices: SliceSet, file: str, names: Sequence[str]) -> tuple[PartSource, ...]:
+    """What each slice has of these tensors of a part."""
+    return tuple(
+        _source_of(slices.directories[index], manifest.parts[file], names)
+        for index, manifest in slices.manifests.items()
+    )
 
 
 def _source_of(directory: Path, part: PartRecord, names: Sequence[str]) -> PartSource:

@@ -104,6 +104,7 @@ class Info:
             "source_fingerprint": manifest.source_fingerprint,
             "missing": list(manifest.missing),
             "source": asdict(manifest.source),
+            **({"unproven_shards": list(manifest.unproven_shards)} if manifest.slice else {}),
             "model": manifest.model.recorded,
             "parts": len(manifest.parts),
             "parameters": self.parameters,

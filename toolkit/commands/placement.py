@@ -62,7 +62,8 @@ def placed(
     shares = tuple(shares) or even(len(directories))
     if len(shares) != len(directories):
         raise BloomdeskError(
-            f"there are {len(shares)} shares for {len(directories)} directories", "give each of them one"
+            f"there are {len(shares)} shares for {len(directories)} directories",
+            "give one for each of them: --shares 2,1,...",
         )
     places = tuple(str(each.absolute()) for each in directories)
     return Placement({each: Slice(index, shares) for index, each in enumerate(directories)}, places)

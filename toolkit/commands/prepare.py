@@ -18,12 +18,15 @@ from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
 from runner.format.layout import COMPANIONS, GENERATION_CONFIG, REQUIRED_COMPANIONS
 from runner.format.manifest import Manifest, Source
-from toolkit.commands.arrivals import ArrivingShards, is_staging, load_staging, staged_bytes
+from runner.format.slices import Slice
+from toolkit.commands.arrivals import ArrivingShards
 from toolkit.commands.build import BuildPlan, Destination, Summary, carry_out
 from toolkit.commands.destinations import common, destination_of, kept_by_any, require_space
 from toolkit.commands.download import read_small_file
 from toolkit.commands.placement import Placement, placed, resumed
 from toolkit.commands.schedule import Schedule, schedule_of
+from toolkit.commands.staged_rows import StagedRows, excerpt_sizes
+from toolkit.commands.staged_shards import StagedShards, is_staging, staged_bytes
 from toolkit.hub import revision as hub
 from toolkit.hub.line import Line
 from toolkit.hub.record import load_record
@@ -52,16 +55,27 @@ def prepare(
     form: str = PLAIN,
     dtype: str | None = None,
     line: Line | None = None,
+    own: Slice | None = None,
     also: Sequence[Path] = (),
     shares: Sequence[int] = (),
+    check_whole: bool = False,
 ) -> Summary:
     """Make a prepared directory of `repo`, or resume one: `plan_preparation` and `carry_out` in one.
 
-    With directories `also` each of them gets a slice, and the first is that of `destination`, by their `shares`.
+    With a slice `own` only the bytes of its rows are fetched; with `check_whole` all of them come by, once. With
+    directories `also` each of them gets a slice, and the first is that of `destination`, by their `shares`.
     """
-    placement = placed(destination, None, also, shares) if also else None
+    placement = placed(destination, own, also, shares)
     plan = plan_preparation(
-        repo, destination, revision, form, connections, dtype, line=line, placement=placement
+        repo,
+        destination,
+        revision,
+        form,
+        connections,
+        dtype,
+        line=line,
+        placement=placement,
+        check_whole=check_whole,
     )
     return carry_out(plan, progress)
 
@@ -76,8 +90,12 @@ def plan_preparation(
     mend: frozenset[str] | None = None,
     line: Line | None = None,
     placement: Placement | None = None,
+    check_whole: bool = False,
 ) -> BuildPlan:
     """What is to be fetched and made; nothing is written to `destination`, nor to those beside it in `placement`.
+
+    If that is one slice, only the bytes of its rows are fetched. With `check_whole` its shards are read through all the
+    same, and so are those of parts that were made without.
 
     By default the `dtype` is the one that transformers would choose. `mend` are the recorded parts that are damaged or
     missing, if only these are to be made again. If `destination` has parts of `repo` already and no revision is named,
@@ -94,7 +112,8 @@ def plan_preparation(
     line, named = line or Line(), revision is not None and mend is None
     if existing is not None and existing.source.repo == repo:
         revision = revision or existing.source.commit
-        if mend is None and revision.lower() == existing.source.commit:
+        has_more_to_do = check_whole and existing.unproven_shards
+        if mend is None and revision.lower() == existing.source.commit and not has_more_to_do:
             whole = _plan_of_nothing(placement, existing, dtype, line)
             if whole is not None:
                 return whole
@@ -126,23 +145,52 @@ def plan_preparation(
         destination_of(placement, directory, target.load_existing(directory), fresh, companions, mend)
         for directory in placement.directories
     )
+    if mend is None:
+        _refuse_other_shards(destination, kept_by_any(destinations), chosen)
+    own, to_prove = common(destinations).slice, frozenset[str]()
+    if check_whole and own is not None:
+        destinations, to_prove = _without_unproven(destinations)
     manifest = common(destinations)
     sizes = {file.path: file.size for file in chosen.files}
     schedule = schedule_of(manifest, index, assignment, sizes, mend)
-    if mend is None:
-        _refuse_other_shards(destination, kept_by_any(destinations), chosen)
-    load_staging(destination, chosen, schedule.shards)
+    staged = (destination, chosen, schedule.shards, index, connections, line)
+    staging: StagedShards | StagedRows = StagedShards(*staged)
+    bytes_to_fetch = schedule.shard_bytes
+    if own is not None:
+        staging = StagedRows(*staged, model=manifest.model, own=own, whole=check_whole)
+        excerpts = excerpt_sizes(manifest.model, own, index, assignment, sizes)
+        schedule = replace(
+            schedule,
+            shard_sizes=excerpts,
+            part_sizes={**schedule.part_sizes, **dict.fromkeys(to_prove, 0)},
+        )
+        bytes_to_fetch = bytes_to_fetch if check_whole else schedule.shard_bytes
+    staging.load()
     peak = _require_space(destinations, schedule, companions)
-    shards = ArrivingShards(destination, manifest, schedule, chosen, index, connections, line, choice.why)
     return BuildPlan(
         destinations,
         companions,
         schedule,
-        shards,
+        ArrivingShards(staging, manifest, schedule, index, choice.why),
         peak,
-        schedule.shard_bytes,
+        bytes_to_fetch,
+        to_prove=to_prove,
         notes=assignment.notes if assignment is not None else (),
     )
+
+
+def _without_unproven(
+    destinations: tuple[Destination, ...],
+) -> tuple[tuple[Destination, ...], frozenset[str]]:
+    """The directory of one slice without the parts that were made from rows of unproven shards; and these parts.
+
+    What such a part was made from need not be what a new one in its place is made from.
+    """
+    (only,) = destinations
+    to_prove = frozenset(file for file, record in only.manifest.parts.items() if not record.is_proven)
+    parts = {file: record for file, record in only.manifest.parts.items() if file not in to_prove}
+    known = {file: record for file, record in only.known.items() if record.is_proven or file in to_prove}
+    return (replace(only, manifest=replace(only.manifest, parts=parts), known=known),), to_prove
 
 
 def _require_space(
@@ -186,7 +234,8 @@ def _plan_of_nothing(
     source = existing.source
     chosen = left.revision if left is not None else Revision(source.repo or "", source.commit or "", ())
     schedule = schedule_of(existing, ShardList(()), None, {})
-    shards = ArrivingShards(destination, existing, schedule, chosen, ShardList(()), CONNECTIONS, line)
+    staging = StagedShards(destination, chosen, (), ShardList(()), CONNECTIONS, line)
+    shards = ArrivingShards(staging, existing, schedule, ShardList(()))
     return BuildPlan(tuple(found), companions, schedule, shards, peak_bytes=0)
 
 

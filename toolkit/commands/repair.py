@@ -8,13 +8,13 @@ Nothing is deleted, and the manifest stays as it is: an interrupted repair leave
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import Manifest, PartRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import PartRecord
 from runner.system.lock import sole_writer
 from toolkit.commands.build import BuildPlan, build
 from toolkit.commands.convert import plan_conversion
@@ -23,11 +23,8 @@ from toolkit.commands.verify import VerifyReport, plan_verify, refuse_download
 from toolkit.commands.verify import carry_out as check
 from toolkit.hub.line import Line
 from toolkit.hub.transfer import CONNECTIONS
-from toolkit.io.progress import Progress, silent
+from toolkit.io.progress import Work, silent_work
 from toolkit.parts.manifest_backup import find_manifest, known_parts, recover_manifest
-
-# Begins a piece of work by its verb and its bytes, and ends with it.
-Work = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def repair(
     line: Line | None = None,
     *,
     adapter: Path | None = None,
-    work: Work = lambda verb, total: nullcontext(silent),
+    work: Work = silent_work,
     found: Callable[[VerifyReport], None] = lambda report: None,
 ) -> Repaired:
     """Check every byte, and mend what is damaged from the checkpoint `source`, or else from the Hub.

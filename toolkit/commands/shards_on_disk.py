@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import SourceShard
+from runner.format.part_record import SourceShard
 from toolkit.commands.build import Manifests
 from toolkit.hub.hub_cache import blob_name
 from toolkit.io.disk import read_errors

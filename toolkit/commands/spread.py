@@ -64,7 +64,7 @@ def plan_spread(directory: Path, also: Sequence[Path], shares: Sequence[int] = (
     if manifest.missing:
         raise BloomdeskError(
             f"{directory} is not complete: {len(manifest.missing)} files are still to be made",
-            f"{manifest.command(directory)} makes the rest",
+            f"{manifest.command(directory)} resumes where it stopped; then spread it",
         )
     slices = {staging if each == directory else each: own for each, own in places.slices.items()}
     # In their directories they know each other by their places at the end.

@@ -151,7 +151,7 @@ def with_samples(
         raise BloomdeskError(
             f"{destination} was made from another state of the source: {differing[0]} is not what it was when "
             f"{gone[0]} was still there",
-            "give the checkpoint that the directory was begun from, and the --adapter if one was merged; for these, "
-            "give a new directory",
+            "give the checkpoint that the directory was begun from, with its --adapter if it had one; "
+            "or convert this one into a new directory",
         )
     return manifest, ()

@@ -4,7 +4,8 @@
                               frontier      each of them on its way or whole         next
 
 Ranges are given to connections in their order, one window of memory ahead of the frontier. A range that comes
-early waits in memory, so the file on the disk stays a clean beginning and is hashed as it grows.
+early waits in memory, so the file on the disk stays a clean beginning and is hashed as it grows. If only some of the
+file is wanted, these stretches follow one another as if there were nothing between them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from toolkit.hub import client
@@ -58,7 +59,7 @@ class _Stopped(Exception):
 
 
 class Ahead:
-    """The bytes of a file from `start` to `stop`, fetched ahead by as many threads as connections.
+    """The bytes of a file in `wanted`, stretches in order, fetched ahead by as many threads as connections.
 
     Each range is tried again and gone on with on its own. A first range alone shows that there are ranges;
     if there are none, `blocks` raises `Unranged` at the position it has reached.
@@ -68,30 +69,37 @@ class Ahead:
         self,
         resource: Resource,
         locate: Callable[[], Location],
-        start: int,
-        stop: int,
+        wanted: Sequence[tuple[int, int]],
         connections: int,
         line: Line,
         check: Callable[[], None],
     ) -> None:
-        """`locate` asks the Hub where the file is; raises one of `network_errors` or `BloomdeskError`.
+        """`wanted` has the first byte of each stretch, and the one after its last.
+
+        `locate` asks the Hub where the file is; raises one of `network_errors` or `BloomdeskError`.
 
         `check` is called now and then where the blocks are taken, while none comes; it may raise to end all.
         """
         self.received = 0
         self._line, self._check = line, check
         self._resource, self._address = resource, _Address(locate)
-        self._start, self._next, self._stop = start, start, stop
         self._size = range_size(connections)
+        # First byte and length of those that are not asked for yet.
+        self._left = deque(
+            (at, min(self._size, stop - at))
+            for start, stop in wanted
+            for at in range(start, stop, self._size)
+        )
+        self._proven = self._began = False
         self._ranges: deque[_Range] = deque()
-        # Untouched memory takes none.
-        self._spare = [bytearray(self._size) for _ in range(WINDOW // self._size)]
-        self._proven = False
+        largest = max((length for _, length in self._left), default=0)
+        # One more than ranges: only a full window has none left.
+        self._spare = [bytearray(largest) for _ in range(min(len(self._left) + 1, WINDOW // self._size))]
         self._failure: BaseException | None = None
         self._held_up_since: float | None = None
         self._stopping = threading.Event()
         self._changed = threading.Condition()
-        count = min(connections, -(-(stop - start) // self._size))
+        count = min(connections, len(self._left))
         self._connections = [Connection(line, self._raise_if_stopped) for _ in range(count)]
         self._threads = [
             threading.Thread(
@@ -121,7 +129,7 @@ class Ahead:
         Raises `Unranged`, or `BloomdeskError` if the Hub refuses or cannot be reached; before that, all that came
         up to the gap is handed out.
         """
-        while self._ranges or self._next < self._stop:
+        while self._ranges or self._left:
             yield self._take()
             with self._changed:
                 first = self._ranges[0]
@@ -179,12 +187,12 @@ class Ahead:
     def _claim(self, connection: Connection) -> _Range | None:
         """The next range to fetch, when there is room for it; None when there is nothing left to do."""
         with self._changed:
-            while not self._stopping.is_set() and self._next < self._stop:
-                if self._spare and (self._proven or self._next == self._start):
-                    length = min(self._size, self._stop - self._next)
-                    part = _Range(self._next, memoryview(self._spare.pop())[:length], connection)
+            while not self._stopping.is_set() and self._left:
+                if self._spare and (self._proven or not self._began):
+                    start, length = self._left.popleft()
+                    part = _Range(start, memoryview(self._spare.pop())[:length], connection)
                     self._ranges.append(part)
-                    self._next += length
+                    self._began = True
                     return part
                 self._changed.wait()
         return None

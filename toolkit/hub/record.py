@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError
+from runner.format.digest import digest
 from runner.format.layout import is_file_name
-from runner.format.manifest import digest
 from runner.system.atomic import write_atomically
 from toolkit.hub.revision import COMMIT, HubFile, Revision
 from toolkit.io.disk import read_if_exists, reason

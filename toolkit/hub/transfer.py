@@ -11,6 +11,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from runner.errors import BloomdeskError
 from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
@@ -85,9 +86,7 @@ def _fetch(
             for block in blocks_of(cached, resumed) if cached is not None else ():
                 partial.write(block)
             copied = partial.position - resumed
-            if connections > 1 and file.size - partial.position > range_size(connections):
-                _receive_ranges(resource, file, partial, connections, line)
-            _receive_rest(resource, file, partial, line)
+            receive(resource, file, partial, connections, line)
             partial.finish()
             difference = file.difference(partial.digest)
             if difference:
@@ -99,53 +98,70 @@ def _fetch(
     return Transfer(partial.digest.sha256, resumed, partial.received, copied)
 
 
-def _receive_ranges(
-    resource: Resource, file: HubFile, partial: PartialFile, connections: int, line: Line
-) -> None:
+class Sink(Protocol):
+    """What takes a file's bytes in their order: `position` is the next one, `received` counts those that came."""
+
+    position: int
+    received: int
+
+    def write(self, block: bytes | memoryview) -> None: ...
+
+    def report(self) -> None: ...
+
+
+def receive(resource: Resource, file: HubFile, sink: Sink, connections: int, line: Line) -> None:
+    """Give `sink` all bytes from its position on; raises as `fetch` does."""
+    if connections > 1 and file.size - sink.position > range_size(connections):
+        _receive_ranges(resource, file, sink, connections, line)
+    _receive_rest(resource, file, sink, line)
+
+
+def _receive_ranges(resource: Resource, file: HubFile, sink: Sink, connections: int, line: Line) -> None:
     """Take what comes over several connections: all of it, or what a server without ranges leaves to one."""
-    start, stop = partial.position, file.size
-    ahead = Ahead(resource, lambda: _locate(resource, file), start, stop, connections, line, partial.report)
+    wanted = [(sink.position, file.size)]
+    ahead = Ahead(resource, lambda: locate_same(resource, file), wanted, connections, line, sink.report)
     try:
         with ahead:
             for block in ahead.blocks():
-                partial.write(block)
+                sink.write(block)
     except Unranged:
         pass
     finally:
-        partial.received += ahead.received
+        sink.received += ahead.received
 
 
-def _receive_rest(resource: Resource, file: HubFile, partial: PartialFile, line: Line) -> None:
+def _receive_rest(resource: Resource, file: HubFile, sink: Sink, line: Line) -> None:
     """Take the rest over one connection at a time, as long as each brings something."""
-    retries = RetryPolicy(resource, line, partial.report)
-    while partial.position < file.size:
-        before = partial.position
+    retries = RetryPolicy(resource, line, sink.report)
+    while sink.position < file.size:
+        before = sink.position
         try:
-            _receive(resource, file, partial, line)
+            _receive(resource, file, sink, line)
         except network_errors() as error:
-            if partial.position > before:
+            if sink.position > before:
                 retries.reset()
             retries.backoff(error)
 
 
-def _receive(resource: Resource, file: HubFile, partial: PartialFile, line: Line) -> None:
+def _receive(resource: Resource, file: HubFile, sink: Sink, line: Line) -> None:
     """Take what one answer of the Hub brings; raises one of `network_errors` if that is not all."""
-    with stream(_locate(resource, file), partial.position) as (start, blocks):
+    with stream(locate_same(resource, file), sink.position) as (start, blocks):
         # Not 0 if the server ignored the range and sends all of the file again.
-        known = partial.position - start
+        known = sink.position - start
         for block in blocks:
-            partial.received += len(block)
-            line.keep_rate(len(block), partial.report)
+            sink.received += len(block)
+            line.keep_rate(len(block), sink.report)
             if known < len(block):
-                partial.write(block[known:])
+                sink.write(block[known:])
                 # What came a second time is no progress.
                 line.came(len(block) - known)
             known = max(0, known - len(block))
-    if partial.position < file.size:
-        raise IncompleteAnswer(f"{partial.position:,} of {file.size:,} bytes came")
+    if sink.position < file.size:
+        raise IncompleteAnswer(f"{sink.position:,} of {file.size:,} bytes came")
 
 
-def _locate(resource: Resource, file: HubFile) -> Location:
+def locate_same(resource: Resource, file: HubFile) -> Location:
+    """Where a file is; raises one of `network_errors`, and `BloomdeskError` if the Hub has another one there now."""
     location = locate(resource)
     _refuse_other(resource, file, location)
     return replace(location, size=file.size)
@@ -195,7 +211,7 @@ def read_range(revision: Revision, file: HubFile, start: int, nbytes: int, line:
     while len(data) < nbytes:
         before = len(data)
         try:
-            with stream(_locate(resource, file), start + before, stop) as (position, blocks):
+            with stream(locate_same(resource, file), start + before, stop) as (position, blocks):
                 for block in blocks:
                     # A server that ignores ranges sends the file from its first byte, and is stopped at `stop`.
                     line.keep_rate(len(block))

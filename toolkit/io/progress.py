@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 # Called with a file's name, its bytes done so far, and its bytes in all.
 Progress = Callable[[str, int, int], None]
+# Begins a piece of work by its verb and its bytes, and ends with it.
+Work = Callable[[str, int], AbstractContextManager[Progress]]
 
 SECONDS_BETWEEN_REPORTS = 0.1
 
 
 def silent(file: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def silent_work(verb: str, total: int) -> AbstractContextManager[Progress]:
+    """Report nothing of a piece of work."""
+    return nullcontext(silent)
 
 
 class FileProgress:

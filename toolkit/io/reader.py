@@ -33,6 +33,7 @@ PAUSES = (0.1, 0.3, 1.0)
 NO_FILE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP})
 
 Result = TypeVar("Result")
+Block = bytes | bytearray | memoryview
 
 
 def retried(read: Callable[[], Result]) -> Result:
@@ -45,6 +46,17 @@ def retried(read: Callable[[], Result]) -> Result:
                 raise
             time.sleep(pause)
     return read()
+
+
+def joined(blocks: Iterator[Block], nbytes: int) -> Block:
+    """All bytes of `blocks`, which are `nbytes`, in place if they are one block, else a copy."""
+    first = next(blocks, memoryview(b""))
+    if len(first) == nbytes:
+        return first
+    data = bytearray(first)
+    for block in blocks:
+        data += block
+    return data
 
 
 @dataclass(frozen=True)
@@ -126,16 +138,9 @@ class ReadAhead:
             if count < read.nbytes:
                 raise EOFError(f"it ends {read.nbytes - count:,} bytes too early")
 
-    def whole(self, index: int) -> memoryview | bytearray:
+    def whole(self, index: int) -> Block:
         """All bytes of the range at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
-        blocks = self.blocks(index)
-        first = next(blocks, memoryview(b""))
-        if len(first) == self.ranges[index].nbytes:
-            return first
-        data = bytearray(first)
-        for block in blocks:
-            data += block
-        return data
+        return joined(self.blocks(index), self.ranges[index].nbytes)
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
         """Index of the range, first byte and length of each block that is still wanted when its turn comes."""

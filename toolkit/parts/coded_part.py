@@ -17,7 +17,7 @@ import xxhash
 
 from runner.errors import BloomdeskError
 from runner.format.layout import part_header
-from runner.format.manifest import PartRecord, TensorRecord
+from runner.format.part_record import PartRecord, TensorRecord
 from toolkit.io.progress import Progress
 from toolkit.io.reader import ByteRange, ReadAhead
 from toolkit.io.writer import drop_cached

@@ -13,7 +13,7 @@ from dataclasses import replace
 import xxhash
 
 from runner.format.layout import part_header
-from runner.format.manifest import PartRecord, TensorRecord
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.format.quantised import SCALES_SUFFIX
 from toolkit.io.progress import Progress
 from toolkit.parts.part import PlannedPart

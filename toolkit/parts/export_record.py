@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from runner.errors import BloomdeskError, in_shell
+from runner.format.digest import digest
 from runner.format.layout import is_file_name
-from runner.format.manifest import CompanionRecord, TensorRecord, digest
+from runner.format.manifest import CompanionRecord
+from runner.format.part_record import TensorRecord
 from runner.format.safetensors import BYTES_PER_ELEMENT, MAX_AXES, encode_header
 from toolkit.io.disk import read_if_exists, reason
 

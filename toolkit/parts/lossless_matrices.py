@@ -12,7 +12,7 @@ from itertools import accumulate
 import xxhash
 
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups, row_group_count
-from runner.format.manifest import TensorRecord
+from runner.format.part_record import TensorRecord
 from toolkit.parts.coded_part import Rows, Written, hashed
 from toolkit.parts.part import PlannedPart
 from toolkit.parts.row_groups import Block, Coders, RowGroups, batches_of_row_groups

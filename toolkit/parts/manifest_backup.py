@@ -7,7 +7,8 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP
-from runner.format.manifest import LARGEST_MANIFEST, Manifest, PartRecord, UnsoundManifest, read_manifest
+from runner.format.manifest import LARGEST_MANIFEST, Manifest, UnsoundManifest, read_manifest
+from runner.format.part_record import PartRecord
 from toolkit.io.disk import read_if_exists
 from toolkit.parts.destination import write_manifest
 

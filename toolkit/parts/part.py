@@ -10,7 +10,7 @@ from pathlib import Path
 from runner.errors import BloomdeskError
 from runner.format.coded import CODED_DTYPE, LOSSLESS, PLAIN
 from runner.format.layout import PartSpec, part_header
-from runner.format.manifest import PartRecord, SourceShard
+from runner.format.part_record import PartRecord, SourceShard, TensorRecord
 from runner.format.safetensors import open_regular, tensor_nbytes
 from toolkit.io.disk import read_errors
 from toolkit.io.reader import NO_FILE, retried
@@ -27,7 +27,8 @@ class PlannedPart:
     `lm_head` is the source's second copy of the embedding, if there is one, which must equal the first. `hashes` are
     the xxh3-128 of source tensors, by key, that a record of the source vouches for. `made_from` are the shards of the
     part of a prepared directory that it is made from, else None. If that is in fewer bits, and `cut` into slices as it
-    is, this is its record, and `tensors` are those that it stores.
+    is, this is its record, and `tensors` are those that it stores. It `is_sliced` if `spec` and `tensors` have the
+    rows of one slice alone; `wholes` are then the records of the whole matrices, if these are known.
     """
 
     spec: PartSpec
@@ -37,6 +38,8 @@ class PlannedPart:
     hashes: Mapping[str, str] = field(default_factory=dict)
     made_from: tuple[SourceShard, ...] | None = None
     cut: PartRecord | None = None
+    is_sliced: bool = False
+    wholes: tuple[TensorRecord, ...] = ()
 
     @property
     def dtype(self) -> str:

@@ -19,10 +19,12 @@ from typing import BinaryIO
 import xxhash
 
 from runner.format.layout import PartSpec
-from runner.format.manifest import Manifest, PartRecord, TensorRecord
+from runner.format.manifest import Manifest
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.system.atomic import atomic_file
 from toolkit.io.disk import disk_errors
 from toolkit.io.writer import WriteBehind
+from toolkit.parts.part import PlannedPart
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ class Output:
     make_way: Callable[[Path], object] = lambda path: None
 
     @classmethod
-    def of(cls, directory: Path, whole: PartSpec, manifest: Manifest) -> Output:
-        """What a directory gets of the part `whole` if its manifest is `manifest`, where no such part is yet."""
-        model, own = manifest.model, manifest.slice
-        return cls(directory, whole.sliced(model, own), whole.rows(model, own), own is not None)
+    def of(cls, directory: Path, part: PlannedPart, manifest: Manifest) -> Output:
+        """What a directory gets of a part if its manifest is `manifest`, where no such part is yet."""
+        model, own = manifest.model, manifest.slice if not part.is_sliced else None
+        return cls(directory, part.spec.sliced(model, own), part.spec.rows(model, own), own is not None)
 
     @property
     def path(self) -> Path:

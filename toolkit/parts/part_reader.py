@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError, explained
 from runner.format.coded import ROW_GROUPS_SUFFIX, read_row_groups
-from runner.format.manifest import PartRecord, TensorRecord
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.format.quantised import SCALES_SUFFIX, Coding
 from runner.format.safetensors import open_regular
 from toolkit.io.reader import ByteRange, ReadAhead

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import xxhash
+
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.manifest import PartRecord, SourceShard
+from runner.format.part_record import PartRecord, SourceShard, TensorRecord
 from runner.format.quantised import QUANTISED_FORMS
 from toolkit.io.progress import Progress
 from toolkit.parts.coded_part import write_coded
@@ -50,8 +52,27 @@ def write_part(
         sources = part.made_from
         if sources is None:
             sources = tuple(sha256(shard) for shard in part.sources)
-        made = [replace(record, sources=sources) for record in made]
+        made = [replace(record, sources=sources, wholes=record.wholes or part.wholes) for record in made]
         return [_checked(part, file, record) for file, record in zip(files, made, strict=True)]
+
+
+def proven_part(part: PlannedPart, record: PartRecord, sha256: Callable[[Path], SourceShard]) -> PartRecord:
+    """The record of a part that is there, with its shards' checked hashes: its tensors are theirs.
+
+    Raises `BloomdeskError` if they are not.
+    """
+    with TensorReader([each for tensor in part.tensors for each in spans_of(tensor)]) as reader:
+        for index, (tensor, expected) in enumerate(zip(part.tensors, record.source_rows, strict=True)):
+            own = xxhash.xxh3_128()
+            for block in reader.blocks(index):
+                own.update(block)
+            if own.hexdigest() != expected.xxh3_128:
+                raise BloomdeskError(
+                    f"{record.file} was made from other bytes than {tensor.file.name} has at {tensor.key}: "
+                    "they came damaged",
+                    f"delete {record.file}, and run the same command again: it makes that part anew",
+                )
+    return replace(record, sources=tuple(map(sha256, part.sources)), wholes=record.wholes or part.wholes)
 
 
 def _write(part: PlannedPart, files: Sequence[OutputFile], progress: Progress) -> list[PartRecord]:
@@ -74,7 +95,14 @@ def _checked(part: PlannedPart, file: OutputFile, record: PartRecord) -> PartRec
     else:
         # With equal hashes, the tensors are also those of the shards that were recorded first.
         check_tensors(part, record, output.known)
-        record = replace(record, sources=output.known.sources)
+        known = output.known
+        record = replace(
+            record,
+            sources=known.sources,
+            originals=known.originals,
+            wholes=known.wholes,
+            whole_originals=known.whole_originals,
+        )
     if os.path.lexists(output.path):
         _check_replacement(output.path, file.place, record, recorded=output.known is not None)
         if output.known is not None:
@@ -85,7 +113,7 @@ def _checked(part: PlannedPart, file: OutputFile, record: PartRecord) -> PartRec
 def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> None:
     """Raise `BloomdeskError` if `part` was made from other tensors than are recorded."""
     named = part.tensors if part.cut is None else part.tensors[:1] * len(made.source_tensors)
-    for tensor, found, expected in zip(named, made.source_tensors, known.source_tensors, strict=True):
+    for tensor, found, expected in zip(named, *comparable(made, known), strict=True):
         if found != expected:
             raise BloomdeskError(
                 f"{tensor.file}: {tensor.key} is not what {part.spec.file} was made from: "
@@ -93,6 +121,15 @@ def check_tensors(part: PlannedPart, made: PartRecord, known: PartRecord) -> Non
                 "give the checkpoint that the directory was made from, and the --adapter if one was merged; "
                 "if these are given, a shard is damaged",
             )
+
+
+def comparable(one: PartRecord, other: PartRecord) -> tuple[tuple[TensorRecord, ...], ...]:
+    """What both were made from, as far as both know it: the whole matrices, or of a slice only its own rows."""
+    if bool(one.wholes) == bool(other.wholes):
+        return one.source_tensors, other.source_tensors
+    if bool(one.originals) == bool(other.originals):
+        return one.source_rows, other.source_rows
+    return one.weights, other.weights
 
 
 def _check_hashes(part: PlannedPart, made: PartRecord) -> None:

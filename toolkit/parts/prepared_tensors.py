@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
 from runner.format.coded import ROW_GROUP_ROWS, read_row_groups
-from runner.format.manifest import PartRecord
+from runner.format.part_record import PartRecord
 from runner.kernel.decode import decode_row_groups
 from toolkit.io.reader import OpenedFile, read_block
 from toolkit.parts.part_reader import StoredTensor, stored_tensors

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import TensorRecord
+from runner.format.part_record import TensorRecord
 from runner.format.quantised import coding_of
 from toolkit.parts.coded_part import Rows, Written, hashed
 from toolkit.parts.part import PlannedPart

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import xxhash
 
-from runner.format.manifest import CompanionRecord, PartRecord
+from runner.format.manifest import CompanionRecord
+from runner.format.part_record import PartRecord
 from toolkit.parts.export_record import ShardRecord
 
 FileRecord = PartRecord | ShardRecord | CompanionRecord

@@ -10,6 +10,7 @@ import xxhash
 from runner.errors import BloomdeskError, in_shell
 from runner.format.manifest import Manifest
 from runner.format.safetensors import open_regular
+from toolkit.hub.excerpts import SUFFIX
 from toolkit.io.disk import disk_errors, read_errors
 from toolkit.io.hasher import hash_file
 from toolkit.io.writer import drop_cached
@@ -30,6 +31,8 @@ class Release:
     def delete(self, shard: Path, sha256: str | None, manifests: Mapping[Path, Manifest]) -> None:
         """Delete `shard`, which no missing part needs; a user's shard stays if no part was made from its bytes.
 
+        `shard` may also be an excerpt of one.
+
         `sha256` is that of the user's shard as it is now, or None for one that this program has fetched; `manifests`
         are those of the directories that are made from it. Raises `BloomdeskError`, and deletes nothing, if a part
         made from it does not read back as written.
@@ -39,7 +42,7 @@ class Release:
             for directory, manifest in manifests.items()
             for record in manifest.parts.values()
             for source in record.sources
-            if source.file == shard.name
+            if source.file == shard.name.removesuffix(SUFFIX)
         ]
         if sha256 is not None and {known for *_, known in made} != {sha256}:
             self.spared.append(shard)

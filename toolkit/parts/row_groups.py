@@ -12,6 +12,7 @@ from typing import TypeVar
 from runner.format.coded import ROW_GROUP_ROWS
 from runner.format.quantised import Coding
 from runner.format.safetensors import Shape, tensor_nbytes
+from toolkit.io.reader import Block
 
 CHUNK = 2 * 2**20  # of decoded bytes; or one row group, where that is more
 # Each gives more than 1 GB/s, and a disk takes no more than a few of them.
@@ -19,7 +20,6 @@ THREADS = min(8, os.cpu_count() or 1)
 # Further requests for which a chunk must stay valid.
 IN_PROGRESS = THREADS + 2
 
-Block = bytes | bytearray | memoryview
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 

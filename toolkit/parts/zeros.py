@@ -7,7 +7,7 @@ from functools import cache
 
 import xxhash
 
-from runner.format.manifest import PartRecord
+from runner.format.part_record import PartRecord
 
 BUFFER_BYTES = 2**20
 EXAMPLES = 3

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from toolkit.io.reader import Block
 from toolkit.source.gather import DTYPES
 from toolkit.source.tensor import Addition, SourceTensor
 
 FEWEST, TILE = 64, 2**22
-
-Block = bytes | bytearray | memoryview
 
 
 def merged(

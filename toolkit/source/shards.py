@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
-from runner.format.safetensors import read_header
+from runner.format.safetensors import open_regular, read_header
 from toolkit.io.disk import reason
 from toolkit.source.index import ShardList, find_shards
 from toolkit.source.tensor import SourceTensor
-from toolkit.source.torch_zip import read_head, read_torch_zip
+from toolkit.source.torch_zip import Opened, read_head, read_torch_zip
 
 # What describes the tensors stands first in both kinds of file; that of all of BLOOM-176B in one file has 0.1 MB.
 HEAD_BYTES = 2**20
@@ -41,14 +42,21 @@ def read_listed(shards: ShardList) -> dict[str, SourceTensor]:
 def read_member(shards: ShardList, file: Path) -> dict[str, SourceTensor]:
     """The tensors of one of the listed files, which are those that the index promises."""
     found = read_shard(file, shards.place(file))
-    if shards.weight_map is not None:
-        promised = {key for key, name in shards.weight_map.items() if name == file.name}
-        _check_against_index(f"{shards.index} disagrees with the shards: {file.name}", promised, set(found))
+    check_member(shards, file, found)
     return found
 
 
-def read_shard(path: Path, place: Path | None = None) -> dict[str, SourceTensor]:
-    """The tensors of one shard, whose bytes may lie at another `place`, by key.
+def check_member(shards: ShardList, file: Path, found: Mapping[str, SourceTensor]) -> None:
+    """Raise `BloomdeskError` if the tensors that were `found` in one of the files are not those of the index."""
+    if shards.weight_map is not None:
+        promised = {key for key, name in shards.weight_map.items() if name == file.name}
+        _check_against_index(f"{shards.index} disagrees with the shards: {file.name}", promised, set(found))
+
+
+def read_shard(
+    path: Path, place: Path | None = None, opened: Opened = open_regular
+) -> dict[str, SourceTensor]:
+    """The tensors of one shard, whose bytes may lie at another `place`, by key; `opened` gives the first of them.
 
     Raises `BloomdeskError` if it is not a sound one of its kind.
     """
@@ -56,10 +64,10 @@ def read_shard(path: Path, place: Path | None = None) -> dict[str, SourceTensor]
     if path.suffix == ".safetensors":
         found = {
             entry.name: SourceTensor(entry.name, entry.dtype, entry.shape, path, entry.start, entry.nbytes)
-            for entry in read_header(place).tensors.values()
+            for entry in read_header(place, opened).tensors.values()
         }
     else:
-        found = read_torch_zip(place)
+        found = read_torch_zip(place, opened)
     if place == path:
         return found
     return {key: replace(tensor, file=path, object=place) for key, tensor in found.items()}

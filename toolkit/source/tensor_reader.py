@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 from runner.format.safetensors import BYTES_PER_ELEMENT
 from toolkit.io.disk import read_errors
-from toolkit.io.reader import ByteRange, ReadAhead
+from toolkit.io.reader import Block, ByteRange, ReadAhead, joined
 from toolkit.source.tensor import SourceTensor
-
-Block = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,7 @@ class TensorReader(ReadAhead):
 
     def whole(self, index: int) -> Block:
         """All bytes of the span at `index`, in place if they are one block, else a copy; raises as `blocks` does."""
-        blocks = self.blocks(index)
-        first = next(blocks, memoryview(b""))
-        if len(first) == self.spans[index].nbytes:
-            return first
-        data = bytearray(first)
-        for block in blocks:
-            data += block
-        return data
+        return joined(self.blocks(index), self.spans[index].nbytes)
 
 
 def _read(tensor: SourceTensor) -> Block:

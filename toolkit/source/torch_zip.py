@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,11 +21,16 @@ from toolkit.source.tensor import SourceTensor
 
 # Far above every BLOOM: the directory of a zip that holds all of BLOOM-176B has 0.1 MB.
 LARGEST_DIRECTORY = 4 * 2**20
+# Gives a shard's bytes, which may be elsewhere.
+Opened = Callable[[Path], AbstractContextManager[BinaryIO]]
 
 
-def read_torch_zip(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of a `.bin` shard, by key; `BloomdeskError` if it can't be read or is not sound."""
-    records, description = _read_directory(path)
+def read_torch_zip(path: Path, opened: Opened = open_regular) -> dict[str, SourceTensor]:
+    """The tensors of a `.bin` shard, by key; `BloomdeskError` if it can't be read or is not sound.
+
+    `opened` gives its bytes.
+    """
+    records, description = _read_directory(path, opened)
     state = _read_pickle(path, description)
     return {key: _locate(path, key, tensor, records) for key, tensor in state.items()}
 
@@ -34,9 +40,9 @@ def names_beside_state(path: Path) -> tuple[str, ...]:
     return state_pickle.names_beside_state(_read_directory(path)[1])
 
 
-def _read_directory(path: Path) -> tuple[dict[str, tuple[int, int]], bytes]:
+def _read_directory(path: Path, opened: Opened = open_regular) -> tuple[dict[str, tuple[int, int]], bytes]:
     try:
-        with read_errors(path), open_regular(path) as file:
+        with read_errors(path), opened(path) as file:
             return _read_zip(path, file)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise _unsound(path, reason(error)) from None

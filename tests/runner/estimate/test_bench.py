@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -194,6 +195,27 @@ def test_plan_prints_rows_and_a_table(quick, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(BloomdeskError, match="of RAM are too little"):
         plan_command(lambda model: 0, tmp_path, "100MB", "bloom-560m")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_plan_says_what_other_disks_would_give(
+    quick, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (lambda _: 0), tmp_path, "2GB", "bloom-1b7", 4, 4
+    assert plan_command(*asked, disks="0.4GB/s, 200MB/s") == 0
+    words = capsys.readouterr().out
+    assert "     2 disks  400 MB/s and 200 MB/s, 600 MB/s together" in words
+    assert re.search(
+        r"^ +plain  .* a token, .* for the prompt; 2.3 GB and 1.15 GB of disk$", words, re.MULTILINE
+    )
+    assert plan_command(*asked, disks="0.4GB/s,200MB/s", as_json=True) == 0
+    found = json.loads(capsys.readouterr().out)["disks"]
+    streamed = found["plain"]["streamed_bytes_per_pass"]
+    assert (found["shares"], found["bytes_per_second"]) == ([400, 200], 6e8)
+    assert streamed and found["plain"]["limit_seconds"] == pytest.approx(streamed / 6e8)
+    assert set(found) >= {"plain", "lossless", "int8", "int4"}
+    with pytest.raises(BloomdeskError, match="'fast' is not a rate"):
+        plan_command(*asked, disks="1GB/s,fast")
 
 
 @pytest.mark.slow

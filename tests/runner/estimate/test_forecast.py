@@ -11,7 +11,7 @@ import pytest
 import runner
 from runner import BloomdeskError
 from runner.estimate import family, forecast
-from runner.estimate.rates import Rates
+from runner.estimate.rates import Rates, shares_of
 from runner.format.manifest import load_manifest
 from runner.format.quantised import FORMS
 from scripts.fakehub import checkpoint as make_checkpoint
@@ -36,6 +36,19 @@ def test_the_real_model_at_seven_gigabytes_a_second() -> None:
         forecast.chunk_bytes(BLOOM)
     )
     assert found.prompt_seconds == pytest.approx(50.4, abs=0.5)  # the first pass reads what stays, too
+
+
+def test_a_second_disk_adds_its_rate() -> None:
+    def on(*disks: float) -> forecast.Forecast:
+        rates = DESKTOP.with_disks(disks)
+        return forecast.forecast(BLOOM, 16 * GB, GB // 2, rates, 16, 64, shares=shares_of(disks))
+
+    one, other = on(3e9), seconds(rates=replace(DESKTOP, disk=3e9))
+    assert (one.seconds_per_token, one.prompt_seconds) == (other.seconds_per_token, other.prompt_seconds)
+    both = on(3e9, 1e9)
+    assert shares_of((3e9, 1e9)) == (3000, 1000) and DESKTOP.with_disks((3e9, 1e9)).disk == 4e9
+    assert both.limit_seconds == pytest.approx(both.memory_plan.streamed_bytes / 4e9)
+    assert both.limit_seconds == pytest.approx(one.limit_seconds * 3 / 4, rel=0.01)
 
 
 def test_a_prompt_of_many_rows_is_computed_for_longer_than_it_is_read() -> None:

@@ -13,18 +13,11 @@ from hypothesis import strategies as st
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, largest_row_group, read_row_groups, row_group_count
+from runner.format.digest import digest
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import block_file, part_header, part_specs
-from runner.format.manifest import (
-    CompanionRecord,
-    Manifest,
-    PartRecord,
-    Source,
-    SourceShard,
-    TensorRecord,
-    digest,
-    load_manifest,
-)
+from runner.format.manifest import CompanionRecord, Manifest, Source, load_manifest
+from runner.format.part_record import PartRecord, SourceShard, TensorRecord
 
 MODEL = Hyperparameters(hidden_size=8, n_head=2, n_layer=2, vocab_size=10, dtype="F16")
 WHERE = Path("somewhere/manifest.json")

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from runner.errors import BloomdeskError
 from runner.format.coded import LOSSLESS, PLAIN
+from runner.format.digest import digest
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import QUERY_KEY_VALUE, part_specs
-from runner.format.manifest import Manifest, PartRecord, Source, TensorRecord, digest
+from runner.format.manifest import Manifest, Source
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.format.quantised import INT8_FORM
 from runner.format.slices import Slice, even
 

@@ -28,25 +28,15 @@ BLOCK = "block_01.safetensors"
 EXACT = (PLAIN, LOSSLESS)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source`, and a directory of each form, named after it."""
-    base = tmp_path_factory.mktemp("forms")
-    make(base / "source")
-    for form in FORMS:
-        convert(base / "source", base / form, form=form)
-    return base
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("of", EXACT)
 def test_the_bytes_are_those_that_the_checkpoint_gives(
-    world: Path, tmp_path: Path, of: str, form: str
+    forms: Path, tmp_path: Path, of: str, form: str
 ) -> None:
-    summary = convert(world / of, tmp_path / "out", form=form)
+    summary = convert(forms / of, tmp_path / "out", form=form)
     assert len(summary.written) == 5
-    assert content(tmp_path / "out") == content(world / form)
-    assert load_manifest(tmp_path / "out").source_fingerprint == load_manifest(world / of).fingerprint
+    assert content(tmp_path / "out") == content(forms / form)
+    assert load_manifest(tmp_path / "out").source_fingerprint == load_manifest(forms / of).fingerprint
 
 
 @pytest.mark.slow
@@ -61,47 +51,47 @@ def test_other_dtypes_and_odd_shapes(tmp_path: Path, dtype: str, form: str) -> N
 
 
 @pytest.mark.parametrize("of", EXACT)
-def test_an_interruption_is_resumed_from_either(world: Path, tmp_path: Path, of: str) -> None:
+def test_an_interruption_is_resumed_from_either(forms: Path, tmp_path: Path, of: str) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(world / of, out, interrupt_at(BLOCK), form=INT4_FORM)
+        convert(forms / of, out, interrupt_at(BLOCK), form=INT4_FORM)
     assert len(load_manifest(out).parts) == 2
     (out / "block_00.safetensors").write_bytes(b"cut")
-    other = world / (PLAIN if of == LOSSLESS else LOSSLESS)
+    other = forms / (PLAIN if of == LOSSLESS else LOSSLESS)
     assert len(convert(other, out, form=INT4_FORM).written) == 4
     (out / "block_00.safetensors.changed").unlink()
-    assert content(out) == content(world / INT4_FORM)
+    assert content(out) == content(forms / INT4_FORM)
 
 
 @pytest.mark.parametrize("of", EXACT)
 @pytest.mark.parametrize("place", ["mlp.dense_h_to_4h.weight", "mlp.dense_h_to_4h.bias", None])
-def test_a_damaged_part_is_never_converted(world: Path, tmp_path: Path, of: str, place: str | None) -> None:
-    bloom = Path(shutil.copytree(world / of, tmp_path / "bloom"))
+def test_a_damaged_part_is_never_converted(forms: Path, tmp_path: Path, of: str, place: str | None) -> None:
+    bloom = Path(shutil.copytree(forms / of, tmp_path / "bloom"))
     flip(bloom / BLOCK, read_header(bloom / BLOCK).tensors[place].start + 3 if place else 9)
     with pytest.raises(BloomdeskError, match=f"{BLOCK} is damaged") as caught:
         convert(bloom, tmp_path / "out", form=INT4_FORM)
     assert "bloomdesk repair" in caught.value.hint
     assert BLOCK not in load_manifest(tmp_path / "out").parts and not (tmp_path / "out" / BLOCK).exists()
-    repair(bloom, world / "source")
+    repair(bloom, forms / "source")
     convert(bloom, tmp_path / "out", form=INT4_FORM)
-    assert content(tmp_path / "out") == content(world / INT4_FORM)
+    assert content(tmp_path / "out") == content(forms / INT4_FORM)
 
 
-def test_a_lossless_part_that_cannot_be_decoded(world: Path, tmp_path: Path) -> None:
-    bloom = Path(shutil.copytree(world / LOSSLESS, tmp_path / "bloom"))
+def test_a_lossless_part_that_cannot_be_decoded(forms: Path, tmp_path: Path) -> None:
+    bloom = Path(shutil.copytree(forms / LOSSLESS, tmp_path / "bloom"))
     flip(bloom / BLOCK, read_header(bloom / BLOCK).tensors["mlp.dense_h_to_4h.weight.strips"].start + 13)
     with pytest.raises(BloomdeskError, match=f"{BLOCK} is damaged: mlp.dense_h_to_4h.weight"):
         convert(bloom, tmp_path / "out", form=INT8_FORM)
 
 
 @pytest.mark.parametrize("form", [LOSSLESS, INT4_FORM])
-def test_a_damaged_directory_is_mended_from_another_form(world: Path, tmp_path: Path, form: str) -> None:
-    bloom = Path(shutil.copytree(world / form, tmp_path / "bloom"))
+def test_a_damaged_directory_is_mended_from_another_form(forms: Path, tmp_path: Path, form: str) -> None:
+    bloom = Path(shutil.copytree(forms / form, tmp_path / "bloom"))
     flip(bloom / BLOCK, 9000)
     (bloom / "block_02.safetensors").unlink()
-    done = repair(bloom, world / PLAIN)
+    done = repair(bloom, forms / PLAIN)
     assert set(done.parts) == {BLOCK, "block_02.safetensors"}
-    assert content(bloom) == content(world / form)
+    assert content(bloom) == content(forms / form)
 
 
 def test_repo_commit_and_shards_stay_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,53 +109,53 @@ def test_repo_commit_and_shards_stay_known(tmp_path: Path, monkeypatch: pytest.M
         assert verify(tmp_path / "out").sound
 
 
-def test_what_cannot_be_converted_is_refused(world: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_converted_is_refused(forms: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for form in (INT8_FORM, INT4_FORM):
         with pytest.raises(BloomdeskError, match=f"were rounded to {form}"):
-            convert(world / form, out)
+            convert(forms / form, out)
     with pytest.raises(BloomdeskError, match="is the source itself"):
-        convert(world / PLAIN, world / PLAIN, form=INT8_FORM)
+        convert(forms / PLAIN, forms / PLAIN, form=INT8_FORM)
     with pytest.raises(BloomdeskError, match="not rounded to another dtype"):
-        convert(world / PLAIN, out, dtype="F16")
+        convert(forms / PLAIN, out, dtype="F16")
     for options in ({"delete_source": True}, {"adapter": tmp_path}):
         with pytest.raises(BloomdeskError, match="prepared already"):
-            plan_conversion(world / PLAIN, out, **options)
+            plan_conversion(forms / PLAIN, out, **options)
     half = tmp_path / "half"
     with pytest.raises(KeyboardInterrupt):
-        convert(world / "source", half, interrupt_at(BLOCK))
+        convert(forms / "source", half, interrupt_at(BLOCK))
     with pytest.raises(BloomdeskError, match="is not complete") as caught:
         convert(half, out, form=INT8_FORM)
     assert "bloomdesk convert SRC" in caught.value.hint
     assert not out.exists()
 
 
-def test_other_weights_are_not_mixed_in(world: Path, tmp_path: Path) -> None:
+def test_other_weights_are_not_mixed_in(forms: Path, tmp_path: Path) -> None:
     make(tmp_path / "other", LAYOUTS["bloom"], seed=7)
     convert(tmp_path / "other", tmp_path / "bloom")
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(world / PLAIN, out, interrupt_at(BLOCK), form=INT4_FORM)
+        convert(forms / PLAIN, out, interrupt_at(BLOCK), form=INT4_FORM)
     before = content(out)
     with pytest.raises(BloomdeskError, match="of other weights than"):
         convert(tmp_path / "bloom", out, form=INT4_FORM)
     assert content(out) == before
 
 
-def test_the_command(world: Path, tmp_path: Path) -> None:
-    before = {form: content(world / form) for form in FORMS}
-    done = run("convert", world / LOSSLESS, tmp_path / "out", "--form", "int4")
+def test_the_command(forms: Path, tmp_path: Path) -> None:
+    before = {form: content(forms / form) for form in FORMS}
+    done = run("convert", forms / LOSSLESS, tmp_path / "out", "--form", "int4")
     assert done.returncode == 0 and "5 parts written" in done.stdout, done
     assert content(tmp_path / "out") == before[INT4_FORM]
     assert "the checkpoint, or its plain or lossless form" in refused(
-        "convert", world / INT4_FORM, tmp_path / "new"
+        "convert", forms / INT4_FORM, tmp_path / "new"
     )
-    assert {form: content(world / form) for form in FORMS} == before
+    assert {form: content(forms / form) for form in FORMS} == before
 
 
-def test_a_damaged_manifest_or_companion_of_the_source_is_said(world: Path, tmp_path: Path) -> None:
+def test_a_damaged_manifest_or_companion_of_the_source_is_said(forms: Path, tmp_path: Path) -> None:
     for file, words in ((MANIFEST, "not a sound manifest"), ("tokenizer.json", "is damaged")):
-        bloom = Path(shutil.copytree(world / PLAIN, tmp_path / file))
+        bloom = Path(shutil.copytree(forms / PLAIN, tmp_path / file))
         flip(bloom / file, 200)
         with pytest.raises(BloomdeskError, match=words):
             convert(bloom, tmp_path / "out", form=INT4_FORM)

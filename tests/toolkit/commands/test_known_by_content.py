@@ -205,7 +205,7 @@ def test_a_manifest_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     """It has no fingerprint, no sizes of shards, and no backup before the end."""
     import json
 
-    from runner.format.manifest import digest
+    from runner.format.digest import digest
 
     source, out = make(tmp_path / "source"), tmp_path / "out"
     half_made(source, out)

@@ -143,8 +143,8 @@ def test_parts_that_fail_end_a_wait_for_the_hub(
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        (["--limit-rate", "fast"], "--limit-rate 'fast' is not a rate"),
-        (["--limit-rate", "0"], "--limit-rate '0' is not a rate"),
+        (["--limit-rate", "fast"], "'fast' is not a rate"),
+        (["--limit-rate", "0"], "'0' is not a rate"),
         (["--patience", "long"], "'long' is not a length of time"),
     ],
 )

@@ -190,7 +190,7 @@ def test_commands_of_the_runner_find_and_take_them(source: Path, disks: list[Pat
     wanted = run("generate", tmp_path / "whole", "Hello", "--max-new-tokens", "5").stdout
     assert run("generate", disks[0], "Hello", "--max-new-tokens", "5").stdout == wanted
     moved = disks[1].rename(disks[2])
-    assert f"2/2, which {disks[1]} had" in refused("generate", disks[0], "Hello")
+    assert f"2/2 (made in {disks[1]})" in refused("generate", disks[0], "Hello")
     also = ["--also", moved]
     assert run("generate", disks[0], "Hello", "--max-new-tokens", "5", *also).stdout == wanted
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a few words"}) + "\n")

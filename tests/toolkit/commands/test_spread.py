@@ -16,7 +16,7 @@ from runner.format.manifest import load_manifest
 from runner.format.quantised import FORMS
 from runner.format.slices import Slice
 from tests.support.commands import refused, run, started
-from tests.support.lossless import content, flip, interrupt_at, make
+from tests.support.lossless import content, flip, interrupt_at, make_forms
 from tests.support.streaming import soon
 from toolkit.commands import spread as spread_module
 from toolkit.commands.convert import convert
@@ -32,12 +32,7 @@ Disks = tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`source`, and a whole directory of each form, named after it."""
-    base = tmp_path_factory.mktemp("spread")
-    make(base / "source", hidden_size=96, heads=6, vocab_size=1200)
-    for form in FORMS:
-        convert(base / "source", base / form, form=form)
-    return base
+    return make_forms(tmp_path_factory.mktemp("spread"), hidden_size=96, heads=6, vocab_size=1200)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from runner.format.manifest import load_manifest
 from scripts.fakehub.checkpoint import synthetic
 from scripts.fakehub.server import Fault, LocalHub
 from tests.support.commands import refused, run
-from toolkit.commands import arrivals
+from toolkit.commands import staged_shards
 from toolkit.commands.convert import convert
 from toolkit.commands.prepare import plan_preparation, prepare
 from toolkit.hub import retry, revision
@@ -163,7 +163,7 @@ def test_a_file_that_is_not_from_here_is_refused_by_name(hub, begun, change) -> 
 
 
 def test_a_shard_that_decays_after_it_came_goes_into_no_part(hub, source, tmp_path, monkeypatch) -> None:
-    real = arrivals.read_member
+    real = staged_shards.read_member
 
     def late(index, path):
         tensors = real(index, path)
@@ -172,10 +172,10 @@ def test_a_shard_that_decays_after_it_came_goes_into_no_part(hub, source, tmp_pa
         return tensors
 
     with monkeypatch.context() as patch:
-        patch.setattr(arrivals, "read_member", late)
+        patch.setattr(staged_shards, "read_member", late)
         # Hashed only once it has decayed.
-        patch.setattr(arrivals.ShardHashes, "begin", lambda self, path: None)
-        patch.setattr(arrivals.ShardHashes, "result", lambda self, path: self._sha256(path))
+        patch.setattr(staged_shards.ShardHashes, "begin", lambda self, path: None)
+        patch.setattr(staged_shards.ShardHashes, "result", lambda self, path: self._sha256(path))
         with pytest.raises(BloomdeskError, match=f"{SECOND} has changed on the disk since it arrived"):
             prepare(REPO, tmp_path / "out")
     out = tmp_path / "out"

@@ -19,7 +19,8 @@ import pytest
 from runner.errors import BloomdeskError
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.layout import part_specs
-from runner.format.manifest import PartRecord, TensorRecord, load_manifest
+from runner.format.manifest import load_manifest
+from runner.format.part_record import PartRecord, TensorRecord
 from runner.format.safetensors import read_header
 from scripts.fakehub.checkpoint import synthetic
 from tests.support.lossless import flip

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import digest
+from runner.format.digest import digest
 from toolkit.hub.record import RECORD, DownloadRecord, RecordedFile, load_record, save_record
 from toolkit.hub.revision import HubFile, Revision
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -22,7 +21,14 @@ from runner.format.manifest import load_manifest
 from runner.format.safetensors import read_header
 from runner.kernel import encode as encoder
 from scripts.fakehub.server import Fault, LocalHub
-from tests.support.lossless import content, flip, interrupt_at, make
+from tests.support.lossless import (
+    change_as_it_is_written,
+    content,
+    damage_everything,
+    flip,
+    interrupt_at,
+    make,
+)
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation, prepare
@@ -79,15 +85,8 @@ def test_a_part_that_the_disk_changed_is_never_put_in_place(
     coded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     """One bit of the file, from the header to the last vector, between writing and reading back."""
-    out, real = tmp_path / "out", os.fsync
-
-    def lossy(descriptor: int) -> None:
-        real(descriptor)
-        half = out / f"{BLOCK}.incomplete"
-        if half.exists() and os.path.samestat(os.fstat(descriptor), half.stat()):
-            flip(half, int(share * half.stat().st_size), 16)
-
-    monkeypatch.setattr(os, "fsync", lossy)
+    out = tmp_path / "out"
+    change_as_it_is_written(monkeypatch, out / f"{BLOCK}.incomplete", share)
     with pytest.raises(BloomdeskError, match=f"{BLOCK} does not read back"):
         convert(coded[0], out, form=LOSSLESS)
     assert not (out / BLOCK).exists() and BLOCK not in load_manifest(out).parts
@@ -112,20 +111,9 @@ def test_each_kind_of_damage_is_named(coded_copy: Path) -> None:
     assert "expected" in verify(coded_copy, quick=True).damage[0].what
 
 
-def damage_everything(directory: Path) -> None:
-    """In the offsets of row groups, in coded bytes, in a header, cut, gone."""
-    flip(directory / BLOCK, read_header(directory / BLOCK).tensors[MATRIX + ROW_GROUPS_SUFFIX].start + 9)
-    block = directory / "block_00.safetensors"
-    flip(block, read_header(block).tensors[MATRIX].start + 100)
-    flip(directory / "final_layernorm.safetensors", 50)
-    embedding = directory / "embedding.safetensors"
-    embedding.write_bytes(embedding.read_bytes()[:-3])
-    (directory / "block_02.safetensors").unlink()
-
-
 def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], coded_copy: Path) -> None:
     source, out = coded
-    damage_everything(coded_copy)
+    damage_everything(coded_copy, ROW_GROUPS_SUFFIX)
     report = verify(coded_copy)
     assert {item.file for item in report.damage} == set(load_manifest(out).parts)
     done = repair(coded_copy, source)
@@ -135,7 +123,7 @@ def test_repair_makes_the_same_bytes_again(coded: tuple[Path, Path], coded_copy:
 
 def test_an_interrupted_repair_is_resumed(coded: tuple[Path, Path], coded_copy: Path) -> None:
     source, out = coded
-    damage_everything(coded_copy)
+    damage_everything(coded_copy, ROW_GROUPS_SUFFIX)
 
     @contextmanager
     def work(verb: str, total: int) -> Iterator[Progress]:
@@ -283,7 +271,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, coded: tuple[Path, Path]
     assert not prepare(REPO, out, form=LOSSLESS).written
     with pytest.raises(BloomdeskError, match="started with --form lossless"):
         plan_preparation(REPO, out)
-    damage_everything(out)
+    damage_everything(out, ROW_GROUPS_SUFFIX)
     assert set(repair(out).parts) == set(parts)
     assert content(out) == before
 

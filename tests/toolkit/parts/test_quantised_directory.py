@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -30,7 +29,14 @@ from runner.kernel import quantised as quantiser
 from scripts.fakehub.server import Fault, LocalHub
 from tests.runner.kernel import quantised_reference as reference
 from tests.support.commands import refused, run
-from tests.support.lossless import content, flip, interrupt_at, make
+from tests.support.lossless import (
+    change_as_it_is_written,
+    content,
+    damage_everything,
+    flip,
+    interrupt_at,
+    make,
+)
 from tests.toolkit.source.test_shards import LAYOUTS, data
 from toolkit.commands.build import carry_out
 from toolkit.commands.convert import convert, plan_conversion
@@ -160,7 +166,7 @@ def test_the_manifest_records_what_the_file_holds_and_what_it_was_made_from(
     ],
 )
 def test_a_forged_manifest_is_refused(made: tuple[Path, Path, str], change) -> None:
-    from runner.format.manifest import digest
+    from runner.format.digest import digest
 
     body = json.loads((made[1] / MANIFEST).read_text())
     del body["sha256"]
@@ -226,15 +232,8 @@ def test_a_part_that_the_disk_changed_is_never_put_in_place(
     made: tuple[Path, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     """One bit of the file, from the header to the last vector, between writing and reading back."""
-    out, real = tmp_path / "out", os.fsync
-
-    def lossy(descriptor: int) -> None:
-        real(descriptor)
-        half = out / f"{BLOCK}.incomplete"
-        if half.exists() and os.path.samestat(os.fstat(descriptor), half.stat()):
-            flip(half, int(share * half.stat().st_size), 16)
-
-    monkeypatch.setattr(os, "fsync", lossy)
+    out = tmp_path / "out"
+    change_as_it_is_written(monkeypatch, out / f"{BLOCK}.incomplete", share)
     with pytest.raises(BloomdeskError, match=f"{BLOCK} does not read back"):
         convert(made[0], out, form=made[2])
     assert not (out / BLOCK).exists() and BLOCK not in load_manifest(out).parts
@@ -281,22 +280,11 @@ def test_a_damaged_tensor_is_never_exported(copy: Path, tmp_path: Path, name: st
     assert not (tmp_path / "out" / "model-00003-of-00005.safetensors").exists()
 
 
-def damage_everything(directory: Path) -> None:
-    """In scales, in integers, in a header, cut, gone."""
-    flip(directory / BLOCK, read_header(directory / BLOCK).tensors[MATRIX + SCALES_SUFFIX].start + 9)
-    block = directory / "block_00.safetensors"
-    flip(block, read_header(block).tensors[MATRIX].start + 100)
-    flip(directory / "final_layernorm.safetensors", 50)
-    embedding = directory / "embedding.safetensors"
-    embedding.write_bytes(embedding.read_bytes()[:-3])
-    (directory / "block_02.safetensors").unlink()
-
-
 def test_an_interrupted_repair_is_resumed_and_makes_the_same_bytes(
     made: tuple[Path, Path, str], copy: Path
 ) -> None:
     source, out, _ = made
-    damage_everything(copy)
+    damage_everything(copy, SCALES_SUFFIX)
 
     @contextmanager
     def work(verb: str, total: int) -> Iterator[Progress]:
@@ -375,7 +363,7 @@ def test_prepare_and_repair_from_the_hub(hub: LocalHub, made: tuple[Path, Path, 
         assert (out / file).read_bytes() == (made[1] / file).read_bytes()
     before = content(out)
     assert not prepare(REPO, out, form=form).written
-    damage_everything(out)
+    damage_everything(out, SCALES_SUFFIX)
     assert set(repair(out).parts) == set(parts)
     assert content(out) == before
 

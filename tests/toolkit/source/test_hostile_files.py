@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runner.errors import BloomdeskError
-from runner.format.manifest import digest
+from runner.format.digest import digest
 from runner.format.safetensors import encode_header
 from runner.model.tokenizer import Tokenizer
 from runner.system.atomic import write_atomically
