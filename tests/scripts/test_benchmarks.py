@@ -220,6 +220,7 @@ def test_passes_of_given_prompts_in_little_ram_with_a_form_as_draft(made: Path, 
     assert sum(each["prompt"] for each in plain["passes"]) == 2 and plain["batch"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="the plots extra is not installed")
 def test_pictures_are_the_same_bytes_for_the_same_results(tmp_path: Path) -> None:
     row = {"line": "blocks", "ram": 1e9, "disk": 1e9, "seconds": 2.0, "rounds": [1.9, 2.2], "limit": 1.8}
