@@ -100,16 +100,23 @@ def join(card: Card) -> tuple[Group, list[Card]]:
         store, number, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=LONGEST_START)))
         name, cards = _open_round(store, card, world) if number == 0 else _enter_round(store, card, number)
     except (RuntimeError, ValueError) as error:
-        raise LastingFailure(
-            f"not all machines came together: {str(error).splitlines()[0][:200]}",
-            "start the same command on each of them",
-        ) from error
+        raise _not_together(error) from error
     _require_agreement(cards, world)
     cards.sort(key=lambda each: each.index)
     names = [each.host for each in cards]
     group = Group(card.index, names, dist.PrefixStore(name, store), number == 0, patience)
-    _connect(group)
+    try:
+        _connect(group)
+    except RuntimeError as error:
+        raise _not_together(error) from error
     return group, cards
+
+
+def _not_together(error: Exception) -> LastingFailure:
+    return LastingFailure(
+        f"not all machines came together: {str(error).splitlines()[0][:200]}",
+        "start the same command on each of them",
+    )
 
 
 def _patience() -> float:
@@ -131,7 +138,9 @@ def _open_round(store: dist.Store, card: Card, world: int) -> tuple[str, list[Ca
     """The name of a new round, and the cards that came into it."""
     name = secrets.token_hex(8)
     store.set(_ROUND, name)
-    bodies = [asdict(card), *(json.loads(store.get(_place(name, number))) for number in range(1, world))]
+    # Its own as the others read it, too, or equal options would look different.
+    laid = [json.dumps(asdict(card)), *(store.get(_place(name, number)) for number in range(1, world))]
+    bodies = list(map(json.loads, laid))
     store.set(f"{name}/cards", json.dumps(bodies))
     # If they disagree, this process ends, and its store may with it.
     deadline = time.monotonic() + 10 * LOOK

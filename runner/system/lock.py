@@ -13,6 +13,8 @@ from runner.system.platform import WINDOWS
 
 # Error numbers of systems for a lock that another process holds.
 _HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+# Of Windows alone, which cannot lock a directory itself.
+LOCK_FILE = ".bloomdesk.lock"
 # Of file systems without locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
@@ -57,7 +59,7 @@ if WINDOWS:
     _PLACE = 2**31 - 2
 
     def _open(directory: Path) -> int:
-        return os.open(directory / ".bloomdesk.lock", os.O_RDWR | os.O_CREAT)
+        return os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT)
 
     def _lock(descriptor: int) -> None:
         os.lseek(descriptor, _PLACE, os.SEEK_SET)

@@ -26,6 +26,8 @@ from hypothesis import strategies as st
 from runner.errors import BloomdeskError
 from runner.format import coded, hyperparameters, layout
 from runner.format import manifest as manifests
+from runner.format.digest import digest
+from runner.format.part_record import PartRecord, SourceShard, TensorRecord
 from runner.format.quantised import INT4_FORM, QUANTISED_FORMS
 from runner.format.safetensors import encode_header, read_header
 from scripts.fakehub import checkpoint as make_checkpoint
@@ -137,7 +139,7 @@ def forged(draw: st.DrawFn, seed: dict[str, Any], signed: bool = False) -> bytes
         if not _places(body):
             break
     try:
-        return _dumped({**body, "sha256": manifests.digest(body)} if signed else body)
+        return _dumped({**body, "sha256": digest(body)} if signed else body)
     except RecursionError:
         return b"[" * 2000
 
@@ -173,12 +175,12 @@ def _manifest(form: str, dtype: str, n_layer: int, vocab_size: int) -> st.Search
     for spec in layout.part_specs(model):
         coded_bytes = dict.fromkeys(spec.matrices, 160) if form == coded.LOSSLESS else {}
         tensors, decoded = (
-            tuple(manifests.TensorRecord(*each, "ab" * 16) for each in described)
+            tuple(TensorRecord(*each, "ab" * 16) for each in described)
             for described in (spec.stored(dtype, coded_bytes, form), spec.decoded(form, dtype))
         )
         originals = decoded if form in QUANTISED_FORMS else ()
-        shards = (manifests.SourceShard("s.bin", "ef" * 32),)
-        record = manifests.PartRecord(spec.file, 0, "cd" * 16, tensors, shards, decoded, originals)
+        shards = (SourceShard("s.bin", "ef" * 32),)
+        record = PartRecord(spec.file, 0, "cd" * 16, tensors, shards, decoded, originals)
         size = len(record.header) + sum(tensor.nbytes for tensor in tensors)
         made = made.with_part(dataclasses.replace(record, size=size))
     return _json_inputs(made.to_json())
@@ -211,7 +213,7 @@ def _decode(path: Path) -> bytes:
     """The bytes of a coded matrix, read as export does before it compares their hash."""
     size = path.stat().st_size - TABLE_BYTES
     table = Region(path.name, "m.strips", 0, TABLE_BYTES, "")
-    tensor = manifests.TensorRecord("m", "BF16", (CODED_ROWS, CODED_COLUMNS), "")
+    tensor = TensorRecord("m", "BF16", (CODED_ROWS, CODED_COLUMNS), "")
     stored = StoredTensor(tensor, Region(path.name, "m", TABLE_BYTES, size, ""), table)
     try:
         with Coders() as coders, PartReader(path, [stored], coders) as reader:

@@ -128,6 +128,10 @@ def slice_of(text: str | None, shares: str | None) -> Slice | None:
     if found is None:
         raise BloomdeskError(f"--slice {text[:40]!r} is no slice", "write the second of four as --slice 2/4")
     index, count = map(int, found.groups())
+    if not 1 <= index <= count:
+        raise BloomdeskError(
+            f"there is no slice {index} of {count}", f"they are 1/{count} to {count}/{count}"
+        )
     given = shares_of(shares) or even(min(count, MOST_SLICES + 1))
     if len(given) != count:
         raise BloomdeskError(f"--shares has {len(given)} shares for {count} slices", "give each slice one")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.errors import BloomdeskError
 from runner.format.slices import Slice
 from runner.system.disk import existing_directory
 from runner.units import rate
@@ -24,6 +25,11 @@ def placement_of(
     """
     from toolkit.commands.placement import placed, recorded_shares
 
+    if shares and own is None and not also:
+        raise BloomdeskError(
+            "--shares are for slices, and there is one directory with all rows",
+            "give --also DIR for each further disk, or --slice 1/2 and so on",
+        )
     placement = placed(destination, own, also, shares)
     if not also or shares:
         return placement

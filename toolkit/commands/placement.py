@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
+from runner.format.layout import SPREADING
 from runner.format.manifest import Manifest
 from runner.format.slices import Slice, even
 from toolkit.parts import destination as target
@@ -70,10 +71,10 @@ def placed(
 
 
 def recorded_shares(directories: Sequence[Path]) -> tuple[int, ...]:
-    """The shares of a directory among these that has parts already; none if all of them are new."""
-    for directory in directories:
+    """The shares of a directory among these that is begun, or is being spread; none if all of them are new."""
+    for directory in (*directories, *(each / SPREADING for each in directories)):
         existing = target.load_existing(directory)
-        own = existing.slice if existing is not None and existing.parts else None
+        own = existing.slice if existing is not None else None
         if own is not None and own.count == len(directories):
             return own.shares
     return ()

@@ -9,6 +9,7 @@ manifests say which slices there are. Meanwhile every other command refuses DST.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP, SPREADING
 from runner.format.manifest import Manifest, load_manifest
-from runner.system.atomic import replace_file
+from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
+from runner.system.lock import LOCK_FILE
 from toolkit.commands.build import BuildPlan, Summary
 from toolkit.commands.build import carry_out as build
 from toolkit.commands.convert_prepared import PreparedParts, plan_from_parts
@@ -58,6 +60,11 @@ def plan_spread(directory: Path, also: Sequence[Path], shares: Sequence[int] = (
     places = placed(directory, None, also, shares)
     manifest = load_manifest(directory)
     staging = directory / SPREADING
+    for each in also:
+        if Path(os.path.realpath(staging)) in (own := Path(os.path.realpath(each)), *own.parents):
+            raise BloomdeskError(
+                f"{each} is where the slice of {directory} itself is made", "name a directory on another disk"
+            )
     if manifest.slice is not None:
         _require_same(directory, manifest, places)
         return SpreadPlan(directory, None)
@@ -94,11 +101,15 @@ def _put_in_place(directory: Path) -> None:
         for file in manifest.parts:
             if (staging / file).exists():
                 replace_file(staging / file, directory / file)
-        for name in (*manifest.companions, MANIFEST, MANIFEST_BACKUP):
-            (staging / name).unlink(missing_ok=True)
-        # Windows locks a directory by a file.
-        for path in staging.iterdir():
-            path.unlink()
+        for name in (*manifest.parts, *manifest.companions, MANIFEST, MANIFEST_BACKUP):
+            for path in (staging / name, staging / f"{name}{TEMPORARY_SUFFIX}"):
+                path.unlink(missing_ok=True)
+        (staging / LOCK_FILE).unlink(missing_ok=True)  # Windows locks a directory by it
+        if others := sorted(path.name for path in staging.iterdir()):
+            raise BloomdeskError(
+                f"{staging} holds what bloomdesk did not put there: {others[0][:100]!r}",
+                "move it out, and run it again",
+            )
         staging.rmdir()
 
 

@@ -19,6 +19,8 @@ from tests.support.ranks import finish, start
 pytestmark = pytest.mark.slow
 PROMPT = "hello there my friend, what is it that you said of the two chairs?"
 DRAWN = ("--temperature", "1", "--seed", "7", "--repetition-penalty", "1.2")
+# Options whose values change their types on the wire.
+TYPED = ("--stop", "zzz", "--logit-bias", "5=-3")
 
 
 def tokens(text: str) -> list[dict[str, object]]:
@@ -44,7 +46,7 @@ def check(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Pa
     [
         ((1, 1), PLAIN, ()),
         ((3, 1), LOSSLESS, DRAWN),
-        ((1, 2, 1), INT4_FORM, ("--logprobs", "2")),
+        ((1, 2, 1), INT4_FORM, ("--logprobs", "2", *TYPED)),
         # One of them has no head.
         ((1,) * 7, PLAIN, DRAWN),
     ],

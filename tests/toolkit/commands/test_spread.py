@@ -11,7 +11,7 @@ import pytest
 
 import runner
 from runner.errors import BloomdeskError
-from runner.format.layout import SPREADING
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP, SPREADING
 from runner.format.manifest import load_manifest
 from runner.format.quantised import FORMS
 from runner.format.slices import Slice
@@ -21,6 +21,7 @@ from tests.support.streaming import soon
 from toolkit.commands import spread as spread_module
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
+from toolkit.commands.placement import recorded_shares
 from toolkit.commands.repair import repair
 from toolkit.commands.spread import spread
 from toolkit.commands.verify import verify
@@ -175,3 +176,39 @@ def test_what_cannot_be_spread_is_refused(world: Path, disks, tmp_path: Path) ->
         convert(world / "source", tmp_path / "half", interrupt_at(BLOCK))
     with pytest.raises(BloomdeskError, match="is not complete"):
         spread(tmp_path / "half", [tmp_path / "c"])
+
+
+@pytest.mark.parametrize("place", [SPREADING, f"{SPREADING}/deeper", f"../a/{SPREADING}"])
+def test_where_it_is_made_is_no_other_directory(disks, place: str) -> None:
+    here, _ = disks("plain")
+    before = content(here)
+    with pytest.raises(BloomdeskError, match=r"where the slice of .* itself is made"):
+        spread(here, [here / place], shares=SHARES)
+    assert content(here) == before and not (here / SPREADING).exists()
+
+
+def test_what_others_put_there_stays(disks) -> None:
+    here, other = disks("plain")
+    spread(here, [other], shares=SHARES)
+    (here / SPREADING).mkdir()
+    (here / SPREADING / "mine.txt").write_text("x")
+    with pytest.raises(BloomdeskError, match=r"did not put there: 'mine\.txt'"):
+        spread(here, [other], shares=SHARES)
+    assert (here / SPREADING / "mine.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("at", ["embedding.safetensors", BLOCK])
+def test_the_shares_of_one_that_was_interrupted_are_known(disks, at: str) -> None:
+    """Even before it has a part: the measured ones of the next time would be others."""
+    here, other = disks("plain")
+    with pytest.raises(KeyboardInterrupt):
+        spread(here, [other], interrupt_at(at), shares=SHARES)
+    for directory in (here / SPREADING, other):
+        assert recorded_shares([here, other]) == SHARES
+        for name in (MANIFEST, MANIFEST_BACKUP):
+            (directory / name).unlink()
+
+
+def test_shares_without_slices_are_refused(world: Path, tmp_path: Path) -> None:
+    error = refused("convert", world / "source", tmp_path / "made", "--shares", "1,1")
+    assert "--shares are for slices" in error and not (tmp_path / "made").exists()
