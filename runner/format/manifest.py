@@ -116,10 +116,15 @@ class Manifest:
         return tuple(file for file in wanted if file not in self.parts and file not in self.companions)
 
     def command(self, directory: Path) -> str:
-        """The command that makes the rest of an unfinished directory."""
+        """The command that makes the rest of an unfinished directory, and of those that hold the other slices."""
+        first = (
+            directory
+            if self.slice is None or self.slice.index == 0 or not self.places
+            else Path(self.places[0])
+        )
         form = "" if self.form == PLAIN else f" --form {self.form}"
         made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
-        return f"bloomdesk {made_by} {in_shell(directory)}{form}{self._slice_options}"
+        return f"bloomdesk {made_by} {in_shell(first)}{form}{self._slice_options}"
 
     @property
     def _slice_options(self) -> str:

@@ -95,8 +95,8 @@ def resume(
         # Nothing has the earlier form and dtype yet.
         model = replace(existing.model, dtype=fresh.model.dtype)
         existing = replace(existing, form=fresh.form, model=model, samples={}, slice=fresh.slice)
-    # Directories may move.
-    existing = replace(existing, places=fresh.places)
+    # Directories may move; one that is made alone says nothing of the others.
+    existing = replace(existing, places=fresh.places or existing.places)
     # Earlier versions did not read generation_config.json, and no part depends on it.
     existing = replace(existing, model=replace(existing.model, eos_token_id=fresh.model.eos_token_id))
     if existing.model != fresh.model:

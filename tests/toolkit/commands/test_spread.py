@@ -212,3 +212,14 @@ def test_the_shares_of_one_that_was_interrupted_are_known(disks, at: str) -> Non
 def test_shares_without_slices_are_refused(world: Path, tmp_path: Path) -> None:
     error = refused("convert", world / "source", tmp_path / "made", "--shares", "1,1")
     assert "--shares are for slices" in error and not (tmp_path / "made").exists()
+
+
+def test_one_that_is_made_again_alone_knows_the_others(world: Path, disks) -> None:
+    here, other = disks("plain")
+    spread(here, [other], shares=SHARES)
+    wanted = f"convert SRC {here} --also {other} --shares 2,1"
+    assert all(wanted in load_manifest(each).command(each) for each in (here, other))
+    (other / BLOCK).unlink()
+    convert(world / "source", other, own=Slice(1, SHARES))
+    assert load_manifest(other).places == (str(here), str(other))
+    assert runner.load(other)
