@@ -140,7 +140,7 @@ class Group:
             why = f"nothing came from it for {self.patience:.0f} s"
         return LastingFailure(
             f"the connection with {self.title(other)} is broken: {why}",
-            "see what that machine says; with --session, the same command on all of them goes on",
+            "see what that machine says; with --session, the same command on all of them resumes the text",
         )
 
     def leave(self, reason: BaseException) -> None:

@@ -30,7 +30,7 @@ MEMORY = 50e9
 
 
 def rates_of(cores: int, drive: float) -> Rates:
-    """Those of a machine with so many cores and a drive of `drive` GB/s."""
+    """What a machine with `cores` cores and a drive of `drive` GB/s does in a second."""
     kernel = {name: rate * cores / 2 for name, rate in KERNEL.items()}
     return Rates(disk=drive * 1e9, **{**kernel, "memory": min(MEMORY, kernel["memory"])})
 

@@ -1,4 +1,4 @@
-"""A machine that ends, freezes or does not fit is named, the others end, and a session goes on to the same text."""
+"""The others name a machine that ends, freezes or does not fit, and end; a session then gives the same text."""
 
 from __future__ import annotations
 

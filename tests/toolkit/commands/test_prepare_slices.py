@@ -38,7 +38,7 @@ LAYOUTS = {
     "single bin": Layout(single=True),
     "lm_head": Layout(lm_head=True, prefix=True),
 }
-# Bytes of the first shard that show the dtype, and at most so many for what describes the tensors of each.
+# Bytes of the first shard that show the dtype, and the most bytes that describe the tensors of a shard.
 HEAD = 16_384
 OWN = Slice(1, (2, 1, 1))
 # Of 8 heads none: it has no row of query_key_value.
