@@ -180,8 +180,8 @@ def test_the_source_stays_while_slices_are_missing(forms: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--slice", "3/2"], "no slice 2 of 2"),
-        (["--slice", "0/2"], "no slice -1 of 2"),
+        (["--slice", "3/2"], "there is no slice 3 of 2"),
+        (["--slice", "0/2"], "there is no slice 0 of 2"),
         (["--slice", "half"], "is no slice"),
         (["--slice", "1/2", "--shares", "1"], "1 shares for 2 slices"),
         (["--slice", "1/2", "--shares", "1,x"], "are no shares"),
