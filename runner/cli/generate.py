@@ -61,6 +61,7 @@ class GenerateOptions:
     asked: Mapping[str, object] = field(default_factory=dict)
 
 
+@machines.awaited()
 def generate(options: GenerateOptions) -> int:
     """Exit status, after the greedy tokens were printed as they grow, or as JSON.
 
@@ -112,6 +113,9 @@ def generate(options: GenerateOptions) -> int:
         )
         if not left:
             print(f"{options.out} has the results of all {len(given)} prompts", file=sys.stderr)
+            if machines.are_several():
+                with _opened(options):
+                    pass  # which ends the others
             return 0
         # The seed that an interrupted run drew for all prompts without their own.
         without = [prompt for prompt in given if prompt.sampling.draws and prompt.sampling.seed is None]

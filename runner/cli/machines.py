@@ -50,6 +50,19 @@ def follow(directory: Path, ram: str | None, asked: Mapping[str, Any], session: 
     return 0
 
 
+@contextmanager
+def awaited() -> Iterator[None]:
+    """Have the other machines know why, if this one ends before all have come together."""
+    try:
+        yield
+    except BaseException as error:
+        if are_several():
+            from runner.cluster.joining import stay_away
+
+            stay_away(error)
+        raise
+
+
 def slices_of(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     """The slices of a model that this process has: one of several machines its own, else all.
 

@@ -69,6 +69,7 @@ class Line:
         return {"text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
+@machines.awaited()
 def score(options: ScoreOptions) -> int:
     """Exit status, after the scores were printed or written. Raises `BloomdeskError` for what cannot be scored."""
     if machines.follows(options.directory):

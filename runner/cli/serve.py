@@ -59,6 +59,7 @@ class ServeOptions:
     also: tuple[Path, ...] = ()
 
 
+@machines.awaited()
 def serve(options: ServeOptions) -> int:
     """Exit status, after the server was told to end. Raises `BloomdeskError` if it cannot begin."""
     asked = {"command": "serve"}

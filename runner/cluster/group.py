@@ -26,7 +26,8 @@ PATIENCE, SECONDS_BETWEEN_SIGNS = 18.0, 5.0
 # Seconds for a look into the store, which may be on the machine that is gone; and those in which a silent rank may
 # still say that it waits for another, or the others read what this one leaves there.
 _LOOK, GRACE = 3.0, 5.0
-_INTERRUPTED = "interrupted"
+# The reason of a rank that Ctrl-C has ended.
+INTERRUPTED = "interrupted"
 # In the store, the number of ranks that have left.
 _LEFT = "bloomdesk/left"
 # Bytes of a message with an order; what does not fit follows in another.
@@ -131,7 +132,7 @@ class Group:
         if is_silent:
             other = self._who_is_silent(other)
         said = self._farewell_of(other)
-        if said == _INTERRUPTED:
+        if said == INTERRUPTED:
             return KeyboardInterrupt()
         if said:
             return LastingFailure(said, "")
@@ -145,12 +146,9 @@ class Group:
 
     def leave(self, reason: BaseException) -> None:
         """Leave the others word of why this rank ends, and close its connections, by which they notice."""
-        text = _INTERRUPTED
-        if isinstance(reason, LastingFailure):
-            text = reason.message
-        elif not isinstance(reason, KeyboardInterrupt):
-            known = refused(reason) if isinstance(reason, OSError | MemoryError) else reason
-            text = f"{self.title(self.rank)} has ended: {getattr(known, 'message', known)}"
+        text = reason_of(reason)
+        if not isinstance(reason, LastingFailure | KeyboardInterrupt):
+            text = f"{self.title(self.rank)} has ended: {text}"
         _forget_transfers(reason)
         _within(_LOOK, lambda: self._say_farewell(text))
 
@@ -183,6 +181,14 @@ class Group:
 
         found = _within(_LOOK + GRACE, look)
         return other if found in (None, self.rank) else found
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a process ends, for others to read."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    known = refused(error) if isinstance(error, OSError | MemoryError) else error
+    return str(getattr(known, "message", known))
 
 
 def _farewell(rank: int) -> str:

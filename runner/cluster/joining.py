@@ -1,7 +1,8 @@
 """How the ranks come together: each lays down a card, and they begin if the cards agree.
 
 torchrun's store may still have what an earlier attempt left there. So the rank that torchrun numbers 0 opens a round
-with a name of its own, and the others lay their cards into that one until its list of cards has theirs.
+with a name of its own, and the others lay their cards into that one until its list of cards has theirs. One that ends
+before lays down why in place of its card.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import math
 import os
 import secrets
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any
@@ -24,16 +25,21 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from runner.cluster.group import PATIENCE, Group
+from runner.cluster.group import INTERRUPTED, PATIENCE, Group, reason_of
 from runner.errors import BloomdeskError, LastingFailure
 from runner.format.digest import digest
 from runner.format.manifest import Manifest
 from runner.generation.memory_plan import Machine
 
 INTERFACE_VARIABLE, PATIENCE_VARIABLE = "GLOO_SOCKET_IFNAME", "BLOOMDESK_PATIENCE"
-# Seconds for all to start and open their slices; and for a look at the list of cards.
-LONGEST_START, LOOK = 300.0, 1.0
+# Seconds for all to start and open their slices, and for those who are still starting to hear that one has ended.
+LONGEST_START, LONGEST_FAREWELL = 300.0, 30.0
+# Seconds between two looks at the cards.
+_LOOK = 0.02
 _ROUND = "bloomdesk/round"
+# What a rank lays down in place of a card, if it ends.
+_ENDED = "ended"
+_came = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,14 @@ def join(card: Card) -> tuple[Group, list[Card]]:
     Raises `BloomdeskError` that says who differs in what, and `LastingFailure` if not all of them come.
     """
     patience = _patience()
+    _came.set()
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=LONGEST_START)))
-        name, cards = _open_round(store, card, world) if number == 0 else _enter_round(store, card, number)
+        name, laid = _meet(store, number, world, asdict(card), LONGEST_START)
     except (RuntimeError, ValueError) as error:
         raise _not_together(error) from error
+    _require_nobody_ended(laid)
+    cards = [Card.from_json(body) for body in laid]
     _require_agreement(cards, world)
     cards.sort(key=lambda each: each.index)
     names = [each.host for each in cards]
@@ -110,6 +119,18 @@ def join(card: Card) -> tuple[Group, list[Card]]:
     except RuntimeError as error:
         raise _not_together(error) from error
     return group, cards
+
+
+def stay_away(reason: BaseException) -> None:
+    """Tell the others why this process ends before it has come, for as long as they may still be starting."""
+    if _came.is_set():
+        return
+    body = {_ENDED: reason_of(reason), "host": socket.gethostname(), "token": secrets.token_hex(8)}
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=LONGEST_FAREWELL)))
+        _meet(store, number, world, body, LONGEST_FAREWELL)
+    except (RuntimeError, ValueError):
+        return
 
 
 def _not_together(error: Exception) -> LastingFailure:
@@ -134,35 +155,78 @@ def _patience() -> float:
     return seconds
 
 
-def _open_round(store: dist.Store, card: Card, world: int) -> tuple[str, list[Card]]:
-    """The name of a new round, and the cards that came into it."""
-    name = secrets.token_hex(8)
+def _meet(
+    store: dist.Store, number: int, world: int, body: Mapping[str, Any], seconds: float
+) -> tuple[str, list[dict[str, Any]]]:
+    """The name of a new round, and what was laid into it: by all, or by some of whom one has ended."""
+    if number == 0:
+        return _open_round(store, world, body, seconds)
+    return _enter_round(store, number, body, seconds)
+
+
+def _open_round(
+    store: dist.Store, world: int, body: Mapping[str, Any], seconds: float
+) -> tuple[str, list[dict[str, Any]]]:
+    name, deadline = secrets.token_hex(8), time.monotonic() + seconds
     store.set(_ROUND, name)
     # Its own as the others read it, too, or equal options would look different.
-    laid = [json.dumps(asdict(card)), *(store.get(_place(name, number)) for number in range(1, world))]
-    bodies = list(map(json.loads, laid))
-    store.set(f"{name}/cards", json.dumps(bodies))
+    laid, missing = [json.loads(json.dumps(body))], set(range(1, world))
+    while missing and time.monotonic() < deadline:
+        there = {number for number in missing if store.check([_place(name, number)])}
+        missing -= there
+        laid += [json.loads(store.get(_place(name, number))) for number in there]
+        if _has_ended(laid):
+            deadline = min(deadline, time.monotonic() + LONGEST_FAREWELL)
+            store.set(_list(name), json.dumps(laid))
+        time.sleep(_LOOK)
+    if missing and not _has_ended(laid):
+        raise ValueError(f"{len(missing)} of {world} have not come within {seconds:.0f} s")
+    store.set(_list(name), json.dumps(laid))
     # If they disagree, this process ends, and its store may with it.
-    deadline = time.monotonic() + 10 * LOOK
-    while store.add(f"{name}/readers", 0) < world - 1 and time.monotonic() < deadline:
-        time.sleep(LOOK / 50)
-    return name, [Card.from_json(body) for body in bodies]
+    deadline = time.monotonic() + LONGEST_FAREWELL
+    while store.add(_readers(name), 0) < len(laid) - 1 and time.monotonic() < deadline:
+        time.sleep(_LOOK)
+    return name, laid
 
 
-def _enter_round(store: dist.Store, card: Card, number: int) -> tuple[str, list[Card]]:
-    """The round that takes this card."""
-    deadline = time.monotonic() + LONGEST_START
+def _enter_round(
+    store: dist.Store, number: int, body: Mapping[str, Any], seconds: float
+) -> tuple[str, list[dict[str, Any]]]:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         name = store.get(_ROUND).decode()
-        store.set(_place(name, number), json.dumps(asdict(card)))
-        with suppress(dist.DistStoreError):
-            store.wait([f"{name}/cards"], timedelta(seconds=LOOK))
-            cards = [Card.from_json(body) for body in json.loads(store.get(f"{name}/cards"))]
-            if card.token in [each.token for each in cards]:
-                store.add(f"{name}/readers", 1)
-                return name, cards
-            time.sleep(LOOK / 5)
-    raise ValueError(f"no round was complete within {LONGEST_START:.0f} s")
+        store.set(_place(name, number), json.dumps(body))
+        if store.check([_list(name)]):
+            laid = json.loads(store.get(_list(name)))
+            if body["token"] in [each["token"] for each in laid]:
+                store.add(_readers(name), 1)
+                return name, laid
+        time.sleep(_LOOK)
+    raise ValueError(f"no round was complete within {seconds:.0f} s")
+
+
+def _has_ended(laid: Sequence[Mapping[str, Any]]) -> bool:
+    return any(_ENDED in body for body in laid)
+
+
+def _require_nobody_ended(laid: Sequence[Mapping[str, Any]]) -> None:
+    """Raise what ended the first of those that did not come."""
+    for body in laid:
+        if body.get(_ENDED) == INTERRUPTED:
+            raise KeyboardInterrupt
+        if _ENDED in body:
+            raise LastingFailure(
+                f"{body['host']} has ended before all had come together: {body[_ENDED]}",
+                "start the same command on all machines once that is mended",
+            )
+
+
+def _list(name: str) -> str:
+    return f"{name}/cards"
+
+
+def _readers(name: str) -> str:
+    return f"{name}/readers"
 
 
 def _place(name: str, number: int) -> str:

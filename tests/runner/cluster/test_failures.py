@@ -92,6 +92,34 @@ def test_what_does_not_fit_is_named_before_the_first_pass(sliced, prepared, tmp_
     assert "missing: slice 2" in refused([slices[0], slices[0]])
 
 
+@pytest.mark.parametrize("early", [0, 1, 2])
+def test_who_ends_before_all_have_come_is_named(sliced, tmp_path: Path, early: int) -> None:
+    slices = list(sliced((1, 1, 1))[1])
+    slices[early] = Path(shutil.copytree(slices[early], tmp_path / "without"))
+    (slices[early] / "block_01.safetensors").unlink()
+    ranks = start(tmp_path, slices, lambda number, path: ["generate", path, PROMPT])
+    assert finish(ranks) == [1, 1, 1]
+    for number, rank in enumerate(ranks):
+        sentence = one_sentence(rank)
+        assert "block_01.safetensors" in sentence
+        assert ("has ended before all had come together" in sentence) == (number != early)
+
+
+def test_a_file_of_prompts_that_is_done_ends_all(sliced, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}))
+    options = ["--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out.jsonl"]
+
+    def begin() -> list[Rank]:
+        slices = sliced((1, 1))[1]
+        return start(tmp_path, slices, lambda number, path: ["generate", path, *options])
+
+    assert finish(begin()) == [0, 0]
+    results = (tmp_path / "out.jsonl").read_bytes()
+    ranks = begin()
+    assert finish(ranks) == [0, 0] and "results of all 1 prompts" in ranks[0].errors
+    assert (tmp_path / "out.jsonl").read_bytes() == results
+
+
 @pytest.mark.parametrize("patience", ["2 minutes", "nan", "0", "-1"])
 def test_a_patience_that_is_no_number_of_seconds_is_refused(
     monkeypatch: pytest.MonkeyPatch, patience: str
