@@ -146,13 +146,22 @@ def forecast(
     disks = tuple(disk for disk, own in enumerate(of_disks) for _ in own)
     capacities = (prompt_tokens + new_tokens,)
     request = MemoryRequest(model, chunks, ram, process, capacities, prompt_tokens, draft=draft, disks=disks)
-    shared = memory_plan(request)
-    weights, between = weight_bytes(model), SECONDS_BY_BLOCK * model.n_layer
-    least = limit(weights, shared.streamed_bytes, rates, stored)
-    prompt = max(
-        limit(weights, sum(chunks), rates, stored), multiplications(model, prompt_tokens) / rates.compute
-    )
-    return Forecast(shared, weights, stored, least, least + between, prompt + between)
+    return forecast_of(request, rates, stored)
+
+
+def forecast_of(
+    request: MemoryRequest, rates: Rates, stored: Stored = PLAIN_STORED, machines: int = 1
+) -> Forecast:
+    """Forecast of a prompt of as many rows as the request has, and of passes of one, on one of equal `machines`.
+
+    What they send one another is not counted. Raises `BloomdeskError` if the RAM is too little.
+    """
+    model, plan = request.model, memory_plan(request)
+    weights, between = weight_bytes(model) // machines, SECONDS_BY_BLOCK * model.n_layer
+    least = limit(weights, plan.streamed_bytes, rates, stored)
+    computed = multiplications(model, request.rows) / machines / rates.compute
+    prompt = max(limit(weights, sum(request.chunks), rates, stored), computed)
+    return Forecast(plan, weights, stored, least, least + between, prompt + between)
 
 
 def multiplications(model: Hyperparameters, rows: int) -> int:

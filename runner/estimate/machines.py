@@ -6,23 +6,14 @@ gathers             4 in a block: SECONDS_BY_PEER for each other machine, and th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runner.errors import BloomdeskError
-from runner.estimate.forecast import (
-    PLAIN_STORED,
-    SECONDS_BY_BLOCK,
-    Forecast,
-    Stored,
-    chunk_bytes,
-    limit,
-    multiplications,
-    weight_bytes,
-)
+from runner.estimate.forecast import PLAIN_STORED, Forecast, Stored, chunk_bytes, forecast_of
 from runner.estimate.rates import Rates
 from runner.format.hyperparameters import Hyperparameters
 from runner.format.slices import Slice, even
-from runner.generation.memory_plan import MemoryRequest, memory_plan
+from runner.generation.memory_plan import MemoryRequest
 from runner.weights.checkpoint import TORCH_DTYPES
 
 # Of one small gather, for each other machine; measured with two to four ranks that share two cores, so an upper bound.
@@ -72,16 +63,10 @@ def forecast_machines(
     own = Slice(0, even(network.machines))
     chunks, heads = tuple(chunk_bytes(model, stored, own)), len(own.rows(model.n_head))
     capacities = (prompt_tokens + new_tokens,)
-    plan = memory_plan(MemoryRequest(model, chunks, ram, process, capacities, prompt_tokens, heads=heads))
-    weights, between = weight_bytes(model) // network.machines, SECONDS_BY_BLOCK * model.n_layer
-    least = limit(weights, plan.streamed_bytes, rates, stored)
-    computed = multiplications(model, prompt_tokens) / network.machines / rates.compute
-    prompt = max(limit(weights, sum(chunks), rates, stored), computed)
-    return Forecast(
-        plan,
-        weights,
-        stored,
-        least,
-        least + between + network.gather_seconds(model, 1),
-        prompt + between + network.gather_seconds(model, prompt_tokens),
+    request = MemoryRequest(model, chunks, ram, process, capacities, prompt_tokens, heads=heads)
+    found = forecast_of(request, rates, stored, network.machines)
+    return replace(
+        found,
+        seconds_per_token=found.seconds_per_token + network.gather_seconds(model, 1),
+        prompt_seconds=found.prompt_seconds + network.gather_seconds(model, prompt_tokens),
     )
