@@ -26,7 +26,14 @@ from runner.format.safetensors import Shape
 from runner.format.slices import Slice
 from toolkit.commands.staged_shards import StagedShards, in_the_way
 from toolkit.hub.connection import Unranged
-from toolkit.hub.excerpts import ExcerptRecord, excerpt_path, fetch_excerpt, is_sound, record_path
+from toolkit.hub.excerpts import (
+    ExcerptRecord,
+    excerpt_path,
+    fetch_excerpt,
+    is_sound,
+    load_record,
+    record_path,
+)
 from toolkit.hub.hub_cache import cached_file
 from toolkit.hub.line import Line
 from toolkit.hub.partial_file import Damaged
@@ -85,7 +92,7 @@ class StagedRows:
             path.name
             for name in self._needed
             if os.path.lexists(path := excerpt_path(self._directory, name))
-            and not os.path.lexists(record_path(self._directory, name))
+            and load_record(self._directory, name) is None
         ]
         if foreign:
             raise in_the_way(self._directory, self._revision, foreign)

@@ -223,6 +223,9 @@ def _explain_status(error: Exception, resource: Resource) -> BloomdeskError:
     elif status == 403:
         message = f"{hub} refuses access to {resource}"
         hint = f"see {page}; HF_TOKEN may need more permissions"
+    elif status == 416:
+        message = f"{host} ends {resource} before the bytes that the Hub says it has"
+        hint = f"{RESUME}; if HF_ENDPOINT names a mirror, it may lack a part of the file"
     else:
         message = f"{hub if host in ('', host_of(hub)) else host} answered {status} for {resource}"
         hint = f"wait a while, then {RESUME}" if verdict(error) == "passing" else "check HF_ENDPOINT"

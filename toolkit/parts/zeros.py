@@ -19,7 +19,7 @@ def zero_notes(records: Iterable[PartRecord]) -> tuple[str, ...]:
         f"{record.file} {tensor.name}"
         for record in records
         for tensor in record.source_tensors
-        if len(tensor.shape) == 2 and tensor.xxh3_128 == _hash_of_zeros(tensor.nbytes)
+        if len(tensor.shape) == 2 and tensor.nbytes and tensor.xxh3_128 == _hash_of_zeros(tensor.nbytes)
     ]
     if not found:
         return ()

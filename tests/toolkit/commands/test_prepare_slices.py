@@ -324,10 +324,13 @@ def test_a_shape_that_is_not_the_models_is_told(serve, tmp_path: Path) -> None:
         prepare(REPO, tmp_path / "out", own=OWN)
 
 
-def test_files_of_others_stay(hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [None, "{}"])
+def test_files_of_others_stay(hub, tmp_path: Path, beside: str | None) -> None:
     rows = tmp_path / "out" / STAGING / (SHARD + excerpts.SUFFIX)
     rows.parent.mkdir(parents=True)
     rows.write_bytes(b"mine")
+    if beside is not None:
+        rows.with_name(SHARD + excerpts.RECORD_SUFFIX).write_text(beside)
     with pytest.raises(BloomdeskError, match=f"not from this program: {SHARD}.rows"):
         prepare(REPO, tmp_path / "out", own=OWN)
     assert rows.read_bytes() == b"mine"

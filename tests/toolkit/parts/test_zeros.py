@@ -9,6 +9,7 @@ import pytest
 
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.safetensors import read_header
+from runner.format.slices import Slice, even
 from scripts.fakehub.checkpoint import Layout
 from tests.support.commands import run
 from tests.support.lossless import make
@@ -39,6 +40,11 @@ def test_a_matrix_of_zeros_is_named(tmp_path: Path, form: str) -> None:
     assert convert(source, tmp_path / "out", form=form).notes == (said,)
     flags = ["--form", "lossless"] if form == LOSSLESS else []
     assert said in run("convert", source, tmp_path / "other", *flags).stderr
+
+
+def test_a_slice_without_rows_of_a_matrix_says_nothing(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", SINGLE)
+    assert not convert(source, tmp_path / "out", own=Slice(8, even(9))).notes
 
 
 def test_many_are_counted_and_none_says_nothing(tmp_path: Path) -> None:
