@@ -10,12 +10,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError
 from runner.format.coded import PLAIN
-from runner.format.layout import SPREADING
-from runner.format.manifest import Manifest, load_manifest
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP, SPREADING
+from runner.format.manifest import Manifest, load_manifest, read_manifest
 from runner.format.quantised import FORMS
 from scripts.fakehub import checkpoint as make_checkpoint
 from scripts.fakehub.server import LocalHub
@@ -53,6 +54,15 @@ def prepared(hub: LocalHub, directory: Path, form: str) -> dict[str, bytes]:
     os.environ["HF_ENDPOINT"] = hub.endpoint
     prepare.prepare(REPO, directory, form=form)
     return content(directory)
+
+
+def placeless(directory: Path) -> dict[str, bytes]:
+    """The bytes of each file by its path; the manifests of slices without the places where they were made."""
+    found = content(directory)
+    for name in (MANIFEST, MANIFEST_BACKUP):
+        with suppress(BloomdeskError):
+            found[name] = replace(read_manifest(directory / name), places=()).to_json().encode()
+    return found
 
 
 def assert_no_row_lost(whole: Manifest, here: Path, others: Sequence[Path]) -> int:

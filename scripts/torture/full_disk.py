@@ -31,7 +31,7 @@ from runner.format.manifest import load_manifest
 from runner.format.quantised import FORMS
 from scripts.fakehub.checkpoint import synthetic
 from scripts.fakehub.server import LocalHub
-from scripts.torture.attempt import assert_no_row_lost, content, environment
+from scripts.torture.attempt import assert_no_row_lost, content, environment, placeless
 from toolkit.hub.record import RECORD
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -145,15 +145,11 @@ class Case:
 
     def found(self, target: Path) -> dict[str, bytes]:
         """What it has left; slices record where they lie, which is elsewhere each time."""
-        if self.name not in (FIRST_FULL, OTHER_FULL):
+        disks = self.disks(target)
+        if len(disks) == 1:
             return content(target)
-        made = {}
-        for index, each in enumerate(self.disks(target)):
-            made |= {
-                f"{index}/{name}": data for name, data in content(each).items() if "manifest" not in name
-            }
-            made[f"{index}/manifest"] = replace(load_manifest(each), places=()).to_json().encode()
-        return made
+        made = enumerate(map(placeless, disks))
+        return {f"{index}/{name}": data for index, files in made for name, data in files.items()}
 
 
 def cases(directory: Path, endpoint: str, commands: Sequence[str]) -> list[Case]:
