@@ -47,7 +47,9 @@ def plan(
     from runner.estimate.plan import plan
 
     rates = tuple(map(parse_rate, disks.split(","))) if disks else ()
-    found = plan(directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens, also, draft)
+    found = plan(
+        directory, parse_size(ram) if ram else None, model, prompt_tokens, tokens, also, draft, machines
+    )
     needed = space_to_prepare(found.model) if found.name else found.form.disk_bytes
     fits = found.name is None or found.free_bytes >= needed
     asked = {"prompt_tokens": prompt_tokens, "tokens": tokens}
@@ -75,12 +77,13 @@ def _rows(directory: Path, asked: dict[str, int], found: Plan, needed: int, fits
         },
     )
     disk = f"{size(form.disk_bytes)}, which are there"
-    if found.manifest is not None and (missing := found.manifest.missing):
-        there = sum(record.size for record in found.manifest.records)
-        disk = (
-            f"{size(there)} of {size(form.disk_bytes)} are there; {len(missing)} files are still to be made: "
-        )
-        disk += found.manifest.command(directory)
+    if found.manifest is not None and (found.manifest.missing or found.is_alone):
+        there, missing = sum(record.size for record in found.manifest.records), found.manifest.missing
+        disk = f"{size(there)} of {size(form.disk_bytes)} are there"
+        if found.is_alone and found.manifest.slice is not None:
+            disk += f", {found.manifest.slice.described}"
+        if missing:
+            disk += f"; {len(missing)} files are still to be made: {found.manifest.command(directory)}"
     if found.name:
         verdict = "it fits" if fits else f"{size(needed - found.free_bytes)} too little"
         disk = f"{size(form.disk_bytes)}, and {size(needed)} while it is prepared; "

@@ -99,7 +99,8 @@ class Plan:
 
     `name` is None if the directory holds the model already, in `form`; otherwise `form` is the plain one. `others` are
     the other choices by name, none if the directory holds another form than the plain one. `manifest` is that of the
-    directory, if it holds this model. `load` is what other programs had of each core when the rates were measured.
+    directory, if it holds this model; it `is_alone` if it has one slice, and the others are elsewhere. `load` is what
+    other programs had of each core when the rates were measured.
     """
 
     name: str | None
@@ -111,6 +112,7 @@ class Plan:
     manifest: Manifest | None = None
     load: float = 0.0
     drafting: Drafting | None = None
+    is_alone: bool = False
 
     @property
     def is_busy(self) -> bool:
@@ -138,18 +140,19 @@ def plan(
     tokens: int,
     also: Sequence[Path] = (),
     draft: Path | None = None,
+    machines: int = 1,
 ) -> Plan:
     """Forecasts for the model that `directory` holds, or for `name`, on this machine and the disk of the directory.
 
     If the directory holds nothing prepared, a file is written there, read and deleted. `also` are directories of a
-    model on several disks that have moved. Raises `BloomdeskError` for an unknown name, a slice that is not found, a
-    disk that cannot be measured, and too little RAM.
+    model on several disks that have moved; if there are as many `machines` as slices, one may be here alone. Raises
+    `BloomdeskError` for an unknown name, a slice that is not found, a disk that cannot be measured, and too little RAM.
     """
     if tokens < 1 or prompt_tokens < 1:
         raise BloomdeskError("there must be at least one token of the prompt, and one to generate")
     has_manifest = any((directory / name).exists() for name in (MANIFEST, MANIFEST_BACKUP))
     slices = find_slices(directory, also) if has_manifest else None
-    if slices is not None:
+    if slices is not None and slices.count != machines:
         require_all_slices(slices)
     held = slices.first if slices is not None and name is None else None
     if draft and not held:
@@ -170,7 +173,8 @@ def plan(
     found = Rates(disk, *rates.kernel_rates(kernel, TORCH_DTYPES[model.dtype]), disks)
     chosen = ram or default_total()
 
-    shares = slices.shares if held and slices is not None else even(1)
+    is_alone = slices is not None and bool(slices.missing)
+    shares = slices.shares if held and slices is not None and not is_alone else even(1)
 
     def form(stored: Stored) -> Form:
         def expected(size: int) -> Forecast:
@@ -188,7 +192,7 @@ def plan(
         return forecast(model, chosen, process, found, prompt_tokens, tokens, held_as, shares, draft_nbytes)
 
     drafting = Drafting.of(drafts, slices, found, prompt_tokens + tokens, beside) if drafts else None
-    return Plan(name, model, free_bytes(place), found, own, others, held, load, drafting)
+    return Plan(name, model, free_bytes(place), found, own, others, held, load, drafting, is_alone)
 
 
 def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
@@ -205,7 +209,7 @@ def _others(expected: Callable[[int], Forecast]) -> dict[int, Forecast | None]:
 
 def _disk_rates(place: Path, slices: SliceSet | None) -> tuple[float, tuple[float, ...]]:
     """The rate of the disk, or of several together; and that of each if there are several."""
-    if slices is None or slices.count == 1:
+    if slices is None or len(slices.files) == 1:
         return _disk_rate(place, slices.files[0] if slices is not None else []), ()
     with ThreadPoolExecutor(slices.count) as threads:
         disks = tuple(threads.map(_disk_rate, slices.directories.values(), slices.files))

@@ -158,7 +158,7 @@ def require_all_slices(found: SliceSet) -> None:
     more = f" and {len(found.missing) - MOST_NAMED} more" if len(found.missing) > MOST_NAMED else ""
     raise BloomdeskError(
         f"{found.directories[found.asked]} is {own.described} alone, and the others are needed: {named}{more}",
-        "say where each of them is: --also DIR",
+        "say where each of them is: --also DIR; if they are on other machines, start it on all with torchrun",
     )
 
 

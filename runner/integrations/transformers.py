@@ -21,6 +21,7 @@ from transformers.models.bloom.configuration_bloom import BloomConfig
 
 import runner
 from runner.errors import BloomdeskError
+from runner.format.layout import GENERATION_CONFIG
 from runner.generation.memory_plan import MemoryRequest, memory_plan
 from runner.generation.model import Model
 from runner.model.kv_cache import KVCache, Segment
@@ -129,10 +130,14 @@ class BloomdeskForCausalLM(PreTrainedModel, GenerationMixin):
         not a sound, complete prepared checkpoint.
         """
         model = runner.load(directory, parse_size(ram) if isinstance(ram, str) else ram, also=also)
-        config = BloomdeskConfig.from_pretrained(directory)
+        recorded, _ = BloomConfig.get_config_dict(directory)
+        config = BloomdeskConfig.from_dict({**recorded, "model_type": BloomdeskConfig.model_type})
         config.dtype = model.weights.dtype
         found = cls(config, model)
-        found.generation_config = GenerationConfig.from_model_config(config)
+        if (Path(directory) / GENERATION_CONFIG).exists():
+            found.generation_config = GenerationConfig.from_pretrained(directory)
+        else:
+            found.generation_config = GenerationConfig.from_model_config(config)
         return found.eval()
 
     @classmethod

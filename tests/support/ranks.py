@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from runner.cli.machines import LOG_LEVEL_VARIABLE
+from runner.cluster import gather
 
 # Seconds that a command may take, on a machine that does other things as well.
 LONGEST = 90
@@ -46,9 +48,14 @@ def start(
     place: Path,
     directories: Sequence[Path],
     command: Callable[[int, Path], Sequence[object]],
+    *,
+    of_last: Mapping[str, str] = MappingProxyType({}),
     **environment: str,
 ) -> list[Rank]:
-    """A process for each directory, which runs what `command` gives for its number and its directory."""
+    """A process for each directory, which runs what `command` gives for its number and its directory.
+
+    The last one has the variables `of_last`, too.
+    """
     place.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -60,6 +67,7 @@ def start(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             **environment,
+            **(of_last if number == len(directories) - 1 else {}),
         }
         output = place / f"rank{number}"
         arguments = [str(each) for each in command(number, directory)]
@@ -83,6 +91,8 @@ def _run(variables: dict[str, str], arguments: list[str], output: Path) -> None:
     from toolkit.cli import app
 
     os.environ.update(variables)
+    # Of these small models a prompt's rows go in several pieces then, and a token's in one.
+    gather.PIECE_BYTES = 512
     with output.with_suffix(".out").open("w") as out, output.with_suffix(".err").open("w") as errors:
         # What torch writes itself as well.
         os.dup2(errors.fileno(), 2)

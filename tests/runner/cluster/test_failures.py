@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from runner.cluster.joining import PATIENCE_VARIABLE, join
 from runner.errors import BloomdeskError
 from runner.generation.session_files import CACHE
 from tests.support.commands import run
-from tests.support.ranks import Rank, finish, start
+from tests.support.ranks import LONGEST, Rank, finish, start
 
 pytestmark = pytest.mark.slow
 PROMPT = "hello there my friend"
@@ -67,6 +72,38 @@ def test_a_frozen_machine_is_named(sliced, tmp_path: Path) -> None:
     finish(ranks)
 
 
+def test_a_full_disk_is_named_by_all(sliced, tmp_path: Path) -> None:
+    ranks = start(
+        tmp_path,
+        sliced((1, 1, 1))[1],
+        lambda number, path: ["generate", path, PROMPT, *ENDLESS, "--session", tmp_path / f"session{number}"],
+    )
+    cache = tmp_path / "session2" / CACHE
+    while not cache.exists() or not cache.stat().st_size:
+        assert ranks[2].process.is_alive(), [rank.errors for rank in ranks]
+        time.sleep(0.01)
+    full = cache.stat().st_size
+    resource.prlimit(ranks[2].process.pid, resource.RLIMIT_FSIZE, (full, full))
+    assert finish(ranks) == [1, 1, 1]
+    assert all("takes no larger file" in one_sentence(rank) for rank in ranks)
+    assert all("rank 2 (" in one_sentence(rank) for rank in ranks[:2])
+
+
+def test_nothing_listens_on_other_interfaces(sliced, tmp_path: Path) -> None:
+    ranks = begun(tmp_path, sliced((1, 1))[1])
+    found = [
+        connection.laddr.ip
+        for rank in ranks
+        for connection in psutil.Process(rank.process.pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    ranks[0].process.terminate()
+    finish(ranks)
+    # torch's own store listens on all of them, and can't be told otherwise.
+    assert [address for address in found if address != "127.0.0.1"] in (["::"], ["0.0.0.0"])
+    assert len(found) == 3
+
+
 def test_ctrl_c_at_the_first_machine_ends_all(sliced, tmp_path: Path) -> None:
     ranks = begun(tmp_path, sliced((1, 1))[1])
     os.kill(ranks[0].process.pid, signal.SIGINT)
@@ -103,6 +140,33 @@ def test_who_ends_before_all_have_come_is_named(sliced, tmp_path: Path, early: i
         sentence = one_sentence(rank)
         assert "block_01.safetensors" in sentence
         assert ("has ended before all had come together" in sentence) == (number != early)
+
+
+def test_torchrun_begins_again_after_a_kill(sliced, tmp_path: Path) -> None:
+    whole, slices = sliced((1, 1))
+    options = (PROMPT, "--max-new-tokens", "60", "--temperature", "1", "--seed", "5", "--json")
+    expected = json.loads(run("generate", whole, *options).stdout)["token_ids"]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--max-restarts", "2"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", where, "-m", "toolkit.cli.app", "generate"]
+
+    def begin(number: int) -> subprocess.Popen[str]:
+        command = [*launcher, slices[number], *options, "--session", tmp_path / f"session{number}"]
+        with (tmp_path / f"errors{number}").open("w") as errors:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+    agents = [begin(number) for number in range(2)]
+    cache = tmp_path / "session0" / CACHE
+    while not cache.exists() or not cache.stat().st_size:
+        assert agents[0].poll() is None, (tmp_path / "errors0").read_text()
+        time.sleep(0.005)
+    (worker,) = psutil.Process(agents[1].pid).children()
+    worker.kill()
+    (out, _), _ = (agent.communicate(timeout=LONGEST) for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], (tmp_path / "errors0").read_text()
+    assert "exitcode: -9" in (tmp_path / "errors1").read_text()
+    assert json.loads(out)["token_ids"] == expected
 
 
 def test_a_file_of_prompts_that_is_done_ends_all(sliced, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from runner.estimate.machines import Network
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.manifest import load_manifest
 from runner.format.quantised import INT4_FORM, INT8_FORM
+from runner.kernel.library import ENVIRONMENT, usable_variants
 from tests.support.commands import run
 from tests.support.ranks import finish, start
 
@@ -31,10 +32,12 @@ def tokens(text: str) -> list[dict[str, object]]:
 
 
 def check(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Path) -> None:
+    """The text is that of one machine; the processor of the last one has the fewest means."""
     command, *rest = arguments
     alone = run(command, whole, *rest)
     assert alone.returncode == 0, alone.stderr
-    ranks = start(place, slices, lambda number, directory: [command, directory, *rest])
+    last = {ENVIRONMENT: usable_variants()[0]}
+    ranks = start(place, slices, lambda number, directory: [command, directory, *rest], of_last=last)
     assert finish(ranks) == [0] * len(slices), [rank.errors for rank in ranks]
     assert tokens(ranks[0].out) == tokens(alone.stdout) != []
     assert [rank.out for rank in ranks[1:]] == [""] * (len(slices) - 1)
@@ -47,10 +50,11 @@ def check(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Pa
         ((1, 1), PLAIN, ()),
         ((3, 1), LOSSLESS, DRAWN),
         ((1, 2, 1), INT4_FORM, ("--logprobs", "2", *TYPED)),
+        ((2, 1, 1, 2), INT8_FORM, DRAWN),
         # One of them has no head.
         ((1,) * 7, PLAIN, DRAWN),
     ],
-    ids=["two", "uneven", "three", "seven"],
+    ids=["two", "uneven", "three", "four", "seven"],
 )
 def test_the_text_is_that_of_one_machine(
     sliced, tmp_path: Path, shares: Sequence[int], form: str, options: Sequence[str]

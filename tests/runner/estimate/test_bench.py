@@ -22,10 +22,12 @@ from runner.estimate import bench as bench_module
 from runner.estimate import forecast, rates
 from runner.estimate import plan as plan_module
 from runner.format.manifest import load_manifest
+from runner.format.slices import Slice, even
 from runner.generation.model import Model
 from runner.generation.speculation.draft_model import DraftModel
 from runner.system import files, memory, platform
-from tests.support.commands import started
+from runner.units import size
+from tests.support.commands import refused, run, started
 from toolkit.commands.convert import convert
 from toolkit.parts.destination import write_manifest
 
@@ -288,6 +290,17 @@ def test_a_disk_that_cannot_be_written_is_refused(
     monkeypatch.setattr("tempfile.mkstemp", denied)
     with pytest.raises(BloomdeskError, match="cannot be measured: Permission denied"):
         plan_module.plan(tmp_path, None, None, 16, 4)
+
+
+def test_a_slice_alone_is_planned_with_its_machines(quick, prepared, tmp_path: Path) -> None:
+    convert(prepared()[0], tmp_path / "out", own=Slice(1, even(2)))
+    done = run("plan", tmp_path / "out", "--machines", "2", "--json")
+    found = json.loads(done.stdout)
+    assert found["machines"]["count"] == 2 and found["prepared"]
+    held = load_manifest(tmp_path / "out")
+    text = run("plan", tmp_path / "out", "--machines", "2").stdout
+    assert f"{size(sum(part.size for part in held.records))} of" in text and "slice 2/2" in text
+    assert "start it on all with torchrun" in refused("plan", tmp_path / "out", "--machines", "3")
 
 
 @pytest.mark.slow

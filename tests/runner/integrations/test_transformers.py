@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from copy import deepcopy
@@ -23,6 +24,8 @@ from transformers.generation import SuppressTokensLogitsProcessor
 import runner
 from runner.errors import BloomdeskError
 from runner.integrations.transformers import BloomdeskForCausalLM, RunnerCache
+from tests.support.oracle import IDS, plain_source, use_own_arithmetic
+from toolkit.commands.convert import convert
 
 PROMPTS = [
     "SELECT name FROM",
@@ -73,6 +76,25 @@ def test_assisted_generation_changes_nothing(models, draft: tuple[Path, Path], h
     if helper == "own assistant":
         options = {"assistant_model": BloomdeskForCausalLM.from_prepared(draft[1])}
     assert torch.equal(generated(ours, inputs, **options), generated(reference, inputs))
+
+
+def test_its_generation_config_is_that_of_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_own_arithmetic(monkeypatch)
+    source = tmp_path / "source"
+    plain_source(source)
+    ids = torch.tensor([IDS])
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype="auto").generate(ids, max_new_tokens=8)
+    ends = [2, int(plain[0, -4])]
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "pad_token_id": 3}))
+    convert(source, tmp_path / "out")
+    ours = BloomdeskForCausalLM.from_prepared(tmp_path / "out")
+    reference = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    found = ours.generate(ids, max_new_tokens=8)
+    assert found.shape < plain.shape and torch.equal(found, reference.generate(ids, max_new_tokens=8))
+    assert ours.generation_config.to_dict() == reference.generation_config.to_dict()
+    assert "type `bloom`" not in caplog.text
 
 
 def test_logits_are_those_of_the_runner(models, miniature: tuple[Path, Path]) -> None:
