@@ -34,7 +34,7 @@ class Answer:
 
     It is finished if all choices have ended, or with a `failure`. When the last reader leaves an unfinished one, it
     pauses before the next pass; when one comes, it goes on, and only its prompt and its tokens are read again.
-    `on_end`, `on_pause` and `on_resume` are called when it does, `on_growth` with each growth.
+    `on_end`, `on_pause` and `on_resume` are called when it does, `on_growths` with what a pass gave.
     """
 
     def __init__(self, order: Order, engine: Engine, earlier: tuple[Restored, ...] = ()) -> None:
@@ -43,7 +43,7 @@ class Answer:
         self.growths: list[Growth] = []
         self.failure: BloomdeskError | None = None
         self.readers = 0
-        self.on_growth: Callable[[Growth], None] = lambda _: None
+        self.on_growths: Callable[[Sequence[Growth]], None] = lambda _: None
         self.on_end: Callable[[], None] = _nothing
         self.on_pause: Callable[[], None] = _nothing
         self.on_resume: Callable[[], None] = _nothing
@@ -136,13 +136,14 @@ class Answer:
             self._loop.call_soon_threadsafe(action, *arguments)
 
     def _add(self, growths: Sequence[Growth]) -> None:
+        before = len(self.growths)
         for growth in growths:
             if seen := self._repeated.pop(growth.place, None):
                 growth = seen.cut(growth)
             if growth:
                 self.growths.append(growth)
-                self.on_growth(growth)
                 self._open -= growth.end is not None
+        self.on_growths(self.growths[before:])
         self._wake()
 
     def _fail(self, failure: BloomdeskError) -> None:
@@ -260,7 +261,7 @@ class SharedAnswers:
         if key is not None:
             self._open[key] = answer
             if self._disk:
-                answer.on_growth = self._disk.begin(key, order, kept)
+                answer.on_growths = self._disk.begin(key, order, kept)
             answer.on_end = answer.on_pause = lambda: self._store(key, answer)
             answer.on_resume = lambda: self._reopen(key, answer)
         return answer

@@ -85,7 +85,7 @@ class KeptAnswers:
     async def find(self, key: bytes) -> Kept | None:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._find, key.hex())
 
-    def begin(self, key: bytes, order: Order, kept: Kept | None) -> Callable[[Growth], None]:
+    def begin(self, key: bytes, order: Order, kept: Kept | None) -> Callable[[Sequence[Growth]], None]:
         """What takes the growths of an answer, from the first on; those that are `kept` are not written again."""
         self._open.add(key.hex())
         path = self._path(key.hex(), GROWING)
@@ -121,7 +121,8 @@ class KeptAnswers:
                 elif found:
                     found.texts.setdefault(record["place"], Text()).add(record)
             return found
-        except OSError:
+        except (OSError, KeyError, TypeError):
+            # The disk fails, or another version wrote it.
             return None
 
     def _rest(self, name: str, has_ended: bool) -> None:
@@ -167,9 +168,10 @@ class _Recorder:
         self._head = [] if kept else [head]
         self._write = write
 
-    def add(self, growth: Growth) -> None:
-        if record := new_in(growth, self._told[growth.place], self._texts[growth.place]):
-            self._write([*self._head, record], bool(self._head))
+    def add(self, growths: Sequence[Growth]) -> None:
+        new = [new_in(each, self._told[each.place], self._texts[each.place]) for each in growths]
+        if new := list(filter(None, new)):
+            self._write([*self._head, *new], bool(self._head))
             self._head = []
 
 
