@@ -11,7 +11,8 @@ import json
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -78,6 +79,8 @@ class Group:
     wire: Wire = field(default_factory=Wire)
     # Held by whoever uses the connections.
     lock: threading.RLock = field(default_factory=threading.RLock)
+    # Whether the store has not answered once: it is not asked again, for each time would take as long.
+    _is_deaf: bool = False
 
     @property
     def others(self) -> list[int]:
@@ -139,6 +142,8 @@ class Group:
         why = "it has ended, or its machine or the network has"
         if is_silent:
             why = f"nothing came from it for {self.patience:.0f} s"
+            if self._is_deaf:
+                why += ", and the store where all meet does not answer"
         return LastingFailure(
             f"the connection with {self.title(other)} is broken: {why}",
             "see what that machine says; with --session, the same command on all of them resumes the text",
@@ -150,7 +155,7 @@ class Group:
         if not isinstance(reason, LastingFailure | KeyboardInterrupt):
             text = f"{self.title(self.rank)} has ended: {text}"
         _forget_transfers(reason)
-        _within(_LOOK, lambda: self._say_farewell(text))
+        self._within(_LOOK, lambda: self._say_farewell(text))
 
     def _say_farewell(self, text: str) -> None:
         self.store.set(_farewell(self.rank), text)
@@ -162,7 +167,7 @@ class Group:
             left = self.store.add(_LEFT, 0)
 
     def _farewell_of(self, other: int) -> str | None:
-        return _within(_LOOK, lambda: self._looked_up(_farewell(other)))
+        return self._within(_LOOK, lambda: self._looked_up(_farewell(other)))
 
     def _looked_up(self, key: str) -> str | None:
         return self.store.get(key).decode() if self.store.check([key]) else None
@@ -179,8 +184,24 @@ class Group:
                 found = int(next_one)
             return found
 
-        found = _within(_LOOK + GRACE, look)
+        found = self._within(_LOOK + GRACE, look)
         return other if found in (None, self.rank) else found
+
+    def _within(self, seconds: float, look: Callable[[], Any]) -> Any:
+        """What a `look` into the store gives, or None if it fails or takes longer."""
+        found: list[Any] = []
+
+        def run() -> None:
+            with suppress(RuntimeError, OSError):
+                found.append(look())
+
+        if self._is_deaf:
+            return None
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        self._is_deaf = thread.is_alive()
+        return found[0] if found else None
 
 
 def reason_of(error: BaseException) -> str:
@@ -204,19 +225,3 @@ def _forget_transfers(reason: BaseException | None) -> None:
     while reason is not None:
         traceback.clear_frames(reason.__traceback__)
         reason = reason.__context__
-
-
-def _within(seconds: float, look: Any) -> Any:
-    """What `look` gives, or None if it fails or takes longer."""
-    found: list[Any] = []
-
-    def run() -> None:
-        try:
-            found.append(look())
-        except (RuntimeError, OSError):
-            return
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
