@@ -12,7 +12,7 @@ from scripts.torture.world import World, scratch
 
 pytest_plugins = ("tests.support.world",)
 
-CHUNKS, SEQUENCES = 4, 320
+CHUNKS, SEQUENCES = 4, 120
 
 
 @pytest.mark.slow

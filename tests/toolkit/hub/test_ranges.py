@@ -165,7 +165,7 @@ def test_a_slow_first_range_holds_the_others_at_the_window(one, single, target):
 
     def progress(file, done, total):
         if not ends and done > 1000:
-            ends.extend(stop for _, stop in asked_for(one))
+            ends.extend(stop - done for _, stop in asked_for(one))
 
     fetch(target, progress=progress)
     assert max(ends) <= WINDOW + RANGE  # what was handed out a moment ago may be under way again
