@@ -243,7 +243,8 @@ def serve(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep files and batches there; batches resume when it starts again."
+            metavar="DIR",
+            help="Keep files, batches and the tokens of requests there; they resume when it starts again.",
         ),
     ] = None,
     max_file_size: Annotated[

@@ -423,12 +423,17 @@ def test_a_schema_that_takes_long_holds_up_no_other_request(
         async with serving(model, Settings(first_byte=60, schema_wait=0.05)) as (app, _):
             assert "error" not in await Exchange(app, PATH, of({"enum": ["known"]})).document()
             monkeypatch.setattr(grammar_check, "reason_in_time", slow)
-            first, *others = [Exchange(app, PATH, of(ENDLESS)) for _ in range(50)]
+            # A stream begins when its schema is known to be right, so this one has a status, too.
+            first = Exchange(app, PATH, of(ENDLESS) | {"stream": True})
+            others = [Exchange(app, PATH, of(ENDLESS) | {"stream": number % 2 == 0}) for number in range(49)]
             for other in others:
                 assert (await other.document())["error"]["param"] == "response_format"
                 assert other.status == 503 and b"retry-after" in dict(other.messages[0]["headers"])
             for body in (BODY, of({"enum": ["known"]}) | {"max_tokens": 5}):
                 assert "error" not in await Exchange(app, PATH, body).document()
+            stream = Exchange(app, PATH, of({"enum": ["known"]}) | {"stream": True})
+            await stream.task
+            assert stream.text.startswith(": ") and "error" not in stream.text
             assert len(checked) == 1 and not first.messages
             go_on.set()
             error = (await first.document())["error"]
