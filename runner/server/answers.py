@@ -21,6 +21,7 @@ from runner.errors import BloomdeskError
 from runner.generation.scoring import TokenScore
 from runner.generation.sequence import Restored
 from runner.server.engine import Engine, Growth, Work
+from runner.server.kept import Kept, KeptAnswers
 from runner.server.orders import Order
 
 # Answers that have ended or paused and are kept for a client that asks again: how many, and with how many tokens.
@@ -33,14 +34,16 @@ class Answer:
 
     It is finished if all choices have ended, or with a `failure`. When the last reader leaves an unfinished one, it
     pauses before the next pass; when one comes, it goes on, and only its prompt and its tokens are read again.
-    `on_end`, `on_pause` and `on_resume` are called when it does.
+    `on_end`, `on_pause` and `on_resume` are called when it does, `on_growths` with what a pass gave.
     """
 
-    def __init__(self, order: Order, engine: Engine) -> None:
+    def __init__(self, order: Order, engine: Engine, earlier: tuple[Restored, ...] = ()) -> None:
+        """`earlier` is what another run of the server has given each request, if any has."""
         self.order = order
         self.growths: list[Growth] = []
         self.failure: BloomdeskError | None = None
         self.readers = 0
+        self.on_growths: Callable[[Sequence[Growth]], None] = lambda _: None
         self.on_end: Callable[[], None] = _nothing
         self.on_pause: Callable[[], None] = _nothing
         self.on_resume: Callable[[], None] = _nothing
@@ -48,7 +51,8 @@ class Answer:
         self._open = len(order.requests)
         self._changed = asyncio.Event()
         # None while it is paused and the engine has forgotten it.
-        self._work: Work | None = Work(order.requests, self)
+        self._work: Work | None = Work(order.requests, self, earlier)
+        self._earlier = earlier or (Restored(),) * len(order.requests)
         self._is_paused = False
         # What the first growths after a pause bring again.
         self._repeated: dict[int, _Seen] = {}
@@ -109,7 +113,10 @@ class Answer:
         for growth in self.growths:
             seen[growth.place].add(growth)
         self._repeated = dict(enumerate(seen))
-        self._work = Work(self.order.requests, self, tuple(each.restored for each in seen))
+        # What was restored comes with the first growth.
+        pairs = zip(seen, self._earlier, strict=True)
+        earlier = tuple(each.restored if each.has_any else before for each, before in pairs)
+        self._work = Work(self.order.requests, self, earlier)
         try:
             self.begin()
         except BloomdeskError as error:
@@ -129,12 +136,14 @@ class Answer:
             self._loop.call_soon_threadsafe(action, *arguments)
 
     def _add(self, growths: Sequence[Growth]) -> None:
+        before = len(self.growths)
         for growth in growths:
             if seen := self._repeated.pop(growth.place, None):
                 growth = seen.cut(growth)
             if growth:
                 self.growths.append(growth)
                 self._open -= growth.end is not None
+        self.on_growths(self.growths[before:])
         self._wake()
 
     def _fail(self, failure: BloomdeskError) -> None:
@@ -168,6 +177,10 @@ class _Seen:
         self.prompt_scores += growth.prompt_scores
         self.characters += len(growth.text)
         self.has_ended |= growth.end is not None
+
+    @property
+    def has_any(self) -> bool:
+        return bool(self.ids or self.prompt_scores)
 
     @property
     def restored(self) -> Restored:
@@ -214,10 +227,19 @@ class _Shelf:
 
 
 class SharedAnswers:
-    """Answers by the key of their requests: while they come, and for `keep` seconds after their end or their pause."""
+    """Answers by the key of their requests: while they come, and for `keep` seconds after their end or their pause.
 
-    def __init__(self, engine: Engine, keep: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._engine, self._keep, self._clock = engine, keep, clock
+    The disk may have what earlier runs of the server have `kept`, too.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        keep: float,
+        clock: Callable[[], float] = time.monotonic,
+        kept: KeptAnswers | None = None,
+    ) -> None:
+        self._engine, self._keep, self._clock, self._disk = engine, keep, clock, kept
         self._open: dict[bytes, Answer] = {}
         # Paused ones have cost passes that nobody has had anything of, so no others take their place.
         self._ended, self._paused = _Shelf(), _Shelf()
@@ -228,12 +250,18 @@ class SharedAnswers:
             shelf.forget(self._clock() - self._keep)
         return self._open.get(key) or self._kept(key)
 
-    def begin(self, order: Order, key: bytes | None) -> Answer:
+    async def kept(self, key: bytes | None) -> Kept | None:
+        """What an earlier run of the server has made for the same request."""
+        return await self._disk.find(key) if self._disk and key is not None else None
+
+    def begin(self, order: Order, key: bytes | None, kept: Kept | None = None) -> Answer:
         """A new answer, which others with this `key` share; None shares it with nobody."""
-        answer = Answer(order, self._engine)
+        answer = Answer(order, self._engine, kept.restored(order) if kept else ())
         answer.begin()
         if key is not None:
             self._open[key] = answer
+            if self._disk:
+                answer.on_growths = self._disk.begin(key, order, kept)
             answer.on_end = answer.on_pause = lambda: self._store(key, answer)
             answer.on_resume = lambda: self._reopen(key, answer)
         return answer
@@ -244,6 +272,8 @@ class SharedAnswers:
         elif self._kept(key) is not answer:
             return
         self._drop(key)
+        if self._disk:
+            self._disk.rest(key, has_ended=answer.is_finished and answer.failure is None)
         if answer.failure is None:
             shelf = self._ended if answer.is_finished else self._paused
             shelf.put(key, answer, self._clock())
@@ -252,6 +282,8 @@ class SharedAnswers:
         if self._kept(key) is answer:
             self._drop(key)
             self._open[key] = answer
+            if self._disk:
+                self._disk.wake(key)
 
     def _kept(self, key: bytes) -> Answer | None:
         return self._ended.get(key) or self._paused.get(key)

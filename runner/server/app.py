@@ -32,7 +32,9 @@ from runner.server.bodies import Unsent, checked, key_of, read_object
 from runner.server.engine import Engine, Growth
 from runner.server.errors import ApiError, explained
 from runner.server.jobs.api import JobsApi
+from runner.server.jobs.data import ANSWERS
 from runner.server.jobs.routes import routes_of
+from runner.server.kept import Kept, KeptAnswers
 from runner.server.logs import Log, WriteLine, log_of
 from runner.server.metrics import CONTENT_TYPE, Counted, Metrics
 from runner.server.openapi import Description, description
@@ -73,10 +75,12 @@ def create_app(
 ) -> Starlette:
     """The ASGI application for an engine, which it starts, and stops at its end.
 
-    `write_line` gets a line of the log for each request. Jobs are kept in the directory `data`, which this process
-    holds. Raises `BloomdeskError` if something in there is damaged.
+    `write_line` gets a line of the log for each request. Jobs and answers are kept in the directory `data`, which
+    this process holds. Raises `BloomdeskError` if something in there is damaged.
     """
-    api = Api(engine, settings, clock, JobsApi(engine, settings, data) if data else None)
+    jobs = JobsApi(engine, settings, data) if data else None
+    kept = KeptAnswers(data / ANSWERS, settings.keep_results) if data else None
+    api = Api(engine, settings, clock, jobs, kept)
     described = [*_routes(api), *routes_of(api.jobs)]
     document = description(described)
     routes = [route for route, _ in described]
@@ -132,11 +136,16 @@ class Api:
     """The handlers, and what they share."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, clock: Callable[[], float], jobs: JobsApi | None
+        self,
+        engine: Engine,
+        settings: Settings,
+        clock: Callable[[], float],
+        jobs: JobsApi | None,
+        kept: KeptAnswers | None,
     ) -> None:
-        self.engine, self.settings, self.jobs = engine, settings, jobs
+        self.engine, self.settings, self.jobs, self._kept = engine, settings, jobs, kept
         self.metrics = Metrics(engine)
-        self.answers = SharedAnswers(engine, settings.keep_results, clock)
+        self.answers = SharedAnswers(engine, settings.keep_results, clock, kept)
         self._compiling = asyncio.Semaphore()
 
     @contextlib.asynccontextmanager
@@ -149,6 +158,10 @@ class Api:
                 self.engine.stop()
                 while not self.engine.join(0):
                     await asyncio.sleep(LOOK)
+                if self._kept:
+                    # What the last pass gave may be on its way.
+                    await asyncio.sleep(0)
+                    self._kept.close()
 
     async def health(self, _: Request) -> Response:
         try:
@@ -196,8 +209,13 @@ class Api:
             model, log = self._opened(), log_of(request.scope)
             answer, asked = key and self.answers.known(key), None
             if not answer:
-                asked = await self._order(form, body, model)
-                answer = await self._answer(asked, key)
+                kept = await self.answers.kept(key)
+                asked = await self._order(form, kept.seeded(body) if kept else body, model)
+                if kept and kept.is_of(asked):
+                    asked = kept.named(asked)
+                else:
+                    kept = None
+                answer = await self._answer(asked, key, kept)
             order = answer.order
             log["joined"] = order is not asked
             log |= {"id": order.id, "prompt_tokens": order.prompt_tokens, "texts": len(order.requests)}
@@ -232,14 +250,14 @@ class Api:
         finally:
             self._compiling.release()
 
-    async def _answer(self, order: Order, key: bytes | None) -> Answer:
-        """A new answer to an order; or the one that another client began meanwhile."""
+    async def _answer(self, order: Order, key: bytes | None, kept: Kept | None) -> Answer:
+        """A new answer to an order, which goes on from what is kept; or the one that another client began meanwhile."""
         await run_in_threadpool(check_fits, order, self.engine)
         if answer := key and self.answers.known(key):
             return answer
         admit(order, self.engine, self.settings.most_waiting)
         try:
-            return self.answers.begin(order, key)
+            return self.answers.begin(order, key, kept)
         except BloomdeskError as error:
             raise explained(error) from None
 

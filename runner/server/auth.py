@@ -48,7 +48,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        scope.setdefault("state", {})["key"] = number = key_of(headers, self._keys)
+        number = key_of(headers, self._keys)
+        scope.setdefault("state", {})["key"] = None if number is None else self._keys[number]
         if self._keys and number is None and scope["path"] not in OPEN_PATHS:
             error = ApiError(
                 HTTPStatus.UNAUTHORIZED,

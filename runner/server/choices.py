@@ -81,7 +81,9 @@ class Choice:
         self._length += len(text)
         self.end = growth.end
         self.new_tokens += len(growth.ids)
-        self.logprob += sum(each.logprob for each in growth.scores)
+        # One by one: the sum of several depends on how they came.
+        for score in growth.scores:
+            self.logprob += score.logprob
         if not self._shows_tokens:
             return text, []
         self._held += [self._shown(each.token, each, is_prompt=True) for each in growth.prompt_scores]

@@ -3,7 +3,8 @@
     python -m scripts.quality.measure PLAIN TEXT [--forms DIR ...] [--gguf Q8_0 Q4_0 Q4_K_M] [--tokens 20000]
 
 PLAIN and each DIR are prepared directories of one model; TEXT is what none was trained on. It is cut into windows of
-128 tokens, of which all but the first are scored, each after those before it in its window. With --gguf llama.cpp's
+128 tokens, of which all but the first are scored, each after those before it in its window. A TEXT.jsonl has lines of
+a "prompt" and its "answer": the tokens of each answer are scored, after its prompt. With --gguf llama.cpp's
 own quantizer makes files of those kinds from the same weights, beside one in bfloat16, and llama.cpp runs them; they
 are compared with its own bfloat16.
 """
@@ -11,6 +12,7 @@ are compared with its own bfloat16.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -76,19 +78,33 @@ def llama(path: Path) -> Logits:
     return logits
 
 
-def windows(directory: Path, text: Path, tokens: int) -> list[list[int]]:
-    """Whole windows of a text's first tokens."""
-    ids = runner.load(directory).tokenizer.encode(text.read_text("utf-8"))[:tokens]
-    return [list(ids[at : at + WINDOW]) for at in range(0, len(ids) - WINDOW + 1, WINDOW)]
+@dataclass(frozen=True)
+class Window:
+    """Token ids, of which those from position `first` on are scored."""
+
+    ids: list[int]
+    first: int = 1
 
 
-def compared(names: Sequence[str], models: Sequence[Logits], texts: list[list[int]]) -> Iterator[Loss]:
+def windows(directory: Path, text: Path, tokens: int) -> list[Window]:
+    """Whole windows of a text's first tokens, or one for each line of a .jsonl."""
+    encode = runner.load(directory).tokenizer.encode
+    if text.suffix == ".jsonl":
+        lines = map(json.loads, text.read_text("utf-8").splitlines())
+        return [
+            Window([*encode(line["prompt"] + line["answer"])], len(encode(line["prompt"]))) for line in lines
+        ]
+    ids = encode(text.read_text("utf-8"))[:tokens]
+    return [Window([*ids[at : at + WINDOW]]) for at in range(0, len(ids) - WINDOW + 1, WINDOW)]
+
+
+def compared(names: Sequence[str], models: Sequence[Logits], texts: list[Window]) -> Iterator[Loss]:
     """The losses of all models against the first."""
     losses = [Loss() for _ in names]
-    for ids in texts:
-        found = [model(ids)[:-1] for model in models]
+    for text in texts:
+        found = [model(text.ids)[text.first - 1 : -1] for model in models]
         for loss, each in zip(losses, found, strict=True):
-            loss.add(found[0], each, torch.tensor(ids[1:]))
+            loss.add(found[0], each, torch.tensor(text.ids[text.first :]))
     yield from losses
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -12,6 +13,10 @@ from hypothesis import strategies as st
 EXPECTED = {200, 400, 401, 404, 405, 408, 413, 415, 429}
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 ASKING = ("/tokenize", "/detokenize")
+FILES, BATCHES = "/v1/files", "/v1/batches"
+# Stands for the id of a file that the server has.
+KNOWN_FILE = "KNOWN-FILE"
+JSON, FORM = "application/json", "multipart/form-data"
 
 _anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -106,12 +111,33 @@ _REQUIRED = {
     "/v1/chat/completions": ({"messages": _chat["messages"], "max_tokens": _few}, _chat),
     "/tokenize": ({"prompt": st.text(max_size=50)}, {"add_special_tokens": st.booleans(), "model": _texts}),
     "/detokenize": ({"tokens": st.lists(_tokens, max_size=8)}, {"model": _texts}),
+    BATCHES: (
+        {
+            "input_file_id": _mostly(st.just(KNOWN_FILE), _texts),
+            "endpoint": _mostly(st.sampled_from(GENERATING), _texts),
+            "completion_window": _mostly(st.sampled_from(["24h", "30d"]), st.sampled_from(["0h", "1", ""])),
+        },
+        {"metadata": st.dictionaries(_texts, st.text(max_size=20), max_size=18)},
+    ),
 }
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A body, and the header that says what it is."""
+
+    kind: str
+    data: bytes
+
+
 @st.composite
-def bodies(draw: st.DrawFn, path: str) -> bytes:
-    """The bytes of a body for this path."""
+def bodies(draw: st.DrawFn, path: str) -> Sent:
+    """A body for this path; `KNOWN_FILE` in it stands for the id of a file that is there."""
+    return draw(_forms()) if path == FILES else Sent(JSON, draw(_documents(path)))
+
+
+@st.composite
+def _documents(draw: st.DrawFn, path: str) -> bytes:
     required, others = _REQUIRED[path]
     chosen = draw(st.lists(st.sampled_from(sorted(others)), max_size=5, unique=True))
     body = {name: draw(strategy) for name, strategy in required.items()}
@@ -126,6 +152,46 @@ def bodies(draw: st.DrawFn, path: str) -> bytes:
         place = draw(st.integers(0, len(data)))
         return data[:place] + draw(st.binary(max_size=3)) + data[place + draw(st.integers(0, 3)) :]
     return data
+
+
+@st.composite
+def _lines(draw: st.DrawFn) -> bytes:
+    """A file of requests, most of which are sound as lines."""
+    found = []
+    for number in range(draw(st.integers(0, 3))):
+        path = draw(st.sampled_from(GENERATING))
+        body = draw(_documents(path)).decode(errors="replace")
+        fields = f'"custom_id": "{number}", "method": "POST", "url": "{path}"'
+        found.append(f'{{{fields}, "body": {body}}}'.encode())
+    return b"\n".join(found)
+
+
+@st.composite
+def _forms(draw: st.DrawFn) -> Sent:
+    """A form with a file; now and then with other fields, twice the same, or cut off."""
+    boundary = draw(_mostly(st.just("b" * 8), st.text("b-'\"; ", max_size=80)))
+    name = draw(_mostly(st.just("in.jsonl"), st.text(max_size=300)))
+    content = draw(_mostly(_lines(), st.binary(max_size=200)))
+    parts = [
+        ('name="purpose"', draw(_mostly(st.just("batch"), st.text(max_size=20))).encode(errors="replace")),
+        (f'name="file"; filename="{name}"', content),
+    ]
+    kind = draw(st.integers(0, 9))
+    if kind == 3:
+        parts.append((f'name="{draw(st.text(max_size=20))}"', draw(st.binary(max_size=20))))
+    elif kind == 5:
+        parts = draw(st.lists(st.sampled_from(parts), max_size=4))
+    data = b"".join(
+        f"--{boundary}\r\nContent-Disposition: form-data; {head}\r\n\r\n".encode(errors="replace")
+        + value
+        + b"\r\n"
+        for head, value in parts
+    )
+    data += f"--{boundary}--\r\n".encode()
+    if kind == 7:
+        place = draw(st.integers(0, len(data)))
+        data = data[:place] + draw(st.binary(max_size=3)) + data[place + draw(st.integers(0, 9)) :]
+    return Sent(f"{FORM}; boundary={boundary}", data)
 
 
 def fault(status: int, content: bytes, kind: str) -> str | None:

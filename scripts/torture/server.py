@@ -4,7 +4,8 @@
 
 First come requests, one in ten of which hangs up at a random time: afterwards no text may be left in a pass or
 waiting, and the RAM over the last tenth must be that over the first after a warm-up. Then come bodies of Hypothesis's:
-no answer may be a 500, take longer than a minute, or have another shape than it should. `--schemathesis` adds what
+no answer may be a 500, take longer than a minute, or have another shape than it should, and the RAM may grow by no
+more than what a memory plan keeps for clients. `--schemathesis` adds what
 schemathesis makes of the server's own description. Exit status 1 if anything is not as it should be.
 """
 
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -26,14 +28,20 @@ import httpx2
 import psutil
 from hypothesis import HealthCheck, Phase, given, settings
 
+from runner.server.engine import CLIENTS_NBYTES
 from scripts.bench.serving import running_server
-from scripts.torture.bodies import ASKING, GENERATING, bodies, fault
+from scripts.torture.bodies import ASKING, BATCHES, FILES, GENERATING, KNOWN_FILE, Sent, bodies, fault
 
 AT_A_TIME = 32
 HANGS_UP = 0.1
 SECONDS = 60.0
 # How much more RAM the last tenth may take than the second.
 GROWTH = 1.05
+# Of the bodies, how many go to which path. What they leave behind for an hour, or for good, counts as RAM of clients.
+SHARES = dict(zip((*GENERATING, *ASKING, FILES, BATCHES), (0.5, 0.25, 0.05, 0.05, 0.1, 0.05), strict=True))
+# Bodies between two looks at the RAM.
+LOOK = 20
+LINE = {"custom_id": "a", "method": "POST", "url": GENERATING[0], "body": {"prompt": "a", "max_tokens": 1}}
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 
@@ -50,7 +58,8 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     template = options.work / "chat.jinja"
     template.write_text(TEMPLATE)
-    more = ("--model-name", "bloom", "--chat-template", str(template), "--ram", "2GB")
+    more = ["--model-name", "bloom", "--chat-template", str(template), "--ram", "2GB"]
+    more += ["--data", str(options.work / "data")]
     with running_server(options.model, options.work, *more) as (url, process):
         faults = []
         if options.requests:
@@ -106,22 +115,39 @@ async def _hang_up(url: str, process: psutil.Process, count: int, chance: random
 
 def _send_bodies(url: str, process: psutil.Process, count: int) -> list[str]:
     """The first fault that Hypothesis finds on each path, with its body."""
-    faults, began, before = [], time.perf_counter(), process.memory_info().rss
+    faults, began, sizes, statuses = [], time.perf_counter(), [], Counter()
     with httpx2.Client(base_url=url, timeout=SECONDS) as client:
-        for path, share in zip((*GENERATING, *ASKING), (0.6, 0.3, 0.05, 0.05), strict=True):
+        known = client.post(
+            FILES, data={"purpose": "batch"}, files={"file": ("in", json.dumps(LINE))}
+        ).json()["id"]
+
+        def send(path: str, sent: Sent) -> None:
+            data = sent.data.replace(KNOWN_FILE.encode(), known.encode())
+            found = client.post(path, content=data, headers={"Content-Type": sent.kind})
+            statuses[path, found.status_code] += 1
+            if not statuses.total() % LOOK:
+                sizes.append(process.memory_info().rss)
+            why = fault(found.status_code, found.content, found.headers["content-type"])
+            assert why is None, f"{path} {sent}: {why}"
+
+        for path, share in SHARES.items():
             try:
-                _sender(client, path, max(1, int(share * count)))()
+                _sender(send, path, max(1, int(share * count)))()
             except Exception as error:
                 faults.append(f"{type(error).__name__}: {error}")
-    after = process.memory_info().rss
+    tenth = max(1, len(sizes) // 10)
+    # While it warms up, weights come to stay.
+    first, last = median(sizes[tenth : 2 * tenth] or sizes), median(sizes[-tenth:])
     print(
-        f"{count} bodies in {time.perf_counter() - began:.0f} s; RAM {before / 1e6:.0f} MB before, "
-        f"{after / 1e6:.0f} MB after; {len(faults)} faults"
+        f"{statuses.total()} bodies in {time.perf_counter() - began:.0f} s; RAM {first / 1e6:.0f} MB at first, "
+        f"{last / 1e6:.0f} MB at last; {len(faults)} faults"
     )
-    return faults
+    for (path, status), number in sorted(statuses.items()):
+        print(f"  {path} {status}: {number}")
+    return faults + [f"the RAM grew from {first} to {last} bytes"] * (last > first + CLIENTS_NBYTES)
 
 
-def _sender(client: httpx2.Client, path: str, count: int) -> Callable[[], None]:
+def _sender(send_one: Callable[[str, Sent], None], path: str, count: int) -> Callable[[], None]:
     """Sends `count` bodies, and raises AssertionError for the smallest that is answered wrongly."""
 
     @settings(
@@ -132,10 +158,8 @@ def _sender(client: httpx2.Client, path: str, count: int) -> Callable[[], None]:
         suppress_health_check=list(HealthCheck),
     )
     @given(bodies(path))
-    def send(body: bytes) -> None:
-        found = client.post(path, content=body, headers={"Content-Type": "application/json"})
-        why = fault(found.status_code, found.content, found.headers["content-type"])
-        assert why is None, f"{path} {body!r}: {why}"
+    def send(sent: Sent) -> None:
+        send_one(path, sent)
 
     return send
 

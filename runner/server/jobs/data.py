@@ -6,6 +6,7 @@
       files/FILE_ID.json         its name, size, sha256; written last, and without it the file does not count
       batches/BATCH_ID.json      a batch: what was asked, and its status; replaced as a whole
       batches/BATCH_ID.journal   the tokens and results of its lines, appended; gone when the batch is done
+      answers/                   of requests that are no jobs; `runner/server/kept.py` draws it
 
 Ids are drawn here. Nothing that a client sends becomes part of a path: what it sends is looked up among known ids.
 """
@@ -27,7 +28,7 @@ from runner.system.atomic import TEMPORARY_SUFFIX, write_atomically
 from runner.system.lock import sole_writer
 
 MARK, FORMAT, FORMAT_VERSION = "data.json", "bloomdesk-data", 1
-FILES, BATCHES = "files", "batches"
+FILES, BATCHES, ANSWERS = "files", "batches", "answers"
 RECORD, CONTENT, JOURNAL = ".json", ".data", ".journal"
 LARGEST_RECORD = 2**24
 _ID = re.compile(r"(file-|batch_)[0-9a-f]{24}")
@@ -53,7 +54,7 @@ def data_directory(path: Path) -> Iterator[Path]:
 
 def _prepare(path: Path) -> None:
     _mark(path)
-    for name in (FILES, BATCHES):
+    for name in (FILES, BATCHES, ANSWERS):
         (path / name).mkdir(mode=0o700, exist_ok=True)
         for unfinished in (path / name).glob(f"*{TEMPORARY_SUFFIX}"):
             unfinished.unlink()

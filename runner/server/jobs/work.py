@@ -36,6 +36,13 @@ class Text:
             self.scores += _scores(record.get("scores", ()))
             self.prompt_scores += _scores(record.get("prompt_scores", ()))
 
+    def take(
+        self, ids: Sequence[int], scores: Sequence[TokenScore], prompt_scores: Sequence[TokenScore]
+    ) -> None:
+        self.ids += ids
+        self.scores += scores
+        self.prompt_scores += prompt_scores
+
     @property
     def restored(self) -> Restored:
         return Restored(tuple(self.ids), tuple(self.scores), tuple(self.prompt_scores))
@@ -47,6 +54,24 @@ def _scores(stored: Sequence[Any]) -> list[TokenScore]:
 
 def _stored(scores: Sequence[TokenScore]) -> list[Any]:
     return [(each.token, each.logprob, each.top) for each in scores]
+
+
+def new_in(growth: Growth, told: Text, text: Text) -> Record | None:
+    """Take a growth; the record of what is new in it, or None.
+
+    `told` is all that the engine has told, which begins with what was restored; `text` is what has a record.
+    """
+    told.take(growth.ids, growth.scores, growth.prompt_scores)
+    at = text.counts
+    new = (told.ids[at[0] :], told.scores[at[1] :], told.prompt_scores[at[2] :])
+    if not any(new):
+        return None
+    text.take(*new)
+    record = {"place": growth.place, "at": at, "ids": new[0]}
+    for name, scores in (("scores", new[1]), ("prompt_scores", new[2])):
+        if scores:
+            record[name] = _stored(scores)
+    return record
 
 
 def prompt_digest(order: Order) -> str:
@@ -93,25 +118,11 @@ class LineWork:
 
     def add(self, growth: Growth) -> Record | None:
         """Take a growth; the record of what is new in it, for the journal, or None."""
-        told, text = self._told[growth.place], self.texts[growth.place]
-        told.ids += growth.ids
-        told.scores += growth.scores
-        told.prompt_scores += growth.prompt_scores
         self._words[growth.place] += growth.text
         if growth.end:
             self.ends[growth.place] = growth.end
-        at = text.counts
-        new = [told.ids[at[0] :], told.scores[at[1] :], told.prompt_scores[at[2] :]]
-        if not any(new):
-            return None
-        text.ids += new[0]
-        text.scores += new[1]
-        text.prompt_scores += new[2]
-        record = {"line": self.number, "place": growth.place, "prompt": self._digest, "at": at, "ids": new[0]}
-        for name, scores in (("scores", new[1]), ("prompt_scores", new[2])):
-            if scores:
-                record[name] = _stored(scores)
-        return record
+        record = new_in(growth, self._told[growth.place], self.texts[growth.place])
+        return record and {"line": self.number, "prompt": self._digest, **record}
 
     @property
     def growths(self) -> list[Growth]:

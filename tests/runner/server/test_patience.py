@@ -16,7 +16,7 @@ from runner.server.answers import MOST_KEPT
 from runner.server.engine import Engine
 from runner.server.settings import Settings
 from tests.support.grammars import ENDLESS
-from tests.support.serving import Exchange, GatedModel, comments, events, serving, soon
+from tests.support.serving import Exchange, GatedModel, comments, events, live_batches, serving, soon
 from tests.support.streaming import LONGEST
 
 PATH = "/v1/completions"
@@ -389,7 +389,9 @@ def test_beyond_the_bound_clients_are_told_when_to_come_again(gated: GatedModel)
     run(test)
 
 
-def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel) -> None:
+def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = live_batches(monkeypatch)
+
     async def test() -> None:
         gated.let(10_000)
         async with serving(gated, QUICK) as (app, engine):
@@ -398,7 +400,7 @@ def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel) -> None:
                 await soon(lambda: engine.progress.active > 0)
                 exchange.leave()
                 await exchange.task
-            await soon(lambda: not (engine.waiting or engine._tasks or engine._batch.active))
+            await soon(lambda: not (engine.waiting or engine.queue() or batches[0].active))
 
     run(test)
 
@@ -421,12 +423,17 @@ def test_a_schema_that_takes_long_holds_up_no_other_request(
         async with serving(model, Settings(first_byte=60, schema_wait=0.05)) as (app, _):
             assert "error" not in await Exchange(app, PATH, of({"enum": ["known"]})).document()
             monkeypatch.setattr(grammar_check, "reason_in_time", slow)
-            first, *others = [Exchange(app, PATH, of(ENDLESS)) for _ in range(50)]
+            # A stream begins when its schema is known to be right, so this one has a status, too.
+            first = Exchange(app, PATH, of(ENDLESS) | {"stream": True})
+            others = [Exchange(app, PATH, of(ENDLESS) | {"stream": number % 2 == 0}) for number in range(49)]
             for other in others:
                 assert (await other.document())["error"]["param"] == "response_format"
                 assert other.status == 503 and b"retry-after" in dict(other.messages[0]["headers"])
             for body in (BODY, of({"enum": ["known"]}) | {"max_tokens": 5}):
                 assert "error" not in await Exchange(app, PATH, body).document()
+            stream = Exchange(app, PATH, of({"enum": ["known"]}) | {"stream": True})
+            await stream.task
+            assert stream.text.startswith(": ") and "error" not in stream.text
             assert len(checked) == 1 and not first.messages
             go_on.set()
             error = (await first.document())["error"]
