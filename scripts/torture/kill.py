@@ -172,6 +172,9 @@ def attack_prepare(work: Path, form: str, hub: LocalHub, *, kind: str = "") -> A
     """`prepare` from a hub with faults: all rows, those of one slice, or a slice on each of three disks."""
     (small_source if kind else source_of)(work)
     first, options, asked = destination(work / "bloom", kind)
+    if kind == "slice":
+        # Without it nothing vouches for rows, and the hub changes bytes.
+        options, asked = [*options, "--check-whole"], asked | {"check_whole": True}
     with LocalHub({REPO: work / "source"}) as calm, patch.dict(os.environ, HF_ENDPOINT=calm.endpoint):
         expected = undisturbed(work / "bloom", lambda: prepare(REPO, first, form=form, **asked))
     command = [*BLOOMDESK, "prepare", REPO, str(first), "--form", form, *options]
