@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,26 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+# Public, as their libraries say: of named tuples, of ctypes' libraries, of `os`.
+UNDERSCORED = ("_replace", "_name", "_exit")
+
+
+def privates(path: Path) -> set[str]:
+    """Private names of others that a test file uses: attributes, imports, and in code or names that are texts."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.search("runner|toolkit|scripts", node.value):
+                found |= set(re.findall(r"[\w)\]]\.(_\w+)", node.value))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            found |= {each.value for each in node.args[1:2] if isinstance(each, ast.Constant)}
+    return {name for name in map(str, found) if re.match("_[^_]", name)} - set(UNDERSCORED)
+
+
 def is_module(name: str) -> bool:
     path = ROOT / name.replace(".", "/")
     return path.is_dir() or path.with_suffix(".py").exists()
@@ -113,6 +134,11 @@ def test_no_modules_import_each_other() -> None:
 
     for module in edges:
         visit(module, ())
+
+
+def test_tests_use_no_privates() -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert {path.name: names for path in files if (names := privates(path))} == {}
 
 
 def test_the_contract_needs_only_the_standard_library() -> None:

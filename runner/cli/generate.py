@@ -210,7 +210,7 @@ def _generate_text(options: GenerateOptions, model: Model, requests: Sequence[Re
         terminal.show(*status_of.of(part, parts, generation.sequence.remaining))
 
     generation = model.batch(requests, options.generation, on_part, Generation, session)
-    note(_setup(generation))
+    note(setup_line(generation))
     text = model.stream(generation.sequence)
     show = (lambda text: terminal.clear()) if options.as_json else terminal.write
     start = time.perf_counter()
@@ -277,7 +277,7 @@ def _generate_all_with(
     what = "prompts" if len(requests) == len(prompts) else "continuations"
     status_of = PassStatus(lambda: model.weights.stream.traffic.bytes_read)
     batch = model.batch(requests, options.generation, on_part)
-    note(_setup(batch))
+    note(setup_line(batch))
     start = time.perf_counter()
     try:
         for found in batch.run():
@@ -358,7 +358,7 @@ def _report(found: TextSequence, model: Model, seconds: float) -> dict[str, obje
     }
 
 
-def _setup(batch: Batch) -> str:
+def setup_line(batch: Batch) -> str:
     """What the RAM and the options come to."""
     plan = batch.plan
     kept = "all weights stay"

@@ -80,6 +80,7 @@ def serve(options: ServeOptions) -> int:
         from runner.server.logs import Log
         from runner.server.routing import TOO_MANY_CONNECTIONS
     except ImportError as error:
+        # pip finds the extra in what is installed, a checkout or a wheel, and asks no index for bloomdesk itself.
         raise BloomdeskError(
             f"serving needs {error.name}, which is not installed", "pip install 'bloomdesk[serve]'"
         ) from None

@@ -126,6 +126,14 @@ class Manifest:
         made_by = f"prepare {self.source.repo}" if self.source.repo else "convert SRC"
         return f"bloomdesk {made_by} {in_shell(first)}{form}{self._slice_options}"
 
+    def command_to_spread(self, directory: Path) -> str:
+        """The command that spreads a directory, the first of these places, over the others."""
+        return f"bloomdesk spread {in_shell(directory)}{self._others}"
+
+    @property
+    def _others(self) -> str:
+        return "".join(f" --also {in_shell(Path(place))}" for place in self.places[1:])
+
     @property
     def _slice_options(self) -> str:
         """What the command says of the slice."""
@@ -134,8 +142,7 @@ class Manifest:
         shares = (
             f" --shares {','.join(map(str, self.slice.shares))}" if len(set(self.slice.shares)) > 1 else ""
         )
-        others = "".join(f" --also {in_shell(Path(place))}" for place in self.places[1:])
-        return f"{others or f' --slice {self.slice}'}{shares}"
+        return f"{self._others or f' --slice {self.slice}'}{shares}"
 
     @property
     def unproven_shards(self) -> tuple[str, ...]:

@@ -75,8 +75,10 @@ class SliceSet:
 def find_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
     """The directory and those that hold its other slices, looked for in `also` first, then where they were made.
 
-    Raises `BloomdeskError` if `directory` or one of `also` has no sound manifest, or one of these belongs elsewhere.
+    Raises `BloomdeskError` if `directory` or one of `also` has no sound manifest, or one of these belongs elsewhere, or
+    if they are being spread.
     """
+    refuse_while_spreading(directory)
     manifest = load_manifest(directory)
     if manifest.slice is None:
         if also:
@@ -104,6 +106,7 @@ def find_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
 
 def own_slice(directory: Path) -> SliceSet:
     """The directory alone, if the other slices are on other machines. Raises `BloomdeskError` if a part is missing."""
+    refuse_while_spreading(directory)
     manifest = load_manifest(directory)
     index = manifest.slice.index if manifest.slice is not None else 0
     found = SliceSet({index: directory}, {index: manifest}, index)
@@ -116,7 +119,6 @@ def find_all_slices(directory: Path, also: Sequence[Path] = ()) -> SliceSet:
 
     Raises `BloomdeskError` with the next step if there is, and what `find_slices` raises.
     """
-    refuse_while_spreading(directory)
     found = find_slices(directory, also)
     require_all_slices(found)
     _require_complete(found)
@@ -136,14 +138,21 @@ def _require_complete(found: SliceSet) -> None:
 def refuse_while_spreading(directory: Path) -> None:
     """Raise `BloomdeskError` if a command that spreads the directory over several disks has not ended."""
     if (directory / SPREADING).is_dir():
-        also = " --also DIR"
-        with suppress(BloomdeskError):
-            places = load_manifest(directory / SPREADING).places
-            also = "".join(f" --also {in_shell(Path(place))}" for place in places[1:])
+        begun, again = being_spread(directory), f"bloomdesk spread {in_shell(directory)} --also DIR"
         raise BloomdeskError(
             f"{directory} is being spread over several disks, and that has not ended",
-            f"bloomdesk spread {in_shell(directory)}{also} resumes where it stopped",
+            f"{begun.command_to_spread(directory) if begun else again} resumes where it stopped",
         )
+
+
+def being_spread(directory: Path) -> Manifest | None:
+    """The manifest of the slice that a directory will hold once it is spread; None if it is not being, or unsound."""
+    if (directory / SPREADING).is_dir():
+        for place in (directory / SPREADING, directory):
+            with suppress(BloomdeskError):
+                if (manifest := load_manifest(place)).slice is not None:
+                    return manifest
+    return None
 
 
 def require_all_slices(found: SliceSet) -> None:
@@ -168,6 +177,7 @@ def _found_at(place: Path, manifest: Manifest, index: int) -> Manifest | None:
         other = load_manifest(place)
     except UnsoundManifest:
         return None
+    refuse_while_spreading(place)
     if other.slice is None or other.slice.index != index or difference(manifest, other):
         return None
     return other

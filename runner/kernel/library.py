@@ -51,7 +51,7 @@ def load_kernel() -> ctypes.CDLL:
             f"{ENVIRONMENT} is {variant!r}, which this processor does not run",
             f"unset it, or choose one of: {', '.join(possible)}",
         )
-    return _opened(variant)
+    return open_library(variant)
 
 
 @cache
@@ -63,11 +63,12 @@ def usable_variants() -> tuple[str, ...]:
             f"bloomdesk has no kernel for {target}", f"it runs on: {', '.join(compiler.TARGETS)}"
         )
     names = tuple(compiler.variants(target))
-    return names[: 1 + _opened(names[0]).processor_level()]
+    return names[: 1 + open_library(names[0]).processor_level()]
 
 
 @cache
-def _opened(variant: str) -> ctypes.CDLL:
+def open_library(variant: str) -> ctypes.CDLL:
+    """The library of a variant. Raises `BloomdeskError` if there is none, and none can be made, or it does not load."""
     path = _compiled(variant)
     try:
         library = ctypes.CDLL(str(path))

@@ -42,7 +42,7 @@ class Tensor:
 def write_bin(path: Path, tensors: Sequence[Tensor]) -> None:
     """Write a `.bin` as of 2022: root folder `archive`, no byte order or alignment records."""
     with path.open("wb") as file:
-        container = _Zip(file)
+        container = Zip(file)
         data = _pickled(tensors)
         container.add("archive/data.pkl", len(data), [memoryview(data)])
         for number in sorted(range(len(tensors)), key=str):  # torch sorted the records by name then
@@ -89,7 +89,7 @@ def _pickled(tensors: Sequence[Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-class _Zip:
+class Zip:
     """A stored zip whose records start at multiples of 64 bytes, with data descriptors; no seeking back.
 
     Zip64 fields appear if a size or an offset needs them; the end record is always a zip64 one. Layout

@@ -69,6 +69,14 @@ def commands() -> Iterator[Command]:
         yield Command(("download", name, "DST", "--check"), repo=repo)
     for repo in ("me/a", "down"):
         yield Command(("repair", "DST"), repo=repo)
+    for form in (LOSSLESS, INT4_FORM):
+        yield Command(("convert", "PREPARED", "DST", "--form", form))
+        yield Command(("convert", "DST", "NEW", "--form", form))
+    for slice_ in (("--slice", "1/2"), ("--also", "ALSO")):
+        yield Command(("convert", "SRC", "DST", *slice_, "--shares", "2,1"), "a")
+    yield Command(("prepare", "me/a", "DST", "--slice", "1/2", "--shares", "2,1"), repo="me/a")
+    yield Command(("spread", "DST", "--also", "ALSO", "--shares", "2,1"))
+    yield Command(("spread", "DST", "--also", "ALSO", "--also", "NEW", "--shares", "2,1,1"))
     yield Command(("export", "PREPARED", "DST"))
     yield Command(("export", "DST", "NEW"))
     yield Command(("verify", "DST"))

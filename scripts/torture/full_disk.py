@@ -22,13 +22,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from runner.format.coded import LOSSLESS
+from runner.format.layout import COMPANIONS, EMBEDDING, MANIFEST
+from runner.format.manifest import load_manifest
 from runner.format.quantised import FORMS
 from scripts.fakehub.checkpoint import synthetic
 from scripts.fakehub.server import LocalHub
-from scripts.torture.attempt import content, environment
+from scripts.torture.attempt import assert_no_row_lost, content, environment, placeless
 from toolkit.hub.record import RECORD
 
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -39,7 +42,8 @@ import shutil
 measure = shutil.disk_usage
 shutil.disk_usage = lambda path: measure(path)._replace(free=2**50)
 """
-COMMANDS = ("download", "convert", "prepare", *FORMS[1:])
+OTHER_FULL, FIRST_FULL, OF_PREPARED = "spread, other disk", "spread, first disk", "prepared"
+COMMANDS = ("download", "convert", "prepare", *FORMS[1:], OTHER_FULL, FIRST_FULL, OF_PREPARED)
 COMMAND = "from toolkit.cli.app import main; main()"
 
 
@@ -90,53 +94,116 @@ def run(arguments: Sequence[str], endpoint: str, *, endless: bool) -> subprocess
 
 @dataclass(frozen=True)
 class Case:
-    """A command that writes a directory, and the result of an undisturbed run; sizes are bytes on a tmpfs."""
+    """A command that writes a directory, and the result of an undisturbed run; sizes are bytes on a tmpfs.
+
+    `base` of them are taken before it begins. In `work` lies what it starts from, and the other disk of a `spread`.
+    """
 
     name: str
     command: Sequence[str]
-    expected: Mapping[str, bytes]
-    size: int
-    manifest: int
+    work: Path
+    expected: Mapping[str, bytes] = field(default_factory=dict)
+    size: int = 0
+    manifest: int = 0
+    base: int = 0
 
     def levels(self, count: int) -> dict[str, int]:
         """Sizes of disks that are too small: shares of the result, and all of it without its manifest or record."""
-        shares = [(number + 0.5) / count for number in range(count)]
+        shares = {
+            f"{(n + 0.5) / count:.0%}": self.base + int((n + 0.5) / count * self.size) for n in range(count)
+        }
+        if self.base:
+            return shares
         # The manifest or record is written last, and its rewrite needs space beside the file that it replaces.
         last = {"all but the manifest": self.size - self.manifest, "all but a page": self.size - PAGE}
-        return {f"{share:.0%}": int(share * self.size) for share in shares} | last
+        return shares | last
+
+    @property
+    def enough(self) -> int:
+        return self.base + 4 * self.size + 2**26
+
+    def disks(self, target: Path) -> list[Path]:
+        """The directories that a `spread` writes, the first one first, or only the target."""
+        other = self.work / "elsewhere"
+        return {FIRST_FULL: [target, other], OTHER_FULL: [other, target]}.get(self.name, [target])
+
+    def begin(self, target: Path) -> list[str]:
+        """The command that writes to the disk of `target`, where what it starts from lies then."""
+        here, *others = self.disks(target)
+        if not others:
+            return [*self.command, str(target)]
+        for each in (here, *others):
+            shutil.rmtree(each, ignore_errors=True)
+        shutil.copytree(self.work / "whole", here)
+        return [*self.command, str(here), "--also", str(others[0]), "--shares", "2,1"]
+
+    def check(self, target: Path) -> None:
+        """AssertionError if a `spread` that has failed has lost something."""
+        here, *others = self.disks(target)
+        if others:
+            assert_no_row_lost(load_manifest(self.work / "whole"), here, others)
+
+    def found(self, target: Path) -> dict[str, bytes]:
+        """What it has left; slices record where they lie, which is elsewhere each time."""
+        disks = self.disks(target)
+        if len(disks) == 1:
+            return content(target)
+        made = enumerate(map(placeless, disks))
+        return {f"{index}/{name}": data for index, files in made for name, data in files.items()}
 
 
 def cases(directory: Path, endpoint: str, commands: Sequence[str]) -> list[Case]:
     """Every command's case, each with the result of an undisturbed run."""
+    whole = directory / "whole"
+    if {FIRST_FULL, OTHER_FULL, OF_PREPARED} & set(commands):
+        _run_well(["convert", str(directory / "repo"), str(whole)], endpoint)
     made = []
     for name in commands:
         source = str(directory / "repo") if name in ("convert", *FORMS) else REPO
         command = ["convert", "--form", name, source] if name in FORMS else [name, source]
-        target = directory / f"{name}-undisturbed"
-        done = run([*command, str(target)], endpoint, endless=False)
-        if done.returncode:
-            raise Failure(f"{name} fails undisturbed: {done.stderr}")
-        pages = {p.name: -(-p.stat().st_size // PAGE) * PAGE for p in target.rglob("*") if p.is_file()}
-        manifest = pages[RECORD if name == "download" else "manifest.json"]
-        made.append(Case(name, command, content(target), sum(pages.values()), manifest))
+        if name == OF_PREPARED:
+            command = ["convert", "--form", LOSSLESS, str(whole)]
+        elif name in (FIRST_FULL, OTHER_FULL):
+            command = ["spread"]
+        case, target = Case(name, command, directory), directory / f"{name}-undisturbed"
+        _run_well(case.begin(target), endpoint)
+        pages = _pages(target)
+        size, manifest, base = sum(pages.values()), pages[RECORD if name == "download" else MANIFEST], 0
+        if name == FIRST_FULL:
+            # Once the whole embedding is gone there is more space than its slice has taken.
+            base = sum(_pages(whole).values())
+            size = sum(size for file, size in pages.items() if file == EMBEDDING or file in COMPANIONS)
+        made.append(replace(case, expected=case.found(target), size=size, manifest=manifest, base=base))
     return made
+
+
+def _run_well(command: Sequence[str], endpoint: str) -> None:
+    done = run(command, endpoint, endless=False)
+    if done.returncode:
+        raise Failure(f"{' '.join(command)} fails undisturbed: {done.stderr}")
+
+
+def _pages(directory: Path) -> dict[str, int]:
+    """Bytes that each file takes of a tmpfs, by name."""
+    return {p.name: -(-p.stat().st_size // PAGE) * PAGE for p in directory.rglob("*") if p.is_file()}
 
 
 def trial(case: Case, size: int, endpoint: str, *, ballast: bool) -> str:
     """The error of a run on a disk of `size` bytes, after a rerun with more space. Raises `Failure`."""
-    enough = 4 * case.size + 2**26
-    with disk(enough if ballast else size) as small:
-        taken = fill(small, size) if ballast else None
+    with disk(case.enough if ballast else size) as small:
         target = small / "target"
-        sentence = _one_error(run([*case.command, str(target)], endpoint, endless=True), "disk is full")
+        command = case.begin(target)
+        taken = fill(small, size - case.base) if ballast else None
+        sentence = _one_error(run(command, endpoint, endless=True), "disk is full")
+        case.check(target)
         if taken is not None:
             taken.unlink()
         else:
-            _mount("-o", f"remount,size={enough}", str(small))
-        again = run([*case.command, str(target)], endpoint, endless=False)
+            _mount("-o", f"remount,size={case.enough}", str(small))
+        again = run(command, endpoint, endless=False)
         if again.returncode:
             raise Failure(f"the rerun ended with {again.returncode}: {again.stderr}")
-        found = content(target)
+        found = case.found(target)
         if found != case.expected:
             names = {name for name, _ in found.items() ^ case.expected.items()}
             raise Failure(f"the rerun's result differs in {', '.join(sorted(names))}")
@@ -145,9 +212,11 @@ def trial(case: Case, size: int, endpoint: str, *, ballast: bool) -> str:
 
 def refused(case: Case, endpoint: str) -> str:
     """The error with which the command refuses a disk that is too small from the start. Raises `Failure`."""
-    with disk(case.size // 2) as small:
-        done = run([*case.command, str(small / "target")], endpoint, endless=False)
-        if list(small.iterdir()):
+    with disk(case.base + case.size // 2) as small:
+        command = case.begin(small / "target")
+        before = content(small)
+        done = run(command, endpoint, endless=False)
+        if content(small) != before:
             raise Failure(f"something was written: {done.stderr[-2000:]}")
         return _one_error(done, "")
 

@@ -27,17 +27,27 @@ from typing import Any
 from unittest.mock import patch
 
 from scripts.fakehub.server import LocalHub
+from scripts.torture.attempt import placeless
 from scripts.torture.trial import Command, Trial
-from scripts.torture.world import Content, World, content, make_world, scratch
+from scripts.torture.world import Content, World, make_world, scratch
 from toolkit.hub.record import RECORD
 from toolkit.io import reader
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES, errno.EMFILE)
+SPREAD = ("spread", "DST", "--also", "ALSO", "--shares", "2,1")
 CASES = {
     "convert": ("absent", Command(("convert", "SRC", "DST"), "a")),
     "convert lossless": ("absent", Command(("convert", "SRC", "DST", "--form", "lossless"), "a")),
     "convert, half made": ("half", Command(("convert", "SRC", "DST"), "a")),
     "convert --delete-source": ("absent", Command(("convert", "SRC", "DST", "--delete-source"), "a")),
+    "convert --also": (
+        "absent",
+        Command(("convert", "SRC", "DST", "--also", "ALSO", "--shares", "2,1"), "a"),
+    ),
+    "convert --slice": ("absent", Command(("convert", "SRC", "DST", "--slice", "1/2"), "a")),
+    "convert, prepared": ("absent", Command(("convert", "PREPARED", "DST", "--form", "lossless"))),
+    "spread": ("complete", Command(SPREAD)),
+    "spread, half done": ("half spread", Command(SPREAD)),
     "prepare": ("absent", Command(("prepare", "me/a", "DST"), repo="me/a")),
     "download": ("absent", Command(("download", "me/a", "DST"), repo="me/a")),
     "download --check": ("downloaded, decayed", Command(("download", "me/a", "DST", "--check"), repo="me/a")),
@@ -185,7 +195,9 @@ class Case:
 
 def _comparable(trial: Trial) -> Content:
     """What a command has left; a download's record has the dates of its files, and a cut shard may lie there."""
-    found = content(trial.destination)
+    found = placeless(trial.destination)
+    if trial.other_disk.is_dir():
+        found |= {f"other disk/{name}": data for name, data in placeless(trial.other_disk).items()}
     return {name: data for name, data in found.items() if name != RECORD and not name.endswith(".incomplete")}
 
 

@@ -2,6 +2,7 @@
 
     python -m scripts.torture.kill --command prepare --kills 200 [--seed 1] [--form lossless]
     python -m scripts.torture.kill --command convert-delete-source --kills 200
+    python -m scripts.torture.kill --command spread --kills 100
     python -m scripts.torture.kill --command repair --kills 200
     python -m scripts.torture.kill --command session --kills 200
     python -m scripts.torture.kill --command serve --kills 100
@@ -9,16 +10,19 @@
 The command is started, killed with SIGKILL at a random moment, and started again, until it ends by itself; then its
 directory must be, byte for byte, that of an undisturbed run, and the next round begins anew. A local hub serves the
 miniature to `prepare`, and drops, stalls and corrupts its answers; a run that gives up must do so with one clear error.
-After each kill of `convert --delete-source`, every shard must be there or sound parts that name its sha256; after each
-kill of `repair`, every file must be as it was before or as it should be. A generation with `--session` must come to the
-text of an undisturbed one. A server that does a batch must come to the output of an undisturbed one; after each kill no
-token that was on the disk may be gone, wrong, or there twice.
+After each kill of `convert --delete-source`, every shard must be there, or on each disk sound parts that name its
+sha256; any other source must be as it was. After each kill of `spread`, every part must be there whole, or all of its
+slices. After each kill of `repair`, every file must be as it was before or as it should be. A generation with
+`--session` must come to the text of an undisturbed one. A server that does a batch must come to the output of an
+undisturbed one; after each kill no token that was on the disk may be gone, wrong, or there twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -28,23 +32,33 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import runner
 from runner.format.coded import PLAIN
 from runner.format.manifest import load_manifest
 from runner.format.quantised import FORMS, QUANTISED_FORMS
+from runner.format.slices import Slice
 from runner.generation.options import Sampling
 from runner.generation.session_files import SessionFiles
+from scripts.fakehub.checkpoint import synthetic
 from scripts.fakehub.server import LocalHub, RandomFaults
 from scripts.torture import batch_job
-from scripts.torture.attempt import BLOOMDESK, REPO, content, environment, prepared, source_of
+from scripts.torture.attempt import BLOOMDESK, REPO, assert_no_row_lost, content, environment, source_of
 from scripts.torture.damage import flip
+from scripts.torture.full_disk import SHAPE
 from toolkit.commands.convert import convert
+from toolkit.commands.prepare import prepare
+from toolkit.commands.spread import spread
 from toolkit.parts.release import file_hash
 
 # Runs of one round before it counts as stuck.
 TRIES = 500
+# Of slices, where a command makes them.
+SHARES = (2, 1, 1)
 # Seconds between looks at whether a command has begun, and those of a server's work before it is killed.
 LOOK = 0.02
 LONGEST_SERVED = 4.0
@@ -125,41 +139,141 @@ def run(attack: Attack, kills: int, seed: int) -> Counter[str]:
     return counts
 
 
-def attack_prepare(work: Path, form: str, hub: LocalHub) -> Attack:
-    """`prepare` from a hub with faults."""
-    with LocalHub({REPO: source_of(work)}) as calm:
-        expected = prepared(calm, work / "undisturbed", form)
-    command = [*BLOOMDESK, "prepare", REPO, str(work / "bloom"), "--form", form]
+def undisturbed(directory: Path, make: Callable[[], object]) -> dict[str, bytes]:
+    """The content that `make` gives a directory, which is gone then: slices record the places where they were made."""
+    make()
+    expected = content(directory)
+    shutil.rmtree(directory)
+    return expected
+
+
+def changes(directory: Path) -> Callable[[], bool]:
+    """Whether a run has changed the names under a directory; each run is asked often, from its start on."""
+    seen: list[list[Path]] = []
+
+    def is_begun() -> bool:
+        now = sorted(directory.rglob("*"))
+        if not seen or now == seen[0]:
+            seen[:] = seen or [now]
+            return False
+        seen.clear()
+        return True
+
+    return is_begun
+
+
+def small_source(work: Path) -> Path:
+    """A checkpoint of fewer blocks than the miniature: manifests of several disks take their time."""
+    synthetic(work / "source", **SHAPE)
+    return work / "source"
+
+
+def attack_prepare(work: Path, form: str, hub: LocalHub, *, kind: str = "") -> Attack:
+    """`prepare` from a hub with faults: all rows, those of one slice, or a slice on each of three disks."""
+    (small_source if kind else source_of)(work)
+    first, options, asked = destination(work / "bloom", kind)
+    with LocalHub({REPO: work / "source"}) as calm, patch.dict(os.environ, HF_ENDPOINT=calm.endpoint):
+        expected = undisturbed(work / "bloom", lambda: prepare(REPO, first, form=form, **asked))
+    command = [*BLOOMDESK, "prepare", REPO, str(first), "--form", form, *options]
     variables = environment(hub.endpoint) | {"OMP_NUM_THREADS": "1"}
     return Attack(command, variables, work / "bloom", expected, 6.0)
 
 
-def attack_convert(work: Path, form: str, hub: LocalHub) -> Attack:
-    """`convert --delete-source`, which deletes its shards one by one; of a form that rounds, without that option."""
-    whole, source, directory = source_of(work), work / "out", work / "bloom"
-    convert(whole, work / "undisturbed", form=form)
-    shards = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in whole.glob("*.bin")}
+def destination(directory: Path, kind: str) -> tuple[Path, list[str], dict[str, Any]]:
+    """Where a command writes, its options for that, and those of the function: all in `directory`."""
+    shares = ["--shares", ",".join(map(str, SHARES))]
+    if kind == "slice":
+        return directory, ["--slice", f"2/{len(SHARES)}", *shares], {"own": Slice(1, SHARES)}
+    if kind == "also":
+        others = [directory / "b", directory / "c"]
+        options = [word for each in others for word in ("--also", str(each))]
+        return directory / "a", [*options, *shares], {"also": others, "shares": SHARES}
+    return directory, [], {}
+
+
+def attack_convert(
+    work: Path, form: str, hub: LocalHub, *, kind: str = "", of_prepared: bool = False
+) -> Attack:
+    """`convert`, with `--delete-source` if the weights can be had back, which deletes its shards one by one."""
+    whole = (small_source if kind or of_prepared else source_of)(work)
+    source, directory = work / "out", work / "bloom"
+    first, options, asked = destination(directory, kind)
+    if of_prepared:
+        convert(whole, work / "prepared")
+        whole = work / "prepared"
+    expected = undisturbed(directory, lambda: convert(whole, first, form=form, **asked))
+    before = content(whole)
+    deletes = not of_prepared and kind != "slice" and form not in QUANTISED_FORMS
+    shards = {
+        name: hashlib.sha256(data).hexdigest() for name, data in before.items() if name.endswith(".bin")
+    }
 
     def begin() -> None:
         shutil.rmtree(source, ignore_errors=True)
         shutil.copytree(whole, source)
 
     def check() -> None:
-        for name, sha256 in shards.items():
-            path = source / name
-            if path.exists():
-                assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256, f"{name} is another"
-                continue
-            records = load_manifest(directory).parts.values()
-            made = [each for each in records if (name, sha256) in [(s.file, s.sha256) for s in each.sources]]
+        found = content(source)
+        gone = before.keys() - found.keys()
+        assert found == {name: before[name] for name in before.keys() - gone}, "the source is another"
+        assert not gone or (deletes and gone <= shards.keys()), f"{gone} of the source are gone"
+        for name, each in itertools.product(gone, (first, *asked.get("also", ()))):
+            records = load_manifest(each).parts.values()
+            made = [
+                record
+                for record in records
+                if (name, shards[name]) in [(s.file, s.sha256) for s in record.sources]
+            ]
             assert made, f"{name} is gone, and no part was made from it"
             for record in made:
-                assert file_hash(directory / record.file) == record.xxh3_128, f"{record.file} is damaged"
+                assert file_hash(each / record.file) == record.xxh3_128, f"{record.file} is damaged"
 
-    options = ["--form", form, *(["--delete-source"] if form not in QUANTISED_FORMS else [])]
-    command = [*BLOOMDESK, "convert", str(source), str(directory), *options]
+    deletion = ["--delete-source"] if deletes else []
+    command = [*BLOOMDESK, "convert", str(source), str(first), "--form", form, *deletion, *options]
     return Attack(
-        command, environment(hub.endpoint), directory, content(work / "undisturbed"), 1.6, begin, check
+        command,
+        environment(hub.endpoint),
+        directory,
+        expected,
+        0.6,
+        begin,
+        check,
+        content,
+        0.0,
+        changes(directory),
+    )
+
+
+def attack_spread(work: Path, form: str, hub: LocalHub) -> Attack:
+    """`spread`, which deletes each whole part when its slices are proven; a file of the user's lies beside them."""
+    whole, directory = work / "whole", work / "disks"
+    convert(small_source(work), whole, form=form)
+    first, options, asked = destination(directory, "also")
+    manifest = load_manifest(whole)
+
+    def begin() -> None:
+        shutil.copytree(whole, first)
+        (first / "letter.txt").write_bytes(b"mine")
+
+    def check() -> str:
+        count = assert_no_row_lost(manifest, first, asked["also"])
+        assert (first / "letter.txt").read_bytes() == b"mine"
+        return "with parts of both kinds" if 0 < count < len(manifest.parts) else "before or after"
+
+    begin()
+    expected = undisturbed(directory, lambda: spread(first, **asked))
+    command = [*BLOOMDESK, "spread", str(first), *options]
+    return Attack(
+        command,
+        environment(hub.endpoint),
+        directory,
+        expected,
+        0.6,
+        begin,
+        check,
+        content,
+        0.0,
+        changes(directory),
     )
 
 
@@ -252,7 +366,13 @@ def attack_serve(work: Path, form: str, hub: LocalHub) -> Attack:
 
 ATTACKS = {
     "prepare": attack_prepare,
+    "prepare-slice": partial(attack_prepare, kind="slice"),
+    "prepare-also": partial(attack_prepare, kind="also"),
     "convert-delete-source": attack_convert,
+    "convert-slice": partial(attack_convert, kind="slice"),
+    "convert-also": partial(attack_convert, kind="also"),
+    "convert-prepared": partial(attack_convert, of_prepared=True),
+    "spread": attack_spread,
     "repair": attack_repair,
     "session": attack_session,
     "serve": attack_serve,

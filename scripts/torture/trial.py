@@ -15,20 +15,23 @@ from contextlib import (
     redirect_stdout,
     suppress,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
 from runner.errors import BloomdeskError
-from runner.format.layout import MANIFEST, MANIFEST_BACKUP
+from runner.format.layout import MANIFEST, MANIFEST_BACKUP, SPREADING
 from runner.format.manifest import CompanionRecord, Manifest, load_manifest, read_manifest
 from runner.format.part_record import PartRecord
 from runner.system.lock import sole_writer
+from scripts.torture.attempt import assert_no_row_lost
 from scripts.torture.world import (
     DOWN,
     REPOS,
+    Content,
     World,
+    beside,
     content,
     weights_of,
 )
@@ -55,7 +58,10 @@ class Trial:
     def __init__(self, world: World, state: str, directory: Path) -> None:
         self.world, self.state, self.directory = world, state, directory
         self.destination = directory / "dst"
+        self.other_disk = directory / "also"
         before = world.states[state]
+        if beside(before).is_dir():
+            shutil.copytree(beside(before), self.other_disk)
         if before.is_dir():
             shutil.copytree(before, self.destination, symlinks=True)
         elif before.exists():
@@ -80,11 +86,12 @@ class Trial:
         places = {
             "SRC": str(source),
             "DST": str(self.destination),
+            "ALSO": str(self.other_disk),
             "NEW": str(self.directory / "new"),
             "PREPARED": str(self.world.base / "prepared" / "a"),
         }
         arguments = [places.get(word, word) for word in command.words]
-        known = recorded(self.destination)
+        known = {"dst": recorded(self.destination), "also": recorded(self.other_disk)}
         stamps = stamps_of(self.directory)
         before = content(self.directory)
         with ExitStack() as held:
@@ -125,11 +132,14 @@ class Trial:
             assert data != b"mine", f"{path} was not ours"
             return
         inside = "/".join(place.parts[1:])
-        if place.parts[0] == "dst" and inside in (MANIFEST, MANIFEST_BACKUP):
-            assert known is not None, f"{path} was not ours"
-            now = load_manifest(self.destination)
+        known = known.get(place.parts[0])
+        if known is not None and inside in (MANIFEST, MANIFEST_BACKUP):
+            now = load_manifest(self.directory / place.parts[0])
             for file, record in known.parts.items():
                 assert now.parts[file].source_tensors == record.source_tensors, f"{file}: another record"
+            return
+        if command.words[0] == "spread":
+            self._check_spread(place, data, after, known)
             return
         if place.parts[0] == "dst" and known is not None and inside in records_of(known):
             record = records_of(known)[inside]
@@ -163,6 +173,16 @@ class Trial:
             return
         raise AssertionError(f"{path} is {'gone' if new is None else 'another'}")
 
+    def _check_spread(self, place: Path, data: bytes, after: Content, known: Manifest | None) -> None:
+        """A file of these bytes may be gone: its part is on both disks, or it has got its place."""
+        if place.parts[1] == SPREADING:
+            is_manifest = place.name in (MANIFEST, MANIFEST_BACKUP)
+            assert is_manifest or after.get(f"dst/{place.name}") == data, f"{place} is gone"
+            return
+        assert place.parts[0] == "dst" and known is not None and place.name in known.parts, f"{place} is gone"
+        alone = replace(known, parts={place.name: known.parts[place.name]})
+        assert_no_row_lost(alone, self.destination, [self.other_disk])
+
     def _check_deleted(self, name: str, data: bytes) -> None:
         """A shard of these bytes may be gone: sound parts were made from it."""
         manifest = load_manifest(self.destination)
@@ -186,13 +206,29 @@ class Trial:
                 report, manifest = verify(self.destination), load_manifest(self.destination)
                 if report.sound:
                     fingerprint = manifest.source_fingerprint
+                    hashes = {each.sha256 for part in manifest.parts.values() for each in part.sources}
+                    if manifest.slice is not None and fingerprint is None:
+                        # Its rows came alone, and only the Hub says of which shards.
+                        names = [name for name, shards in self.world.shards.items() if hashes <= shards]
+                        fingerprint = self.world.fingerprints[names[0]]
                     names = [name for name, known in self.world.fingerprints.items() if known == fingerprint]
                     assert names, "sound, and the weights of no source"
-                    hashes = {each.sha256 for part in manifest.parts.values() for each in part.sources}
                     assert hashes <= self.world.shards[names[0]], "sound, and made from other shards"
         if status:
             return
-        if verb in ("convert", "prepare"):
+        if verb == "spread":
+            assert all(verify(each).sound for each in (self.destination, self.other_disk)), (
+                "spread, and not sound"
+            )
+        if command.words[1] == "DST" and verb == "convert":
+            assert verify(self.directory / "new").sound, "converted, and not sound"
+            known = load_manifest(self.directory / "new").source_fingerprint
+            assert known in self.world.fingerprints.values(), "converted, and the weights of no source"
+        elif command.words[1] == "PREPARED" and verb == "convert":
+            assert "keeps" in self.state or fingerprint == self.world.fingerprints["a"], (
+                "not what was asked for"
+            )
+        elif verb in ("convert", "prepare"):
             wanted = weights_of(command.source) if command.source else REPOS[command.words[1]]
             if "keeps" not in self.state:
                 assert self.state in UNREAD or fingerprint == self.world.fingerprints[wanted], (

@@ -23,8 +23,9 @@ from toolkit.commands.convert import convert
 from toolkit.commands.download import download
 from toolkit.commands.export import export
 from toolkit.commands.prepare import plan_preparation
+from toolkit.commands.spread import spread
 from toolkit.hub import retry
-from toolkit.io.progress import silent
+from toolkit.io.progress import Progress, silent
 from toolkit.parts import destination as target
 
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 2, "vocab_size": 280}
@@ -150,6 +151,18 @@ def half(world: World, path: Path, form: str = PLAIN) -> Path:
     with suppress(Interrupted):
         convert(world.source("a"), path, kill_at(OTHER_BLOCK), form=form)
     return path
+
+
+def spread_over(world: World, path: Path, progress: Progress = silent) -> None:
+    """Over two disks, the other one beside the state; killed if `progress` ends it."""
+    prepared(world, path)
+    with suppress(Interrupted):
+        spread(path, [beside(path)], progress, shares=(2, 1))
+
+
+def beside(state: Path) -> Path:
+    """Where the second slice of a state is, if it has one."""
+    return state.with_name(state.name + ", other disk")
 
 
 def unrecorded(world: World, path: Path) -> Path:
@@ -290,6 +303,8 @@ STATES: dict[str, Callable[[World, Path], object]] = {
     "half lossless": lambda world, path: half(world, path, LOSSLESS),
     "complete int4": lambda world, path: prepared(world, path, form=INT4_FORM),
     "half int4": lambda world, path: half(world, path, INT4_FORM),
+    "spread": spread_over,
+    "half spread": lambda world, path: spread_over(world, path, kill_at(BLOCK)),
     "unrecorded part": unrecorded,
     "in the way": in_the_way,
     "part missing": changed(lambda path: (path / BLOCK).unlink()),

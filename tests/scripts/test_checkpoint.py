@@ -74,7 +74,7 @@ def test_the_config_is_the_real_one() -> None:
 def test_zip64_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What records beyond 4 GB need, at a lower limit: Python and torch read the same from either form."""
     synthetic(tmp_path / "narrow", **SHAPE, layout=Layout(single=True))
-    monkeypatch.setattr(bin_shard._Zip, "LIMIT", 1000)
+    monkeypatch.setattr(bin_shard.Zip, "LIMIT", 1000)
     synthetic(tmp_path / "wide", **SHAPE, layout=Layout(single=True))
     narrow, wide = (tmp_path / name / "pytorch_model.bin" for name in ("narrow", "wide"))
     assert wide.stat().st_size > narrow.stat().st_size

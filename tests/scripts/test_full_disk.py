@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.torture.full_disk import PAGE, NotAllowed, cases, disk, hub, refused, trial
+from scripts.torture.full_disk import OTHER_FULL, PAGE, NotAllowed, cases, disk, hub, refused, trial
 
 SHAPE = {"hidden_size": 64, "heads": 8, "blocks": 3, "vocab_size": 600}
 
@@ -30,7 +30,14 @@ LAST = "all but the manifest"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "level"),
-    [("download", "50%"), ("convert", LAST), ("prepare", LAST), ("lossless", "50%"), ("int4", "50%")],
+    [
+        ("download", "50%"),
+        ("convert", LAST),
+        ("prepare", LAST),
+        ("lossless", "50%"),
+        ("int4", "50%"),
+        (OTHER_FULL, "50%"),
+    ],
 )
 def test_a_full_disk_gives_one_clear_error_and_the_rerun_ends_well(
     endpoint: tuple[Path, str], command: str, level: str

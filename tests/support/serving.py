@@ -11,9 +11,11 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import fields
 from typing import Any
 
+import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from runner.generation.live_batch import LiveBatch
 from runner.generation.model import Model
 from runner.generation.options import GenerationOptions
 from runner.server.app import create_app
@@ -62,6 +64,13 @@ def client_of(
         yield client
 
 
+def live_batches(monkeypatch: pytest.MonkeyPatch) -> list[LiveBatch]:
+    """The batches that models make from now on, as they are made."""
+    made, live_batch = [], Model.live_batch
+    monkeypatch.setattr(Model, "live_batch", lambda *given: made.append(live_batch(*given)) or made[-1])
+    return made
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + LONGEST
     while not condition():
@@ -86,7 +95,10 @@ class Exchange:
         document: object,
         headers: Mapping[str, str] | None = None,
         method: str = "POST",
+        *,
+        is_whole: bool = True,
     ) -> None:
+        """A body that is not whole is one whose rest never comes."""
         self.messages: list[dict[str, Any]] = []
         # Seconds from the request to each message.
         self.times: list[float] = []
@@ -94,7 +106,7 @@ class Exchange:
         self._reads = asyncio.Event()
         self._reads.set()
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        self._incoming.put_nowait({"type": "http.request", "body": body, "more_body": not is_whole})
         given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
         self._scope = {
             "type": "http",

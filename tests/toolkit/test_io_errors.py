@@ -10,7 +10,7 @@ from scripts.torture.world import World
 pytest_plugins = ("tests.support.world",)
 
 # Of all calls, errors, passing and lasting ones; a number that shares no factor with them reaches every kind.
-EVERY = 101
+EVERY = 151
 
 
 @pytest.mark.slow

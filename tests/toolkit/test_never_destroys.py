@@ -17,7 +17,7 @@ from scripts.torture.world import World, scratch
 pytest_plugins = ("tests.support.world",)
 
 # Of all combinations; a number that shares no factor with that of the commands.
-EVERY, CHUNKS = 8, 4
+EVERY, CHUNKS = 7, 4
 
 
 @pytest.mark.slow

@@ -120,37 +120,39 @@ def generate(
     as_json: Json = False,
 ) -> int:
     """Continue a prompt, printed as it grows, or a file of them. Each token is the likeliest one, or drawn."""
-    generation = GenerationOptions(max_new_tokens, speculate, draft, batch)
+    generation = GenerationOptions(
+        max_new_tokens=max_new_tokens, speculate=speculate, draft=draft, batch=batch
+    )
     sampling = Sampling(
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
-        read_biases(logit_bias or ()),
-        seed,
-        n,
-        tuple(stop or ()),
-        min_new_tokens,
-        ignore_eos,
-        logprobs,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=read_biases(logit_bias or ()),
+        seed=seed,
+        n=n,
+        stop=tuple(stop or ()),
+        min_new_tokens=min_new_tokens,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
         **read_constraint(json_schema, regex, grammar),
     )
     return run_generate(
         GenerateOptions(
             directory,
-            prompt,
-            prompt_file,
-            prompts,
-            out,
-            ram,
-            as_json,
-            session,
-            generation,
-            sampling,
-            tuple(also or ()),
+            prompt=prompt,
+            prompt_file=prompt_file,
+            prompts=prompts,
+            out=out,
+            ram=ram,
+            as_json=as_json,
+            session=session,
+            generation=generation,
+            sampling=sampling,
+            also=tuple(also or ()),
         )
     )
 
@@ -180,7 +182,18 @@ def score(
     as_json: Json = False,
 ) -> int:
     """Log-probabilities of given texts: the perplexity of a long one, or a score for each line."""
-    return run_score(ScoreOptions(directory, file, out, ram, as_json, context, stride, tuple(also or ())))
+    return run_score(
+        ScoreOptions(
+            directory,
+            file,
+            out=out,
+            ram=ram,
+            as_json=as_json,
+            context=context,
+            stride=stride,
+            also=tuple(also or ()),
+        )
+    )
 
 
 def serve(
@@ -249,21 +262,21 @@ def serve(
     return run_serve(
         ServeOptions(
             directory,
-            host,
-            port,
-            ram,
-            tuple(api_key or ()),
-            no_auth,
-            model_name,
-            chat_template,
-            max_waiting,
-            log_json,
-            log_prompts,
-            data,
-            max_file_size,
-            max_lines,
-            generation,
-            tuple(also or ()),
+            host=host,
+            port=port,
+            ram=ram,
+            keys=tuple(api_key or ()),
+            no_auth=no_auth,
+            model_name=model_name,
+            chat_template=chat_template,
+            max_waiting=max_waiting,
+            log_json=log_json,
+            log_prompts=log_prompts,
+            data=data,
+            max_file_size=max_file_size,
+            max_lines=max_lines,
+            generation=generation,
+            also=tuple(also or ()),
         )
     )
 
@@ -279,7 +292,9 @@ def bench(
     as_json: Json = False,
 ) -> int:
     """Time a few tokens. They are compared with the least that this machine's disk and memory allow."""
-    return bench_command.bench(directory, ram, tokens, prompt_tokens, also=also or (), as_json=as_json)
+    return bench_command.bench(
+        directory, ram=ram, tokens=tokens, prompt_tokens=prompt_tokens, also=also or (), as_json=as_json
+    )
 
 
 def plan(
@@ -324,11 +339,11 @@ def plan(
     return plan_command.plan(
         space_to_prepare,
         directory,
-        ram,
-        model,
-        tokens,
-        prompt_tokens,
-        draft,
+        ram=ram,
+        model=model,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        draft=draft,
         also=also or (),
         machines=machines,
         network=network,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
@@ -19,7 +19,8 @@ from runner.format.manifest import Manifest, load_manifest
 from runner.format.part_record import SourceShard
 from runner.format.quantised import QUANTISED_FORMS
 from runner.format.safetensors import read_small
-from toolkit.commands.build import BuildPlan, Manifests
+from runner.format.slice_set import refuse_while_spreading
+from toolkit.commands.build import BuildPlan, Destination, Manifests
 from toolkit.commands.destinations import common, destination_of, require_space
 from toolkit.commands.placement import Placement, resumed
 from toolkit.commands.schedule import Schedule, part_sizes
@@ -107,11 +108,7 @@ def plan_from_parts(
         for directory, held in existing.items()
     )
     for destination in destinations:
-        for file, record in destination.manifest.parts.items():
-            if record.source_tensors != made.parts[file].source_tensors:
-                raise target.another_source(
-                    destination.directory, f"{file} of other weights than {source} has"
-                )
+        _require_same_weights(destination, source, made)
     missing = [
         spec for spec in target.missing_parts(common(destinations)) if mend is None or spec.file in mend
     ]
@@ -123,8 +120,25 @@ def plan_from_parts(
     return BuildPlan(destinations, companions, schedule, parts, peak)
 
 
+def _require_same_weights(destination: Destination, source: Path, made: Manifest) -> None:
+    """Raise `BloomdeskError` unless the parts that a directory has were made from the weights of `source`."""
+    held, directory = destination.manifest, destination.directory
+    for file, record in held.parts.items():
+        tensors, whole = record.source_tensors, {each.name: each for each in made.parts[file].source_tensors}
+        rows = [each for each in tensors if each.shape != whole[each.name].shape]
+        if any(each != whole[each.name] for each in tensors if each not in rows):
+            raise target.another_source(directory, f"{file} of other weights than {source} has")
+        if rows:
+            raise BloomdeskError(
+                f"{directory} has rows that came from the Hub without the rest of their matrices, so they can't be "
+                f"compared with what {source} records",
+                f"{replace(held, places=()).command(directory)} resumes it; or give a new directory",
+            )
+
+
 def _refuse_unfit(source: Path, made: Manifest, dtype: str | None) -> None:
     """Raise `BloomdeskError` if nothing can be made of this directory."""
+    refuse_while_spreading(source)
     if made.slice is not None:
         raise BloomdeskError(
             f"{source} is {made.slice.described} alone, and other forms are made of whole checkpoints",

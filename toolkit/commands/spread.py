@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
 from runner.format.layout import MANIFEST, MANIFEST_BACKUP, SPREADING
 from runner.format.manifest import Manifest, load_manifest
+from runner.format.slice_set import being_spread, difference, refuse_while_spreading
 from runner.system.atomic import TEMPORARY_SUFFIX, replace_file
 from runner.system.lock import LOCK_FILE
 from toolkit.commands.build import BuildPlan, Summary
@@ -56,6 +57,7 @@ def spread(
 def plan_spread(directory: Path, also: Sequence[Path], shares: Sequence[int] = ()) -> SpreadPlan:
     """Everything that `spread` checks before it changes anything; it writes nothing."""
     if not also:
+        refuse_while_spreading(directory)
         raise BloomdeskError("there is no other directory", "name one on each further disk: --also DIR")
     places = placed(directory, None, also, shares)
     manifest = load_manifest(directory)
@@ -76,6 +78,7 @@ def plan_spread(directory: Path, also: Sequence[Path], shares: Sequence[int] = (
     slices = {staging if each == directory else each: own for each, own in places.slices.items()}
     # In their directories they know each other by their places at the end.
     placement = Placement(slices, places.places)
+    _require_slices_of(directory, manifest, placement)
     shards = PartsToSpread(directory, manifest, manifest.form, placement=placement)
     return SpreadPlan(directory, plan_from_parts(shards, placement, frees=True))
 
@@ -120,6 +123,45 @@ def _require_same(directory: Path, manifest: Manifest, asked: Placement) -> None
         raise BloomdeskError(
             f"{directory} is {held} already, and only whole checkpoints are spread",
             f"write it back first: bloomdesk export {in_shell(directory)} HUB_DIR",
+        )
+    if manifest.places == asked.places and (directory / SPREADING).is_dir():
+        # Only the last step is left.
+        return
+    for each, own in asked.slices.items():
+        other = manifest if each == directory else target.load_existing(each)
+        if other is None or other.slice != own or difference(manifest, other):
+            lost = replace(manifest, slice=own, places=()).command(each)
+            raise BloomdeskError(
+                f"{directory} was spread already, and {each} does not hold {own.described if own else 'it'}",
+                f"bloomdesk info {in_shell(directory)} says where that is; if it is lost, {lost} makes it again",
+            )
+
+
+def _require_slices_of(directory: Path, manifest: Manifest, placement: Placement) -> None:
+    """Raise `BloomdeskError` unless each directory has its slice of what an earlier run has deleted here."""
+    begun = being_spread(directory)
+    if begun is None:
+        return
+    gone = [file for file in manifest.parts if not os.path.lexists(directory / file)]
+    for each, own in placement.slices.items():
+        held = target.load_existing(each)
+        is_same = held is not None and held.slice == own
+        there = target.drop_missing(each, held).parts if held is not None and is_same else {}
+        lacking = [file for file in gone if file not in there]
+        # What nothing was deleted for may begin anew, but for the slice that is made here.
+        if not lacking and (is_same or not begun.parts or each != directory / SPREADING):
+            continue
+        what = (
+            f"lacks {lacking[0]}, which is whole nowhere any more"
+            if is_same or held is None
+            else "has another slice"
+        )
+        has_these_shares = begun.slice == placement.slices[directory / SPREADING]
+        lost = replace(begun, places=placement.places) if has_these_shares else begun
+        raise BloomdeskError(
+            f"{each} {what}, and {directory} was being spread over {', '.join(begun.places)}",
+            f"{begun.command_to_spread(directory)} resumes; if a disk of these is lost, "
+            f"{lost.command(directory / SPREADING)} makes its slice again from the source, then spread it again",
         )
 
 

@@ -260,8 +260,9 @@ def foreign_file(path: Path) -> BloomdeskError:
 
 def write_manifest(destination: Path, manifest: Manifest) -> None:
     """Replace the manifest, then its backup, each as a whole."""
+    data = manifest.to_json().encode()
     for name in (MANIFEST, MANIFEST_BACKUP):
-        put_file(destination / name, manifest.to_json().encode())
+        put_file(destination / name, data)
 
 
 def put_file(path: Path, data: bytes) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from runner.errors import BloomdeskError, in_shell
 from runner.format.coded import ROW_GROUP_ROWS, read_row_groups
+from runner.format.layout import SPREADING
 from runner.format.part_record import PartRecord
+from runner.format.slice_set import being_spread
 from runner.kernel.decode import decode_row_groups
 from toolkit.io.reader import OpenedFile, read_block
 from toolkit.parts.part_reader import StoredTensor, stored_tensors
@@ -40,9 +42,12 @@ def tensors_as_stored(directory: Path, record: PartRecord) -> tuple[SourceTensor
 
 def damaged_part(path: Path, what: str) -> BloomdeskError:
     """The error for a part that is to be converted and is not what its manifest records."""
+    mending, begun = f"bloomdesk repair {in_shell(path.parent)}", being_spread(path.parent)
+    if begun is not None:
+        # What has gone to the slices would be damage to a repair.
+        mending = f"{begun.command(path.parent / SPREADING)} makes the slices from the source"
     return BloomdeskError(
-        f"{path} is damaged: {what}",
-        f"bloomdesk repair {in_shell(path.parent)}, then the same command again: finished parts are kept",
+        f"{path} is damaged: {what}", f"{mending}, then the same command again: finished parts are kept"
     )
 
 

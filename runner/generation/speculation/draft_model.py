@@ -34,7 +34,7 @@ MOST_ROWS = 128
 
 
 @dataclass(eq=False)
-class _Reading:
+class Reading:
     """The draft's cache of a sequence, and the tokens that are in it."""
 
     cache: KVCache
@@ -45,7 +45,8 @@ class _Reading:
 class DraftModel:
     """A prepared checkpoint that is read once and stays in RAM, with its own cache for each sequence.
 
-    One that `is_form` of the large model uses the caches of that.
+    One that `is_form` of the large model uses the caches of that. `readings` are what it holds of sequences until they
+    are released.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class DraftModel:
         """`vocab_size` is that of the large model, `process_nbytes` the bytes that opening the draft took."""
         self.cost = CostModel()
         self.is_form = is_form
-        self._model = model
+        self.model = model
         self._vocab_size = vocab_size
-        self._process_nbytes = process_nbytes
-        self._readings: dict[Sequence, _Reading] = {}
+        self.process_nbytes = process_nbytes
+        self.readings: dict[Sequence, Reading] = {}
 
     @classmethod
     def open(cls, directory: Path, large: Weights, tokenizer: Tokenizer) -> DraftModel:
@@ -75,12 +76,12 @@ class DraftModel:
     @property
     def weight_bytes(self) -> int:
         """Bytes of the matrices in RAM, in their form; the vectors count with what opening it took."""
-        return sum(chunk.nbytes for chunk in self._model.weights.stream.chunks)
+        return sum(chunk.nbytes for chunk in self.model.weights.stream.chunks)
 
     def nbytes(self, sequences: int, capacity: int) -> int:
         """All bytes of RAM that it takes for `sequences` sequences of up to `capacity` positions."""
-        beside = bytes_beside_weights(self._model.weights.model, sequences, capacity, is_form=self.is_form)
-        return self._process_nbytes + self.weight_bytes + beside
+        beside = bytes_beside_weights(self.model.weights.model, sequences, capacity, is_form=self.is_form)
+        return self.process_nbytes + self.weight_bytes + beside
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[int]]:
         """Up to `count` tokens for each (sequence, count), which share the draft's passes.
@@ -100,7 +101,7 @@ class DraftModel:
                 sequence, count = wanted[place]
                 if token < self._vocab_size:
                     texts[place].append(token)
-                is_end = token >= self._vocab_size or token in self._model.weights.model.eos_token_ids
+                is_end = token >= self._vocab_size or token in self.model.weights.model.eos_token_ids
                 if not is_end:
                     new_ids = texts[place][len(sequence.prompt_ids) :]
                     forced, is_end = _forced(readings[place].sampler, new_ids)
@@ -112,20 +113,20 @@ class DraftModel:
 
     def release(self, sequence: Sequence) -> None:
         """Free the cache of a sequence that is done."""
-        self._readings.pop(sequence, None)
+        self.readings.pop(sequence, None)
 
     def close(self) -> None:
         """Free all of its RAM; it cannot propose any more."""
-        self._readings.clear()
+        self.readings.clear()
         # Buffers take memory only when they are used.
-        self._model.weights.stream.arrange(frozenset(), FEWEST_BUFFERS)
+        self.model.weights.stream.arrange(frozenset(), FEWEST_BUFFERS)
 
-    def _synchronised(self, sequence: Sequence, text: Ids) -> _Reading:
+    def _synchronised(self, sequence: Sequence, text: Ids) -> Reading:
         """The reading of a sequence, without what the text has otherwise; the text's last token is never in it."""
-        if sequence not in self._readings:
-            cache = self._model.new_cache(sequence.request.capacity)
-            self._readings[sequence] = _Reading(cache, sequence.sampler.fork())
-        reading = self._readings[sequence]
+        if sequence not in self.readings:
+            cache = self.model.new_cache(sequence.request.capacity)
+            self.readings[sequence] = Reading(cache, sequence.sampler.fork())
+        reading = self.readings[sequence]
         most = min(len(reading.fed), reading.cache.length, len(text) - 1)
         # Only the tokens that it proposed last can differ from the text.
         common = max(0, min(most, len(reading.fed) - MOST_DRAFT_TOKENS))
@@ -135,20 +136,20 @@ class DraftModel:
         del reading.fed[common:]
         return reading
 
-    def _beside(self, sequence: Sequence, text: Ids, count: int) -> _Reading:
+    def _beside(self, sequence: Sequence, text: Ids, count: int) -> Reading:
         """The reading of what the large model has computed of a sequence, for `count` draft tokens after the text."""
-        known, computed = self._readings.get(sequence), sequence.cache.length
+        known, computed = self.readings.get(sequence), sequence.cache.length
         sampler = known.sampler if known else sequence.sampler.fork()
         cache = sequence.cache.for_guesses(len(text) - computed + count)
-        self._readings[sequence] = _Reading(cache, sampler, list(text[:computed]))
-        return self._readings[sequence]
+        self.readings[sequence] = Reading(cache, sampler, list(text[:computed]))
+        return self.readings[sequence]
 
     def _pass(
         self,
         places: list[int],
         sequences: list[Sequence],
         texts: list[list[int]],
-        readings: list[_Reading],
+        readings: list[Reading],
     ) -> list[tuple[int, int]]:
         """(place, next token) of each text that one pass over unread tokens finishes."""
         room, carried, segments = MOST_ROWS, [], []
@@ -159,8 +160,8 @@ class DraftModel:
                 room -= len(ids)
                 carried.append(place)
                 segments.append(Segment(ids, reading.cache, 1 if len(ids) == len(unread) else 0))
-        with self.cost.measure(self._model.weights.stream, MOST_ROWS - room):
-            logits = self._model.forward_all(segments)
+        with self.cost.measure(self.model.weights.stream, MOST_ROWS - room):
+            logits = self.model.forward_all(segments)
         found = []
         for place, segment, rows in zip(carried, segments, logits, strict=True):
             readings[place].fed.extend(segment.ids)

@@ -261,7 +261,7 @@ def test_a_plan_says_what_a_draft_takes(
         found = json.loads(capsys.readouterr().out)["draft"]
         opened = DraftModel.open(draft, model.weights, model.tokenizer)
         assert found["is_form"] == opened.is_form == is_form
-        assert found["bytes"] == pytest.approx(opened.nbytes(1, 12) - opened._process_nbytes, rel=0.02)
+        assert found["bytes"] == pytest.approx(opened.nbytes(1, 12) - opened.process_nbytes, rel=0.02)
         assert found["seconds"] > 0 and found["forecast"]["streamed_bytes_per_pass"] == 0
         assert plan_command(lambda model: 0, directory, **given) == 0
         assert ("another form of the same model" in capsys.readouterr().out) == is_form

@@ -20,7 +20,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         if REMOTE:
             kernel = remote.RemoteKernel(shlex.split(REMOTE), near=load_kernel())
-            patch.setattr(library, "_opened", lambda variant: kernel)
+            patch.setattr(library, "open_library", lambda variant: kernel)
             request.addfinalizer(kernel.close)
         else:
             patch.setenv(ENVIRONMENT, request.param)

@@ -23,7 +23,7 @@ def nothing_is_loaded() -> None:
 
 
 def forget() -> None:
-    for function in (load_kernel, usable_variants, library._opened):
+    for function in (load_kernel, usable_variants, library.open_library):
         function.cache_clear()
 
 
@@ -62,6 +62,16 @@ def changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(compiler.library, "__defaults__", (folder,))
     monkeypatch.setattr(compiler.compile_all, "__defaults__", (folder,))
     return folder
+
+
+def test_a_library_that_does_not_load_is_one_clear_sentence(changed: Path) -> None:
+    for path in changed.iterdir():
+        path.unlink()
+    for variant in compiler.variants(compiler.this_target()):
+        compiler.library(compiler.this_target(), variant, changed).write_bytes(b"no library")
+    with pytest.raises(BloomdeskError, match=r"the kernel cannot be loaded: \S") as caught:
+        load_kernel()
+    assert caught.value.hint == "install bloomdesk again"
 
 
 def test_without_a_compiler_a_change_is_one_clear_sentence(

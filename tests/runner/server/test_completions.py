@@ -17,7 +17,7 @@ from runner.generation.scorer import Text
 from runner.server.settings import Settings
 from tests.support.grammars import LATER, MANY_WAYS
 from tests.support.prompts import tokens
-from tests.support.serving import Exchange, client_of, comments, events, serving
+from tests.support.serving import Exchange, client_of, comments, events, live_batches, serving
 
 
 def complete(client: TestClient, **fields: object) -> dict:
@@ -126,8 +126,10 @@ def test_all_ways_at_once_give_the_texts_of_generate(model: Model) -> None:
 
 
 @pytest.mark.slow
-def test_a_draft_changes_no_text(miniature: tuple[Path, Path], draft: tuple[Path, Path]) -> None:
-    model = runner.load(miniature[1])
+def test_a_draft_changes_no_text(
+    miniature: tuple[Path, Path], draft: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = runner.load(miniature[1]), live_batches(monkeypatch)
     prompts = ["The SQL command to count the customers is:", "The Spanish translation of thank you is:"]
     sampling = Sampling(temperature=0.7, seed=5)
     expected = {
@@ -136,7 +138,7 @@ def test_a_draft_changes_no_text(miniature: tuple[Path, Path], draft: tuple[Path
     }
     with client_of(runner.load(miniature[1]), options=GenerationOptions(draft=draft[1])) as client:
         found = complete(client, prompt=prompts, max_tokens=12, temperature=0.7, seed=5)
-        assert client.engine._batch.proposer.draft is not None
+        assert batches[0].proposer.draft is not None
     assert [choice["text"] for choice in found["choices"]] == [expected[0], expected[1]]
 
 

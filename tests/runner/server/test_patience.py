@@ -16,7 +16,7 @@ from runner.server.answers import MOST_KEPT
 from runner.server.engine import Engine
 from runner.server.settings import Settings
 from tests.support.grammars import ENDLESS
-from tests.support.serving import Exchange, GatedModel, comments, events, serving, soon
+from tests.support.serving import Exchange, GatedModel, comments, events, live_batches, serving, soon
 from tests.support.streaming import LONGEST
 
 PATH = "/v1/completions"
@@ -389,7 +389,9 @@ def test_beyond_the_bound_clients_are_told_when_to_come_again(gated: GatedModel)
     run(test)
 
 
-def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel) -> None:
+def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = live_batches(monkeypatch)
+
     async def test() -> None:
         gated.let(10_000)
         async with serving(gated, QUICK) as (app, engine):
@@ -398,7 +400,7 @@ def test_nothing_is_left_of_clients_that_hang_up(gated: GatedModel) -> None:
                 await soon(lambda: engine.progress.active > 0)
                 exchange.leave()
                 await exchange.task
-            await soon(lambda: not (engine.waiting or engine._tasks or engine._batch.active))
+            await soon(lambda: not (engine.waiting or engine.queue() or batches[0].active))
 
     run(test)
 

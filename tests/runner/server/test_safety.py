@@ -128,9 +128,7 @@ def test_prompts_choices_and_texts_have_bounds(model: Model) -> None:
 def test_a_slow_sender_is_told_so(model: Model) -> None:
     async def test() -> None:
         async with serving(model, Settings(read_body=0.05)) as (app, _):
-            exchange = Exchange(app, PATH, b'{"prompt"')
-            exchange._incoming.get_nowait()
-            exchange._incoming.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+            exchange = Exchange(app, PATH, b"{", is_whole=False)
             found = await exchange.document()
             assert exchange.status == 408 and "too long" in found["error"]["message"]
 
@@ -142,9 +140,7 @@ def test_a_body_that_has_not_come_holds_up_no_end(model: Model, tmp_path: Path, 
     async def test() -> None:
         async with serving(model, data=new_data(tmp_path / "data")) as (app, engine):
             path = "/v1/files" if "form" in kind else PATH
-            exchange = Exchange(app, path, b"", {"content-type": kind})
-            exchange._incoming.get_nowait()
-            exchange._incoming.put_nowait({"type": "http.request", "body": b"--b", "more_body": True})
+            exchange = Exchange(app, path, b"--b", {"content-type": kind}, is_whole=False)
             await asyncio.sleep(0.01)
             assert not exchange.messages
             engine.stop()

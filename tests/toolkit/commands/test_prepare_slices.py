@@ -346,5 +346,9 @@ def test_the_command_says_what_was_compared(hub, tmp_path: Path) -> None:
     (out / BLOCK).unlink()
     command = load_manifest(out).command(out)
     assert command == f"bloomdesk prepare {REPO} {out} --slice 1/2"
+    # What came alone can't be compared with the whole matrices that another directory records.
+    prepare(REPO, tmp_path / "whole")
+    error = refused("convert", tmp_path / "whole", out, "--slice", "1/2")
+    assert "came from the Hub without the rest" in error and command in error
     assert run("prepare", REPO, out, "--slice", "1/2", "--check-whole").returncode == 0
     assert "made from" not in run("info", out).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -83,7 +84,14 @@ def test_an_interrupted_one_goes_on(world: Path, disks, tmp_path: Path, form: st
     here = disks(form)
     with pytest.raises(KeyboardInterrupt):
         spread(here[0], here[1:], interrupt_at(at), shares=SHARES)
-    for command in (["generate", here[0], "x"], ["export", here[0], tmp_path / "hub"], ["repair", here[0]]):
+    out = tmp_path / "out"
+    commands = (
+        ["generate", here[0], "x"],
+        ["export", here[0], out],
+        ["repair", here[0]],
+        ["spread", here[0]],
+    )
+    for command in (*commands, ["plan", here[0]], ["convert", here[0], out], ["info", here[1]]):
         said = refused(*command)
         assert "has not ended" in said and f"bloomdesk spread {here[0]} --also" in said
     assert "has not ended" in refused("verify", here[0], status=2)
@@ -176,6 +184,61 @@ def test_what_cannot_be_spread_is_refused(world: Path, disks, tmp_path: Path) ->
         convert(world / "source", tmp_path / "half", interrupt_at(BLOCK))
     with pytest.raises(BloomdeskError, match="is not complete"):
         spread(tmp_path / "half", [tmp_path / "c"])
+
+
+@pytest.mark.parametrize("form", ["lossless", "int4"])
+def test_a_lost_disk_of_one_that_was_interrupted_is_made_again(
+    world: Path, disks, tmp_path: Path, form: str
+) -> None:
+    """The error names the disks of the first run, and a command that makes the slices from the source."""
+    here, new = disks(form), tmp_path / "new"
+    with pytest.raises(KeyboardInterrupt):
+        spread(here[0], here[1:], interrupt_at(BLOCK), shares=SHARES)
+    before = content(here[0] / SPREADING)
+    error = refused("spread", here[0], "--also", new)
+    assert (
+        f"{new} lacks embedding.safetensors" in error
+        and f"spread {here[0]} --also {here[1]} resumes" in error
+    )
+    assert "--also" in refused("spread", here[0], "--also", here[1], "--also", new, "--shares", "1,1,1")
+    assert "another slice" in refused("spread", here[0], "--also", here[1], "--shares", "1,1")
+    shutil.rmtree(here[1])
+    error = refused("spread", here[0], "--also", here[1])
+    assert f"{here[1]} lacks" in error and not here[1].exists() and content(here[0] / SPREADING) == before
+    error = refused("spread", here[0], "--also", new)
+    again = re.search(r"bloomdesk (convert SRC .*) makes its slice again", error)
+    assert again and str(new) in again[1]
+    command = [str(world / "source") if word == "SRC" else word for word in again[1].split()]
+    assert run(*command).returncode == 0
+    assert run("spread", here[0], "--also", new).returncode == 0
+    assert_spread(world, form, (here[0], new), tmp_path)
+
+
+def test_a_whole_part_that_decays_meanwhile_is_made_from_the_source(
+    world: Path, disks, tmp_path: Path
+) -> None:
+    here = disks("plain")
+    flip(here[0] / BLOCK, (here[0] / BLOCK).stat().st_size // 2)
+    error = refused("spread", here[0], "--also", here[1], "--shares", "2,1")
+    again = re.search(r"bloomdesk (convert SRC .*) makes the slices", error)
+    assert again
+    command = [str(world / "source") if word == "SRC" else word for word in again[1].split()]
+    assert run(*command).returncode == 0
+    assert run("spread", here[0], "--also", here[1]).returncode == 0
+    assert_spread(world, "plain", here, tmp_path)
+
+
+def test_one_that_is_spread_is_not_complete_with_another_directory(disks, tmp_path: Path) -> None:
+    here = disks("plain")
+    spread(here[0], here[1:], shares=SHARES)
+    error = refused("spread", here[0], "--also", tmp_path / "new")
+    assert (
+        "was spread already" in error and f"convert SRC {tmp_path / 'new'} --slice 2/2 --shares 2,1" in error
+    )
+    assert not (tmp_path / "new").exists()
+    # One that has moved is known by what it holds.
+    here[1].rename(tmp_path / "moved")
+    assert run("spread", here[0], "--also", tmp_path / "moved").returncode == 0
 
 
 @pytest.mark.parametrize("place", [SPREADING, f"{SPREADING}/deeper", f"../a/{SPREADING}"])

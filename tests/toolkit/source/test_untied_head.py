@@ -14,6 +14,8 @@ import runner
 from runner.errors import BloomdeskError
 from runner.estimate.forecast import chunk_bytes, disk_bytes, weight_bytes
 from runner.format.manifest import load_manifest
+from runner.format.slices import Slice
+from tests.runner.cluster.test_texts import PROMPT, check
 from tests.support.oracle import (
     IDS,
     State,
@@ -71,6 +73,38 @@ def test_it_is_that_of_transformers(plain, tmp_path: Path, kind: str, saved: dic
     again, _ = expected_of(transformers_model(tmp_path / "exported"))
     assert torch.equal(again, expected[0])
     assert not convert(source, tmp_path / "bloom", form=form).written
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_one_in_fewer_bits_is_that_of_transformers_on_the_export(plain, tmp_path: Path, form: str) -> None:
+    convert(source_of(plain, tmp_path / "source"), tmp_path / "bloom", form=form)
+    export(tmp_path / "bloom", tmp_path / "exported")
+    rounded = transformers_model(tmp_path / "exported")
+    assert_runs_as(tmp_path / "bloom", expected_of(rounded))
+    # A head is int8 in both forms: a weight errs by half of a 127th of the largest, and by bfloat16's rounding.
+    error = (rounded.lm_head.weight - plain[1][HEAD]).abs().max()
+    assert 0 < error < plain[1][HEAD].abs().max() / 100
+
+
+@pytest.mark.parametrize("form", ["plain", "int4"])
+def test_slices_of_one_on_several_disks_give_the_same(plain, tmp_path: Path, form: str) -> None:
+    source = source_of(plain, tmp_path / "source")
+    disks = [tmp_path / name for name in "abc"]
+    convert(source, disks[0], form=form, also=disks[1:], shares=(2, 1, 1))
+    assert all((each / "head.safetensors").exists() and verify(each).sound for each in disks)
+    convert(source, tmp_path / "bloom", form=form)
+    export(tmp_path / "bloom", tmp_path / "exported")
+    assert_runs_as(disks[0], expected_of(transformers_model(tmp_path / "exported")))
+
+
+@pytest.mark.slow
+def test_slices_of_one_on_several_machines_give_the_same(plain, tmp_path: Path) -> None:
+    source = source_of(plain, tmp_path / "source")
+    slices = [tmp_path / "first", tmp_path / "second"]
+    convert(source, tmp_path / "bloom", form="int4")
+    for index, directory in enumerate(slices):
+        convert(source, directory, form="int4", own=Slice(index, (2, 1)))
+    check(tmp_path / "bloom", slices, tmp_path, "generate", PROMPT, "--max-new-tokens", "8", "--json")
 
 
 def test_one_that_says_so_and_has_none_is_refused(plain, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import runner
 from runner import BloomdeskError
-from runner.cli.generate import _setup
+from runner.cli.generate import setup_line
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.quantised import INT4_FORM, INT8_FORM
 from runner.generation.live_batch import LiveBatch
@@ -102,7 +102,7 @@ def test_no_form_of_the_model_changes_a_token(
     for batch in (1, 3):
         running = batched(model, requests(sampling), batch, "off", forms(draft))
         assert running.proposer.draft.is_form
-        assert "another form of the same model, which shares its KV cache" in _setup(running)
+        assert "another form of the same model, which shares its KV cache" in setup_line(running)
         assert run(running) == alone(form, sampling)
         assert running.proposed > 20 and running.accepted > 0
 
@@ -143,7 +143,7 @@ def test_it_takes_no_ram_but_that_of_its_matrices(forms: Forms, monkeypatch: pyt
     monkeypatch.setattr("runner.generation.speculation.draft_model.activation_bytes", lambda *_: 0)
     assert draft.nbytes(1, 8) == draft.nbytes(16, 4000) >= draft.weight_bytes
     assert ordinary.nbytes(16, 4000) > 16 * ordinary.nbytes(1, 8) // 2
-    own, shared = draft._model.weights, model.weights
+    own, shared = draft.model.weights, model.weights
     pairs = zip((own.embedding, own.final_layernorm, *own.blocks),
                 (shared.embedding, shared.final_layernorm, *shared.blocks), strict=True)  # fmt: skip
     for part, others in pairs:
@@ -163,7 +163,7 @@ def test_the_draft_stays_in_ram_while_the_model_is_streamed(
         running = batched(model, requests(sampling), 3, "off", forms(INT4_FORM))
     assert running.plan.request.draft >= running.proposer.draft.weight_bytes
     assert run(running) == alone(LOSSLESS, sampling)
-    assert running.proposer.draft._model.weights.stream.streamed_bytes == 0
+    assert running.proposer.draft.model.weights.stream.streamed_bytes == 0
 
 
 def interrupting(monkeypatch: pytest.MonkeyPatch, model: Model, chance: float) -> None:
@@ -348,7 +348,7 @@ def test_a_batch_that_stays_gives_the_same(forms: Forms, alone, free, kept) -> N
     for _ in drained(batch):
         pass
     assert [each.ids for each in added] == alone(LOSSLESS, DRAWN)
-    assert batch.proposer.draft._readings == {}
+    assert batch.proposer.draft.readings == {}
 
 
 def drained(batch: LiveBatch) -> Iterator[None]:
@@ -363,7 +363,7 @@ def test_other_weights_are_an_ordinary_draft(forms: Forms, alone, free, kept) ->
     for form in (PLAIN, INT4_FORM):
         running = batched(model, requests(GREEDY), 3, "off", forms(form, seed=1))
         assert not running.proposer.draft.is_form
-        assert "another form of the same model" not in _setup(running)
+        assert "another form of the same model" not in setup_line(running)
         assert run(running) == alone(PLAIN, GREEDY) and running.proposed > 20
 
 
