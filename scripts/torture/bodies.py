@@ -169,7 +169,8 @@ def _lines(draw: st.DrawFn) -> bytes:
 @st.composite
 def _forms(draw: st.DrawFn) -> Sent:
     """A form with a file; now and then with other fields, twice the same, or cut off."""
-    boundary = draw(_mostly(st.just("b" * 8), st.text("b-'\"; ", max_size=80)))
+    # No client sends a header that ends with a space.
+    boundary = draw(_mostly(st.just("b" * 8), st.text("b-'\"; ", max_size=80).map(str.rstrip)))
     name = draw(_mostly(st.just("in.jsonl"), st.text(max_size=300)))
     content = draw(_mostly(_lines(), st.binary(max_size=200)))
     parts = [
