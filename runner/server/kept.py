@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,8 +90,7 @@ class KeptAnswers:
         """What takes the growths of an answer, from the first on; those that are `kept` are not written again."""
         self._open.add(key.hex())
         path = self._path(key.hex(), GROWING)
-        write = lambda new, is_first: self._thread.submit(_write, path, new, is_first)  # noqa: E731
-        return _Recorder(order, kept, write).add
+        return _Recorder(order, kept, partial(self._thread.submit, _write, path)).add
 
     def wake(self, key: bytes) -> None:
         """An answer that was at rest goes on."""
