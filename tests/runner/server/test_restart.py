@@ -57,16 +57,16 @@ def choices_of(exchange: Exchange) -> Any:
     return "".join(each["text"] for (each,) in found), list(chain(*scores)), found[-1][0]["finish_reason"]
 
 
-async def begun(model: GatedModel, data: Path, body: dict[str, Any], headers: Any = None, **more: Any) -> str:
+async def begun(model: Model, data: Path, body: dict[str, Any], headers: Any = None, **more: Any) -> str:
     """The id of an answer whose server was ended in its second pass."""
-    async with serving(model, Settings(first_byte=30, **more), OPTIONS, data=data) as (app, engine):
-        before = len(model.begun)
+    gated = GatedModel.of(model)
+    async with serving(gated, Settings(first_byte=30, **more), OPTIONS, data=data) as (app, engine):
         exchange = Exchange(app, PATH, body, headers)
-        model.let(1)
-        await soon(lambda: len(model.begun) == before + 2)
+        gated.let(1)
+        await soon(lambda: len(gated.begun) == 2)
         order = engine.queue()[0].work.listener.order
         engine.stop()
-        model.let(1)
+        gated.let(1)
         await exchange.task
         assert "shutting_down" in exchange.text
     return order.id
@@ -86,13 +86,11 @@ def kept_tokens(data: Path) -> int:
 
 
 @pytest.mark.parametrize("body", BODIES, ids=str)
-def test_it_goes_on_with_the_same_bits(
-    gated: GatedModel, model: Model, tmp_path: Path, body: dict[str, Any]
-) -> None:
+def test_it_goes_on_with_the_same_bits(model: Model, tmp_path: Path, body: dict[str, Any]) -> None:
     async def test() -> None:
         data = new_data(tmp_path)
-        name = await begun(gated, data, body)
-        assert await begun(gated, data, body) == name
+        name = await begun(model, data, body)
+        assert await begun(model, data, body) == name
         had = kept_tokens(data)
         found, made = await asked(model, data, body)
         first = documents(found)[0]
@@ -115,17 +113,17 @@ def test_a_client_that_leaves_before_it_goes_on_loses_nothing(
 ) -> None:
     async def test() -> None:
         data = new_data(tmp_path)
-        await begun(gated, data, GREEDY)
-        had, before = kept_tokens(data), len(gated.begun)
+        await begun(model, data, GREEDY)
+        had = kept_tokens(data)
         async with serving(gated, PATIENT, OPTIONS, data=data) as (app, engine):
             other = Exchange(app, PATH, GREEDY | {"prompt": "Another"})
-            await soon(lambda: len(gated.begun) == before + 1)
+            await soon(lambda: len(gated.begun) == 1)
             hasty = Exchange(app, PATH, GREEDY)
             await soon(lambda: engine.waiting == 1)
             hasty.leave()
             await hasty.task
             gated.let(1)
-            await soon(lambda: len(gated.begun) == before + 2 and len(engine.queue()) == 1)
+            await soon(lambda: len(gated.begun) == 2 and len(engine.queue()) == 1)
             again = Exchange(app, PATH, GREEDY)
             gated.let(100)
             await asyncio.gather(again.task, other.task)
@@ -157,12 +155,10 @@ def test_a_kill_leaves_all_but_the_pass_that_ran(gated: GatedModel, model: Model
     run(test)
 
 
-def test_what_was_written_beside_a_damaged_record_counts_for_nothing(
-    gated: GatedModel, model: Model, tmp_path: Path
-) -> None:
+def test_what_was_written_beside_a_damaged_record_counts_for_nothing(model: Model, tmp_path: Path) -> None:
     async def test() -> None:
         data = new_data(tmp_path)
-        await begun(gated, data, GREEDY)
+        await begun(model, data, GREEDY)
         (path,) = (data / ANSWERS).iterdir()
         head, one, *others = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(head + one.replace(b'"ids":[', b'"ids":[1') + b"".join(others))
@@ -173,14 +169,12 @@ def test_what_was_written_beside_a_damaged_record_counts_for_nothing(
     run(test)
 
 
-def test_only_the_same_key_goes_on_and_no_key_or_prompt_is_on_the_disk(
-    gated: GatedModel, model: Model, tmp_path: Path
-) -> None:
+def test_only_the_same_key_goes_on_and_no_key_or_prompt_is_on_the_disk(model: Model, tmp_path: Path) -> None:
     one, two = ({"authorization": f"Bearer {key}"} for key in ("secret-one", "secret-two"))
 
     async def test() -> None:
         data = new_data(tmp_path)
-        name = await begun(gated, data, GREEDY, one, keys=("secret-one", "secret-two"))
+        name = await begun(model, data, GREEDY, one, keys=("secret-one", "secret-two"))
         stored = b"".join(path.read_bytes() for path in data.rglob("*") if path.is_file())
         assert b"secret" not in stored and b"brown" not in stored
         # The next server has them in another order.
@@ -191,12 +185,10 @@ def test_only_the_same_key_goes_on_and_no_key_or_prompt_is_on_the_disk(
     run(test)
 
 
-def test_tokens_of_another_model_are_not_gone_on_from(
-    gated: GatedModel, prepared: Any, tmp_path: Path
-) -> None:
+def test_tokens_of_another_model_are_not_gone_on_from(model: Model, prepared: Any, tmp_path: Path) -> None:
     async def test() -> None:
         data, other = new_data(tmp_path), runner.load(prepared(blocks=2)[1])
-        await begun(gated, data, GREEDY)
+        await begun(model, data, GREEDY)
         found, made = await asked(other, data, GREEDY)
         text = "".join(other.tokenizer.decode(list(other.generate(GREEDY["prompt"], max_new_tokens=12))))
         assert choices_of(found)[0]["text"] == text and made == GREEDY["max_tokens"]
@@ -205,11 +197,11 @@ def test_tokens_of_another_model_are_not_gone_on_from(
 
 
 def test_a_result_is_kept_for_an_hour_and_an_unfinished_answer_for_an_hour_of_the_next_server(
-    gated: GatedModel, model: Model, tmp_path: Path
+    model: Model, tmp_path: Path
 ) -> None:
     async def test() -> None:
         data, other = new_data(tmp_path), GREEDY | {"prompt": "Another"}
-        name = await begun(gated, data, GREEDY)
+        name = await begun(model, data, GREEDY)
         ended, _ = await asked(model, data, other)
         for path in (data / ANSWERS).iterdir():
             long_ago = path.stat().st_mtime - 3700
