@@ -262,7 +262,7 @@ def test_without_a_data_directory_there_are_no_jobs(model: Model) -> None:
 
 @pytest.mark.slow
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 @given(st.data())
 @pytest.mark.parametrize("endpoint", [COMPLETIONS, CHATS])
@@ -271,7 +271,8 @@ def test_whatever_a_file_holds_its_batch_comes_to_an_end(
 ) -> None:
     made = data.draw(st.lists(bodies(endpoint), min_size=1, max_size=4))
     lines = [
-        b'{"custom_id": "%d", "method": "POST", "url": "%s", "body": %s}' % (number, endpoint.encode(), body)
+        b'{"custom_id": "%d", "method": "POST", "url": "%s", "body": %s}'
+        % (number, endpoint.encode(), body.data)
         for number, body in enumerate(made)
     ]
     if data.draw(st.integers(0, 9)) == 3:
