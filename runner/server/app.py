@@ -251,7 +251,7 @@ class Api:
             self._compiling.release()
 
     async def _answer(self, order: Order, key: bytes | None, kept: Kept | None) -> Answer:
-        """A new answer to an order, which goes on from what is kept; or the one that another client began meanwhile."""
+        """A new answer to an order, which continues what is kept; or the answer that another client began meanwhile."""
         await run_in_threadpool(check_fits, order, self.engine)
         if answer := key and self.answers.known(key):
             return answer

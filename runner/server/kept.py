@@ -1,4 +1,4 @@
-"""Kept answers: the tokens of ordinary requests on the disk, so that one that comes again after a restart goes on.
+"""Kept answers: the tokens of ordinary requests on the disk. A client that repeats a request after a restart gets them.
 
     DATA/answers/KEY.growing   a journal: the head of an answer, then what each pass gave its texts
     DATA/answers/KEY.ended     one whose texts have all ended
@@ -32,7 +32,7 @@ from runner.server.orders import Order
 GROWING, ENDED = ".growing", ".ended"
 # Bounds of those that nobody waits for, of each kind; the last one is kept however long it is.
 MOST_FILES, MOST_BYTES = 512, 64 * 2**20
-# Seconds between looks at what is there too long.
+# The least seconds between two searches for files that are too old.
 SWEEP = 60.0
 
 AnyBody = TypeVar("AnyBody", bound=BaseModel)
@@ -63,20 +63,22 @@ class Kept:
         return replace(order, id=self.id, created=self.created)
 
     def restored(self, order: Order) -> tuple[Restored, ...]:
-        """What the requests of the order go on from."""
+        """The tokens from which the requests of the order continue."""
         return tuple(self.texts.get(place, Text()).restored for place in range(len(order.requests)))
 
 
 class KeptAnswers:
     """Answers in a directory, by the keys of their requests. One thread reads and writes, in the order of the calls.
 
-    What cannot be written is not kept; the answer goes on without.
+    What cannot be written is not kept; the answer comes all the same.
     """
 
     def __init__(self, directory: Path, keep: float, now: Callable[[], float] = time.time) -> None:
         """Answers are kept for `keep` seconds after their last pass, unfinished ones from now on."""
         self._directory, self._keep, self._now = directory, keep, now
         self._open: set[str] = set()
+        # Of the thread: the journals of answers that grow.
+        self._journals: dict[str, Journal] = {}
         self._thread = ThreadPoolExecutor(1, "answers")
         for path in directory.glob(f"*{GROWING}"):
             # While there was no server, no client could come again.
@@ -89,11 +91,10 @@ class KeptAnswers:
     def begin(self, key: bytes, order: Order, kept: Kept | None) -> Callable[[Sequence[Growth]], None]:
         """What takes the growths of an answer, from the first on; those that are `kept` are not written again."""
         self._open.add(key.hex())
-        path = self._path(key.hex(), GROWING)
-        return _Recorder(order, kept, partial(self._thread.submit, _write, path)).add
+        return _Recorder(order, kept, partial(self._thread.submit, self._write, key.hex())).add
 
     def wake(self, key: bytes) -> None:
-        """An answer that was at rest goes on."""
+        """An answer that was at rest grows again."""
         self._open.add(key.hex())
 
     def rest(self, key: bytes, *, has_ended: bool) -> None:
@@ -103,6 +104,8 @@ class KeptAnswers:
     def close(self) -> None:
         """Return when all is written."""
         self._thread.shutdown()
+        for name in [*self._journals]:
+            self._close(name)
 
     def _path(self, name: str, suffix: str) -> Path:
         return self._directory / f"{name}{suffix}"
@@ -125,8 +128,27 @@ class KeptAnswers:
             # The disk fails, or another version wrote it.
             return None
 
+    def _write(self, name: str, new: Sequence[Record], is_first: bool) -> None:
+        path = self._path(name, GROWING)
+        try:
+            if name not in self._journals:
+                if not (is_first or path.exists()):
+                    # Without its beginning it is worth nothing.
+                    return
+                self._journals[name] = Journal(path, syncs=False)
+            self._journals[name].append(new)
+        except OSError:
+            self._close(name)
+            with suppress(OSError):
+                path.unlink()
+
+    def _close(self, name: str) -> None:
+        if journal := self._journals.pop(name, None):
+            journal.close()
+
     def _rest(self, name: str, has_ended: bool) -> None:
         self._open.discard(name)
+        self._close(name)
         path = self._path(name, GROWING)
         with suppress(OSError):
             _touch(path, self._now())
@@ -173,21 +195,6 @@ class _Recorder:
         if new := list(filter(None, new)):
             self._write([*self._head, *new], bool(self._head))
             self._head = []
-
-
-def _write(path: Path, new: Sequence[Record], is_first: bool) -> None:
-    # Without its beginning it is worth nothing.
-    if not (is_first or path.exists()):
-        return
-    try:
-        journal = Journal(path, syncs=False)
-        try:
-            journal.append(new)
-        finally:
-            journal.close()
-    except OSError:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _touch(path: Path, now: float) -> None:

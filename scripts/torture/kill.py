@@ -241,9 +241,8 @@ def attack_convert(
         0.6,
         begin,
         check,
-        content,
-        0.0,
-        changes(directory),
+        shortest=0.0,
+        is_begun=changes(directory),
     )
 
 
@@ -274,9 +273,8 @@ def attack_spread(work: Path, form: str, hub: LocalHub) -> Attack:
         0.6,
         begin,
         check,
-        content,
-        0.0,
-        changes(directory),
+        shortest=0.0,
+        is_begun=changes(directory),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,8 @@ from types import MappingProxyType
 
 from runner.cli.machines import LOG_LEVEL_VARIABLE
 from runner.cluster import gather
+from runner.kernel.library import ENVIRONMENT, usable_variants
+from tests.support.commands import run
 
 # Seconds that a command may take, on a machine that does other things as well.
 LONGEST = 90
@@ -85,6 +88,26 @@ def finish(ranks: Sequence[Rank]) -> list[int | None]:
             rank.process.kill()
             rank.process.join()
     return [rank.status for rank in ranks]
+
+
+def _tokens(text: str) -> list[dict[str, object]]:
+    """What decides a text, of each line of results; how long drafts take decides which one is done first."""
+    names = ("index", "token_ids", "text", "logprobs", "seed", "tokens", "token_logprobs")
+    lines = sorted(map(json.loads, text.splitlines()), key=lambda line: line.get("index", 0))
+    return [{name: line[name] for name in names if name in line} for line in lines]
+
+
+def assert_as_one(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Path) -> None:
+    """The text is that of one machine; the processor of the last one has the fewest means."""
+    command, *rest = arguments
+    alone = run(command, whole, *rest)
+    assert alone.returncode == 0, alone.stderr
+    last = {ENVIRONMENT: usable_variants()[0]}
+    ranks = start(place, slices, lambda number, directory: [command, directory, *rest], of_last=last)
+    assert finish(ranks) == [0] * len(slices), [rank.errors for rank in ranks]
+    assert _tokens(ranks[0].out) == _tokens(alone.stdout) != []
+    assert [rank.out for rank in ranks[1:]] == [""] * (len(slices) - 1)
+    assert not any(rank.errors for rank in ranks[1:])
 
 
 def _run(variables: dict[str, str], arguments: list[str], output: Path) -> None:

@@ -13,35 +13,13 @@ from runner.estimate.machines import Network
 from runner.format.coded import LOSSLESS, PLAIN
 from runner.format.manifest import load_manifest
 from runner.format.quantised import INT4_FORM, INT8_FORM
-from runner.kernel.library import ENVIRONMENT, usable_variants
-from tests.support.commands import run
-from tests.support.ranks import finish, start
+from tests.support.ranks import assert_as_one, finish, start
 
 pytestmark = pytest.mark.slow
 PROMPT = "hello there my friend, what is it that you said of the two chairs?"
 DRAWN = ("--temperature", "1", "--seed", "7", "--repetition-penalty", "1.2")
 # Options whose values change their types on the wire.
 TYPED = ("--stop", "zzz", "--logit-bias", "5=-3")
-
-
-def tokens(text: str) -> list[dict[str, object]]:
-    """What decides a text, of each line of results; how long drafts take decides which one is done first."""
-    names = ("index", "token_ids", "text", "logprobs", "seed", "tokens", "token_logprobs")
-    lines = sorted(map(json.loads, text.splitlines()), key=lambda line: line.get("index", 0))
-    return [{name: line[name] for name in names if name in line} for line in lines]
-
-
-def check(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Path) -> None:
-    """The text is that of one machine; the processor of the last one has the fewest means."""
-    command, *rest = arguments
-    alone = run(command, whole, *rest)
-    assert alone.returncode == 0, alone.stderr
-    last = {ENVIRONMENT: usable_variants()[0]}
-    ranks = start(place, slices, lambda number, directory: [command, directory, *rest], of_last=last)
-    assert finish(ranks) == [0] * len(slices), [rank.errors for rank in ranks]
-    assert tokens(ranks[0].out) == tokens(alone.stdout) != []
-    assert [rank.out for rank in ranks[1:]] == [""] * (len(slices) - 1)
-    assert not any(rank.errors for rank in ranks[1:])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +37,9 @@ def check(whole: Path, slices: Sequence[Path], place: Path, *arguments: str | Pa
 def test_the_text_is_that_of_one_machine(
     sliced, tmp_path: Path, shares: Sequence[int], form: str, options: Sequence[str]
 ) -> None:
-    check(*sliced(shares, form), tmp_path, "generate", PROMPT, "--max-new-tokens", "8", "--json", *options)
+    assert_as_one(
+        *sliced(shares, form), tmp_path, "generate", PROMPT, "--max-new-tokens", "8", "--json", *options
+    )
 
 
 def test_the_bytes_on_the_wire_are_those_that_are_computed(sliced, tmp_path: Path) -> None:
@@ -86,11 +66,13 @@ def test_prompts_share_their_passes_beginnings_and_draft(
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     options = ("--max-new-tokens", "12", "--seed", "1", "--temperature", "0.8", "--json")
     draft = sliced((2, 1), INT4_FORM)[0] if draft_is_a_form else prepared(hidden_size=48, blocks=1)[1]
-    check(*sliced((2, 1), INT8_FORM), tmp_path, "generate", "--prompts", file, "--draft", draft, *options)
+    assert_as_one(
+        *sliced((2, 1), INT8_FORM), tmp_path, "generate", "--prompts", file, "--draft", draft, *options
+    )
 
 
 def test_scores_are_those_of_one_machine(sliced, tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     lines = [{"text": PROMPT}, {"context": "hello there", "continuation": " my friend"}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    check(*sliced((1, 1)), tmp_path, "score", file)
+    assert_as_one(*sliced((1, 1)), tmp_path, "score", file)

@@ -15,7 +15,6 @@ from runner.errors import BloomdeskError
 from runner.estimate.forecast import chunk_bytes, disk_bytes, weight_bytes
 from runner.format.manifest import load_manifest
 from runner.format.slices import Slice
-from tests.runner.cluster.test_texts import PROMPT, check
 from tests.support.oracle import (
     IDS,
     State,
@@ -26,6 +25,7 @@ from tests.support.oracle import (
     use_own_arithmetic,
     write_source,
 )
+from tests.support.ranks import assert_as_one
 from toolkit.commands.convert import convert
 from toolkit.commands.export import export
 from toolkit.commands.info import inspect
@@ -104,7 +104,9 @@ def test_slices_of_one_on_several_machines_give_the_same(plain, tmp_path: Path) 
     convert(source, tmp_path / "bloom", form="int4")
     for index, directory in enumerate(slices):
         convert(source, directory, form="int4", own=Slice(index, (2, 1)))
-    check(tmp_path / "bloom", slices, tmp_path, "generate", PROMPT, "--max-new-tokens", "8", "--json")
+    assert_as_one(
+        tmp_path / "bloom", slices, tmp_path, "generate", "hello there", "--max-new-tokens", "8", "--json"
+    )
 
 
 def test_one_that_says_so_and_has_none_is_refused(plain, tmp_path: Path) -> None:
